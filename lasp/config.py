@@ -1,0 +1,222 @@
+"""Configurations: frozen, keyword-only dataclasses that validate themselves before any process group exists."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+LINEAR, SOFTMAX = "L", "N"
+MIXERS = (
+    "linear",
+    "lightning",
+    "retention",
+    "mamba2",
+    "gla",
+    "hgrn2",
+    "delta_net",
+    "gated_delta_net",
+    "kda",
+)
+
+
+def require(condition: bool, field: str, got: object, expected: str) -> None:
+    """Raises ValueError that names the field, what was got and what was expected."""
+    if not condition:
+        raise ValueError(f"{field}: got {got!r}, expected {expected}")
+
+
+def require_choice(config: object, *fields: str) -> None:
+    """Raises ValueError unless each of the fields holds one of the values its Literal type lists."""
+    hints = get_type_hints(type(config))
+    for field in fields:
+        choices, got = get_args(hints[field]), getattr(config, field)
+        require(got in choices, field, got, f"one of {', '.join(map(str, choices))}")
+
+
+def require_at_least(config: object, least: float, *fields: str) -> None:
+    """Raises ValueError unless each of the fields is a finite number of at least `least`."""
+    for field in fields:
+        got = getattr(config, field)
+        require(math.isfinite(got) and got >= least, field, got, f"at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder.
+
+    `pattern` is a string of L (linear-attention layer, of the kind `mixer` names) and N (softmax layer); it is repeated
+    until there are `num_layers` layers.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    pattern: str = "LLLN"
+    mixer: str = "gated_delta_net"
+    head_dim: int | None = None  # key size of every head; hidden_size // num_heads if None
+    value_head_dim: int | None = None  # value size of the linear layers' heads; head_dim if None
+    num_kv_heads: int | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
+    conv_width: int = 4  # of the mixers that have a short convolution
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "conv_width"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        for letter in self.pattern:
+            require(letter in (LINEAR, SOFTMAX), "pattern", self.pattern, f"only the letters {LINEAR} and {SOFTMAX}")
+        require(bool(self.pattern), "pattern", self.pattern, "at least one letter")
+        require(
+            self.num_layers % len(self.pattern) == 0,
+            "num_layers",
+            self.num_layers,
+            f"a multiple of {self.pattern!r}'s length",
+        )
+        require(self.mixer in MIXERS, "mixer", self.mixer, f"one of {', '.join(MIXERS)}")
+        if self.head_dim is None:
+            require(
+                self.hidden_size % self.num_heads == 0,
+                "hidden_size",
+                self.hidden_size,
+                f"a multiple of num_heads={self.num_heads}",
+            )
+        require(self.key_dim % 2 == 0, "head_dim", self.key_dim, "an even number (rotary embedding)")
+        require(
+            self.num_heads % self.kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads={self.num_heads}",
+        )
+
+    @property
+    def key_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.value_head_dim or self.key_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def layers(self) -> str:
+        """One letter per layer."""
+        return self.pattern * (self.num_layers // len(self.pattern))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks share the work: data_parallel groups, each splitting its contexts over sequence_parallel ranks."""
+
+    sequence_parallel: int = 1
+    data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    state_exchange: Literal["auto", "all_gather", "ring"] = "auto"
+    softmax: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
+    fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
+    timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "sequence_parallel")
+        if self.data_parallel is not None:
+            require_at_least(self, 1, "data_parallel")
+        require_choice(self, "layout", "state_exchange", "softmax")
+        require(0 < self.timeout < math.inf, "timeout", self.timeout, "a positive number of seconds")
+
+    def mesh_shape(self, world_size: int) -> tuple[int, int]:
+        """(data_parallel, sequence_parallel) in a world of this size; ValueError if they do not make it up."""
+        sequence, data = self.sequence_parallel, self.data_parallel
+        require(world_size % sequence == 0, "sequence_parallel", sequence, f"a divisor of the world size {world_size}")
+        if data is None:
+            return world_size // sequence, sequence
+        expected = f"world size / sequence_parallel = {world_size} / {sequence}"
+        require(data * sequence == world_size, "data_parallel", data, expected)
+        return data, sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token files as `lasp prepare` (or Megatron) writes them: path prefixes, without .bin and .idx."""
+
+    train: str
+    valid: str
+    tokenizer: str = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
+    eval_contexts: int = 8  # held-out contexts in every evaluation
+
+    def __post_init__(self) -> None:
+        for field in ("train", "valid", "tokenizer"):
+            require(bool(getattr(self, field)), field, getattr(self, field), "a path")
+        require_at_least(self, 1, "eval_contexts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule (equations in lasp.training.optimizer)."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1  # of matrices only
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # of the steps, at the end of a "wsd" run
+    min_ratio: float = 0.1  # learning rate at the end / lr
+    clip_norm: float = 1.0  # of the gradient's norm over all parameters and ranks
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
+        )
+        require_at_least(self, 0, "weight_decay", "warmup_steps")
+        require_choice(self, "schedule")
+        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a number in (0, 1]")
+        require(0 <= self.min_ratio <= 1, "min_ratio", self.min_ratio, "a number in [0, 1]")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number (inf: no clipping)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. A step sees batch_contexts contexts of context_length tokens each, over the whole world."""
+
+    model: ModelConfig
+    data: DataConfig
+    run_dir: str  # checkpoints, metrics and plots
+    steps: int
+    context_length: int
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_contexts: int = 1  # one at a time on every data-parallel group: the others are accumulated
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: bool = False  # layers' activations, in the backward pass, instead of keeping them
+    eval_every: int = 100  # steps
+    checkpoint_every: int = 1000  # steps; the last step is always saved
+    checkpoint_keep: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir", self.run_dir, "a path")
+        require_at_least(self, 1, "steps", "batch_contexts", "eval_every", "checkpoint_every", "checkpoint_keep")
+        require_at_least(self, 2, "context_length")
+        require_at_least(self, 0, "seed")
+        require_choice(self, "dtype", "device")
+        full = self.dtype != "bfloat16"
+        require(full or self.parallel.fsdp, "dtype", self.dtype, "float32 or float64 without fsdp (it does the casts)")
+        if self.parallel.softmax == "ulysses" and SOFTMAX in self.model.layers:
+            ranks = self.parallel.sequence_parallel
+            for field, heads in (("num_heads", self.model.num_heads), ("num_kv_heads", self.model.kv_heads)):
+                require(
+                    heads % ranks == 0, field, heads, f"a multiple of sequence_parallel={ranks} (softmax='ulysses')"
+                )
+
+    def mesh_shape(self, world_size: int) -> tuple[int, int]:
+        """(data_parallel, sequence_parallel) in a world of this size; ValueError if the run does not fit it."""
+        data, sequence = self.parallel.mesh_shape(world_size)
+        for field, contexts in (("batch_contexts", self.batch_contexts), ("eval_contexts", self.data.eval_contexts)):
+            require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
+        return data, sequence

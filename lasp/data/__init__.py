@@ -1,0 +1,18 @@
+"""Token data: tokenizers, token files in Megatron's format, contexts of packed documents."""
+
+from lasp.data.bigram import bigram_loss
+from lasp.data.indexed import TokenFile, TokenFileWriter
+from lasp.data.packed import IGNORED, Context, PackedContexts, local_batch
+from lasp.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORED",
+    "Context",
+    "PackedContexts",
+    "TokenFile",
+    "TokenFileWriter",
+    "Tokenizer",
+    "bigram_loss",
+    "load_tokenizer",
+    "local_batch",
+]

@@ -1,0 +1,177 @@
+"""Token files in Megatron's `.bin` / `.idx` format, so that corpora prepared for either work with both.
+
+`.bin` holds the tokens of all documents, one after the other. `.idx`, little-endian without gaps: the magic, version
+(u64), type code (u8), number of sequences S and of document borders D + 1 (u64 each); the sequences' lengths
+(i32 [S]) and byte offsets in `.bin` (i64 [S]); the sequence number at which each document begins, then S (i64 [D + 1]).
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
+FLOAT_CODES = {6: "float64", 7: "float32"}  # in Megatron's table, but no tokens
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type Megatron gives the tokens of a vocabulary: uint16 where it fits, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def _paths(prefix: str | Path) -> tuple[Path, Path]:
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+class TokenFileWriter:
+    """Writes `<prefix>.bin` and `<prefix>.idx`; a context manager.
+
+    The files appear under their names when the `with` block ends; if it ends by an exception, what was there before
+    stays as it was. Documents longer than `max_sequence` (the format's lengths are int32) become several sequences.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, max_sequence: int = 2**31 - 1) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = {known: code for code, known in DTYPES.items()}
+        if self.dtype not in codes:
+            raise ValueError(f"dtype: got {self.dtype}, expected one of {', '.join(map(str, codes))}")
+        self._code = codes[self.dtype]
+        self._max_sequence = max_sequence
+        self._targets = _paths(prefix)
+        self._temporary = tuple(path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in self._targets)
+        self._lengths: list[int] = []
+        self._borders = [0]
+        self.num_tokens = 0
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._borders) - 1
+
+    def __enter__(self) -> Self:
+        self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+        self._bin = self._temporary[0].open("wb")
+        return self
+
+    def add_document(self, tokens: np.ndarray | Sequence[int]) -> None:
+        """Appends a document, [tokens] with at least one. ValueError if the tokens do not fit the file's type."""
+        array = np.asarray(tokens)
+        limits = np.iinfo(self.dtype)
+        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens: got {array.dtype}{list(array.shape)}, expected one dimension of at least one integer"
+            )
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > limits.max:
+            raise ValueError(f"tokens: got values from {low} to {high}, expected 0 to {limits.max} ({self.dtype})")
+        self._bin.write(array.astype(self.dtype).tobytes())
+        whole, rest = divmod(array.size, self._max_sequence)
+        self._lengths += [self._max_sequence] * whole + [rest] * (rest > 0)
+        self._borders.append(len(self._lengths))
+        self.num_tokens += array.size
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._bin.close()
+            if kind is None:
+                self._commit()
+        finally:
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        lengths = np.array(self._lengths, dtype="<i4")
+        pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * self.dtype.itemsize
+        header = HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(self._borders))
+        parts = (lengths, pointers.astype("<i8"), np.array(self._borders, dtype="<i8"))
+        self._temporary[1].write_bytes(header + b"".join(part.tobytes() for part in parts))
+        # An index is only ever beside its own tokens: the old one goes first, the new one comes last.
+        self._targets[1].unlink(missing_ok=True)
+        for temporary, target in zip(self._temporary, self._targets, strict=True):
+            temporary.replace(target)
+
+
+class TokenFile:
+    """A pair of token files, memory-mapped: nothing of `.bin` is read before it is asked for.
+
+    `tokens` [num_tokens] holds all documents, `document_starts` int64 [num_documents + 1] where each begins in it.
+    Opening checks the files against the format and each other: FileNotFoundError if one is missing, ValueError naming
+    the file, what was found and what was expected if one is corrupt or cut short.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path = _paths(prefix)
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is not there; expected token files {prefix}.bin and {prefix}.idx")
+        self.dtype, self.document_starts = self._read_index()
+        num_tokens = int(self.document_starts[-1])
+        size, expected = self.bin_path.stat().st_size, num_tokens * self.dtype.itemsize
+        if size != expected:
+            raise ValueError(
+                f"{self.bin_path}: got {size} bytes, expected {expected} "
+                f"({num_tokens} {self.dtype} tokens by {self.idx_path})"
+            )
+        if num_tokens == 0:
+            raise ValueError(f"{self.bin_path}: got 0 tokens, expected at least 1")
+        self.tokens: np.ndarray = np.memmap(self.bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_starts) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.document_starts[-1])
+
+    def document(self, index: int) -> np.ndarray:
+        """Document `index` as a view [tokens] of the memory map; slicing it further reads only the slice."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document: got {index}, expected 0 to {self.num_documents - 1} in {self.bin_path}")
+        return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]
+
+    def _read_index(self) -> tuple[np.dtype, np.ndarray]:
+        """The tokens' type and the documents' starts, from the checked index."""
+        size = self.idx_path.stat().st_size
+        with self.idx_path.open("rb") as file:
+            head = file.read(HEADER.size)
+        self._expect(len(head) == HEADER.size, f"{size} bytes", f"at least the header's {HEADER.size}")
+        magic, version, code, num_sequences, num_borders = HEADER.unpack(head)
+        self._expect(magic == MAGIC, f"magic {magic!r}", f"{MAGIC!r} (Megatron's .idx format)")
+        self._expect(version == VERSION, f"version {version}", str(VERSION))
+        got = f"type code {code}" + (f" ({FLOAT_CODES[code]})" if code in FLOAT_CODES else "")
+        self._expect(code in DTYPES, got, f"an integer type, one of the codes {', '.join(map(str, DTYPES))}")
+        expected = HEADER.size + 12 * num_sequences + 8 * num_borders
+        counts = f"{num_sequences} sequences and {num_borders} document borders"
+        note = "; a multimodal index is not supported" if size == expected + num_sequences else ""
+        self._expect(size == expected, f"{size} bytes", f"{expected} for {counts}{note}")
+        self._expect(num_borders >= 2, f"{num_borders} document borders", "at least 2 (one document)")
+
+        raw = np.memmap(self.idx_path, mode="r").view(np.ndarray)
+        parts = np.split(raw[HEADER.size :], [4 * num_sequences, 12 * num_sequences])
+        lengths, pointers, borders = parts[0].view("<i4"), parts[1].view("<i8"), parts[2].view("<i8")
+        dtype = DTYPES[code]
+        starts = np.zeros(num_sequences + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        self._expect(bool((lengths >= 0).all()), "a negative sequence length", "lengths of at least 0")
+        self._expect(
+            np.array_equal(pointers, starts[:-1] * dtype.itemsize),
+            "byte offsets that do not follow from the lengths",
+            "sequences one after the other",
+        )
+        self._expect(
+            borders[0] == 0 and borders[-1] == num_sequences and bool((np.diff(borders) >= 0).all()),
+            f"document borders from {borders[0]} to {borders[-1]}",
+            f"ascending ones from 0 to the {num_sequences} sequences",
+        )
+        return dtype, starts[borders]
+
+    def _expect(self, condition: bool, got: str, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{self.idx_path}: got {got}, expected {expected}")

@@ -1,0 +1,133 @@
+"""Packed contexts: documents in a seeded order form one endless stream, cut into contexts of equal length.
+
+Context i is a pure function of (files, context length, seed, i): resuming needs no state but i, and a rank reads only
+the tokens of its own units. A document that a context's end cuts starts afresh in the next one.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lasp.data.indexed import TokenFile
+
+IGNORED = -100  # the label of positions without a loss, PyTorch's cross-entropy's default
+
+
+class Context:
+    """`length` consecutive tokens of the stream: pieces of documents, read from the memory map when asked for.
+
+    `cu_seqlens`, int64 [pieces + 1] on the CPU, begins with 0 and ends with `length`.
+    """
+
+    def __init__(self, tokens: np.ndarray, pieces: np.ndarray, sources: np.ndarray, ends: np.ndarray) -> None:
+        """tokens [file]: all documents; pieces [P + 1]: where they begin in the context, then its length;
+        sources [P]: where they begin in `tokens`; ends [P]: where the documents they belong to end in `tokens`."""
+        self._tokens, self._pieces, self._sources, self._ends = tokens, pieces, sources, ends
+        self.length = int(pieces[-1])
+        self.cu_seqlens = torch.from_numpy(pieces)
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """The tokens of positions start…stop, int64 [stop - start]."""
+        source, _ = self._locate(start, stop)
+        return self._read(source)
+
+    def labels(self, start: int, stop: int) -> Tensor:
+        """For positions start…stop the document's next token, int64 [stop - start]; -100 at the document's last one.
+
+        Where the context's end cuts a document, the last label is the true next token, which is not in the context.
+        """
+        source, end = self._locate(start, stop)
+        last = source + 1 == end
+        return self._read(np.where(last, source, source + 1)).masked_fill_(torch.from_numpy(last), IGNORED)
+
+    def _locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each position its place in the file and the end of its document there."""
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"start, stop: got {start}, {stop}, expected 0 <= start <= stop <= {self.length}")
+        positions = np.arange(start, stop)
+        piece = np.searchsorted(self._pieces, positions, side="right") - 1
+        return self._sources[piece] + positions - self._pieces[piece], self._ends[piece]
+
+    def _read(self, source: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._tokens[source].astype(np.int64))
+
+
+class PackedContexts:
+    """The contexts of the token files at `prefix`, by number: `contexts[i]`, i = 0, 1, 2, … without end.
+
+    Each epoch has its own order of the documents, given by `seed` and the epoch's number; with shuffle=False each has
+    the file's. A context may hold the end of one epoch and the beginning of the next. Raises ValueError if there are
+    fewer tokens than one context has, and what `TokenFile` raises.
+    """
+
+    def __init__(self, prefix: str | Path, context_length: int, *, seed: int, shuffle: bool = True) -> None:
+        self.file = TokenFile(prefix)
+        if not 1 <= context_length <= self.file.num_tokens:
+            raise ValueError(
+                f"context_length: got {context_length}, expected 1 to {self.file.num_tokens} "
+                f"(all tokens of {self.file.bin_path})"
+            )
+        if seed < 0:
+            raise ValueError(f"seed: got {seed}, expected at least 0")
+        self.context_length, self.seed, self.shuffle = context_length, seed, shuffle
+        self._epoch = lru_cache(maxsize=2)(self._order)  # a context touches at most two
+
+    @property
+    def num_contexts(self) -> int:
+        """Whole contexts in one epoch."""
+        return self.file.num_tokens // self.context_length
+
+    def one_epoch(self) -> Iterator[Context]:
+        """The first epoch's whole contexts, once: for validation. A rest that is shorter than a context is left out."""
+        return (self[index] for index in range(self.num_contexts))
+
+    def __getitem__(self, index: int) -> Context:
+        if index < 0:
+            raise IndexError(f"index: got {index}, expected at least 0")
+        begin = index * self.context_length
+        parts = []
+        while begin < (index + 1) * self.context_length:
+            epoch, offset = divmod(begin, self.file.num_tokens)
+            stop = min((index + 1) * self.context_length - epoch * self.file.num_tokens, self.file.num_tokens)
+            parts.append(self._pieces(epoch, offset, stop))
+            begin += stop - offset
+        lengths, sources, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Context(self.file.tokens, np.concatenate([[0], np.cumsum(lengths)]), sources, ends)
+
+    def _pieces(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces at start…stop of an epoch's stream: their lengths, places and documents' ends in the file."""
+        order, starts = self._epoch(epoch)
+        first, last = np.searchsorted(starts, start, side="right") - 1, np.searchsorted(starts, stop, side="left")
+        low, high = np.maximum(starts[first:last], start), np.minimum(starts[first + 1 : last + 1], stop)
+        filled = low < high  # not the empty documents that Megatron's format allows
+        documents, ends_here = order[first:last][filled], starts[first + 1 : last + 1][filled]
+        ends = self.file.document_starts[documents + 1]
+        return (high - low)[filled], ends - (ends_here - low[filled]), ends
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's documents in order, [D], and where they begin in its stream, [D + 1]."""
+        order = np.arange(self.file.num_documents)
+        if self.shuffle:
+            np.random.default_rng([self.seed, epoch]).shuffle(order)
+        return order, np.concatenate([[0], np.cumsum(np.diff(self.file.document_starts)[order])])
+
+
+def local_batch(context: Context, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, int64 [1, T] each, of the units that a rank owns, and nothing else is read.
+
+    `ranges`: the units' (start, stop) positions in the context, in the rank's local order. Positions from the context's
+    length on are padding: token 0, label -100.
+    """
+    tokens, labels = [], []
+    for start, stop in ranges:
+        if not 0 <= start <= stop:
+            raise ValueError(f"ranges: got {(start, stop)}, expected 0 <= start <= stop")
+        inside = min(start, context.length), min(stop, context.length)
+        padding = (stop - start) - (inside[1] - inside[0])
+        tokens += [context.tokens(*inside), torch.zeros(padding, dtype=torch.int64)]
+        labels += [context.labels(*inside), torch.full((padding,), IGNORED)]
+    return torch.cat(tokens)[None], torch.cat(labels)[None]

@@ -1,0 +1,97 @@
+"""Tokenizers: the built-in byte tokenizer and Hugging Face `tokenizer.json` files."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+BYTE = "byte"
+USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<eod>", "[EOS]", "[EOD]")
+
+
+class Tokenizer(Protocol):
+    """What the rest of lasp asks of a tokenizer; ids are in [0, vocab_size)."""
+
+    vocab_size: int
+    eod: int  # the id that ends every document
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The ids [tokens], int32, of a text (bytes are UTF-8), without any begin or end token."""
+        ...
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """The text of ids [tokens]; eod and other special tokens give no text. ValueError for an id out of range."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0…255 are the bytes of the UTF-8 text, 256 is the end of a document."""
+
+    vocab_size = 257
+    eod = 256
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raw = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        checked = _in_range(ids, self.vocab_size)
+        # A model may stop inside a character, so its output need not be whole UTF-8.
+        return checked[checked < self.eod].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json`, read by the `tokenizers` library."""
+
+    def __init__(self, path: Path, eod: str | None = None) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"tokenizer: got {path}, expected a Hugging Face tokenizer.json ({error})") from error
+        # Documents are encoded whole, and a special token's name inside a text is text, not a document's end.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
+        candidates = USUAL_EOD if eod is None else (eod,)
+        name = next((name for name in candidates if name in ids), None)
+        if name is None:
+            raise ValueError(f"eod: got {eod!r}, expected the name of a token of {path}; none of {candidates} is one")
+        self.eod = ids[name]
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        string = text if isinstance(text, str) else text.decode()
+        return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        return self._tokenizer.decode(_in_range(ids, self.vocab_size).tolist(), skip_special_tokens=True)
+
+
+def load_tokenizer(name_or_path: str | Path = BYTE, *, eod: str | None = None) -> Tokenizer:
+    """The tokenizer called "byte", or the one of a `tokenizer.json` (or of the folder that holds it).
+
+    `eod` names a tokenizer.json's end-of-document token; None looks for the usual names. Raises FileNotFoundError if
+    there is no such file, ValueError if it is not a tokenizer or has no end-of-document token.
+    """
+    if name_or_path == BYTE:
+        if eod is not None:
+            raise ValueError(f"eod: got {eod!r}, expected None for the byte tokenizer, whose end of document is 256")
+        return ByteTokenizer()
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tokenizer: {path} is not there; expected {BYTE!r} or a Hugging Face tokenizer.json's path"
+        )
+    return JsonTokenizer(path, eod)
+
+
+def _in_range(ids: np.ndarray | list[int], vocab_size: int) -> np.ndarray:
+    array = np.asarray(ids, dtype=np.int64)
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        raise ValueError(f"ids: got values from {array.min()} to {array.max()}, expected 0 to {vocab_size - 1}")
+    return array

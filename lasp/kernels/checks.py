@@ -1,0 +1,84 @@
+"""What the public ops accept. A failure is a ValueError that names the argument, what was got and what was expected."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, name: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    require(tuple(x.shape) == expected, name, f"shape {list(x.shape)}", f"{meaning} = {list(expected)}")
+
+
+def same_kind(reference: Tensor, **tensors: Tensor | None) -> None:
+    """All on one device, floating point."""
+    require(reference.dtype in DTYPES, "dtype", reference.dtype, "float64, float32, bfloat16 or float16")
+    for name, x in tensors.items():
+        if x is not None:
+            require(x.device == reference.device, name, f"device {x.device}", f"{reference.device}, as v")
+            require(x.is_floating_point(), name, f"dtype {x.dtype}", "floating point")
+
+
+def heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k [B, T, Hq, K] and v [B, T, H, V] with H a multiple of Hq."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require(x.ndim == 4, name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
+    shape("k", k, tuple(q.shape), "q's shape [B, T, Hq, K]")
+    shape("v", v, (*q.shape[:2], *v.shape[2:]), "[B, T, H, V] with q's B and T")
+    require(v.shape[1] >= 1, "v", f"shape {list(v.shape)}", "at least one token")
+    require(v.shape[2] % q.shape[2] == 0, "v", f"{v.shape[2]} heads", f"a multiple of q's {q.shape[2]}")
+    require(k.dtype == q.dtype == v.dtype, "dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "the same for all three")
+
+
+def decay(g: Tensor | None, v: Tensor, key_dim: int, causal: bool) -> None:
+    """None, [H], [B, T, H] or [B, T, H, K]; natural log, at most 0 (looked at on the CPU only: no synchronisation)."""
+    if g is None:
+        return
+    require(causal, "decay", f"shape {list(g.shape)}", "None with causal=False")
+    if g.ndim == 1:
+        shape("decay", g, (v.shape[2],), "[H]")
+        require(not g.requires_grad, "decay", "a constant decay [H] that requires grad", "[B, T, H] to learn a decay")
+    elif g.ndim == 3:
+        shape("decay", g, tuple(v.shape[:3]), "[B, T, H]")
+    else:
+        shape("decay", g, (*v.shape[:3], key_dim), "[H], [B, T, H] or [B, T, H, K]")
+    if g.device.type == "cpu":
+        highest = g.detach().max().item()
+        require(highest <= 0, "decay", f"a maximum of {highest}", "natural logarithms, at most 0")
+
+
+def scale(value: float | None, key_dim: int) -> float:
+    """The factor of the scores: K ** -0.5 if None; it must be finite and not zero."""
+    value = key_dim**-0.5 if value is None else float(value)
+    require(math.isfinite(value) and value != 0, "scale", value, "a finite number other than 0")
+    return value
+
+
+def state(s: Tensor | None, count: int, v: Tensor, key_dim: int) -> None:
+    """[N, H, K, V] in fp32 (fp64 for fp64 inputs)."""
+    if s is None:
+        return
+    shape("initial_state", s, (count, v.shape[2], key_dim, v.shape[3]), "[N, H, K, V]")
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for {v.dtype} inputs")
+
+
+def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, read: bool = True) -> None:
+    """[N + 1] int32 or int64 from 0 to `tokens`, not decreasing, with B = 1. read=False looks at the shape alone."""
+    if offsets is None:
+        return
+    require(offsets.dtype in (torch.int32, torch.int64), "cu_seqlens", f"dtype {offsets.dtype}", "int32 or int64")
+    require(offsets.ndim == 1 and offsets.numel() >= 2, "cu_seqlens", f"shape {list(offsets.shape)}", "[N + 1], N >= 1")
+    require(batch == 1, "cu_seqlens", f"a batch of {batch}", "B = 1 for packed documents")
+    if read:
+        values = offsets.tolist()
+        require(values[0] == 0, "cu_seqlens", f"a start at {values[0]}", "0")
+        require(values[-1] == tokens, "cu_seqlens", f"an end at {values[-1]}", f"{tokens}, the number of tokens")
+        require(values == sorted(values), "cu_seqlens", values, "offsets that do not decrease")

@@ -1,0 +1,135 @@
+"""Linear attention and the delta rule: the public functions. Equations: math §1 and §2."""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from lasp.kernels import checks
+from lasp.kernels.recurrence import Alone, Boundary, Inputs, Op, run
+from lasp.kernels.reference.chunk import ChunkedOp, NonCausalOp
+from lasp.kernels.segments import Segments
+
+Backend = Literal["auto", "reference", "triton"]
+BACKENDS = get_args(Backend)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = Diag(exp g_t) S_{t-1} + k_t v_tᵀ,  o_t = scale · q_tᵀ S_t.
+
+    Args:
+        q, k: [B, T, Hq, K]; value head h uses q/k head h // (H // Hq).
+        v: [B, T, H, V], H a multiple of Hq. q, k, v share one dtype: float64, float32, bfloat16 or float16.
+        decay: g, natural log, at most 0: None | [H] (constant; must not require grad) | [B, T, H] | [B, T, H, K].
+        scale: K ** -0.5 if None.
+        causal: False lets every token read the state of its whole sequence (document); decay must then be None.
+        initial_state: [N, H, K, V] in fp32 (fp64 for fp64 inputs), N = B or the number of packed documents.
+        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1.
+        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] (None unless asked for). Everything is
+        differentiable, the two states included; accumulation is in the state's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), cu_seqlens that do not end at T,
+            or inputs that backend="triton" does not support.
+    """
+    check_linear(q, k, v, decay, causal)
+    return _run(q, k, v, decay, None, scale, causal, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = (I - β_t k_t k_tᵀ) Diag(exp g_t) S_{t-1} + β_t k_t v_tᵀ,  o_t = scale · q_tᵀ S_t.
+
+    DeltaNet without decay (arXiv:2406.06484), Gated DeltaNet with [B, T, H] (arXiv:2412.06464), Kimi Delta Attention
+    with [B, T, H, K] (arXiv:2510.26692). Keys should have unit length and beta lie in [0, 2]: the caller sees to that.
+
+    Args:
+        beta: [B, T, H], the writing strength. Everything else as in `linear_attention`, which this is without `causal`.
+
+    Raises:
+        ValueError: as `linear_attention`.
+    """
+    check_delta(q, k, v, beta, decay)
+    return _run(q, k, v, decay, beta, scale, True, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def check_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) -> None:
+    """Raises ValueError unless the tensors fit together."""
+    checks.same_kind(v, q=q, k=k, decay=decay)
+    checks.heads(q, k, v)
+    checks.decay(decay, v, k.shape[-1], causal)
+
+
+def check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None) -> None:
+    """Raises ValueError unless the tensors fit together."""
+    check_linear(q, k, v, decay, causal=True)
+    checks.same_kind(v, beta=beta)
+    checks.shape("beta", beta, tuple(v.shape[:3]), "[B, T, H]")
+
+
+def choose_op(x: Inputs, causal: bool = True, backend: Backend = "auto") -> Op:
+    """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
+    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    reference = ChunkedOp() if causal else NonCausalOp()
+    if backend == "reference" or (backend == "auto" and x.v.device.type != "cuda"):
+        return reference
+    from lasp.kernels.triton.dispatch import triton_op  # Triton is not there on every machine
+
+    op, refusal = triton_op(x, causal, asked=backend == "triton")
+    if op is not None:
+        return op
+    checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
+    return reference
+
+
+def run_op(
+    x: Inputs,
+    boundary: Boundary,
+    *,
+    causal: bool = True,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The op between whatever boundary: one rank's or an exchange."""
+    return run(choose_op(x, causal, backend), boundary, x, initial_state, output_final_state)
+
+
+def _run(q, k, v, decay, beta, scale, causal, initial_state, output_final_state, cu_seqlens, backend):
+    batch, tokens = v.shape[:2]
+    checks.cu_seqlens(cu_seqlens, batch, tokens)
+    segments = Segments(batch, tokens, cu_seqlens)
+    checks.state(initial_state, segments.count, v, k.shape[-1])
+    return run_op(
+        Inputs(q, k, v, decay, beta, checks.scale(scale, k.shape[-1]), segments),
+        Alone(),
+        causal=causal,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        backend=backend,
+    )

@@ -1,0 +1,166 @@
+"""One autograd function for every op with a recurrent state, on one rank or many.
+
+An op is two halves per direction; what lies between them is a `Boundary`: nothing on one rank, an exchange on many.
+
+    forward    summarize       (A, S) of each segment
+               boundary.enter  X, the state that comes in       -> finish
+    backward   summarize_grad  D of each segment
+               boundary.enter_grad  G, the gradient of the state that goes out       -> finish_grad
+"""
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels.segments import Segments
+from lasp.kernels.summary import Summary
+
+Kept = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call was given.
+
+    q, k [B, T, Hq, K], v [B, T, H, V], decay None, [H], [B, T, H] or [B, T, H, K], beta None or [B, T, H].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+    scale: float
+    segments: Segments
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        return self.segments.count, self.v.shape[2], self.k.shape[3], self.v.shape[3]
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.float64 if self.v.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the inputs, and of the state that came in ([N, H, K, V], through outputs and outgoing state)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+    incoming: Tensor
+
+
+class Op(Protocol):
+    """The four halves. `partial` passes between the two halves of one direction, `kept` from forward to backward.
+
+    `wanted` says whether anybody looks at the summary: on one rank nobody does. States that are None are zero.
+    """
+
+    def summarize(self, x: Inputs, wanted: bool) -> tuple[Summary | None, Any]:
+        """A and S of every segment: what others need to know, early and cheap."""
+
+    def finish(self, x: Inputs, partial: Any, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        """o [B, T, H, V] and the outgoing states [N, H, K, V], given the incoming ones."""
+
+    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
+        """D [N, H, K, V]: the gradient of the incoming states through the outputs alone."""
+
+    def finish_grad(self, x: Inputs, kept: Kept, partial: Any, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+        """Everything else, given the gradient of the outgoing states."""
+
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Pending(Protocol[Result]):
+    """Something under way."""
+
+    def wait(self) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Ready(Generic[Result]):
+    """A result that needed no waiting."""
+
+    value: Result
+
+    def wait(self) -> Result:
+        return self.value
+
+
+class Boundary(Protocol):
+    """Where segments get their incoming states from, and to whom the outgoing ones go."""
+
+    wants_summary: bool
+
+    def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor | None, Kept]]:
+        """Starts to find the incoming states [N, H, K, V], and what `enter_grad` will need."""
+
+    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+        """The final states, from the outgoing states of the segments."""
+
+    def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor | None]:
+        """Starts to find the gradients of the outgoing states, from D and from the gradient of the final states."""
+
+    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+        """The gradient of the initial states, from that of the incoming states."""
+
+
+class Alone:
+    """One rank: segments are whole sequences."""
+
+    wants_summary = False
+
+    def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor | None, Kept]]:
+        return Ready((initial_state, ()))
+
+    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+        return outgoing
+
+    def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor | None]:
+        return Ready(d_final)
+
+    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+        return d_incoming
+
+
+def run(
+    op: Op, boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """o [B, T, H, V] in v's dtype and, if asked for, the final states."""
+    return _Recurrence.apply(
+        op, boundary, x.scale, x.segments, output_final_state, x.q, x.k, x.v, x.decay, x.beta, initial_state
+    )
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, boundary, scale, segments, output_final_state, q, k, v, decay, beta, initial_state):
+        x = Inputs(q, k, v, decay, beta, scale, segments)
+        summary, partial = op.summarize(x, boundary.wants_summary)
+        incoming, link = boundary.enter(summary, initial_state).wait()
+        o, outgoing, kept = op.finish(x, partial, incoming)
+        ctx.op, ctx.boundary, ctx.scale, ctx.segments, ctx.num_kept = op, boundary, scale, segments, len(kept)
+        ctx.save_for_backward(q, k, v, decay, beta, *kept, *link)
+        ctx.set_materialize_grads(False)
+        return o, boundary.leave(outgoing, initial_state) if output_final_state else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, d_final):
+        q, k, v, decay, beta, *rest = ctx.saved_tensors
+        kept, link = tuple(rest[: ctx.num_kept]), tuple(rest[ctx.num_kept :])
+        x = Inputs(q, k, v, decay, beta, ctx.scale, ctx.segments)
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
+        d_outgoing = ctx.boundary.enter_grad(link, d_summary, d_final).wait()
+        grads = ctx.op.finish_grad(x, kept, partial, do, d_outgoing)
+        d_initial = ctx.boundary.leave_grad(grads.incoming, d_final) if ctx.needs_input_grad[10] else None
+        return None, None, None, None, None, grads.q, grads.k, grads.v, grads.decay, grads.beta, d_initial

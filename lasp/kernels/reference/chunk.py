@@ -1,0 +1,213 @@
+"""The specification in chunks: what runs on a CPU, and what the device kernels are measured against.
+
+Within a chunk of C tokens every class is the same affine map of the state X that enters it (math §1, §2):
+
+    o = R X + Y        outputs: R [C, K] is what they read of X, Y [C, V] what they read of the chunk itself
+    X' = A X + S       the outgoing state: A, S is the chunk's summary
+
+The delta family differs only in its pseudo-values u = U - W X (the WY form); everywhere else U = v and W = 0.
+Across chunks the states are scanned; backward scans D = Rᵀ do the other way, and the gradients of R, Y, A, S follow
+from those of o and X'. What remains is local to the chunk and left to autograd.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.segments import Chunks
+from lasp.kernels.summary import Summary, apply, apply_transposed, as_matrix
+
+CHUNK = 64
+CHUNK_DIAGONAL = 16  # exp(b_i - b_j) of every pair and channel is formed: safe for any gate, but C times the size of k
+
+
+class ChunkedOp:
+    """linear_attention and delta_rule: `beta` makes the difference."""
+
+    def summarize(self, x: Inputs, wanted: bool):
+        chunks = _chunks(x)
+        q, k, v, b, beta = _local(x, _leaves(x, chunks), chunks)
+        a, s, u, w = write(k, v, b, beta)
+        summary = Summary(_scan(chunks, a, s, _zero(x))[1], _total(chunks, a, _zero(x))) if wanted else None
+        return summary, (chunks, a, s, (q, k, b, u, w))
+
+    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        chunks, a, s, local = partial
+        incoming = _zero(x) if incoming is None else incoming
+        entering, outgoing = _scan(chunks, a, s, incoming)
+        r, y = read(*local)
+        return chunks.join(r @ entering + y, x.v.shape[0]).to(x.v.dtype), outgoing, (incoming,)
+
+    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+        chunks = _chunks(x)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in _leaves(x, chunks)]
+        with torch.enable_grad():
+            q, k, v, b, beta = _local(x, leaves, chunks)
+            a, s, u, w = write(k, v, b, beta)
+            r, y = read(q, k, b, u, w)
+        do = chunks.split(do).to(x.state_dtype)
+        d = r.detach().mT @ do
+        total = _scan_back(chunks, None if a is None else a.detach(), d, _zero(x))[1] if wanted else None
+        return total, (chunks, leaves, (r, y, a, s), do, d)
+
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+        chunks, leaves, (r, y, a, s), do, d = partial
+        (incoming,) = kept
+        assert incoming is not None
+        a_value = None if a is None else a.detach()
+        entering, _ = _scan(chunks, a_value, s.detach(), incoming)
+        leaving, d_incoming = _scan_back(chunks, a_value, d, _zero(x) if d_outgoing is None else d_outgoing)
+        outputs, grads = [r, y, s], [do @ entering.mT, do, leaving]
+        if a_value is not None and a.requires_grad:
+            outputs.append(a)
+            grads.append(_transition_grad(a_value, entering, leaving))
+        names = ("q", "k", "v", "decay", "beta")
+        wanted = {name: leaf for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
+        found = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
+        whole = {name: chunks.join(d, x.v.shape[0]).to(getattr(x, name).dtype) for name, d in found.items()}
+        return Gradients(**({"decay": None, "beta": None} | whole), incoming=d_incoming)
+
+
+class NonCausalOp:
+    """linear_attention with causal=False: every token reads the state of its whole segment, and there is no decay."""
+
+    def summarize(self, x: Inputs, wanted: bool):
+        chunks = _chunks(x)
+        q, k, v, _, _ = _local(x, _leaves(x, chunks), chunks)
+        s = _sum_over_chunks(chunks, k.mT @ v, x)
+        return Summary(s), (chunks, q, s)
+
+    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        chunks, q, s = partial
+        state = s if incoming is None else s + incoming
+        return chunks.join(q @ state[chunks.owner], x.v.shape[0]).to(x.v.dtype), state, (state,)
+
+    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+        chunks = _chunks(x)
+        local = _local(x, _leaves(x, chunks), chunks)
+        do = chunks.split(do).to(x.state_dtype)
+        d = _sum_over_chunks(chunks, local[0].mT @ do, x)
+        return d, (chunks, local, do, d)
+
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+        chunks, (_, k, v, _, _), do, d = partial
+        d = d if d_outgoing is None else d + d_outgoing
+        (state,) = kept
+        assert state is not None
+        state, d_state = state[chunks.owner], d[chunks.owner]
+        groups = (x.q.shape[2], x.v.shape[2] // x.q.shape[2])
+        dq = (do @ state.mT * x.scale).unflatten(1, groups).sum(2)
+        dk = (v @ d_state.mT).unflatten(1, groups).sum(2)
+        dq, dk, dv = (chunks.join(t, x.v.shape[0]).to(x.v.dtype) for t in (dq, dk, k @ d_state))
+        return Gradients(dq, dk, dv, None, None, d)
+
+
+def write(k: Tensor, v: Tensor, b: Tensor | None, beta: Tensor | None):
+    """A, S and the pseudo-values' U, W (u = U - W X) of each chunk; k, v [M, H, C, ·], b the cumulative log decay."""
+    u, w = v, None
+    if beta is not None:
+        lower = scores(k, k, b, strict=True) * beta[..., None]
+        u, w = torch.linalg.solve_triangular(
+            lower, torch.cat([v, _decayed(k, b)], -1) * beta[..., None], upper=False, unitriangular=True
+        ).split([v.shape[-1], k.shape[-1]], dim=-1)
+    k_out = k if b is None else _decayed(k, b[:, :, -1:] - b)
+    a = None if b is None else b[:, :, -1]
+    if w is not None:
+        a = as_matrix(a, k) - k_out.mT @ w
+    return a, k_out.mT @ u, u, w
+
+
+def read(q: Tensor, k: Tensor, b: Tensor | None, u: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+    """R and Y of each chunk."""
+    p = scores(q, k, b)
+    r = _decayed(q, b)
+    return r if w is None else r - p @ w, p @ u
+
+
+def scores(q: Tensor, k: Tensor, b: Tensor | None, strict: bool = False) -> Tensor:
+    """Σ_d q_i k_j exp(b_i - b_j) for j <= i (j < i if strict), zero elsewhere; [M, H, C, C]."""
+    c = k.shape[2]
+    seen = torch.ones(c, c, dtype=torch.bool, device=k.device).tril(-1 if strict else 0)
+    if b is None:
+        return (q @ k.mT) * seen
+    if b.ndim == 3:
+        gap = b[:, :, :, None] - b[:, :, None, :]
+        return (q @ k.mT) * gap.masked_fill(~seen, -torch.inf).exp()
+    gap = (b[:, :, :, None] - b[:, :, None, :]).masked_fill(~seen[:, :, None], -torch.inf)
+    return torch.einsum("mhik,mhjk,mhijk->mhij", q, k, gap.exp())
+
+
+def _decayed(x: Tensor, b: Tensor | None) -> Tensor:
+    """x [M, H, C, K] times exp(b), b [M, H, C] or [M, H, C, K]."""
+    if b is None:
+        return x
+    return x * (b[..., None] if b.ndim == 3 else b).exp()
+
+
+def _chunks(x: Inputs) -> Chunks:
+    diagonal = x.decay is not None and x.decay.ndim == 4
+    return x.segments.chunks(CHUNK_DIAGONAL if diagonal else CHUNK, x.v.device)
+
+
+def _leaves(x: Inputs, chunks: Chunks) -> list[Tensor | None]:
+    """q, k, v, decay, beta in chunks, in the dtype of the state; a constant decay is not one of them."""
+    decay = x.decay if x.decay is not None and x.decay.ndim > 1 else None
+    return [None if t is None else chunks.split(t).to(x.state_dtype) for t in (x.q, x.k, x.v, decay, x.beta)]
+
+
+def _local(x: Inputs, leaves: list[Any], chunks: Chunks):
+    """Scaled q, k (one per value head), v, cumulative log decay within the chunk, beta."""
+    q, k, v, g, beta = leaves
+    q, k = (t.repeat_interleave(x.v.shape[2] // t.shape[1], dim=1) for t in (q * x.scale, k))
+    if x.decay is not None and x.decay.ndim == 1:  # empty slots must not decay the state
+        g = x.decay.to(x.state_dtype)[None, :, None] * chunks.mask[:, None]
+    return q, k, v, None if g is None else g.cumsum(2), beta
+
+
+def _scan(chunks: Chunks, a: Tensor | None, s: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
+    """The state that enters each chunk [M, H, K, V] and those that leave the segments [N, H, K, V]."""
+    entering, state = torch.empty_like(s), incoming.clone()
+    for segment, chunk in chunks.steps:
+        entering[chunk] = state[segment]
+        state[segment] = apply(None if a is None else a[chunk], state[segment]) + s[chunk]
+    return entering, state
+
+
+def _scan_back(chunks: Chunks, a: Tensor | None, d: Tensor, d_outgoing: Tensor) -> tuple[Tensor, Tensor]:
+    """The mirror image: the gradient of each chunk's outgoing state and of the segments' incoming ones."""
+    leaving, grad = torch.empty_like(d), d_outgoing.clone()
+    for segment, chunk in reversed(chunks.steps):
+        leaving[chunk] = grad[segment]
+        grad[segment] = apply_transposed(None if a is None else a[chunk], grad[segment]) + d[chunk]
+    return leaving, grad
+
+
+def _total(chunks: Chunks, a: Tensor | None, like: Tensor) -> Tensor | None:
+    """The product of each segment's transitions."""
+    if a is None:
+        return None
+    if a.ndim < like.ndim:
+        return a.new_zeros(len(like), *a.shape[1:]).index_add(0, chunks.owner, a)
+    total = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(len(like), *a.shape[1:]).clone()
+    for segment, chunk in chunks.steps:
+        total[segment] = a[chunk] @ total[segment]
+    return total
+
+
+def _transition_grad(a: Tensor, entering: Tensor, leaving: Tensor) -> Tensor:
+    """∂L/∂A = G Xᵀ, reduced to the class of A (through the exponential where A is a logarithm)."""
+    if a.ndim == entering.ndim:
+        return leaving @ entering.mT
+    grad = (apply(a, entering) * leaving).sum(-1)
+    return grad if a.ndim == 3 else grad.sum(-1)
+
+
+def _zero(x: Inputs) -> Tensor:
+    """The zero state of every segment."""
+    return x.v.new_zeros(x.state_shape, dtype=x.state_dtype)
+
+
+def _sum_over_chunks(chunks: Chunks, per_chunk: Tensor, x: Inputs) -> Tensor:
+    return _zero(x).index_add(0, chunks.owner, per_chunk)

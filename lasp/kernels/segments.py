@@ -1,0 +1,121 @@
+"""Which consecutive tokens share a state: the rows of a batch, or packed documents.
+
+Every op sees its tokens as one flat list cut into N segments, each with its own incoming and outgoing state.
+Sequence parallelism needs no more than that: a rank's segments are the pieces of documents that it holds.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Segments:
+    """N runs of consecutive tokens in the flat order of a `[B, T, ...]` tensor.
+
+    batch, tokens: B and T. cu_seqlens: [N + 1] integer offsets of packed segments (then B = 1); None makes every row
+    of the batch one segment. Reading `offsets` copies a device tensor to the host once.
+    """
+
+    def __init__(self, batch: int, tokens: int, cu_seqlens: Tensor | None = None):
+        self.batch, self.tokens, self.cu_seqlens = batch, tokens, cu_seqlens
+        self.count = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        self._chunks: dict[tuple[int, torch.device], Chunks] = {}
+        self._tiles: dict[tuple[int, torch.device], Tiles] = {}
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[N + 1] int64 on the host: segment n is the flat tokens offsets[n] … offsets[n + 1] - 1."""
+        if self.cu_seqlens is None:
+            return torch.arange(self.batch + 1, device="cpu") * self.tokens
+        return self.cu_seqlens.to("cpu", torch.int64)
+
+    def chunks(self, size: int, device: torch.device) -> "Chunks":
+        if (size, device) not in self._chunks:
+            self._chunks[size, device] = Chunks(self.offsets, size, device)
+        return self._chunks[size, device]
+
+    def tiles(self, size: int, device: torch.device) -> "Tiles":
+        if (size, device) not in self._tiles:
+            self._tiles[size, device] = Tiles.cut(self, size, device)
+        return self._tiles[size, device]
+
+
+class Chunks:
+    """The segments cut into M chunks of C tokens each; a segment's last chunk may be partly empty.
+
+    owner: [M] the segment of each chunk.  mask: [M, C] True where there is a token.
+    steps: for i = 0, 1, …: the segments that have an i-th chunk, and those chunks, as indices (or slices).
+    """
+
+    def __init__(self, offsets: Tensor, size: int, device: torch.device):
+        lengths = offsets.diff()
+        counts = (lengths + size - 1) // size
+        first = counts.cumsum(0) - counts
+        self.size, self.count = size, int(counts.sum())
+        self.dense = bool((lengths % size == 0).all())
+
+        place = torch.arange(max(len(lengths), self.count, size), device=offsets.device)
+        owner = torch.repeat_interleave(place[: len(lengths)], counts)
+        start = offsets[owner] + (place[: self.count] - first[owner]) * size
+        token = start[:, None] + place[:size]
+        mask = token < offsets[owner + 1][:, None]
+        self.owner, self.mask = owner.to(device), mask.to(device)
+        self._token = token.where(mask, 0).to(device)
+        self._slot = mask.flatten().nonzero().squeeze(1).to(device)
+
+        most = max(counts.tolist(), default=0)
+        self.steps: list[tuple[Tensor | slice, Tensor | slice]]
+        if bool((counts == most).all()):
+            self.steps = [(slice(None), slice(i, None, most)) for i in range(most)]
+        else:
+            longest_first = counts.argsort(descending=True, stable=True)
+            active = [longest_first[: int((counts > i).sum())] for i in range(most)]
+            self.steps = [(n.to(device), (first[n] + i).to(device)) for i, n in enumerate(active)]
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [M, H, C, ...], zero where there is no token."""
+        flat = x.flatten(0, 1)
+        if self.dense:
+            return flat.unflatten(0, (self.count, self.size)).transpose(1, 2)
+        chunks = flat[self._token] * self.mask.view(*self.mask.shape, *(1,) * (flat.ndim - 1)).to(x.dtype)
+        return chunks.transpose(1, 2)
+
+    def join(self, chunks: Tensor, batch: int) -> Tensor:
+        """The inverse of `split`: [M, H, C, ...] -> [B, T, H, ...]."""
+        flat = chunks.transpose(1, 2).flatten(0, 1)
+        return (flat if self.dense else flat[self._slot]).unflatten(0, (batch, -1))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The segments cut into tiles of at most `size` tokens: one program of a device kernel walks one tile.
+
+    start: [M] int64, a tile's first token in flat order.  length: [M] int32.  first: [N + 1] int32, the tiles of
+    segment n are first[n] … first[n + 1] - 1.  With cu_seqlens on the device M is an upper bound, so that nothing
+    has to be copied to the host; the tiles beyond first[N] are empty.
+    """
+
+    size: int
+    count: int
+    start: Tensor
+    length: Tensor
+    first: Tensor
+
+    @classmethod
+    def cut(cls, segments: Segments, size: int, device: torch.device) -> "Tiles":
+        packed = segments.cu_seqlens
+        offsets = packed.long() if packed is not None and packed.device == device else segments.offsets
+        on_device = offsets.device.type != "cpu"
+        lengths = offsets.diff()
+        counts = (lengths + size - 1) // size
+        first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        total = segments.batch * segments.tokens
+        count = -(-total // size) + segments.count if on_device else int(first[-1])
+        tile = torch.arange(count, device=offsets.device)
+        owner = torch.searchsorted(first[1:], tile, right=True).clamp(max=segments.count - 1)
+        start = offsets[owner] + (tile - first[owner]) * size
+        length = (offsets[owner + 1] - start).clamp(0, size)
+        parts = start.where(length > 0, 0), length.int(), first.int()
+        return cls(size, count, *(part.to(device, non_blocking=True) for part in parts))

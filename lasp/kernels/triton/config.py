@@ -1,0 +1,64 @@
+"""How kernels are launched: a small table keyed on head size and dtype, never on the length of a sequence."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_HEAD = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LONGEST_TILE, SHORTEST_TILE = 4096, 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """chunk: tokens per step of a walk. widest: columns of the state that one program of a walk holds."""
+
+    chunk: int
+    warps: int
+    stages: int
+    widest: int
+    state_stages: int = 3
+    precision: str = "tf32"  # of products in fp32, where states meet fp16 inputs
+
+
+def block_of(size: int) -> int:
+    """The power of two that holds a head size; matrix units want 16 at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
+    """The configuration of the scalar classes' kernels for these head sizes and dtype."""
+    widest = max(k.shape[-1], v.shape[-1])
+    if v.dtype == torch.float32:
+        return Config(chunk=32, warps=8, stages=1, widest=64, state_stages=1, precision="ieee")
+    if widest > 128:
+        return Config(chunk=64, warps=8, stages=1, widest=64)
+    if widest > 64 and not gated:
+        return Config(chunk=128, warps=8, stages=2, widest=128)
+    return Config(chunk=64, warps=4, stages=2, widest=64)
+
+
+def tile_length(tokens: int, heads: int, device: torch.device) -> int:
+    """Tokens per tile: two programs for every multiprocessor, if that makes tiles neither tiny nor endless."""
+    wanted = -(-tokens * heads // (2 * _multiprocessors(device)))
+    rounded = -(-wanted // SHORTEST_TILE) * SHORTEST_TILE
+    return min(LONGEST_TILE, rounded)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def unsupported(k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton backend cannot take these tensors, if it cannot."""
+    if v.dtype not in DTYPES:
+        return f"{v.dtype}: Triton takes bfloat16, float16 and float32"
+    if max(k.shape[-1], v.shape[-1]) > MAX_HEAD:
+        return f"head sizes K = {k.shape[-1]}, V = {v.shape[-1]}: Triton takes at most {MAX_HEAD}"
+    if v.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"a tensor on {v.device}: Triton takes tensors on a GPU"
+    return None

@@ -1,0 +1,159 @@
+"""The delta rule as an op of two halves per direction (see lasp.kernels.recurrence).
+
+forward    T of every chunk; tiles' summaries (S, A); scan; outputs, walking up
+backward   tiles' summaries D, walking down; scan; then for some heads at a time: the state of every chunk and u (up),
+           its gradient and dr (down), and all gradients chunk by chunk
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.segments import Tiles
+from lasp.kernels.summary import Summary
+from lasp.kernels.triton.delta_config import delta_config
+from lasp.kernels.triton.delta_costates import walk_down
+from lasp.kernels.triton.delta_grads import gradients
+from lasp.kernels.triton.delta_scan import scan
+from lasp.kernels.triton.delta_states import OUTPUTS, STATES, SUMMARY, TRANSITION, walk_up
+from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
+from lasp.kernels.triton.linear import contiguous, per_q_head
+
+ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
+SHORTEST_TILE = 256
+HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**18  # backward holds the states of all chunks for so many heads or tokens x heads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut. whole: every segment is one tile, so that a tile's end is its segment's.  shared: what every
+    walk is told.  heads: how many of them backward treats at a time."""
+
+    tiles: Tiles
+    chunks: Tiles
+    whole: bool
+    shared: dict[str, Any]
+    heads: int
+
+    @staticmethod
+    def of(x: Inputs) -> "Plan":
+        (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
+        blocks = -(-value_dim // delta_config(x.k, x.v).states.block)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        size = tile_length(x, max(1, 2 * processors // (blocks * min(heads, HEADS_AT_ONCE))))
+        tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
+        whole = x.segments.cu_seqlens is None and tokens <= size
+        start = chunks.start.where(chunks.length > 0, 2**62)  # empty chunks come last and start at 0
+        shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decays": x.decay is not None}
+        at_once = max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens), processors // (blocks * tiles.count))
+        return Plan(tiles, chunks, whole, shared, min(heads, at_once))
+
+
+def tile_length(x: Inputs, wanted: int) -> int:
+    """Tokens per tile: whole segments if there are many, else what makes `wanted` tiles, if they are not too short."""
+    batch, tokens, heads, value_dim = x.v.shape
+    longest = (
+        2**31 // (heads * max(x.k.shape[-1], value_dim, CHUNK)) // CHUNK * CHUNK - CHUNK
+    )  # 32-bit offsets within a tile
+    whole = x.segments.cu_seqlens is None and batch * heads >= ENOUGH_WALKS
+    length = tokens if whole else max(SHORTEST_TILE, -(-batch * tokens // wanted))
+    return min(-(-length // CHUNK) * CHUNK, longest)
+
+
+@dataclass(frozen=True)
+class TritonDelta:
+    """decay None, [H] or [B, T, H]. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four
+    numbers per token and head, and for every tile its entering state and transition."""
+
+    def summarize(self, x: Inputs, wanted: bool):
+        x, plan, config = contiguous(x), Plan.of(x), delta_config(x.k, x.v)
+        assert x.beta is not None
+        dtype = torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32
+        wy, gates = wy_inverse(plan.chunks, x.k, x.decay, x.beta, dtype)
+        if plan.whole and not wanted:
+            return None, (x, plan, wy, gates, None, None)
+        heads, key_dim, value_dim = x.state_shape[1:]
+        states = x.v.new_empty(plan.tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
+        transitions = states.new_empty(plan.tiles.count, heads, key_dim, key_dim)
+        for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
+            walk_up(mode, plan.tiles, None, x.k, x.v, gates, wy, None, config, end=end, **plan.shared)
+        summary = None
+        if wanted:
+            _, end = scan(plan.tiles, states, transitions, None, backward=False)
+            summary = Summary(end, self._total(plan, transitions, x))
+        return summary, (x, plan, wy, gates, states, transitions)
+
+    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        x, plan, wy, gates, states, transitions = partial
+        if plan.whole:
+            entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if incoming is None else incoming.contiguous()
+            end = outgoing = torch.empty_like(entering)
+        else:
+            end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, incoming, backward=False)
+        config = delta_config(x.k, x.v)
+        scores = chunk_scores(plan.chunks, x.q, x.k, gates, x.decay is not None, wy, x.scale, config.precision)
+        o = torch.empty_like(x.v)
+        walk_up(
+            OUTPUTS, plan.tiles, x.q, x.k, x.v, gates, wy, scores, config,
+            scale=x.scale, entering=entering, end=end, o=o, **plan.shared,
+        )  # fmt: skip
+        return o, outgoing, (wy, scores, gates, entering, transitions)
+
+    def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
+        x, plan, (wy, scores, gates, entering, transitions) = contiguous(x), Plan.of(x), kept
+        d = torch.empty_like(entering) if wanted or not plan.whole else None
+        total = None
+        if d is not None:
+            config = delta_config(x.k, x.v)
+            walk_down(SUMMARY, plan.tiles, x.q, x.k, do, gates, wy, scores, config, x.scale, end=d, **plan.shared)
+        if wanted:
+            assert d is not None
+            total = scan(plan.tiles, d, transitions, None, backward=True)[1]
+        return total, (x, plan, d)
+
+    def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+        (x, plan, d), (wy, scores, gates, entering, transitions), config = partial, kept, delta_config(x.k, x.v)
+        assert x.beta is not None
+        if plan.whole:
+            leaving = torch.zeros_like(entering) if d_outgoing is None else d_outgoing.contiguous()
+            end = d_incoming = torch.empty_like(entering)
+        else:
+            end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, d_outgoing, backward=True)
+        (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
+        per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
+        dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=per_head) for _ in range(2))
+        learned = x.decay if x.decay is not None and x.decay.ndim > 1 else None
+        d_decay = None if learned is None else torch.empty_like(learned)
+        found = dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta)
+        some = plan.heads
+        u, dr = (wy.new_empty(batch, tokens, some, value_dim) for _ in range(2))
+        chunk_states, chunk_grads = (wy.new_empty(plan.chunks.count, some, value_dim, key_dim) for _ in range(2))
+        for first in range(0, heads, some):
+            part = range(first, min(first + some, heads))
+            where = {**plan.shared, "head_range": part}
+            walk_up(
+                STATES, plan.tiles, None, x.k, x.v, gates, wy, None, config,
+                entering=entering, u=u, states=chunk_states, **where,
+            )  # fmt: skip
+            walk_down(
+                STATES, plan.tiles, x.q, x.k, do, gates, wy, scores, config, x.scale,
+                leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
+            )  # fmt: skip
+            gradients(
+                plan.chunks, x.q, x.k, x.v, do, gates, u, dr, chunk_states, chunk_grads,
+                found, x.scale, x.decay is not None, config, part,
+            )  # fmt: skip
+        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
+
+    @staticmethod
+    def _total(plan: Plan, transitions: Tensor, x: Inputs) -> Tensor:
+        """The transition of each segment [N, H, K, K]: what a scan makes of the identity where nothing is added."""
+        if plan.whole:
+            return transitions
+        eye = torch.eye(transitions.shape[-1], dtype=transitions.dtype, device=transitions.device)
+        start = eye.expand(x.segments.count, *transitions.shape[1:]).contiguous()
+        nothing = torch.zeros_like(transitions)
+        return scan(plan.tiles, nothing, transitions, start, backward=False)[1]

@@ -1,0 +1,178 @@
+"""The delta rule's walk up a tile with the state X in registers: summaries, outputs, or the state of every chunk.
+
+    r = beta (V - e^b K X)        u = T r        o = e^b Q X + P u        X <- e^{b_C} X + (K e^{b_C - b})ᵀ u
+
+T comes from `delta_wy`, P_ij = e^{b_i - b_j} q_i·k_j for j <= i. Columns of X (of V) are independent of each other, so
+a program holds some of them; all is transposed, so that what one product yields is the next one's first operand and
+never leaves registers. The same walk from X = I with V = 0 gives the tile's transition.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.delta_wy import CHUNK
+
+SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def fine_dot(x, y, acc, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x y for fp32 x; FINE keeps what x loses when it is rounded to the type of y."""
+    high = x.to(y.dtype)
+    acc = tl.dot(high, y, acc, input_precision=PRECISION)
+    if FINE and y.dtype != tl.float32:
+        acc = tl.dot((x - high.to(tl.float32)).to(y.dtype), y, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["FIRST_HEAD"])
+def _walk_up(
+    q,  # [tokens, Hq, K]
+    k,
+    v,  # [tokens, H, V]
+    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    wy,  # [tokens, H, C]: T
+    scores,  # [tokens, H, C]: P, for OUTPUTS
+    entering,  # [M, H, K, V] fp32, for OUTPUTS and STATES
+    end,  # [M, H, K, V] fp32, the state at the tile's end, if ENDS
+    o,  # [tokens, H, V], for OUTPUTS
+    u,  # [tokens, HEADS, V], for STATES
+    states,  # [chunks, HEADS, V, K], for STATES: the state that enters each chunk, transposed
+    start,
+    length,
+    first_chunk,  # [M]
+    scale,
+    H,
+    G,
+    FIRST_HEAD,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MODE: tl.constexpr,
+    ENDS: tl.constexpr,
+    DECAYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    h = FIRST_HEAD + row
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
+    in_k, in_v = cols < K, rows < V
+    c = tl.arange(0, C)
+    work = wy.dtype.element_ty
+    wy += (begin * H + h) * C  # within a tile 32 bits are enough
+    k += (begin * (H // G) + h // G) * K
+    if MODE != TRANSITION:
+        v += (begin * H + h) * V
+    if MODE == OUTPUTS:
+        q += (begin * (H // G) + h // G) * K
+        scores += (begin * H + h) * C
+        o += (begin * H + h) * V
+    if MODE == STATES:
+        u += (begin * heads + row) * V
+    FINE: tl.constexpr = MODE == TRANSITION
+    inside = in_v[:, None] & in_k[None, :]
+    at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
+    if MODE == TRANSITION:
+        x = tl.where(inside & (rows[:, None] == cols[None, :]), 1.0, 0.0)
+    elif MODE == SUMMARY:
+        x = tl.zeros([BV, BK], tl.float32)
+    else:
+        x = tl.load(entering + at_state, mask=inside, other=0.0)
+    chunk = tl.load(first_chunk + tile)
+    if MODE != TRANSITION:
+        v_next = tl.load(
+            v + (c * (H * V))[None, :] + rows[:, None], mask=(c < count)[None, :] & in_v[:, None], other=0.0
+        )
+    for i in tl.range(0, tl.cdiv(count, C), num_stages=STAGES):
+        place = i * C + c
+        here = place < count
+        at_k = (place * (H // G * K))[:, None] + cols[None, :]
+        at_v = (place * (H * V))[None, :] + rows[:, None]
+        here_k = here[:, None] if K == BK else here[:, None] & in_k[None, :]
+        kc = tl.load(k + at_k, mask=here_k, other=0.0).to(work)
+        tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
+        ahead = place + C < count
+        gate = gates + ((chunk + i) * H + h) * 4 * C + c
+        betas = tl.load(gate)
+        if DECAYS:
+            from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
+            total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1)
+        if MODE != TRANSITION:
+            vt = v_next
+            v_next = tl.load(v + at_v + C * H * V, mask=ahead[None, :] & in_v[:, None], other=0.0)
+        if MODE == STATES:
+            tl.store(
+                states + ((chunk + i) * heads + row) * K * V + rows[:, None] * K + cols[None, :],
+                x.to(states.dtype.element_ty),
+                mask=inside,
+            )
+        r = fine_dot(x, tl.trans(kc), tl.zeros([BV, C], tl.float32), FINE, PRECISION)
+        here_v = here[None, :] if V % BV == 0 else in_v[:, None] & here[None, :]
+        if DECAYS:
+            r *= from_start[None, :]
+        if MODE == TRANSITION:
+            r *= -betas[None, :]
+        else:
+            r = betas[None, :] * (vt.to(tl.float32) - r)
+        ut = fine_dot(r, tl.trans(tc), tl.zeros([BV, C], tl.float32), FINE, PRECISION)
+        if MODE == OUTPUTS:
+            qt = tl.trans(tl.load(q + at_k, mask=here_k, other=0.0).to(work))
+            pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
+            ot = tl.dot(x.to(work), qt, input_precision=PRECISION) * scale
+            if DECAYS:
+                ot *= from_start[None, :]
+            ot = tl.dot(ut.to(work), tl.trans(pc), ot, input_precision=PRECISION)
+            tl.store(o + at_v, ot.to(o.dtype.element_ty), mask=here_v)
+        if MODE == STATES:
+            tl.store(u + (place * (heads * V))[None, :] + rows[:, None], ut.to(work), mask=here_v)
+        if DECAYS:
+            x *= total
+            ut *= to_end[None, :]
+        x = fine_dot(ut, kc, x, FINE, PRECISION)
+    if ENDS:
+        tl.store(end + at_state, x, mask=inside)
+
+
+def walk_up(
+    mode: tl.constexpr,
+    tiles: Tiles,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    wy: Tensor,
+    scores: Tensor | None,
+    config: DeltaConfig,
+    *,
+    scale: float = 1.0,
+    entering: Tensor | None = None,
+    end: Tensor | None = None,
+    o: Tensor | None = None,
+    u: Tensor | None = None,
+    states: Tensor | None = None,
+    first_chunk: Tensor,
+    decays: bool,
+    head_range: range | None = None,
+) -> None:
+    """Runs the walk over every tile and head (of `head_range`); `mode` says which of the tensors it fills."""
+    (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
+    value_dim = key_dim if mode == TRANSITION else value_dim
+    launch = {SUMMARY: config.summary, TRANSITION: config.transition, OUTPUTS: config.outputs, STATES: config.states}[
+        mode
+    ]
+    block_v = min(block_of(value_dim), launch.block)
+    some = head_range or range(heads)
+    _walk_up[tiles.count, len(some), triton.cdiv(value_dim, block_v)](
+        q, k, v, gates, wy, scores, entering, end, o, u, states, tiles.start, tiles.length, first_chunk,
+        scale, heads, heads // q_heads, some.start,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
+        DECAYS=decays, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Scalar gates: their cumulative sums, which every other kernel reads, and their gradient."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NONE, CONSTANT, SCALAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def decay_class(decay: Tensor | None) -> tl.constexpr:
+    """NONE, CONSTANT or SCALAR."""
+    return NONE if decay is None else {1: CONSTANT, 3: SCALAR}[decay.ndim]
+
+
+@triton.jit
+def scalar_decay(decay, tokens, here, h, H, DECAY: tl.constexpr):
+    """Log decay of a chunk's tokens, [C]; zero outside the tile, so that empty places do not decay the state."""
+    if DECAY == CONSTANT:
+        return tl.where(here, tl.load(decay + h).to(tl.float32), 0.0)
+    else:
+        return tl.load(decay + tokens * H + h, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _cumulate(
+    decay,  # [H] or [tokens, H]
+    cumulated,  # [tokens, H] fp32
+    start,
+    length,
+    H,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+    CONSTANT: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    for i in range(tl.cdiv(count, C)):
+        place = i * C + tl.arange(0, C)
+        at = (begin + place)[:, None] * H + heads[None, :]
+        here = (place < count)[:, None] & (heads < H)[None, :]
+        source = decay + heads[None, :] + tl.zeros([C, 1], tl.int64) if CONSTANT else decay + at
+        g = tl.load(source, mask=here, other=0.0).to(tl.float32)
+        tl.store(cumulated + at, tl.cumsum(g, axis=0) * LOG2_E, mask=here)
+
+
+@triton.jit
+def load_cumulated(cumulated, begin, i, count, h, H, C: tl.constexpr):
+    """Chunk i of a tile: b [C], the log2 decay from the chunk's start up to each token, and that of the whole chunk.
+
+    Places without a token carry the latter, so that no difference from the others is above zero.
+    """
+    place = i * C + tl.arange(0, C)
+    end = tl.load(cumulated + (begin + tl.minimum(i * C + C, count) - 1) * H + h)
+    b = tl.load(cumulated + (begin + place) * H + h, mask=place < count, other=0.0)
+    return tl.where(place < count, b, end), end
+
+
+@triton.jit
+def _gate_grads(
+    q_dq,  # [QB, tokens, H]
+    v_dv,  # [VB, tokens, H]
+    at_end,  # [QB, M, H]
+    dg,  # [tokens, H]
+    start,
+    length,
+    TOKENS,
+    H,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+    QB: tl.constexpr,
+    VB: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    carry = tl.zeros([BH], tl.float32)
+    for block in tl.static_range(QB):
+        carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
+    chunks = tl.cdiv(count, C)
+    for step in range(chunks):
+        place = (chunks - 1 - step) * C + tl.arange(0, C)
+        at = (begin + place)[:, None] * H + heads[None, :]
+        here = (place < count)[:, None] & (heads < H)[None, :]
+        change = tl.zeros([C, BH], tl.float32)
+        for block in tl.static_range(QB):
+            change += tl.load(q_dq + block * TOKENS * H + at, mask=here, other=0.0)
+        for block in tl.static_range(VB):
+            change -= tl.load(v_dv + block * TOKENS * H + at, mask=here, other=0.0)
+        total = tl.sum(change, axis=0)
+        from_here = total[None, :] - tl.cumsum(change, axis=0) + change
+        tl.store(dg + at, (from_here + carry[None, :]).to(dg.dtype.element_ty), mask=here)
+        carry += total
+
+
+def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
+    """The log2 decay [B, T, H] from the start of each token's chunk up to it, in fp32; None without gates."""
+    if decay is None:
+        return None
+    heads = decay.shape[-1]
+    cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
+    block = min(16, triton.next_power_of_2(heads))
+    _cumulate[tiles.count, triton.cdiv(heads, block)](
+        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, CONSTANT=decay.ndim == 1, num_warps=4
+    )
+    return cumulated
+
+
+def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: Tensor) -> Tensor:
+    """dg_t = Σ_{j>=t} (q_j·dq_j - v_j·dv_j) + <X, G> at the tile's end (math §2), [B, T, H].
+
+    The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
+
+    q_dq, v_dv: [blocks, B, T, H] partial products. at_end: [blocks, M, H].
+    """
+    dg = torch.empty_like(decay)
+    heads = decay.shape[-1]
+    block = min(16, triton.next_power_of_2(heads))
+    _gate_grads[tiles.count, triton.cdiv(heads, block)](
+        q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
+        BH=block, C=64, QB=len(q_dq), VB=len(v_dv), num_warps=4,
+    )  # fmt: skip
+    return dg

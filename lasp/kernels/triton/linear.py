@@ -1,0 +1,82 @@
+"""Linear attention without gates or with scalar ones: an op of two halves per direction (lasp.kernels.recurrence)."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.segments import Tiles
+from lasp.kernels.summary import Summary
+from lasp.kernels.triton.config import Config, config_for, tile_length
+from lasp.kernels.triton.gates import cumulate, gate_grads
+from lasp.kernels.triton.scan import scan, total_decay
+from lasp.kernels.triton.states import tile_states
+from lasp.kernels.triton.walk import Walk
+
+
+@dataclass(frozen=True)
+class TritonLinear:
+    """decay None, [H] or [B, T, H]. Kept for backward: the state that enters each tile, and the gates' sums."""
+
+    config: Config | None = None  # None takes it from the table
+
+    def summarize(self, x: Inputs, wanted: bool):
+        x, tiles, config = self._prepare(x)
+        cumulated = cumulate(tiles, x.decay, x.v, config.chunk)
+        states, transitions = tile_states(tiles, x.k, x.v, cumulated, config)
+        summary = None
+        if wanted:
+            _, end = scan(tiles, states, transitions, None, backward=False, write_entering=False)
+            summary = Summary(end, total_decay(tiles, transitions))
+        return summary, (x, tiles, config, cumulated, states, transitions)
+
+    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        x, tiles, config, cumulated, states, transitions = partial
+        entering, outgoing = scan(tiles, states, transitions, incoming, backward=False)
+        o, _, _ = Walk(tiles, x.v.shape[2], cumulated, x.scale, config)(x.q, x.k, x.v, entering)
+        return o, outgoing, (entering, transitions, cumulated)
+
+    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+        x, tiles, config = self._prepare(x)
+        _, transitions, cumulated = kept
+        states, _ = tile_states(tiles, x.q, do, cumulated, config, backward=True, scale=x.scale)
+        d = scan(tiles, states, transitions, None, backward=True, write_entering=False)[1] if wanted else None
+        return d, (x, tiles, config, states)
+
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+        (x, tiles, config, states), (entering, transitions, cumulated) = partial, kept
+        assert entering is not None
+        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing, backward=True)
+        walk = Walk(tiles, x.v.shape[2], cumulated, x.scale, config)
+        gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
+        sums_q, sums_v = (None, None) if gate is None else (x.q, x.v)
+        dq, q_dq, at_end = walk(do, x.v, x.k, entering, transposed=True, partner=sums_q, far_states=leaving)
+        dk, _, _ = walk(x.v, do, x.q, leaving, down=True, transposed=True)
+        dv, v_dv, _ = walk(x.k, x.q, do, leaving, down=True, partner=sums_v)
+        dg = None
+        if gate is not None:
+            assert q_dq is not None and v_dv is not None and at_end is not None
+            dg = gate_grads(tiles, gate, q_dq, v_dv, at_end)
+        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, dg, None, d_incoming)
+
+    def _prepare(self, x: Inputs) -> tuple[Inputs, Tiles, Config]:
+        return contiguous(x), tiles_of(x), self.config or config_for(x.k, x.v, x.decay is not None)
+
+
+def contiguous(x: Inputs) -> Inputs:
+    """The same inputs with the memory layout that the kernels assume."""
+    q, k, v = x.q.contiguous(), x.k.contiguous(), x.v.contiguous()
+    decay, beta = (None if gate is None else gate.contiguous() for gate in (x.decay, x.beta))
+    return replace(x, q=q, k=k, v=v, decay=decay, beta=beta)
+
+
+def tiles_of(x: Inputs) -> Tiles:
+    batch, tokens, heads = x.v.shape[:3]
+    return x.segments.tiles(tile_length(batch * tokens, heads, x.v.device), x.v.device)
+
+
+def per_q_head(d: Tensor, q: Tensor) -> Tensor:
+    """[B, T, H, K] -> [B, T, Hq, K]: the sum over the value heads that share a q/k head."""
+    if d.shape[2] == q.shape[2]:
+        return d
+    return d.unflatten(2, (q.shape[2], -1)).float().sum(3).to(q.dtype)

@@ -1,0 +1,151 @@
+"""Phase 3: a tile is walked chunk by chunk, up or down, with a state in registers: outputs and gradients alike.
+
+For rows i and the rows j that they see (up: j <= i, down: j >= i), with w the decay between two places,
+
+    y_i = scale · (w_i a_iᵀ X + Σ_j w_ij (a_i·b_j) c_j)          X <- w X + Σ_j w_j b_j c_jᵀ
+
+    o    up     a, b, c = q, k, v      X the state
+    dq   up     a, b, c = do, v, k     X the state, transposed
+    dv   down   a, b, c = k, q, do     X the state's gradient / scale
+    dk   down   a, b, c = v, do, q     the same, transposed
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.config import Config, block_of
+from lasp.kernels.triton.gates import load_cumulated
+
+
+@triton.jit
+def _walk(
+    a,  # [tokens, H // GA, DA]
+    b,  # [tokens, H // GB, DA]
+    c,  # [tokens, H // GC, DC]
+    cumulated,  # [tokens, H] log2 decays within chunks, if GATED
+    states,  # [M, H, DA, DC], or [M, H, DC, DA] if TRANSPOSED: X before the walk
+    y,  # [tokens, H, DC]
+    partner,  # [tokens, H // GP, DC]: for sums of partner · y, if SUMS
+    products,  # [blocks, tokens, H]: those sums
+    far_states,  # like states: for their product with X after the walk, if SUMS and not DOWN
+    at_end,  # [blocks, M, H]: those products
+    start,
+    length,
+    scale,
+    state_scale,
+    TOKENS,
+    H,
+    GA,
+    GB,
+    GC,
+    GP,
+    DA: tl.constexpr,
+    DC: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    C: tl.constexpr,
+    GATED: tl.constexpr,
+    DOWN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile, h, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    dtype = c.dtype.element_ty
+    state_dtype = tl.float32 if dtype == tl.float16 else dtype  # a state may exceed what fp16 holds
+    state_at = (tile * H + h) * DA * DC
+    state_at += cols[None, :] * DA + rows[:, None] if TRANSPOSED else rows[:, None] * DC + cols[None, :]
+    inside = (rows < DA)[:, None] & (cols < DC)[None, :]
+    x = tl.load(states + state_at, mask=inside, other=0.0) * state_scale
+    i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    seen = i_row <= i_col if DOWN else i_row >= i_col
+    chunks = tl.cdiv(count, C)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        i = (chunks - 1 - step) if DOWN else step
+        place = i * C + tl.arange(0, C)
+        here = place < count
+        tokens = begin + place
+        here_c = here[:, None] & (cols < DC)[None, :]
+        ac = tl.load(
+            a + ((tokens * (H // GA) + h // GA) * DA)[:, None] + rows[None, :],
+            mask=here[:, None] & (rows < DA)[None, :],
+            other=0.0,
+        )
+        bt = tl.load(
+            b + ((tokens * (H // GB) + h // GB) * DA)[None, :] + rows[:, None],
+            mask=here[None, :] & (rows < DA)[:, None],
+            other=0.0,
+        )
+        cc = tl.load(c + ((tokens * (H // GC) + h // GC) * DC)[:, None] + cols[None, :], mask=here_c, other=0.0)
+        if SUMS:
+            at = ((tokens * (H // GP) + h // GP) * DC)[:, None] + cols[None, :]
+            pc = tl.load(partner + at, mask=here_c, other=0.0)
+        p = tl.dot(ac, bt, input_precision=PRECISION)
+        yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
+        if GATED:
+            g, end = load_cumulated(cumulated, begin, i, count, h, H, C)
+            gap = g[None, :] - g[:, None] if DOWN else g[:, None] - g[None, :]
+            p *= tl.exp2(tl.where(seen, gap, float("-inf")))
+            from_state, to_state = tl.exp2(end - g if DOWN else g), tl.exp2(g if DOWN else end - g)
+            yc = tl.dot(p.to(dtype), cc, yc * from_state[:, None], input_precision=PRECISION)
+            x = tl.dot(bt, (cc * to_state[:, None]).to(dtype), x * tl.exp2(end), input_precision=PRECISION)
+        else:
+            yc = tl.dot(tl.where(seen, p, 0.0).to(dtype), cc, yc, input_precision=PRECISION)
+            x = tl.dot(bt, cc, x, input_precision=PRECISION)
+        yc *= scale
+        tl.store(y + ((tokens * H + h) * DC)[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
+        if SUMS:
+            tl.store(products + (block * TOKENS + tokens) * H + h, tl.sum(pc * yc, axis=1), mask=here)
+    if SUMS and not DOWN:
+        far = tl.load(far_states + state_at, mask=inside, other=0.0)
+        tl.store(at_end + (block * tl.num_programs(0) + tile) * H + h, tl.sum(tl.sum(x * far, axis=1), axis=0))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What every walk over the same tiles shares. heads: H, the value heads; cumulated: see `gates`; None: no gates."""
+
+    tiles: Tiles
+    heads: int
+    cumulated: Tensor | None
+    scale: float
+    config: Config
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        states: Tensor,
+        *,
+        down: bool = False,
+        transposed: bool = False,
+        partner: Tensor | None = None,
+        far_states: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y [B, T, H, DC]; with a partner also partner · y [blocks, B, T, H] and, up, <X, far state> at tiles' ends."""
+        (batch, tokens), (size_a, size_c) = c.shape[:2], (a.shape[3], c.shape[3])
+        width = min(block_of(size_c), self.config.widest)
+        blocks = triton.cdiv(size_c, width)
+        y = c.new_empty(batch, tokens, self.heads, size_c)
+        products = at_end = None
+        if partner is not None:
+            products = states.new_empty(blocks, batch, tokens, self.heads)
+            at_end = None if down else states.new_empty(blocks, self.tiles.count, self.heads)
+        groups = (1 if t is None else self.heads // t.shape[2] for t in (a, b, c, partner))
+        _walk[self.tiles.count, self.heads, blocks](
+            a, b, c, self.cumulated, states, y, partner, products, far_states, at_end,
+            self.tiles.start, self.tiles.length, self.scale, 1 / self.scale if down else 1.0,
+            batch * tokens, self.heads, *groups,
+            DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=self.config.chunk,
+            GATED=self.cumulated is not None, DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
+            PRECISION=self.config.precision, STAGES=self.config.stages, num_warps=self.config.warps,
+        )  # fmt: skip
+        return y, products, at_end

@@ -1,0 +1,22 @@
+"""The models: local tensors only; what crosses the sequence goes through the `seq` passed to forward."""
+
+from lasp.models.decoder import Decoder
+from lasp.models.flops import count_parameters, flops_per_token
+from lasp.models.loss import linear_cross_entropy
+from lasp.models.memory import Memory
+from lasp.models.presets import PRESETS, linear_llama3_1b, linear_llama3_8b, mini, tiny
+from lasp.models.sequence import SequenceOps
+
+__all__ = [
+    "PRESETS",
+    "Decoder",
+    "Memory",
+    "SequenceOps",
+    "count_parameters",
+    "flops_per_token",
+    "linear_cross_entropy",
+    "linear_llama3_1b",
+    "linear_llama3_8b",
+    "mini",
+    "tiny",
+]

@@ -1,0 +1,125 @@
+"""The language model: embedding, blocks of a mixer and an MLP, head."""
+
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lasp.config import ModelConfig, require
+from lasp.models.layers import RMSNorm, SwiGLU
+from lasp.models.loss import IGNORE, linear_cross_entropy
+from lasp.models.memory import Memory
+from lasp.models.mixers import make_mixer
+from lasp.models.sequence import SequenceOps
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); [B, T, hidden] -> [B, T, hidden]."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = make_mixer(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), seq)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """A causal language model whose layers `config.pattern` and `config.mixer` choose.
+
+    To build a large one without holding it twice: construct it under `torch.device("meta")`, then
+    `to_empty(device=...)` and `init_weights()`. Do so before loading a checkpoint too: buffers are not in it.
+
+    checkpoint_layers: recompute each block in the backward pass instead of keeping its activations; the exchanges
+    between ranks inside a block are then repeated.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_layers = False
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fills every parameter and buffer anew, from `generator` or the global seed alone: ranks with one seed agree.
+
+        Matrices are normal with `config.init_std`, those that write into the residual stream divided by sqrt(2 layers).
+        """
+        std = self.config.init_std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                scale = (2 * self.config.num_layers) ** -0.5 if name.endswith("out_proj") else 1.0
+                nn.init.normal_(module.weight, std=std * scale, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif hasattr(module, "init_parameters"):
+                module.init_parameters(generator)
+
+    @overload
+    def forward(self, tokens: Tensor, seq: SequenceOps, *, memory: Memory | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, seq: SequenceOps, *, labels: Tensor, memory: Memory | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, tokens, seq, *, labels=None, memory=None):
+        """Logits of the next token at every token, or their loss.
+
+        Args:
+            tokens: [B, T] int64, this rank's tokens in the local order of `seq`.
+            seq: what leads from token to token, made for this batch.
+            labels: [B, T] int64, the token that follows each token (shifted before sharding), -100 where there is none.
+                Padding counts as -100 whatever stands there.
+            memory: what came before these tokens; read, and updated with them.
+
+        Returns:
+            Logits [B, T, vocabulary]. With labels (loss_sum, count): the sum of the cross-entropies over this rank's
+            labels in float32 (float64 for float64), and the number of those labels in int64; `seq.mean` takes them.
+
+        Raises:
+            ValueError: tokens or labels that do not fit `seq`, or memory with a `seq` that is not one rank's whole
+                sequence.
+        """
+        local = seq.positions.shape[0]
+        require(
+            tokens.ndim == 2 and tokens.shape[1] == local, "tokens", list(tokens.shape), f"[B, {local}], as seq has"
+        )
+        require(
+            labels is None or labels.shape == tokens.shape,
+            "labels",
+            labels is not None and list(labels.shape),
+            f"the shape of tokens {list(tokens.shape)}",
+        )
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            if memory is not None:
+                x = layer(x, memory.attach(seq, index))
+            elif self.checkpoint_layers and torch.is_grad_enabled():
+                # Blocks draw no random numbers.
+                x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, seq)
+        if memory is not None:
+            memory.advance(local)
+        x = self.norm(x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if labels is None:
+            return F.linear(x, weight)
+        return linear_cross_entropy(x, weight, labels.masked_fill(~seq.valid.to(labels.device), IGNORE))

@@ -1,0 +1,35 @@
+"""How much arithmetic a model needs, for model FLOP utilisation."""
+
+import torch
+
+from lasp.config import SOFTMAX, ModelConfig
+from lasp.models.decoder import Decoder
+from lasp.models.mixers import DELTA_KINDS
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """All parameters, tied ones once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Decoder(config).parameters())
+
+
+def flops_per_token(config: ModelConfig, context_length: int) -> float:
+    """FLOPs that training needs per token of a context of `context_length` tokens, forward and backward.
+
+        6 P + 3 Σ_layers H a        a = T (K + K)    softmax, causal: a token sees T / 2 others on average
+                                        4 K V        linear classes: write to and read from the state
+                                        6 K V        delta family: erase as well
+
+    P counts the parameters that multiply every token: matrices, convolutions and the head, but not the embedding's
+    lookup, norms and vectors. The forward terms a are those of math §9 without the share that depends on an
+    implementation's chunk size; backward counts twice the forward, and nothing that is recomputed counts (model FLOPs,
+    not hardware FLOPs).
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    multiplying = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    if not config.tie_embeddings:
+        multiplying -= model.embedding.weight.numel()
+    state = (6 if config.mixer in DELTA_KINDS else 4) * config.key_dim * config.value_dim
+    attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)
+    return 6.0 * multiplying + 3.0 * config.num_heads * attention

@@ -1,0 +1,91 @@
+"""The parts that mixers share. B batch, T tokens (local), H heads, K key dim, V value dim, D channels."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.models.sequence import SequenceOps
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in the dtype of gates, decays and rotations: float32 for the half dtypes, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(|x|² + eps) over the last dimension, in x's dtype: the keys that the delta rule asks for (math §2)."""
+    wide = at_least_float32(x)
+    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864) of x [B, T, H, K], the two halves of K being the rotated pairs.
+
+    The angles are formed in float64: at position 1M, float32 would be off by 0.06 radians.
+    """
+    half = x.shape[-1] // 2
+    exponents = torch.arange(half, device=x.device, dtype=torch.float64) / half
+    angles = positions.to(x.device, torch.float64)[:, None, None] * theta**-exponents
+    wide = at_least_float32(x)
+    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
+    a, b = wide.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm whose weight follows x's dtype: under autocast the fused kernel takes no mixture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution and SiLU: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, channels: int, width: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def init_parameters(self, generator: torch.Generator | None) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
+        return F.silu(seq.causal_conv1d(x, self.weight, self.bias))
+
+
+class GatedOutput(nn.Module):
+    """o [B, T, H, V] -> [B, T, hidden]: RMSNorm of every head, a gate computed from the layer's input x, projection."""
+
+    def __init__(self, hidden: int, heads: int, value_dim: int, activation: Activation | None, eps: float):
+        super().__init__()
+        self.activation = activation
+        self.norm = RMSNorm(value_dim, eps=eps)
+        self.gate_proj = nn.Linear(hidden, heads * value_dim, bias=False) if activation else None
+        self.out_proj = nn.Linear(heads * value_dim, hidden, bias=False)
+
+    def forward(self, o: Tensor, x: Tensor) -> Tensor:
+        o = self.norm(o).flatten(2)
+        if self.activation is not None and self.gate_proj is not None:
+            o = o * self.activation(self.gate_proj(x))
+        return self.out_proj(o)
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP of arXiv:2002.05202: [B, T, hidden] -> [B, T, hidden]."""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.out_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * up)

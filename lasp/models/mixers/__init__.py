@@ -1,0 +1,24 @@
+"""The layers that mix tokens: [B, T, hidden] -> [B, T, hidden], every step across tokens through `seq`."""
+
+from torch import nn
+
+from lasp.config import SOFTMAX, ModelConfig
+from lasp.models.mixers.delta import DELTA_KINDS, DeltaMixer
+from lasp.models.mixers.linear import LINEAR_KINDS, LinearMixer
+from lasp.models.mixers.mamba2 import Mamba2Mixer
+from lasp.models.mixers.softmax import SoftmaxMixer
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(LINEAR_KINDS, LinearMixer),
+    **dict.fromkeys(DELTA_KINDS, DeltaMixer),
+    "mamba2": Mamba2Mixer,
+}
+
+
+def make_mixer(config: ModelConfig, layer: int) -> nn.Module:
+    """The mixer of the layer with that index: softmax attention or the linear one that `config.mixer` names."""
+    mixer = SoftmaxMixer if config.layers[layer] == SOFTMAX else _CLASSES[config.mixer]
+    return mixer(config, layer)
+
+
+__all__ = ["DeltaMixer", "LinearMixer", "Mamba2Mixer", "SoftmaxMixer", "make_mixer"]

@@ -1,0 +1,58 @@
+"""The delta-rule family: DeltaNet, Gated DeltaNet and Kimi Delta Attention differ by their decay and gate."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.config import ModelConfig
+from lasp.models.decays import SoftplusDecay
+from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, unit_length
+from lasp.models.sequence import SequenceOps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaKind:
+    """decay: its module, from the config; gate: of the output."""
+
+    decay: Callable[[ModelConfig], nn.Module] | None
+    gate: Activation
+
+
+DELTA_KINDS = {
+    # arXiv:2406.06484, with the output gate of its successor
+    "delta_net": DeltaKind(decay=None, gate=F.silu),
+    # arXiv:2412.06464
+    "gated_delta_net": DeltaKind(decay=lambda c: SoftplusDecay(c.hidden_size, c.num_heads), gate=F.silu),
+    # arXiv:2510.26692; the output gate's projection has full rank here
+    "kda": DeltaKind(decay=lambda c: SoftplusDecay(c.hidden_size, c.num_heads, c.key_dim), gate=torch.sigmoid),
+}
+
+
+class DeltaMixer(nn.Module):
+    """One of DELTA_KINDS: S_t = (I - β_t k_t k_tᵀ) Diag(exp g_t) S_{t-1} + β_t k_t v_tᵀ, o_t = S_tᵀ q_t.
+
+    q and k have unit length and β lies in (0, 1), so that no step enlarges the state.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        kind = DELTA_KINDS[config.mixer]
+        self.heads = config.num_heads
+        self.sizes = [config.key_dim, config.key_dim, config.value_dim]
+        channels = self.heads * sum(self.sizes)
+        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.conv = ShortConv(channels, config.conv_width)
+        self.beta_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.decay = kind.decay(config) if kind.decay else None
+        self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, kind.gate, config.norm_eps)
+
+    def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
+        qkv = self.conv(self.qkv_proj(x), seq)
+        q, k, v = qkv.unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
+        beta = at_least_float32(self.beta_proj(x)).sigmoid()
+        decay = self.decay(x) if self.decay is not None else None
+        o, _ = seq.delta_rule(unit_length(q), unit_length(k), v, beta, decay)
+        return self.output(o, x)

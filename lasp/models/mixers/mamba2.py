@@ -1,0 +1,42 @@
+"""Mamba-2 (arXiv:2405.21060)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.config import ModelConfig
+from lasp.models.decays import SoftplusDecay
+from lasp.models.layers import RMSNorm, ShortConv
+from lasp.models.sequence import SequenceOps
+
+
+class Mamba2Mixer(nn.Module):
+    """S_t = exp(-a dt_t) S_{t-1} + B_t (dt_t x_t)ᵀ, o_t = S_tᵀ C_t + D x_t, per head; B and C are shared by all heads.
+
+    In the words of linear attention B is k, C is q and dt x is v; x, B and C come from a short convolution.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.heads, self.key_dim = config.num_heads, config.key_dim
+        inner = self.heads * config.value_dim
+        self.sizes = [inner, self.key_dim, self.key_dim]
+        self.xbc_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.conv = ShortConv(sum(self.sizes), config.conv_width, bias=True)
+        self.decay = SoftplusDecay(config.hidden_size, self.heads)
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = RMSNorm(inner, eps=config.norm_eps)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def init_parameters(self, generator: torch.Generator | None) -> None:
+        nn.init.ones_(self.D)
+
+    def forward(self, hidden: Tensor, seq: SequenceOps) -> Tensor:
+        x, b, c = self.conv(self.xbc_proj(hidden), seq).split(self.sizes, dim=-1)
+        x = x.unflatten(-1, (self.heads, -1))
+        dt = self.decay.dt(hidden)
+        v = (x * dt[..., None]).to(x.dtype)
+        o, _ = seq.linear_attention(c[:, :, None], b[:, :, None], v, self.decay.decay(dt), scale=1.0)
+        o = o + x * self.D.to(x.dtype)[:, None]
+        return self.out_proj(self.norm(o.flatten(2) * F.silu(self.gate_proj(hidden))))

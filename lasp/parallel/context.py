@@ -1,0 +1,315 @@
+"""`SequenceParallel`, which lives as long as the process group, and `Sequence`, which is one batch."""
+
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.kernels import checks
+from lasp.kernels.conv import check_conv, convolve
+from lasp.kernels.linear import check_delta, check_linear, run_op
+from lasp.kernels.recurrence import Alone, Boundary, Inputs
+from lasp.kernels.softmax import Mask, check_softmax
+from lasp.parallel import comm
+from lasp.parallel.agreement import agree
+from lasp.parallel.exchange import make_exchange
+from lasp.parallel.halo import HaloPlan, halo
+from lasp.parallel.layout import PADDING, Layout, Partition
+from lasp.parallel.linear import AcrossDocuments, AcrossUnits, LocalSegments
+from lasp.parallel.loss import global_mean
+from lasp.parallel.softmax import choose_strategy
+
+
+class SequenceParallel:
+    """Splits sequences over the ranks of a process group.
+
+    Args:
+        group: a ProcessGroup, or None for one rank alone.
+        layout: "contiguous" (rank r holds the r-th part) or "zigzag" (parts r and 2R - 1 - r of 2R, which balances
+            causal softmax attention).
+        state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2) or "ring" (LASP-1).
+        softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values) or "ulysses".
+        device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
+
+    Raises:
+        ValueError: an unknown name, or a group that this process is not in.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        layout: Literal["contiguous", "zigzag"] = "contiguous",
+        state_exchange: str = "auto",
+        softmax: str = "auto",
+        device: torch.device | str | None = None,
+    ):
+        self.group, self.rank, self.size = group, comm.rank(group), comm.size(group)
+        checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
+        self.layout = Layout(layout, self.size)
+        self.exchange = make_exchange(state_exchange, self.layout, group)
+        self.softmax = choose_strategy(softmax)
+        self._messages = _message_device(group)
+        self.device = self._messages if device is None else torch.device(device)
+        self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
+
+    def sequence(self, tokens: int, cu_seqlens: Tensor | None = None, *, aligned: bool = False) -> "Sequence":
+        """One batch of sequences of `tokens` tokens, the same on every rank.
+
+        Args:
+            tokens: any length of at least 1, also fewer than there are units.
+            cu_seqlens: [N + 1] int32 or int64 offsets of packed documents from 0 to `tokens`; a device tensor is copied
+                to the host, once.
+            aligned: make the units' length a power of two.
+
+        Raises:
+            ValueError: on every rank, if the arguments do not fit or differ between ranks.
+        """
+
+        def check() -> object:
+            checks.require(tokens >= 1, "tokens", tokens, "at least 1")
+            checks.cu_seqlens(cu_seqlens, 1, tokens)
+            return tokens, aligned, None if cu_seqlens is None else cu_seqlens.tolist()
+
+        agree(self.group, self._messages, check)
+        offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+        return Sequence(self, Partition(self.layout, self.rank, offsets, aligned), cu_seqlens is not None)
+
+    def agree(self, check: Any) -> None:
+        """Runs a check of an op's arguments; on CPU groups all ranks fail together (NCCL would have to synchronise)."""
+        if self._messages.type == "cpu":
+            agree(self.group, self._messages, check)
+        else:
+            check()
+
+    def halo_plan(self, partition: Partition, width: int, device: torch.device) -> HaloPlan:
+        key = (partition.unit_length, width, device)
+        if key not in self._halos:
+            self._halos[key] = HaloPlan.of(partition, width, self.group, device)
+        return self._halos[key]
+
+
+class Sequence:
+    """One batch: which tokens this rank holds, and the ops over the whole sequence. Immutable.
+
+    Local tensors are [B, T_local, ...] in local order: the rank's units, ascending. B = 1 if documents are packed.
+    """
+
+    def __init__(self, parallel: SequenceParallel, partition: Partition, packed: bool):
+        self.parallel, self.partition, self.packed = parallel, partition, packed
+        self._segments: dict[int, LocalSegments] = {}
+        self._boundaries: dict[tuple[int, bool], Boundary] = {}
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T_local] int64: each token's position within its document; 0 for padding."""
+        device = self.parallel.device
+        starts = [(f.position, f.position + len(f), f.document != PADDING) for f in self.partition.local]
+        return torch.cat([torch.arange(start, stop, device=device) * real for start, stop, real in starts])
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[T_local] bool: False for padding."""
+        device = self.parallel.device
+        return torch.cat([torch.full((len(f),), f.document != PADDING, device=device) for f in self.partition.local])
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of x, which has `tokens` elements along `dim`, padded with zeros; differentiable."""
+        checks.require(x.shape[dim] == self.partition.tokens, "x", f"{x.shape[dim]} tokens", f"{self.partition.tokens}")
+        return self._shard(x, dim)
+
+    def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
+        """The inverse, on every rank: `tokens` elements along `dim`. Its gradient must be equal on all ranks."""
+        expected = self.partition.local_tokens
+        checks.require(local.shape[dim] == expected, "local", f"{local.shape[dim]} tokens", f"{expected}")
+        return _Unshard.apply(local, self, dim)
+
+    def linear_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        causal: bool = True,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`lasp.kernels.linear_attention` over the whole sequence.
+
+        q, k, v, decay are this rank's; initial and final state [N, H, K, V] are the same on every rank, and so are
+        their gradients. What one rank refuses is a ValueError on every rank of a CPU group, here and in other ops.
+        """
+
+        def check() -> object:
+            check_linear(q, k, v, decay, causal)
+            return *self._check_recurrence(q, v, decay, initial_state), checks.scale(scale, q.shape[-1]), causal
+
+        self.parallel.agree(check)
+        return self._recurrence(q, k, v, decay, None, scale, causal, initial_state, output_final_state)
+
+    def delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`lasp.kernels.delta_rule` over the whole sequence, with states as in `linear_attention`."""
+
+        def check() -> object:
+            check_delta(q, k, v, beta, decay)
+            return *self._check_recurrence(q, v, decay, initial_state), checks.scale(scale, q.shape[-1])
+
+        self.parallel.agree(check)
+        return self._recurrence(q, k, v, decay, beta, scale, True, initial_state, output_final_state)
+
+    def softmax_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        """`lasp.kernels.softmax_attention` over the whole sequence: this rank's o [B, T_local, H, V].
+
+        ValueError on every rank, also for heads that "ulysses" cannot split.
+        """
+
+        def check() -> object:
+            check_softmax(q, k, v, window)
+            checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
+            self.parallel.softmax.check(q, k, self.parallel.size)
+            self._check_tokens(q)
+            return *_signature(q, k, v), checks.scale(scale, q.shape[-1]), causal, window
+
+        self.parallel.agree(check)
+        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window)
+        return self.parallel.softmax.attend(q, k, v, mask, self.partition, self.parallel.group)
+
+    def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`lasp.kernels.causal_conv1d` over the whole sequence: y [B, T_local, D].
+
+        The gradients of weight and bias are this rank's part of a sum.
+        """
+
+        def check() -> object:
+            check_conv(x, weight, bias)
+            self._check_tokens(x)
+            return _signature(x, weight, bias)
+
+        self.parallel.agree(check)
+        local, width = self._local(x.shape[0]), weight.shape[1]
+        tail = self._tail(x, width) if width > 1 else None
+        return local.unfold(convolve(local.fold(x), weight, bias, tail, local.segments))
+
+    def mean(self, loss_sum: Tensor, count: Tensor) -> Tensor:
+        """The mean over the whole group, Σ loss_sum / Σ count, on every rank; backward gives each rank its gradient.
+
+        loss_sum: scalar, this rank's sum. count: scalar, this rank's number of terms. 0 where there is none anywhere.
+        """
+        return global_mean(loss_sum, count, self.parallel.group)
+
+    def _recurrence(self, q, k, v, decay, beta, scale, causal, initial_state, output_final_state):
+        local = self._local(v.shape[0])
+        per_token = None if decay is None or decay.ndim == 1 else local.fold(decay)
+        x = Inputs(
+            local.fold(q),
+            local.fold(k),
+            local.fold(v),
+            decay if per_token is None else per_token,
+            None if beta is None else local.fold(beta),
+            checks.scale(scale, k.shape[-1]),
+            local.segments,
+        )
+        o, final_state = run_op(
+            x,
+            self._boundary(v.shape[0], causal),
+            causal=causal,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+        )
+        return local.unfold(o), final_state
+
+    def _boundary(self, batch: int, causal: bool) -> Boundary:
+        if self.partition.layout.units == 1:
+            return Alone()
+        if (batch, causal) not in self._boundaries:
+            across = AcrossUnits if causal else AcrossDocuments
+            made = across(self.partition, batch, self.parallel.group, self.parallel.exchange)
+            self._boundaries[batch, causal] = made
+        return self._boundaries[batch, causal]
+
+    def _tail(self, x: Tensor, width: int) -> Tensor:
+        """[N, width - 1, D] for every fragment: what precedes it within its document."""
+        plan = self.parallel.halo_plan(self.partition, width, x.device)
+        before = halo(x, plan, len(self.partition.owned), width)
+        tails = x.new_zeros(x.shape[0], len(self.partition.local), *before.shape[2:])
+        place = torch.arange(width - 1, 0, -1, device=x.device)  # distance before the unit
+        for unit, index in enumerate(self.partition.first):
+            same_document = place <= self.partition.local[index].position
+            tails[:, index] = before[:, unit] * same_document[:, None]
+        return tails.flatten(0, 1)
+
+    def _local(self, batch: int) -> LocalSegments:
+        if batch not in self._segments:
+            self._segments[batch] = LocalSegments(self.partition, batch)
+        return self._segments[batch]
+
+    def _shard(self, x: Tensor, dim: int) -> Tensor:
+        parts = []
+        for start, stop in self.partition.ranges:
+            start, end = min(start, x.shape[dim]), min(stop, x.shape[dim])
+            parts.append(x.narrow(dim, start, end - start))
+        missing = self.partition.local_tokens - sum(part.shape[dim] for part in parts)
+        if missing:
+            shape = list(x.shape)
+            shape[dim] = missing
+            parts.append(x.new_zeros(shape))
+        return torch.cat(parts, dim)
+
+    def _check_recurrence(self, q: Tensor, v: Tensor, decay: Tensor | None, initial_state: Tensor | None) -> tuple:
+        self._check_tokens(v)
+        checks.state(initial_state, v.shape[0] * self.partition.documents, v, q.shape[-1])
+        return _signature(q, v, decay, initial_state)
+
+    def _check_tokens(self, x: Tensor) -> None:
+        expected = self.partition.local_tokens
+        checks.require(x.shape[1] == expected, "tokens", x.shape[1], f"{expected}, this rank's share of the sequence")
+        checks.require(x.shape[0] == 1 or not self.packed, "batch", x.shape[0], "1 for packed documents")
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sequence: Sequence, dim: int) -> Tensor:
+        ctx.sequence, ctx.dim = sequence, dim
+        parallel, partition = sequence.parallel, sequence.partition
+        units = comm.replicate(local.movedim(dim, 0), parallel.group).flatten(0, 1)
+        units = units.unflatten(0, (partition.layout.units, partition.unit_length))[partition.layout.rank_order]
+        return units.flatten(0, 1)[: partition.tokens].movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.sequence._shard(d, ctx.dim), None, None
+
+
+def _signature(*tensors: Tensor | None) -> tuple:
+    return tuple(None if x is None else (tuple(x.shape), x.dtype) for x in tensors)
+
+
+def _message_device(group: dist.ProcessGroup | None) -> torch.device:
+    """The device on which this group's messages live."""
+    if group is None or any(device.type == "cpu" for device in group._device_types):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,77 @@
+"""The tokens before a unit, for convolutions along the sequence (math §6).
+
+A unit needs the width - 1 tokens before it. Who holds them follows from the layout alone, also where units are shorter
+than that and the halo spans several of them; one all-to-all moves them all, and its mirror image moves their gradient.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.parallel import comm
+from lasp.parallel.comm import Group
+from lasp.parallel.layout import Partition
+
+
+@dataclass(frozen=True)
+class HaloPlan:
+    """What this rank sends (local token positions, in order of destination) and where what it receives belongs.
+
+    send_counts, receive_counts: tokens per rank. slots: for each received token, unit * (width - 1) + place.
+    """
+
+    send: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    slots: Tensor
+    group: Group
+
+    @classmethod
+    def of(cls, partition: Partition, width: int, group: Group, device: torch.device) -> "HaloPlan":
+        layout, length = partition.layout, partition.unit_length
+        sends: list[list[int]] = [[] for _ in range(layout.ranks)]
+        slots: list[list[int]] = [[] for _ in range(layout.ranks)]
+        for target in range(layout.ranks):
+            for index, unit in enumerate(layout.owned(target)):
+                for place in range(width - 1):
+                    token = unit * length - (width - 1) + place
+                    source = layout.owner(token // length) if token >= 0 else None
+                    if source is not None and source == partition.rank:
+                        where = layout.owned(source).index(token // length)
+                        sends[target].append(where * length + token % length)
+                    if source is not None and target == partition.rank:
+                        slots[source].append(index * (width - 1) + place)
+        return cls(
+            send=torch.tensor(list(chain(*sends)), dtype=torch.long, device=device),
+            send_counts=[len(tokens) for tokens in sends],
+            receive_counts=[len(places) for places in slots],
+            slots=torch.tensor(list(chain(*slots)), dtype=torch.long, device=device),
+            group=group,
+        )
+
+
+def halo(x: Tensor, plan: HaloPlan, units: int, width: int) -> Tensor:
+    """[B, units, width - 1, D]: the tokens before each unit of x [B, T_local, D], zero before the sequence."""
+    arrived = _Halo.apply(x, plan)
+    tail = x.new_zeros(units * (width - 1), x.shape[0], x.shape[2]).index_copy(0, plan.slots, arrived)
+    return tail.unflatten(0, (units, width - 1)).movedim(2, 0)
+
+
+class _Halo(torch.autograd.Function):
+    """x [B, T_local, D] -> the tokens received [received, B, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: HaloPlan) -> Tensor:
+        ctx.plan, ctx.shape = plan, x.shape
+        message = x[:, plan.send].transpose(0, 1)
+        return comm.all_to_all(message, plan.send_counts, plan.receive_counts, plan.group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        plan: HaloPlan = ctx.plan
+        back = comm.all_to_all(d, plan.receive_counts, plan.send_counts, plan.group).wait()
+        dx = d.new_zeros(ctx.shape[1], ctx.shape[0], ctx.shape[2]).index_add(0, plan.send, back)
+        return dx.transpose(0, 1), None

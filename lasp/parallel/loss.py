@@ -1,0 +1,34 @@
+"""The mean of a loss over valid tokens on all ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.parallel import comm
+from lasp.parallel.comm import Group
+
+
+def global_mean(loss_sum: Tensor, count: Tensor, group: Group) -> Tensor:
+    """Σ loss_sum / Σ count over the ranks of `group`, the same on each; 0 if no rank counts anything.
+
+    The gradient of each rank's loss_sum is that of the mean, 1 / Σ count: parameters' gradients then add up over the
+    ranks to the gradient of the mean, and no factor of the world size appears anywhere.
+    """
+    return _GlobalMean.apply(loss_sum, count, group)
+
+
+class _GlobalMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss_sum: Tensor, count: Tensor, group: Group) -> Tensor:
+        dtype = torch.float64 if loss_sum.dtype == torch.float64 else torch.float32
+        both = torch.stack([loss_sum.to(dtype), torch.as_tensor(count, device=loss_sum.device).to(dtype)])
+        total, number = comm.all_reduce(both, group).wait()
+        ctx.save_for_backward(number.clamp(min=1))
+        ctx.dtype = loss_sum.dtype
+        return total / number.clamp(min=1)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        (number,) = ctx.saved_tensors
+        return (d / number).to(ctx.dtype), None, None

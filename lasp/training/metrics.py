@@ -1,0 +1,99 @@
+"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard events, all from rank 0."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bf16 FLOP/s of one GPU as its vendor states them, by a part of the device's name; the first match counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """bf16 FLOP/s of a known GPU; None for any other device or dtype, whose utilisation is then not reported."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def model_flop_utilisation(flops_per_token: float, tokens_per_second: float, devices: int, peak: float) -> float:
+    """MFU = FLOP per token x tokens/s / (devices x peak FLOP/s), with tokens/s counted over all the devices.
+
+    FLOP per token are those of the model's mathematics, forward and backward; what is recomputed does not count.
+    """
+    return flops_per_token * tokens_per_second / (devices * peak)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run, in order. Raises FileNotFoundError if the run left none."""
+    with open(Path(run_dir) / METRICS_FILE) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]  # a crash may have cut the last one short
+
+
+class Metrics:
+    """A run's reports; a context manager. On every rank but 0 it stays silent."""
+
+    def __init__(self, run_dir: str | Path, *, first_step: int, steps: int, rank: int) -> None:
+        self.silent = rank != 0
+        if self.silent:
+            return
+        path = Path(run_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        # A run that stopped after its last checkpoint has reported steps that are about to be taken again.
+        kept = [r for r in read_metrics(path) if r["step"] <= first_step] if (path / METRICS_FILE).exists() else []
+        self.file = open(path / METRICS_FILE, "w")  # noqa: SIM115 (closed by __exit__)
+        self.file.writelines(json.dumps(record) + "\n" for record in kept)
+        self.file.flush()
+        self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_step + 1)
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns)
+        self.bar = self.progress.add_task("training", total=steps, completed=first_step, loss=float("nan"), rate=0.0)
+        self.progress.start()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not self.silent:
+            self.progress.stop()
+            self.tensorboard.close()
+            self.file.close()
+
+    def log(self, step: int, **values: float) -> None:
+        """Records named values of a step (of training if there is a `loss` among them, else of an evaluation)."""
+        if self.silent:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if "loss" in values:
+            self.progress.update(self.bar, completed=step, loss=values["loss"], rate=values["tokens_per_second"])
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if not self.silent:
+            self.progress.console.print(text)

@@ -1,0 +1,56 @@
+"""AdamW, its learning-rate schedule, and clipping by the global gradient norm."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lasp.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) with weight decay on matrices only: norms, biases and constants of gates keep theirs."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step 0 <= step < steps.
+
+    Warm-up is linear and reaches lr at step warmup_steps. Then, with u in [0, 1) the part of the decay that has passed
+    and m = min_ratio:
+        cosine   lr (m + (1 - m) (1 + cos(pi u)) / 2), decaying from the end of the warm-up
+        wsd      lr (m + (1 - m) (1 - u)), decaying over the last decay_fraction of the steps, constant before
+                 (warmup-stable-decay, arXiv:2404.06395)
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, steps - round(steps * config.decay_fraction))
+    u = max(0, step - start) / max(1, steps - start)
+    shape = (1 + math.cos(math.pi * u)) / 2 if config.schedule == "cosine" else 1 - u
+    return config.lr * (config.min_ratio + (1 - config.min_ratio) * shape)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scales the gradients, already summed over the ranks, so that their norm over all parameters is at most max_norm.
+
+    Returns the norm before. Sharded gradients (FSDP2) count with all their shards. Raises FloatingPointError on every
+    rank if the norm is not finite: such a step would destroy the weights.
+    """
+    total = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm: got {norm}, expected a finite number")
+    return norm

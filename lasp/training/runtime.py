@@ -1,0 +1,66 @@
+"""Process start-up: which rank this is, its device, the process group, the mesh. Only this reads the environment."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lasp.config import TrainConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+
+@contextmanager
+def join_world(config: TrainConfig) -> Iterator[World]:
+    """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), or is a world of one.
+
+    A process group that exists already is used, and left as it is. Raises ValueError on every rank, before any process
+    group exists, if the run does not fit the world or the machine.
+    """
+    exists = dist.is_initialized()
+    rank = dist.get_rank() if exists else int(os.environ.get("RANK", 0))
+    size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
+    mesh_shape = config.mesh_shape(size)
+    device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not exists:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.parallel.timeout),
+            rank=rank,
+            world_size=size,
+            store=dist.HashStore() if size == 1 else None,
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        yield World(
+            rank=rank,
+            size=size,
+            device=device,
+            mesh=init_device_mesh(device.type, mesh_shape, mesh_dim_names=("dp", "sp")),
+        )
+    finally:
+        if not exists:
+            dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+    """`auto` takes GPUs if every rank of this machine can have its own, and CPUs otherwise."""
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and gpus < local_size):
+        return torch.device("cpu")
+    require(gpus >= local_size, "device", wanted, f"a GPU for each of this machine's {local_size} ranks; it has {gpus}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

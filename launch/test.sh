@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs every check and test, those over several ranks included:
+#     bash launch/test.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+interpreter=interpreter
+command -v nvidia-smi >/dev/null && interpreter=
+bash launch/install.sh test docs dev $interpreter || exit 1
+. .venv/bin/activate
+
+export OMP_NUM_THREADS=1
+[ -t 1 ] || export NO_COLOR=1 # mpirun gives its processes a terminal
+if [ "$(id -u)" = 0 ]; then # in a container, say
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+summary=()
+failed=0
+
+step() { # step NAME COMMAND…: runs it, whatever came of the steps before
+    local name=$1 outcome=ok start=$SECONDS
+    shift
+    printf '\n\033[1m== %s\033[0m\n' "$name"
+    "$@" || { outcome=FAILED failed=$((failed + 1)); }
+    summary+=("$(printf '%-6s %4d s  %s' "$outcome" $((SECONDS - start)) "$name")")
+}
+
+on_ranks() { # on_ranks N PYTEST_OPTION…: under mpirun; rank 0 speaks for all, the others' words are shown if one dies
+    local world=$1 code
+    shift
+    mpirun --oversubscribe -n "$world" bash -c \
+        '[ "$OMPI_COMM_WORLD_RANK" = 0 ] || exec >"$0/$OMPI_COMM_WORLD_RANK" 2>&1; exec python -m pytest --only-mpi "$@"' \
+        "$logs" -q "$@" tests/parallel
+    code=$?
+    [ $code -le 1 ] || tail -n 30 "$logs"/*
+    rm -f "$logs"/*
+    return $code
+}
+
+step "ruff check" ruff check
+step "ruff format" ruff format --check
+step "types" mypy
+step "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$logs/site"
+rm -rf "$logs/site"
+step "tests on 1 rank" python -m pytest -q --durations 10
+for world in 2 3 4; do
+    step "tests on $world ranks" on_ranks "$world" --durations 5
+done
+step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 --zero-exchange
+step "tests on 2 ranks started by torchrun" \
+    torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 -m pytest --only-mpi -q tests/parallel
+
+printf '\n\033[1m== Summary (%d s)\033[0m\n' $SECONDS
+printf '%s\n' "${summary[@]}"
+[ $failed = 0 ]

@@ -1,0 +1,162 @@
+"""Packed contexts against the stream written out token by token."""
+
+import numpy as np
+import pytest
+import torch
+
+from lasp.data import IGNORED, PackedContexts, TokenFileWriter, local_batch
+
+LENGTHS = [7, 1, 30, 4, 4, 19, 2]  # 67 tokens
+
+
+@pytest.fixture
+def documents():
+    """Every token occurs once, so that a wrong one cannot pass for the right one."""
+    tokens = np.random.default_rng().permutation(sum(LENGTHS)) + 1
+    return np.split(tokens, np.cumsum(LENGTHS)[:-1])
+
+
+@pytest.fixture
+def prefix(tmp_path, documents):
+    with TokenFileWriter(tmp_path / "data", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return tmp_path / "data"
+
+
+def stream(documents, orders):
+    """Tokens, labels and whether a document begins there, of the epochs' documents one after the other."""
+    tokens, labels, begins = [], [], []
+    for order in orders:
+        for index in order:
+            document = documents[index].tolist()
+            tokens += document
+            labels += [*document[1:], IGNORED]
+            begins += [True] + [False] * (len(document) - 1)
+    return tokens, labels, begins
+
+
+def whole(context):
+    return context.tokens(0, context.length), context.labels(0, context.length)
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 30, 67])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_contexts_are_the_stream(prefix, documents, length, shuffle):
+    contexts = PackedContexts(prefix, length, seed=3, shuffle=shuffle)
+    epochs = 4
+    orders = [
+        np.random.default_rng([3, epoch]).permutation(len(documents)) if shuffle else range(len(documents))
+        for epoch in range(epochs)
+    ]
+    tokens, labels, begins = stream(documents, orders)
+    for index in range(len(tokens) // length):
+        span = slice(index * length, (index + 1) * length)
+        context = contexts[index]
+        got_tokens, got_labels = whole(context)
+        assert got_tokens.dtype == got_labels.dtype == context.cu_seqlens.dtype == torch.int64
+        assert got_tokens.tolist() == tokens[span]
+        assert got_labels.tolist() == labels[span]
+        starts = [at for at, begin in enumerate(begins[span]) if begin or at == 0]
+        assert context.cu_seqlens.tolist() == [*starts, length]
+
+
+def test_a_cut_document_is_predicted_across_the_cut(prefix, documents):
+    contexts = PackedContexts(prefix, 20, seed=0, shuffle=False)  # the third document is cut at 20
+    assert contexts[0].labels(19, 20).item() == documents[2][12] == contexts[1].tokens(0, 1).item()
+
+
+def test_empty_documents_leave_no_trace(tmp_path):
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
+    for length in (0, 3, 0, 0, 4, 0):
+        builder.add_item(torch.arange(length))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "data.idx"))
+    for seed in range(5):
+        contexts = PackedContexts(tmp_path / "data", 7, seed=seed)
+        assert all(contexts[index].cu_seqlens.tolist() in ([0, 3, 7], [0, 4, 7]) for index in range(20))
+
+
+def test_random_access_is_a_pure_function(prefix):
+    first = PackedContexts(prefix, 9, seed=11)
+    sequential = [whole(first[index]) for index in range(40)]
+    for index in np.random.default_rng().permutation(40):
+        again = PackedContexts(prefix, 9, seed=11)[int(index)]
+        for got, expected in zip(whole(again), sequential[index], strict=True):
+            assert torch.equal(got, expected)
+    other = PackedContexts(prefix, 9, seed=12)
+    assert any(not torch.equal(whole(other[index])[0], sequential[index][0]) for index in range(7))
+
+
+def test_epochs_hold_the_same_tokens_in_another_order(prefix):
+    contexts = PackedContexts(prefix, 67, seed=5)
+    epochs = [whole(contexts[index])[0] for index in range(4)]
+    assert all(torch.equal(epoch.sort().values, torch.arange(1, 68)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+
+
+def test_one_epoch(prefix, documents):
+    contexts = PackedContexts(prefix, 10, seed=0, shuffle=False)
+    assert contexts.num_contexts == 6
+    tokens = torch.cat([whole(context)[0] for context in contexts.one_epoch()])
+    assert tokens.tolist() == np.concatenate(documents)[:60].tolist()
+
+
+def test_ranges(prefix):
+    context = PackedContexts(prefix, 50, seed=2)[1]
+    tokens, labels = whole(context)
+    for start in range(0, 51, 5):
+        for stop in range(start, 51, 3):
+            assert torch.equal(context.tokens(start, stop), tokens[start:stop])
+            assert torch.equal(context.labels(start, stop), labels[start:stop])
+    for start, stop in ((-1, 3), (4, 3), (0, 51)):
+        with pytest.raises(ValueError, match=rf"start, stop: got {start}, {stop}, expected .* <= 50"):
+            context.tokens(start, stop)
+
+
+def test_local_batch_with_padding(prefix):
+    context = PackedContexts(prefix, 50, seed=2)[0]
+    tokens, labels = whole(context)
+    # Zigzag units of 7 on 4 ranks: rank 0 owns the first and the last, which is padding from position 50 on.
+    local_tokens, local_labels = local_batch(context, [(0, 7), (49, 56)])
+    assert local_tokens.tolist() == [[*tokens[:7].tolist(), tokens[49].item(), *[0] * 6]]
+    assert local_labels.tolist() == [[*labels[:7].tolist(), labels[49].item(), *[IGNORED] * 6]]
+    assert [x.tolist() for x in local_batch(context, [(56, 58)])] == [[[0, 0]], [[IGNORED, IGNORED]]]
+    units = [(unit * 7, unit * 7 + 7) for unit in range(8)]
+    assert torch.equal(local_batch(context, units)[1][0, :50], labels)
+    with pytest.raises(ValueError, match=r"ranges: got \(5, 3\)"):
+        local_batch(context, [(0, 2), (5, 3)])
+
+
+class Recorder:
+    """A memory map that remembers which of its elements were read."""
+
+    def __init__(self, tokens):
+        self.inner, self.read = tokens, set()
+
+    def __getitem__(self, index):
+        self.read |= set(np.arange(len(self.inner))[index].tolist())
+        return self.inner[index]
+
+
+def test_only_the_own_units_are_read(prefix, monkeypatch):
+    contexts = PackedContexts(prefix, 60, seed=0, shuffle=False)
+    recorder = Recorder(contexts.file.tokens)
+    monkeypatch.setattr(contexts.file, "tokens", recorder)
+    context = contexts[0]
+    assert not recorder.read
+    local_batch(context, [(10, 20), (40, 50), (60, 64)])
+    # One more than the unit: the label of its last token.
+    assert recorder.read == {*range(10, 21), *range(40, 51)}
+
+
+def test_bad_arguments(prefix):
+    with pytest.raises(ValueError, match=r"context_length: got 68, expected 1 to 67 .*data\.bin"):
+        PackedContexts(prefix, 68, seed=0)
+    with pytest.raises(ValueError, match="context_length: got 0"):
+        PackedContexts(prefix, 0, seed=0)
+    with pytest.raises(ValueError, match="seed: got -1"):
+        PackedContexts(prefix, 5, seed=-1)
+    with pytest.raises(IndexError, match="index: got -1"):
+        PackedContexts(prefix, 5, seed=0)[-1]

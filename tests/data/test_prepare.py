@@ -1,0 +1,156 @@
+"""`prepare`: which files become which documents, the same every time."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lasp.data import TokenFile, load_tokenizer
+from lasp.data.prepare import prepare
+
+TEXTS = {f"{folder}/{number}.txt": f"text {number} of {folder}, ü\r\n" for folder in "ab" for number in range(10)}
+LEFT_OUT = ("a/code.c", "a/.git/x.txt", ".hidden.txt")
+NO_TEXT = {"a/latin.txt": b"\xfc", "b/binary.txt": b"a\0b", "b/empty.txt": b""}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    contents = {name: text.encode() for name, text in TEXTS.items()} | dict.fromkeys(LEFT_OUT, b"not a document")
+    return write(tmp_path / "corpus", contents)
+
+
+def write(folder, contents):
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def texts(prefix, tokenizer):
+    file = TokenFile(prefix)
+    documents = [file.document(index) for index in range(file.num_documents)]
+    assert all(np.flatnonzero(document == tokenizer.eod).tolist() == [len(document) - 1] for document in documents)
+    return [tokenizer.decode(document) for document in documents]
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_every_text_is_one_document(tmp_path, folder):
+    result = prepare([folder], tmp_path / "out", valid_fraction=0.2)
+    train, valid = (texts(tmp_path / f"out_{split}", load_tokenizer()) for split in ("train", "valid"))
+    # The same choice on every machine: by the names' BLAKE2b hashes, not by Python's, which differ between processes.
+    chosen = sorted(TEXTS, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:4]
+    assert valid == [TEXTS[name] for name in sorted(chosen)]
+    assert len(train) == 16
+    assert sorted(train + valid) == sorted(TEXTS.values())
+    assert result.valid is not None
+    assert (result.train.documents, result.valid.documents) == (16, 4)
+    assert result.train.tokens == TokenFile(tmp_path / "out_train").num_tokens
+    assert (result.vocab_size, result.skipped) == (257, ())
+    assert f"out_valid: 4 documents, {result.valid.tokens} tokens" in str(result)
+
+
+def test_files_that_are_no_text_are_skipped_and_counted(tmp_path, folder):
+    write(folder, NO_TEXT)
+    result = prepare([folder], tmp_path / "out", valid_fraction=0)
+    assert sorted(texts(tmp_path / "out_train", load_tokenizer())) == sorted(TEXTS.values())
+    assert {path.relative_to(folder).as_posix() for path in result.skipped} == set(NO_TEXT)
+    assert "skipped 3 files" in str(result)
+
+
+def test_the_same_again(tmp_path, folder):
+    prepare([folder], tmp_path / "out")
+    first = written(tmp_path)
+    assert set(first) == {"out_train.bin", "out_train.idx", "out_valid.bin", "out_valid.idx"}
+    prepare([folder], tmp_path / "out")
+    assert written(tmp_path) == first
+    elsewhere = tmp_path / "elsewhere"
+    prepare([write(elsewhere / "copy", {name: text.encode() for name, text in TEXTS.items()})], elsewhere / "out")
+    assert written(elsewhere) == first
+
+
+def test_without_validation_files(tmp_path, folder):
+    prepare([folder], tmp_path / "out")
+    result = prepare([folder], tmp_path / "out", valid_fraction=0)
+    assert set(written(tmp_path)) == {"out_train.bin", "out_train.idx"}  # those of the first call would overlap
+    assert (result.train.documents, result.valid) == (20, None)
+
+
+def test_files_and_folders(tmp_path, folder):
+    """A file named outright needs no suffix, and what is named twice is one document."""
+    result = prepare([folder / "a/code.c", folder / "a", folder / "a/3.txt"], tmp_path / "out", valid_fraction=0)
+    assert result.train.documents == 11
+    assert prepare([folder], tmp_path / "out", suffixes=(".c", ".txt")).train.documents == 20
+
+
+def test_hugging_face_tokenizer(tmp_path, folder, hugging_face_file):
+    path = hugging_face_file(tmp_path / "tokenizer.json")
+    result = prepare([folder], tmp_path / "out", path, valid_fraction=0)
+    tokenizer = load_tokenizer(path)
+    assert sorted(texts(tmp_path / "out_train", tokenizer)) == sorted(TEXTS.values())
+    assert result.vocab_size == tokenizer.vocab_size
+
+
+def test_the_standard_library(tmp_path, monkeypatch):
+    """The corpus is the library's own sources; a small stand-in for the folder keeps the test fast."""
+    own = {"os.py": b"import sys", "json/decoder.py": b"import re"}
+    others = (
+        "test/test_os.py",
+        "lib2to3/a.py",
+        "site-packages/x.py",
+        "unittest/test/y.py",
+        "encodings/cp1.py",
+        "LICENSE.txt",
+    )
+    library = write(tmp_path / "lib", own | dict.fromkeys(others, b"pass"))
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(library)}.__getitem__)
+    prepare(["stdlib"], tmp_path / "out", valid_fraction=0)
+    assert texts(tmp_path / "out_train", load_tokenizer()) == ["import re", "import sys"]
+
+
+def test_the_real_standard_library(tmp_path):
+    result = prepare(["stdlib"], tmp_path / "out")
+    assert result.valid is not None
+    assert 5e6 < result.train.tokens + result.valid.tokens < 2e7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"inputs": ["nowhere"]}, FileNotFoundError, "inputs: nowhere is not there"),
+        ({"inputs": []}, ValueError, r"got no document for .*out_train from \[\]"),
+        ({"suffixes": (".java",)}, ValueError, r"got no document .*0 files with a suffix in \('.java',\)"),
+        ({"suffixes": ("txt",)}, ValueError, r"suffixes: got \['txt'\]"),
+        ({"valid_fraction": 1}, ValueError, "valid_fraction: got 1, expected at least 0 and below 1"),
+        ({"tokenizer": "no.json"}, FileNotFoundError, "tokenizer: no.json is not there"),
+    ],
+)
+def test_bad_arguments(tmp_path, folder, arguments, error, message):
+    with pytest.raises(error, match=message):
+        prepare(**{"inputs": [folder], "output_prefix": tmp_path / "out", **arguments})
+    assert not written(tmp_path)
+
+
+def test_one_document_cannot_be_split(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"got no document for .*out_train .*1 files.*valid_fraction=0\.05"):
+        prepare([folder / "a/1.txt"], tmp_path / "out")
+    assert not written(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_stops_it(tmp_path, folder, monkeypatch):
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.name == "5.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(PermissionError, match=r"5\.txt"):
+        prepare([folder], tmp_path / "out")
+    monkeypatch.undo()
+    assert not written(tmp_path)

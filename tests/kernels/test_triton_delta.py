@@ -1,0 +1,177 @@
+"""The delta rule's Triton kernels against the token-by-token form in float64: on a GPU, else interpreted."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Alone, Inputs, run
+from lasp.kernels.reference.recurrent import recurrent
+from lasp.kernels.segments import Segments
+from lasp.kernels.triton import delta
+from tests.parallel.inputs import error
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DECAYS = ("none", "constant", "scalar")
+EXACT = 5e-6  # fp32 products and sums over a chunk
+
+
+def inputs(gen, decay: str, shape: tuple[int, ...], strength: float, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """q, k, v, decay, beta and the initial state; shape = (B, T, Hq, H, K, V, N)."""
+    batch, tokens, q_heads, heads, key_dim, value_dim, count = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=gen)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, generator=gen)
+
+    q, k = normal(batch, tokens, q_heads, key_dim), normal(batch, tokens, q_heads, key_dim)
+    g = {"none": None, "constant": uniform(heads), "scalar": uniform(batch, tokens, heads)}[decay]
+    beta = 2 * uniform(batch, tokens, heads)
+    beta[:, ::7] = 0  # tokens that write nothing still have a gradient of beta
+    tensors = {
+        "q": q,
+        "k": k / k.norm(dim=-1, keepdim=True),
+        "v": normal(batch, tokens, heads, value_dim),
+        "decay": None if g is None else -strength * g,
+        "beta": beta,
+    }
+    rounded = {name: None if x is None else x.to(DEVICE, dtype) for name, x in tensors.items()}
+    return rounded | {"state": normal(count, heads, key_dim, value_dim).to(DEVICE)}
+
+
+def errors(gen, decay: str, shape, offsets=None, strength: float = 0.1, dtype=torch.float32, state=True):
+    """The relative errors, by norm, of the outputs, the final state and every gradient."""
+    batch, tokens = shape[:2]
+    given = inputs(gen, decay, (*shape, batch if offsets is None else len(offsets) - 1), strength, dtype)
+    if not state:
+        given["state"] = None
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, device=DEVICE)
+    upstream: list[Tensor] = []
+
+    def results(op, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        leaves = {n: x.requires_grad_() for n, x in tensors.items() if x is not None and x.ndim > 1}
+        found = op(**tensors)
+        if not upstream:
+            upstream.extend(torch.randn(x.shape, generator=gen).to(DEVICE, dtype) for x in found)
+        grads = torch.autograd.grad(
+            found, list(leaves.values()), [d.to(x.dtype) for d, x in zip(upstream, found, strict=True)]
+        )
+        return dict(zip(["o", "final_state", *leaves], [*found, *grads], strict=True))
+
+    def kernels(q, k, v, decay, beta, state):
+        return run(
+            delta.TritonDelta(),
+            Alone(),
+            Inputs(q, k, v, decay, beta, 0.3, Segments(batch, tokens, cu_seqlens)),
+            state,
+            True,
+        )
+
+    def definition(q, k, v, decay, beta, state):
+        return recurrent(q, k, v, decay, beta, scale=0.3, initial_state=state, cu_seqlens=cu_seqlens)
+
+    exact = {n: None if x is None else x.detach().double() for n, x in given.items()}
+    got, wanted = results(kernels, given), results(definition, exact)
+    return {name: error(got[name].double(), wanted[name]) for name in wanted}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel does not write is not a number."""
+
+    def poison(make):
+        def made(*args, **options):
+            x = make(*args, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return made
+
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture(params=[False, True], ids=["tiles", "whole segments"])
+def whole(request, monkeypatch):
+    """Either tiles with transitions, or walks over whole segments."""
+    monkeypatch.setattr(delta, "ENOUGH_WALKS", 1 if request.param else 10**9)
+    monkeypatch.setattr(delta, "SHORTEST_TILE", 128)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_equals_the_recurrent_form(gen, whole, decay):
+    found = errors(gen, decay, (1, 150, 1, 2, 24, 16))
+    assert max(found.values()) < EXACT, found
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_short_sequences_and_batches(gen, whole, tokens):
+    found = errors(gen, "scalar", (2, tokens, 1, 1, 16, 16), state=False)
+    assert max(found.values()) < EXACT, found
+
+
+def test_packed_documents(gen, whole):
+    found = errors(gen, "scalar", (1, 150, 1, 1, 16, 16), offsets=[0, 1, 1, 140, 150])
+    assert max(found.values()) < EXACT, found
+
+
+def test_heads_in_groups_and_in_parts(gen, whole, monkeypatch):
+    monkeypatch.setattr(delta, "HEADS_AT_ONCE", 2)
+    monkeypatch.setattr(delta, "TOKENS_AT_ONCE", 0)
+    found = errors(gen, "scalar", (1, 70, 1, 3, 24, 40))
+    assert max(found.values()) < EXACT, found
+
+
+@pytest.mark.parametrize("strength", [0.0, 50.0], ids=["open gate", "closing gate"])
+def test_gates_that_do_nothing_or_close(gen, whole, strength):
+    """A closed gate's own gradient is a small difference of large numbers: what fp32 leaves of it."""
+    found = errors(gen, "scalar", (1, 130, 1, 1, 16, 16), strength=strength)
+    assert found.pop("decay") < (EXACT if strength == 0 else 1e-3)
+    assert max(found.values()) < 4 * EXACT, found
+
+
+def test_half_precision_loses_no_more_than_rounding(gen, whole):
+    found = errors(gen, "scalar", (1, 70, 1, 1, 16, 16), dtype=torch.float16)
+    assert max(found.values()) < 2e-3, found
+
+
+def test_equal_keys_do_not_lose_precision(gen, whole, monkeypatch):
+    """Powers of L grow like binomials here; elimination does not form them."""
+    unit = torch.zeros(16)
+    unit[0] = 1.0
+    made = inputs
+
+    def equal_keys(*args):
+        given = made(*args)
+        given["k"] = unit.to(DEVICE).expand_as(given["k"]).contiguous()
+        given["beta"] = torch.ones_like(given["beta"])
+        return given
+
+    monkeypatch.setitem(globals(), "inputs", equal_keys)
+    found = errors(gen, "none", (1, 130, 1, 1, 16, 16))
+    assert max(found.values()) < EXACT, found
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
+    """A X + S is the state that leaves for the X that enters; D is the gradient of X through the outputs alone."""
+    given = inputs(gen, decay, (1, 150, 1, 2, 16, 24, 1), 0.1, torch.float32)
+    state = given.pop("state")
+    x, op = Inputs(**given, scale=0.3, segments=Segments(1, 150)), delta.TritonDelta()
+    summary, partial = op.summarize(x, wanted=True)
+    o, outgoing, kept = op.finish(x, partial, state)
+    assert error(summary.transition @ state + summary.state, outgoing) < EXACT
+    do = torch.randn(o.shape, generator=gen).to(DEVICE)
+    d, partial = op.summarize_grad(x, kept, do, wanted=True)
+    assert error(d, op.finish_grad(x, kept, partial, do, None).incoming) < EXACT
+    d_outgoing = torch.randn(state.shape, generator=gen).to(DEVICE)
+    wanted = d + summary.transition.mT @ d_outgoing
+    assert error(op.finish_grad(x, kept, partial, do, d_outgoing).incoming, wanted) < EXACT
+
+
+def test_twice_the_same_gives_the_same_bits(gen):
+    given = inputs(gen, "scalar", (1, 130, 1, 2, 16, 16, 1), 0.1, torch.float32)
+    state = given.pop("state")
+    x, op = Inputs(**given, scale=0.3, segments=Segments(1, 130)), delta.TritonDelta()
+    first, second = (op.finish(x, op.summarize(x, wanted=False)[1], state)[:2] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

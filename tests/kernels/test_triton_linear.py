@@ -1,0 +1,117 @@
+"""Triton's linear attention, in the interpreter where there is no GPU, against the token-by-token form in float64."""
+
+import pytest
+import torch
+
+from lasp.kernels import linear_attention
+from lasp.kernels.reference.recurrent import recurrent
+from tests.parallel.inputs import error
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Twice the rounding of the dtype, as same-dtype PyTorch: inputs and outputs are rounded, sums are fp32. The interpreter
+# has no bf16 arithmetic.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+SHAPES = {  # batch, tokens, q/k heads, heads, K, V, document offsets
+    "grouped heads": (2, 150, 2, 4, 16, 16, None),
+    "documents": (1, 150, 1, 2, 16, 32, (0, 5, 5, 70, 150)),
+    "odd sizes": (1, 63, 1, 1, 24, 40, None),
+    "one token": (1, 1, 2, 2, 16, 16, None),
+    "wider than a block": (1, 70, 1, 1, 72, 16, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Whatever a kernel leaves unwritten is NaN."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(empty))
+    monkeypatch.setattr(torch, "empty_like", poison(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(new_empty))
+
+
+def draw(gen, decay, shape, dtype, strength=0.05):
+    batch, tokens, q_heads, heads, key_dim, value_dim, offsets = SHAPES[shape]
+
+    def normal(*size):
+        return torch.randn(*size, generator=gen)
+
+    q, k = (normal(batch, tokens, q_heads, key_dim) for _ in range(2))
+    rows = {"none": None, "constant": (heads,), "scalar": (batch, tokens, heads)}[decay]
+    tensors = {
+        "q": q.to(dtype),
+        "k": (k / key_dim**0.5).to(dtype),
+        "v": normal(batch, tokens, heads, value_dim).to(dtype),
+        "decay": None if rows is None else -torch.rand(*rows, generator=gen) * strength,
+        "initial_state": normal(batch if offsets is None else len(offsets) - 1, heads, value_dim, key_dim).mT,
+    }
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, device=DEVICE)
+    return {name: x if x is None else x.to(DEVICE) for name, x in tensors.items()}, cu_seqlens
+
+
+def run(function, tensors, do, d_final, **options):
+    """Outputs, final state and every gradient, by name."""
+    leaves = {
+        name: x.detach().clone().requires_grad_()
+        for name, x in tensors.items()
+        if x is not None and not (name == "decay" and x.ndim == 1)
+    }
+    o, state = function(**(tensors | leaves), **options)
+    grads = torch.autograd.grad([o, state], list(leaves.values()), [do, d_final])
+    return {"o": o, "state": state} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def errors(gen, decay, shape, dtype, strength=0.05):
+    """Relative errors of Triton's results and of the reference's in the same dtype."""
+    tensors, cu_seqlens = draw(gen, decay, shape, dtype, strength)
+    do = torch.randn(tensors["v"].shape, generator=gen).to(DEVICE, dtype)
+    d_final = torch.randn(tensors["initial_state"].shape, generator=gen).to(DEVICE)
+    options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
+    got, again, reference = (
+        run(linear_attention, tensors, do, d_final, **options, backend=backend)
+        for backend in ("triton", "triton", "reference")
+    )
+    exact = {name: x if x is None else x.double() for name, x in tensors.items()}
+    wanted = run(recurrent, exact, do.double(), d_final.double(), cu_seqlens=cu_seqlens)
+    assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"
+    return tuple(
+        {name: error(x[name].detach().double(), wanted[name].detach()) for name in wanted} for x in (got, reference)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # the interpreter computes masked places
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_definition(gen, shape, decay, dtype):
+    found, _ = errors(gen, decay, shape, dtype)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    assert max(found.values()) < tolerance, found
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+@pytest.mark.parametrize("strength", [0.0, 100.0], ids=["open gate", "closing gate"])
+def test_gates_that_do_nothing_or_close(gen, strength):
+    """As exact as the reference in the same dtype: a sum of large gates leaves few digits for its differences."""
+    found, reference = errors(gen, "scalar", "documents", torch.float32, strength)
+    assert all(found[name] <= 2 * reference[name] + 2e-6 for name in found), (found, reference)
+
+
+def test_what_triton_does_not_take_is_refused():
+    x = torch.zeros(1, 4, 2, 16, device=DEVICE)
+    refused = {
+        "float64": lambda: linear_attention(*(x.double() for _ in range(3)), backend="triton"),
+        "at most 256": lambda: linear_attention(x, x, x.new_zeros(1, 4, 2, 257), backend="triton"),
+        "causal=False": lambda: linear_attention(x, x, x, causal=False, backend="triton"),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message):
+            call()

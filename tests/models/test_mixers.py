@@ -1,0 +1,154 @@
+"""Every mixer against its paper's recurrence, token by token, written from the layer's parameters alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.config import MIXERS
+from lasp.models import tiny
+from lasp.models.mixers import make_mixer
+from tests.models.helpers import decoder, sequence
+
+H, K, V, T = 2, 8, 16, 11  # of the tiny preset
+EPS = 0.01  # of the norms
+
+Parameters = dict[str, Tensor]
+
+
+def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
+    """q, k [T, H, K], v [T, H, V], decay [T, H, K], beta [T, H] or None (nothing is erased) -> [T, H, V]."""
+    state, outputs = torch.zeros(H, K, V, dtype=torch.float64), []
+    for t in range(T):
+        state = state * decay[t].exp()[..., None]
+        write = v[t]
+        if beta is not None:
+            write = beta[t, :, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
+        state = state + torch.einsum("hk,hv->hkv", k[t], write)
+        outputs.append(torch.einsum("hkv,hk->hv", state, q[t]))
+    return torch.stack(outputs)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def _heads(x: Tensor, *sizes: int) -> list[Tensor]:
+    return list(x.unflatten(-1, (H, -1)).split(sizes, dim=-1))
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    width = weight.shape[1]
+    padded = torch.cat([torch.zeros(width - 1, x.shape[1], dtype=x.dtype), x])
+    return torch.stack([(padded[t : t + width] * weight.mT).sum(0) for t in range(T)])
+
+
+def _rotate(x: Tensor) -> Tensor:
+    angles = torch.arange(T)[:, None, None] * 500_000.0 ** -(torch.arange(K // 2, dtype=torch.float64) / (K // 2))
+    turned = torch.complex(x[..., : K // 2], x[..., K // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def _finish(o: Tensor, p: Parameters, gate: Tensor | float = 1.0) -> Tensor:
+    return (_norm(o, p["output.norm.weight"]).flatten(1) * gate) @ p["output.out_proj.weight"].mT
+
+
+def _softplus_gate(x: Tensor, p: Parameters) -> Tensor:
+    return (1 + (x + p["decay.dt_bias"]).exp()).log()
+
+
+def linear(x: Tensor, p: Parameters) -> Tensor:
+    q, k, v = _heads(x @ p["qkv_proj.weight"].mT, K, K, V)
+    q, k = (y.exp().where(y < 0, 1 + y) for y in (q, k))
+    return _finish(_recurrence(q * K**-0.5, k, v, torch.zeros_like(k)), p)
+
+
+def lightning(x: Tensor, p: Parameters) -> Tensor:
+    q, k, v = _heads(x @ p["qkv_proj.weight"].mT, K, K, V)
+    decay = torch.tensor([-(2.0**-4), -(2.0**-8)]).double() * (1 - 1 / 4)  # layer 1 of 4
+    o = _recurrence(F.silu(q) * K**-0.5, F.silu(k), v, decay[:, None].expand_as(k))
+    return _finish(o, p, (x @ p["output.gate_proj.weight"].mT).sigmoid())
+
+
+def retention(x: Tensor, p: Parameters) -> Tensor:
+    q, k, v = _heads(x @ p["qkv_proj.weight"].mT, K, K, V)
+    decay = torch.tensor([31 / 32, 63 / 64], dtype=torch.float64).log()
+    o = _recurrence(_rotate(q) * K**-0.5, _rotate(k), v, decay[:, None].expand_as(k))
+    return _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
+
+
+def gla(x: Tensor, p: Parameters) -> Tensor:
+    q, k, v = _heads(x @ p["qkv_proj.weight"].mT, K, K, V)
+    gate = x @ p["decay.proj.0.weight"].mT @ p["decay.proj.1.weight"].mT + p["decay.proj.1.bias"]
+    decay = gate.sigmoid().log().unflatten(-1, (H, K)) / 16
+    return _finish(_recurrence(q * K**-0.5, k, v, decay), p, F.silu(x @ p["output.gate_proj.weight"].mT))
+
+
+def hgrn2(x: Tensor, p: Parameters) -> Tensor:
+    q, forget, v = _heads(x @ p["qkv_proj.weight"].mT, K, K, V)
+    o = _recurrence(F.silu(q) * K**-0.5, 1 - forget.sigmoid(), v, forget.sigmoid().log())
+    return _finish(o, p)
+
+
+def mamba2(x: Tensor, p: Parameters) -> Tensor:
+    xbc = F.silu(_conv(x @ p["xbc_proj.weight"].mT, p["conv.weight"]) + p["conv.bias"])
+    inner, b, c = xbc.split([H * V, K, K], dim=-1)
+    inner = inner.unflatten(-1, (H, V))
+    dt = _softplus_gate(x @ p["decay.proj.weight"].mT, p)
+    decay = (-p["decay.A_log"].exp() * dt)[..., None].expand(T, H, K)
+    o = _recurrence(c[:, None].expand(T, H, K), b[:, None].expand(T, H, K), inner * dt[..., None], decay)
+    o = (o + p["D"][:, None] * inner).flatten(1) * F.silu(x @ p["gate_proj.weight"].mT)
+    return _norm(o, p["norm.weight"]) @ p["out_proj.weight"].mT
+
+
+def _delta(x: Tensor, p: Parameters, decay: Tensor) -> Tensor:
+    q, k, v = _heads(F.silu(_conv(x @ p["qkv_proj.weight"].mT, p["conv.weight"])), K, K, V)
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    return _recurrence(q * K**-0.5, k, v, decay, (x @ p["beta_proj.weight"].mT).sigmoid())
+
+
+def delta_net(x: Tensor, p: Parameters) -> Tensor:
+    o = _delta(x, p, torch.zeros(T, H, K, dtype=torch.float64))
+    return _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
+
+
+def gated_delta_net(x: Tensor, p: Parameters) -> Tensor:
+    decay = -p["decay.A_log"].exp() * _softplus_gate(x @ p["decay.proj.weight"].mT, p)
+    o = _delta(x, p, decay[..., None].expand(T, H, K))
+    return _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
+
+
+def kda(x: Tensor, p: Parameters) -> Tensor:
+    gate = _softplus_gate(x @ p["decay.proj.0.weight"].mT @ p["decay.proj.1.weight"].mT, p).unflatten(-1, (H, K))
+    o = _delta(x, p, -p["decay.A_log"].exp()[:, None] * gate)
+    return _finish(o, p, (x @ p["output.gate_proj.weight"].mT).sigmoid())
+
+
+def softmax(x: Tensor, p: Parameters) -> Tensor:
+    q, k, v = (x @ p["qkv_proj.weight"].mT).unflatten(-1, (H + 2, K)).split([H, 1, 1], dim=1)  # one head of k and v
+    scores = torch.einsum("thk,sk->hts", _rotate(q), _rotate(k)[:, 0]) * K**-0.5
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    o = torch.einsum("hts,sk->thk", scores.softmax(-1), v[:, 0])
+    return o.flatten(1) @ p["out_proj.weight"].mT
+
+
+DEFINITIONS = {
+    definition.__name__: definition
+    for definition in (linear, lightning, retention, mamba2, gla, hgrn2, delta_net, gated_delta_net, kda, softmax)
+}
+
+
+@pytest.mark.parametrize("name", [*MIXERS, "softmax"])
+def test_a_mixer_is_its_recurrence(name):
+    mixer, pattern = ("linear", "N") if name == "softmax" else (name, "L")
+    layer = decoder(mixer, pattern).get_submodule("layers.1.mixer")
+    parameters = {key: p.detach().normal_(std=0.4) for key, p in layer.named_parameters()}
+    x = torch.randn(1, T, 32, dtype=torch.float64)
+    expected = DEFINITIONS[name](x[0], parameters)
+    error = (layer(x, sequence(T))[0] - expected).abs().max()
+    assert error <= (1e-10 if name not in ("lightning", "retention") else 1e-7)  # the buffer was made in float32
+
+
+def test_layers_follow_the_pattern():
+    layers = [type(make_mixer(tiny("kda", "LN"), layer)).__name__ for layer in range(4)]
+    assert layers == ["DeltaMixer", "SoftmaxMixer"] * 2

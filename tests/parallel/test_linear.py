@@ -1,0 +1,104 @@
+"""Sequence-parallel linear attention and delta rule against the token-by-token definition, in float64."""
+
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.parallel import SequenceParallel
+from tests.parallel.inputs import KINDS, Case, draw, error, expected, share_of_the_past
+
+TOLERANCE = 1e-10
+SHAPES = {  # tokens, document offsets, batch, whether there is an initial state
+    "divisible": (48, None, 2, True),
+    "odd": (37, None, 1, False),
+    "shorter than the units": (3, None, 2, True),
+    "one token": (1, None, 1, True),
+    "documents": (37, (0, 2, 2, 5, 23, 37), 1, True),
+    "a document over all ranks": (40, (0, 1, 39, 40), 1, False),
+    "a document that ends with a unit of 12": (48, (0, 24, 48), 1, True),
+    "a document that ends with a unit of 16": (48, (0, 32, 48), 1, True),
+}
+
+
+@cache
+def _case(seed: int, kind: str, shape: str) -> tuple[Case, dict[str, Tensor]]:
+    tokens, documents, batch, state = SHAPES[shape]
+    gen = torch.Generator().manual_seed(seed + 1000 * KINDS.index(kind) + list(SHAPES).index(shape))
+    case = draw(gen, kind, tokens, documents, batch, state)
+    return case, expected(case)
+
+
+def run(parallel: SequenceParallel, case: Case) -> dict[str, Tensor]:
+    """What `expected` computes, on all ranks together; padding is filled with noise, which must change nothing."""
+    sequence = parallel.sequence(case.v.shape[1], case.cu_seqlens)
+    padding = ~sequence.valid
+    leaves = {}
+    for name, x in case.per_token.items():
+        local = sequence.shard(x).clone()
+        noise = -torch.rand_like(local[:, padding]) if name == "decay" else torch.rand_like(local[:, padding])
+        local[:, padding] = noise
+        leaves[name] = local.requires_grad_()
+    initial_state = None if case.initial_state is None else case.initial_state.clone().requires_grad_()
+    o, final_state = case.call(
+        sequence.linear_attention,
+        sequence.delta_rule,
+        leaves,
+        initial_state=initial_state,
+        output_final_state=True,
+    )
+    wanted = list(leaves.values()) + ([] if initial_state is None else [initial_state])
+    grads = torch.autograd.grad([o, final_state], wanted, [sequence.shard(case.do), case.d_final])
+    whole = {"o": sequence.unshard(o.detach()), "final_state": final_state.detach()}
+    for name, grad in zip(leaves, grads, strict=False):
+        whole[f"d{name}"] = sequence.unshard(grad)
+    if initial_state is not None:
+        whole["dinitial_state"] = grads[-1]
+    return whole
+
+
+def errors(parallel: SequenceParallel, seed: int, kind: str) -> dict[str, float]:
+    """The largest error of each shape's outputs, states and gradients."""
+    found = {}
+    for shape in SHAPES:
+        case, wanted = _case(seed, kind, shape)
+        got = run(parallel, case)
+        assert got.keys() == wanted.keys()
+        for name in wanted:
+            found[f"{shape}: {name}"] = error(got[name], wanted[name])
+    return found
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_equals_the_definition(group: dist.ProcessGroup, run_seed: int, layout: str, exchange: str, kind: str):
+    found = errors(SequenceParallel(group, layout=layout, state_exchange=exchange), run_seed, kind)
+    assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_one_rank_equals_the_definition(run_seed: int, layout: str, kind: str):
+    found = errors(SequenceParallel(None, layout=layout), run_seed, kind)
+    assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_show_the_far_past(run_seed: int, kind: str):
+    """With eight units (four ranks, zigzag), what the last one computes depends visibly on what lies behind others."""
+    case, _ = _case(run_seed, kind, "divisible")
+    assert share_of_the_past(case, units=8, distance=1) > 0.2
+    assert share_of_the_past(case, units=8, distance=2) > 0.1
+
+
+@pytest.mark.mpi
+def test_repeated_runs_give_the_same_bits(group: dist.ProcessGroup, run_seed: int):
+    parallel = SequenceParallel(group, layout="zigzag")
+    case, wanted = _case(run_seed, "gated delta", "documents")
+    first, second = run(parallel, case), run(parallel, case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert max(error(first[name], wanted[name]) for name in wanted) < TOLERANCE

@@ -1,0 +1,106 @@
+"""Whole models over several ranks equal one rank: loss, gradient norm and the weights after five steps, in float64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from lasp.config import MIXERS, ModelConfig
+from lasp.models import Decoder
+from lasp.parallel import SequenceParallel
+from lasp.parallel.apply import parallelize, reduce_gradients
+
+TOLERANCE = 1e-9
+STEPS = 5
+TOKENS = 53  # not divisible by two or more: there is padding
+DOCUMENTS = (0, 3, 3, 20, 48, 53)
+
+
+def config(mixer: str) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=31, hidden_size=12, num_layers=4, num_heads=2, num_kv_heads=1, intermediate_size=16, mixer=mixer
+    )
+
+
+def build(mixer: str, recompute: bool) -> Decoder:
+    """The same weights on every rank and in every call; so large that everything matters, yet not chaotic."""
+    torch.manual_seed(0)
+    model = Decoder(config(mixer)).double()
+    model.checkpoint_layers = recompute
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+def train(model, parallel, batches, documents, mesh) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of STEPS steps of SGD, and the weights afterwards."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    seen = []
+    for tokens, labels in batches:
+        seq = parallel.sequence(TOKENS, None if documents is None else torch.tensor(documents))
+        loss = seq.mean(*model(seq.shard(tokens), seq, labels=seq.shard(labels)))
+        loss.backward()
+        if mesh is not None:
+            reduce_gradients(model, mesh)
+        seen += [loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def draw_batches(gen: torch.Generator):
+    for _ in range(STEPS):
+        tokens, labels = (torch.randint(31, (1, TOKENS), generator=gen) for _ in range(2))
+        yield tokens, labels.masked_fill(torch.rand(labels.shape, generator=gen) < 0.1, -100)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """The world as one sequence-parallel group; module-scoped, since making it makes process groups."""
+    return lambda: init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "sp"))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize(
+    ("layout", "exchange", "softmax", "recompute"),
+    [("zigzag", "all_gather", "ring", False), ("contiguous", "ring", "all_gather", True)],
+    ids=["zigzag", "contiguous"],
+)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_training_equals_one_rank(gen, mesh, mixer, layout, exchange, softmax, recompute, packed):
+    batches, documents = list(draw_batches(gen)), DOCUMENTS if packed else None
+    wanted, wanted_weights = train(build(mixer, False), SequenceParallel(None), batches, documents, None)
+    world = mesh()
+    parallel = SequenceParallel(world["sp"].get_group(), layout=layout, state_exchange=exchange, softmax=softmax)
+    model = parallelize(build(mixer, recompute), world)
+    got, got_weights = train(model, parallel, batches, documents, world)
+    assert got == pytest.approx(wanted, rel=TOLERANCE)
+    for name, weight in wanted_weights.items():
+        torch.testing.assert_close(got_weights[name], weight, rtol=0, atol=TOLERANCE * weight.norm().item())
+
+
+@pytest.mark.mpi
+def test_data_and_sequence_parallel_ranks_together(gen):
+    """DP x SP = 2 x 2: two contexts, each over two ranks, give the gradient of one rank that sees both."""
+    if dist.get_world_size() != 4:
+        pytest.skip("wants 4 ranks")
+    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    batches = list(draw_batches(gen))[:2]
+    alone, one = build("gated_delta_net", False), SequenceParallel(None)
+    count = sum(int((labels != -100).sum()) for _, labels in batches)
+    for tokens, labels in batches:
+        seq = one.sequence(TOKENS)
+        (alone(tokens, seq, labels=labels)[0] / count).backward()
+
+    model = parallelize(build("gated_delta_net", False), world)
+    parallel = SequenceParallel(world["sp"].get_group(), layout="zigzag")
+    tokens, labels = batches[world["dp"].get_local_rank()]
+    seq = parallel.sequence(TOKENS)
+    (model(seq.shard(tokens), seq, labels=seq.shard(labels))[0] / count).backward()
+    reduce_gradients(model, world)
+    for (name, got), wanted in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=0, atol=1e-9 * wanted.grad.norm().item(), msg=name)

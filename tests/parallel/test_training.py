@@ -1,0 +1,175 @@
+"""A run of `lasp train` on many ranks is the run of one: losses, gradient norms and weights, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from lasp.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from lasp.data import IGNORED, PackedContexts, TokenFileWriter
+from lasp.models import Decoder, tiny
+from lasp.parallel import SequenceParallel
+from lasp.training import checkpoint
+from lasp.training.metrics import read_metrics
+from lasp.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lasp.training.train import train
+
+pytestmark = pytest.mark.mpi
+VOCAB, STEPS = 257, 3
+
+
+@pytest.fixture
+def config(ranks, shared_tmp_path, gen):
+    """Packed documents of 1 to 120 tokens in contexts of 101, which no number of units divides."""
+    if ranks.rank == 0:
+        for split in ("train", "valid"):
+            with TokenFileWriter(shared_tmp_path / split, "uint16") as writer:
+                for length in torch.randint(1, 120, (40,), generator=gen).tolist():
+                    writer.add_document(torch.randint(0, VOCAB, (length,), generator=gen).numpy())
+    ranks.barrier(f"{shared_tmp_path} is written")
+    return TrainConfig(
+        model=replace(tiny(), vocab_size=VOCAB),
+        data=DataConfig(
+            train=str(shared_tmp_path / "train"), valid=str(shared_tmp_path / "valid"), eval_contexts=ranks.size
+        ),
+        run_dir=str(shared_tmp_path / "run"),
+        steps=STEPS,
+        context_length=101,
+        batch_contexts=ranks.size,
+        dtype="float64",
+        device="cpu",
+        parallel=ParallelConfig(timeout=60, fsdp=False),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1, clip_norm=0.1),
+        eval_every=STEPS,
+        checkpoint_every=STEPS,
+    )
+
+
+def ways_to_share(size):
+    """(sequence_parallel, layout) of every mesh that fills the world."""
+    splits = [n for n in range(1, size + 1) if size % n == 0]
+    return [(n, layout) for n in splits for layout in ("contiguous", "zigzag")]
+
+
+def alone(config):
+    """The same run written plainly, without ranks, accumulation or the loop: (losses, norms, held-out loss, model)."""
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model).double()
+    optimizer = build_optimizer(model, config.optimizer)
+    training = PackedContexts(config.data.train, config.context_length, seed=config.seed)
+    held_out = PackedContexts(config.data.valid, config.context_length, seed=config.seed, shuffle=False)
+
+    def mean_loss(contexts):
+        total, count = 0, 0
+        for context in contexts:
+            seq = SequenceParallel(None).sequence(context.length, context.cu_seqlens)
+            logits = model(context.tokens(0, context.length)[None], seq)[0]
+            labels = context.labels(0, context.length)
+            total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            count += int((labels != IGNORED).sum())
+        return total / count
+
+    losses, norms = [], []
+    for step in range(config.steps):
+        set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.steps))
+        optimizer.zero_grad()
+        loss = mean_loss(training[step * config.batch_contexts + i] for i in range(config.batch_contexts))
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad *= min(1.0, config.optimizer.clip_norm / (norm.item() + 1e-6))
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    with torch.no_grad():
+        return losses, norms, mean_loss(held_out[i] for i in range(config.data.eval_contexts)).item(), model
+
+
+def saved_weights(config):
+    model = Decoder(config.model).double()
+    checkpoint.load_model(checkpoint.require_latest(config.run_dir), model)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_any_mesh_trains_as_one_rank(ranks, config, fsdp):
+    losses, norms, valid_loss, model = alone(config)
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert min(norms) > config.optimizer.clip_norm  # or clipping would prove nothing
+    for sequence_parallel, layout in ways_to_share(ranks.size):
+        parallel = replace(config.parallel, sequence_parallel=sequence_parallel, layout=layout, fsdp=fsdp)
+        run = replace(config, parallel=parallel, run_dir=f"{config.run_dir}-{sequence_parallel}-{layout}")
+        assert train(run) == pytest.approx(valid_loss, rel=1e-9)
+        ranks.barrier(f"{run.run_dir} is saved")  # rank 0 renames the checkpoint after the others have gone on
+        steps = [record for record in read_metrics(run.run_dir) if "loss" in record]
+        assert [record["loss"] for record in steps] == pytest.approx(losses, rel=1e-9)
+        assert [record["grad_norm"] for record in steps] == pytest.approx(norms, rel=1e-9)
+        torch.testing.assert_close(saved_weights(run), expected, rtol=1e-9, atol=1e-9)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.no_exchange
+@pytest.mark.parametrize(("dtype", "fsdp"), [("float32", False), ("bfloat16", True)])
+def test_resuming_on_the_same_ranks_is_bitwise(ranks, config, monkeypatch, dtype, fsdp):
+    parallel = replace(config.parallel, sequence_parallel=ranks.size, layout="zigzag", fsdp=fsdp)
+    config = replace(config, parallel=parallel, dtype=dtype, steps=4, eval_every=2, checkpoint_every=2)
+    straight = replace(config, run_dir=f"{config.run_dir}-straight")
+    loss = train(straight)
+
+    save = checkpoint.save
+
+    def save_and_die(run_dir, step, *args):
+        save(run_dir, step, *args)
+        if step == 2:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(Interrupted):
+            train(config)
+    ranks.barrier(f"{config.run_dir} is interrupted")
+    assert checkpoint.require_latest(config.run_dir).name == "step-00000002"
+    assert train(config) == loss
+    ranks.barrier(f"{config.run_dir} is finished")
+
+    states = []
+    for run in (straight, config):
+        path = checkpoint.require_latest(run.run_dir)
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        state = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in entries.items() if hasattr(m, "size")}
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        states.append(state)
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.no_exchange
+def test_a_mesh_that_does_not_fill_the_world_is_refused_everywhere(ranks, config):
+    parallel = replace(config.parallel, sequence_parallel=ranks.size + 1)
+    with pytest.raises(ValueError, match=f"expected a divisor of the world size {ranks.size}"):
+        train(replace(config, parallel=parallel))
+
+
+@pytest.mark.no_exchange
+def test_another_models_checkpoint_is_refused_everywhere(ranks, config):
+    config = replace(config, steps=1)
+    train(config)
+    ranks.barrier(f"{config.run_dir} is saved")
+    with pytest.raises(ValueError, match="another model"):
+        train(replace(config, model=replace(config.model, rope_theta=1e4)))
+
+
+@pytest.mark.no_exchange
+def test_ranks_that_see_different_checkpoints_are_refused_everywhere(ranks, config, monkeypatch):
+    config = replace(config, steps=1)
+    train(config)
+    ranks.barrier(f"{config.run_dir} is saved")
+    if ranks.rank == 1:
+        monkeypatch.setattr(checkpoint, "latest", lambda run_dir: None)
+    with pytest.raises(ValueError, match="different arguments on different ranks"):
+        train(config)

@@ -1,0 +1,124 @@
+"""Who may import whom, who may communicate, who may read the environment, and how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "lasp").rglob("*.py"))
+
+# What a part of lasp may import of the rest: kernels <- parallel <- training -> models, data.
+MAY_IMPORT = {
+    "kernels": set(),
+    "parallel": {"kernels"},
+    "models": {"kernels", "config"},
+    "data": {"config"},
+    "training": {"kernels", "parallel", "models", "data", "config"},
+}
+MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
+READS_ENVIRONMENT = {"lasp/training/runtime.py"}  # a process learns its rank from its launcher
+# Outside lasp/parallel: process start-up, checkpoints and sharded parameters, but never a collective.
+KNOWS_DISTRIBUTED = {
+    "lasp/training/runtime.py": {"torch.distributed"},
+    "lasp/training/checkpoint.py": {"torch.distributed"},
+    "lasp/training/optimizer.py": {"torch.distributed.tensor"},
+    "lasp/training/train.py": {"torch.distributed"},
+}
+COLLECTIVES = (  # first words of their names
+    "all_",
+    "reduce",
+    "gather",
+    "scatter",
+    "broadcast",
+    "barrier",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "batch_",
+)
+
+
+def mentioned(source: str) -> set[str]:
+    """Dotted names, in full, of what a module imports and of the attributes that it uses of its imports."""
+    aliases: dict[str, str] = {}
+    names: set[str] = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names.add(alias.name)
+                aliases[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                names.add(f"{node.module}.{alias.name}")
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for chain in ast.walk(tree):
+        if isinstance(chain, ast.Attribute) and id(chain) not in inner:
+            first, *rest = ast.unparse(chain).split(".")
+            if first in aliases:
+                names.add(".".join([aliases[first], *rest]))
+    return names
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def broken_rules(path: str, source: str) -> list[str]:
+    """What the file at `path` (from the repository's root) does that it may not."""
+    found = []
+    names = mentioned(source)
+    part = Path(path).parts[1]
+    for name in names:
+        other = name.split(".")[1] if name.startswith("lasp.") else part
+        if part in MAY_IMPORT and other not in MAY_IMPORT[part] | {part} and path != MEETING_PLACE:
+            found.append(f"{path} imports {name}")
+    if part != "parallel":
+        for name in names:
+            if not within(name, "torch.distributed"):
+                continue
+            if not any(within(name, known) for known in KNOWS_DISTRIBUTED.get(path, ())):
+                found.append(f"{path} uses {name}")
+            elif name.removeprefix("torch.distributed.").startswith(COLLECTIVES):
+                found.append(f"{path} calls a collective: {name}")
+    if part == "models":
+        identifiers = {getattr(node, "id", getattr(node, "arg", None)) for node in ast.walk(ast.parse(source))}
+        found += [
+            f"{path} names {name}" for name in identifiers & {"group", "process_group", "ProcessGroup", "world_size"}
+        ]
+    if path not in READS_ENVIRONMENT and any(within(n, "os.environ") or within(n, "os.getenv") for n in names):
+        found.append(f"{path} reads the environment")
+    if len(source.splitlines()) > 400:
+        found.append(f"{path} has more than 400 lines")
+    return found
+
+
+@pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in FILES])
+def test_file_keeps_the_rules(path: str) -> None:
+    assert broken_rules(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lasp/kernels/x.py", "import torch.distributed as dist"),
+        ("lasp/kernels/x.py", "import torch\ntorch.distributed.barrier()"),
+        ("lasp/kernels/x.py", "from lasp.config import ModelConfig"),
+        ("lasp/parallel/x.py", "import lasp.models.decoder"),
+        ("lasp/models/x.py", "from lasp import parallel"),
+        ("lasp/models/x.py", "def forward(self, x, group): pass"),
+        ("lasp/models/x.py", "from torch.distributed.tensor import DTensor"),
+        ("lasp/training/runtime.py", "import torch.distributed as dist\ndist.all_reduce(x)"),
+        ("lasp/training/other.py", "import torch.distributed as dist\ndist.init_process_group()"),
+        ("lasp/data/x.py", "from os import environ\nenviron['A']"),
+        ("lasp/data/x.py", "\n" * 401),
+    ],
+)
+def test_rules_notice(path: str, source: str) -> None:
+    assert len(broken_rules(path, source)) >= 1

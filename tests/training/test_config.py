@@ -1,0 +1,131 @@
+import dataclasses
+
+import pytest
+
+from lasp.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from lasp.training.recipes import RECIPES
+
+MODEL = {"vocab_size": 257, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "intermediate_size": 64}
+
+
+def make(**changes):
+    fields = {
+        "model": ModelConfig(**MODEL),
+        "data": DataConfig(train="a", valid="b"),
+        "run_dir": "run",
+        "steps": 100,
+        "context_length": 64,
+    }
+    return TrainConfig(**fields | {"batch_contexts": 4} | changes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_valid_frozen_config(name):
+    config = RECIPES[name]()
+    assert isinstance(config, TrainConfig)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 1
+
+
+def test_run_directories_of_recipes_differ():
+    directories = [recipe().run_dir for recipe in RECIPES.values()]
+    assert len(set(directories)) == len(directories)
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value", "constraint"),
+    [
+        (ParallelConfig, "sequence_parallel", 0, "at least 1"),
+        (ParallelConfig, "data_parallel", 0, "at least 1"),
+        (ParallelConfig, "layout", "spiral", "contiguous, zigzag"),
+        (ParallelConfig, "state_exchange", "pigeon", "all_gather, ring"),
+        (ParallelConfig, "softmax", "none", "ring, all_gather, ulysses"),
+        (ParallelConfig, "timeout", 0.0, "positive"),
+        (ParallelConfig, "timeout", float("inf"), "positive number"),
+        (OptimizerConfig, "lr", 0.0, "positive"),
+        (OptimizerConfig, "lr", float("nan"), "positive"),
+        (OptimizerConfig, "betas", (0.9, 1.0), r"\[0, 1\)"),
+        (OptimizerConfig, "weight_decay", -0.1, "at least 0"),
+        (OptimizerConfig, "warmup_steps", -1, "at least 0"),
+        (OptimizerConfig, "schedule", "linear", "cosine, wsd"),
+        (OptimizerConfig, "decay_fraction", 0.0, r"\(0, 1\]"),
+        (OptimizerConfig, "min_ratio", 1.5, r"\[0, 1\]"),
+        (OptimizerConfig, "clip_norm", 0.0, "positive"),
+    ],
+)
+def test_bad_value_is_named(cls, field, value, constraint):
+    with pytest.raises(ValueError, match=f"^{field}: got .*expected .*{constraint}"):
+        cls(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "constraint"),
+    [
+        ("run_dir", "", "path"),
+        ("steps", 0, "at least 1"),
+        ("batch_contexts", 0, "at least 1"),
+        ("context_length", 1, "at least 2"),
+        ("eval_every", 0, "at least 1"),
+        ("checkpoint_every", 0, "at least 1"),
+        ("checkpoint_keep", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("dtype", "float16", "bfloat16, float32, float64"),
+        ("device", "tpu", "auto, cpu, cuda"),
+    ],
+)
+def test_bad_training_value_is_named(field, value, constraint):
+    with pytest.raises(ValueError, match=f"^{field}: got .*expected .*{constraint}"):
+        make(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("train", ""), ("valid", ""), ("tokenizer", ""), ("eval_contexts", 0)])
+def test_bad_data_value_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: got"):
+        DataConfig(**{"train": "a", "valid": "b", field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "constraint"),
+    [
+        ("pattern", "LLX", "only the letters L and N"),
+        ("pattern", "", "at least one letter"),
+        ("num_layers", 5, "a multiple"),
+        ("num_heads", 3, "hidden_size"),
+        ("num_kv_heads", 3, "a divisor of num_heads=4"),
+        ("mixer", "rnn", "one of linear"),
+    ],
+)
+def test_bad_model_value_is_named(field, value, constraint):
+    with pytest.raises(ValueError, match=constraint):
+        ModelConfig(**MODEL | {field: value})
+
+
+@pytest.mark.parametrize(("kv_heads", "field"), [(None, "num_heads"), (2, "num_kv_heads")])
+def test_heads_that_ulysses_cannot_split(kv_heads, field):
+    ranks = 3 if kv_heads is None else 4
+    model = ModelConfig(**MODEL, num_kv_heads=kv_heads)
+    with pytest.raises(ValueError, match=f"{field}: got .* multiple of sequence_parallel={ranks}"):
+        make(model=model, parallel=ParallelConfig(sequence_parallel=ranks, softmax="ulysses"))
+
+
+def test_bfloat16_needs_fsdp():
+    with pytest.raises(ValueError, match="dtype: got 'bfloat16', expected float32 or float64 without fsdp"):
+        make(parallel=ParallelConfig(fsdp=False))
+    assert make(parallel=ParallelConfig(fsdp=False), dtype="float32").dtype == "float32"
+
+
+def test_mesh_shape_fills_or_checks_the_world():
+    assert ParallelConfig(sequence_parallel=2).mesh_shape(8) == (4, 2)
+    assert ParallelConfig(sequence_parallel=2, data_parallel=4).mesh_shape(8) == (4, 2)
+    with pytest.raises(ValueError, match="sequence_parallel: got 2, expected a divisor of the world size 3"):
+        ParallelConfig(sequence_parallel=2).mesh_shape(3)
+    with pytest.raises(ValueError, match=r"data_parallel: got 2, expected world size / sequence_parallel = 8 / 2"):
+        ParallelConfig(sequence_parallel=2, data_parallel=2).mesh_shape(8)
+
+
+def test_contexts_must_divide_over_data_parallel_groups():
+    assert make().mesh_shape(4) == (4, 1)
+    with pytest.raises(ValueError, match="batch_contexts: got 4, expected a multiple of data_parallel=3"):
+        make().mesh_shape(3)
+    with pytest.raises(ValueError, match="eval_contexts: got 8, expected a multiple of data_parallel=3"):
+        make(batch_contexts=3).mesh_shape(3)

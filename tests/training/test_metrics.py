@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import torch
+
+from lasp.training import metrics
+from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, read_metrics
+
+
+def open_metrics(path, first_step=0, rank=0):
+    return Metrics(path, first_step=first_step, steps=10, rank=rank)
+
+
+def test_records_come_back_in_order(tmp_path):
+    with open_metrics(tmp_path) as run:
+        run.log(1, loss=2.5, tokens_per_second=10.0)
+        run.log(1, valid_loss=2.0)
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 2.5, "tokens_per_second": 10.0},
+        {"step": 1, "valid_loss": 2.0},
+    ]
+
+
+def test_records_are_on_disk_before_the_run_ends(tmp_path):
+    with open_metrics(tmp_path) as run:
+        run.log(1, valid_loss=2.0)
+        assert read_metrics(tmp_path) == [{"step": 1, "valid_loss": 2.0}]
+
+
+def test_resuming_forgets_the_steps_that_are_taken_again(tmp_path):
+    with open_metrics(tmp_path) as run:
+        for step in range(1, 6):
+            run.log(step, valid_loss=float(step))
+    with open_metrics(tmp_path, first_step=3) as run:
+        run.log(4, valid_loss=40.0)
+    assert [r["valid_loss"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_a_line_that_a_crash_cut_short_is_forgotten(tmp_path):
+    (tmp_path / metrics.METRICS_FILE).write_text(json.dumps({"step": 1, "loss": 1.0}) + '\n{"step": 2, "lo')
+    with open_metrics(tmp_path, first_step=1):
+        pass
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    with open_metrics(tmp_path / "run", rank=1) as run:
+        run.log(1, loss=1.0, tokens_per_second=1.0)
+        run.say("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_utilisation_is_of_all_devices():
+    assert model_flop_utilisation(2e9, 1e6, devices=4, peak=1e15) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("Unknown", None)],
+)
+def test_only_known_gpus_have_a_peak(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), "bfloat16") == peak
+    assert peak_flops(torch.device("cuda", 0), "float32") is None
+    assert peak_flops(torch.device("cpu"), "bfloat16") is None
