@@ -73,7 +73,7 @@ def errors(parallel: SequenceParallel, seed: int, kind: str) -> dict[str, float]
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("exchange", ["all_gather", "ring", "scan"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_equals_the_definition(group: dist.ProcessGroup, run_seed: int, layout: str, exchange: str, kind: str):
     found = errors(SequenceParallel(group, layout=layout, state_exchange=exchange), run_seed, kind)

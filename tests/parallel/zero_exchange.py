@@ -37,10 +37,11 @@ def zero_exchange() -> None:
         arriving = real.shift(tensors, group)
         return arriving if real.size(group) == 1 else arriving.then(lambda ts: tuple(_zero_except(t, 0, 0) for t in ts))
 
-    def receive(like: Tensor, source: int, group: Group) -> Pending[Tensor]:
-        return real.receive(like, source, group).then(lambda t: _zero_except(t, 0, 0))
+    def send_receive(sent, received, group: Group) -> Pending[Tensor | None]:
+        arriving = real.send_receive(sent, received, group)
+        return arriving.then(lambda t: None if t is None else _zero_except(t, 0, 0))
 
-    for replacement in (all_gather, all_reduce, reduce_scatter, all_to_all, shift, receive):
+    for replacement in (all_gather, all_reduce, reduce_scatter, all_to_all, shift, send_receive):
         assert hasattr(comm, replacement.__name__)
         setattr(comm, replacement.__name__, replacement)
 

@@ -5,9 +5,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lasp.parallel.comm import Group, Pending
+from lasp.kernels.pending import Pending
+from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
-from lasp.parallel.exchange.ring import Ring
+from lasp.parallel.exchange.scan import Scan
 from lasp.parallel.layout import Layout
 
 
@@ -27,7 +28,11 @@ class StateExchange(Protocol):
         """The gradients of the states that leave this rank's units."""
 
 
-EXCHANGES: dict[str, Callable[[Layout, Group], StateExchange]] = {"all_gather": AllGather, "ring": Ring}
+EXCHANGES: dict[str, Callable[[Layout, Group], StateExchange]] = {
+    "all_gather": AllGather,
+    "ring": lambda layout, group: Scan(layout, group, blocks=lambda size: 1),
+    "scan": lambda layout, group: Scan(layout, group, blocks=lambda size: 3),
+}
 
 
 def make_exchange(name: str, layout: Layout, group: Group) -> StateExchange:
