@@ -6,7 +6,7 @@ changed before that.
 
 from collections.abc import Callable, Generator
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,25 @@ def size(group: Group) -> int:
 
 def rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
+
+
+def message_device(group: Group) -> torch.device:
+    """The device on which this group's messages live."""
+    if group is None or any(device.type == "cpu" for device in group._device_types):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def timeout(group: dist.ProcessGroup) -> float:
+    """Seconds after which a message of this group has failed."""
+    return group._get_backend(message_device(group)).options._timeout.total_seconds()
+
+
+def gather_objects(x: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Everybody's x, in rank order; the host waits."""
+    objects: list[Any] = [None] * size(group)
+    dist.all_gather_object(objects, x, group=group)
+    return objects
 
 
 def all_gather(x: Tensor, group: Group) -> Pending[Tensor]:

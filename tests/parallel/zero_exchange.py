@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lasp.parallel import comm
 from lasp.parallel.comm import Group, Pending
+from lasp.parallel.exchange.symmetric_memory import SymmetricMemory
 
 
 def zero_exchange() -> None:
@@ -44,6 +45,16 @@ def zero_exchange() -> None:
     for replacement in (all_gather, all_reduce, reduce_scatter, all_to_all, shift, send_receive):
         assert hasattr(comm, replacement.__name__)
         setattr(comm, replacement.__name__, replacement)
+    _zero_symmetric_memory()
+
+
+def _zero_symmetric_memory() -> None:
+    real = SymmetricMemory._exchange
+
+    def exchange(self, *args, **options) -> Pending[Tensor]:
+        return real(self, *args, **options).then(torch.zeros_like)
+
+    SymmetricMemory._exchange = exchange
 
 
 def _zero_except(rows: Tensor, first: int, last: int) -> Tensor:
