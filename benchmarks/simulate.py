@@ -1,10 +1,10 @@
 """Plays the schedules of the state exchanges for up to thousands of ranks and draws how long they take.
 
     python benchmarks/simulate.py                        draws docs/exchange-scaling.png
-    python benchmarks/simulate.py --costs links.json     with what `benchmarks/exchange.py --calibrate` measured
+    python benchmarks/simulate.py --costs links.json     with what `benchmarks/exchange.py --calibrate` wrote
 
-Every message is played: it begins when what it carries is there and its link is free. Nodes have `node` GPUs each; a link
-between neighbours is one inside a node or one across nodes. Times leave out the combining, which is the same for all.
+Every message is played: it begins when what it carries is there and its link is free. Nodes have `node` GPUs each, and
+a link between neighbours is one inside a node or one across nodes. Times leave out the combining.
 """
 
 from collections.abc import Callable

@@ -78,6 +78,7 @@ class SequenceParallel:
         offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
         return Sequence(self, Partition(self.layout, self.rank, offsets, aligned), cu_seqlens is not None)
 
+    @torch.compiler.disable
     def agree(self, check: Any) -> None:
         """Runs a check of an op's arguments; on CPU groups all ranks fail together (NCCL would have to synchronise)."""
         if self._messages.type == "cpu":
@@ -222,6 +223,7 @@ class Sequence:
         """
         return global_mean(loss_sum, count, self.parallel.group)
 
+    @torch.compiler.disable  # messages have no place in a graph: a compiled model breaks here, once, and goes on behind
     def _recurrence(self, q, k, v, decay, beta, scale, causal, initial_state, output_final_state):
         local = self._local(v.shape[0])
         per_token = None if decay is None or decay.ndim == 1 else local.fold(decay)

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 CALIBRATION = Path.home() / ".cache" / "lasp" / "links.json"
 
@@ -63,11 +64,10 @@ class Costs:
         if not path.exists():
             return cls()
         try:
-            sides = {
-                side: Links(**{name: None if link is None else Link(**link) for name, link in links.items()})
-                for side, links in json.loads(path.read_text()).items()
-            }
-            return cls(**sides)
+            sides: dict[str, dict[str, Any]] = json.loads(path.read_text())
+            for links in sides.values():
+                links.update({name: Link(**link) for name, link in links.items() if link is not None})
+            return cls(**{side: Links(**links) for side, links in sides.items()})
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: got {error}, expected what calibration writes") from error
 

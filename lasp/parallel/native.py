@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = next(folder for up in (2, 1) if (folder := Path(__file__).parents[up] / "csrc").is_dir() or up == 1)
+LASP = Path(__file__).parents[1]
+SOURCES = LASP / "csrc" if (LASP / "csrc").is_dir() else LASP.parent / "csrc"  # installed, or in a checkout
 BUILDS = Path.home() / ".cache" / "lasp"
 
 

@@ -135,3 +135,25 @@ def test_auto_takes_the_cheapest_for_each_size(group: dist.ProcessGroup, run_see
         )
         found = errors(parallel, run_seed, "gated delta")
         assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.mpi
+def test_compiled_models_may_contain_it(group: dist.ProcessGroup, run_seed: int):
+    """The graph breaks around the op, and is compiled once, for all batches."""
+    case, wanted = _case(run_seed, "gated delta", "divisible")
+    parallel = made(group, "zigzag", "all_gather")
+    torch._dynamo.reset()
+
+    def layer(sequence, v: Tensor, **others: Tensor) -> Tensor:
+        return 2 * sequence.delta_rule(v=3 * v, initial_state=3 * case.initial_state, **others)[0]
+
+    compiled, graphs = torch.compile(layer, backend="aot_eager"), []
+    for _ in range(3):
+        sequence = parallel.sequence(case.v.shape[1])
+        local = {name: sequence.shard(x).requires_grad_() for name, x in case.per_token.items()}
+        outputs = [function(sequence, **local) for function in (layer, compiled)]
+        assert error(sequence.unshard(outputs[1].detach()), 6 * wanted["o"]) < TOLERANCE
+        grads = [torch.autograd.grad(o, list(local.values()), sequence.shard(case.do)) for o in outputs]
+        assert all(error(b, a) < TOLERANCE for a, b in zip(*grads, strict=True))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[0] == graphs[-1]
