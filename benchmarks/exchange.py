@@ -32,7 +32,6 @@ from lasp.parallel.cost import CALIBRATION, Costs, Link, Links
 
 Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "softmax"]
 Exchange = Literal["all_gather", "ring", "scan", "symmetric_memory", "auto"]
-SIZES = tuple(2**power for power in range(12, 25, 3))  # bytes, for calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,8 @@ class Settings:
     runs: int = 30
     peer: bool = True  # flash-linear-attention's context parallelism, if it is installed
     calibrate: Literal["inside", "across"] | None = None
-    costs: Path = CALIBRATION  # the file that calibration writes
+    sizes: tuple[int, ...] = tuple(2**power for power in range(12, 25, 3))  # bytes of calibration's messages
+    costs: Path = CALIBRATION  # the file that it writes
 
 
 class Clock:
@@ -170,15 +170,15 @@ def ops(settings: Settings, clock: Clock) -> None:
             table(title, clock.medians(calls), 1e-3, next(iter(calls)))
 
 
-def calibrate(side: Literal["inside", "across"], path: Path, clock: Clock) -> None:
+def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Clock) -> None:
     """Fits the links to all-gathers, messages from rank to rank, and peer reads; rank 0 writes the file."""
     group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    x = {size: torch.zeros(size // 4, device=clock.device) for size in SIZES}
+    x = {size: torch.zeros(size // 4, device=clock.device) for size in settings.sizes}
 
     def fit(call: Callable[[Tensor], object], passes: int = 1) -> Link:
         """`passes`: how often the bytes pass over the link in one call."""
-        times = clock.medians({str(size): functools.partial(call, x[size]) for size in SIZES}, times=10)
-        return Link.fit([passes * size for size in SIZES], list(times.values()))
+        times = clock.medians({str(size): functools.partial(call, x[size]) for size in settings.sizes}, times=10)
+        return Link.fit([passes * size for size in settings.sizes], list(times.values()))
 
     def message(x: Tensor) -> None:
         """From every even rank to the next."""
@@ -197,8 +197,8 @@ def calibrate(side: Literal["inside", "across"], path: Path, clock: Clock) -> No
         peer_read = fit(read, ranks - 1)
     links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_read)
     if rank == 0:
-        replace(Costs.read(path), **{side: links}).save(path)
-    say(f"{side}: {links}\nwritten to {path} on {socket.gethostname()}")
+        replace(Costs.read(settings.costs), **{side: links}).save(settings.costs)
+    say(f"{side}: {links}\nwritten to {settings.costs} on {socket.gethostname()}")
 
 
 def main(settings: Settings) -> None:
@@ -210,7 +210,7 @@ def main(settings: Settings) -> None:
     clock = Clock(device, settings.runs)
     with torch.cuda.device(device) if cuda else nullcontext():
         if settings.calibrate:
-            calibrate(settings.calibrate, settings.costs, clock)
+            calibrate(settings.calibrate, settings, clock)
         else:
             say(
                 f"{dist.get_world_size()} ranks, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}"

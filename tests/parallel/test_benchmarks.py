@@ -31,7 +31,7 @@ def test_exchanges_and_ops_are_timed():
 
 def test_calibration_is_what_the_simulator_reads(tmp_path):
     file = tmp_path / "links.json"
-    launch("--calibrate", "inside", "--costs", str(file))
+    launch("--calibrate", "inside", "--sizes", "1024", "65536", "--costs", str(file))
     costs = Costs.read(file)
     assert costs.inside != Costs().inside and costs.across == Costs().across
     picture = tmp_path / "curves.png"
