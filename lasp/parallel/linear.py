@@ -52,12 +52,11 @@ class Places:
     packed are; else a tensor, copied to each device once. So no call copies from the host."""
 
     def __init__(self, places: list[int]):
-        self.count = len(places)
-        step = places[1] - places[0] if len(places) > 1 else 1
-        even = step > 0 and places == [places[0] + i * step for i in range(len(places))] if places else True
-        stop = places[-1] + 1 if places else 0
-        self._slice = slice(stop - 1 - step * (len(places) - 1) if places else 0, stop, step) if even else None
-        self._places = places
+        self.count, self._places = len(places), places
+        start, step = (places or [0])[0], places[1] - places[0] if len(places) > 1 else 1
+        stop = start + step * len(places)
+        even = step > 0 and list(range(start, stop, step)) == places
+        self._slice = slice(start, stop, step) if even else None
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> slice | Tensor:

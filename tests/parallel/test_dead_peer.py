@@ -1,6 +1,7 @@
 """A peer that stops answering in the middle of an exchange ends it with an error, within the timeout: each of them."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +61,8 @@ def test_every_exchange_notices_a_dead_peer():
         assert set(found) == {"all_gather", "ring", "scan", "symmetric_memory"}, output
         for story in found.values():
             assert float(story.split(" s: ")[0]) < TIMEOUT + 5, output
-        assert "rank 1 of the group did not come" in found["symmetric_memory"], output
+        if shutil.which("c++"):  # else it is an all-gather
+            assert "rank 1 of the group did not come" in found["symmetric_memory"], output
         assert processes[1].poll() is None
     finally:
         for process in processes:
