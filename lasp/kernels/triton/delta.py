@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
@@ -86,15 +87,16 @@ class TritonDelta:
             summary = Summary(end, self._total(plan, transitions, x))
         return summary, (x, plan, wy, gates, states, transitions)
 
-    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         x, plan, wy, gates, states, transitions = partial
-        if plan.whole:
-            entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if incoming is None else incoming.contiguous()
-            end = outgoing = torch.empty_like(entering)
-        else:
-            end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, incoming, backward=False)
         config = delta_config(x.k, x.v)
         scores = chunk_scores(plan.chunks, x.q, x.k, gates, x.decay is not None, wy, x.scale, config.precision)
+        start = incoming.wait()
+        if plan.whole:
+            entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if start is None else start.contiguous()
+            end = outgoing = torch.empty_like(entering)
+        else:
+            end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, start, backward=False)
         o = torch.empty_like(x.v)
         walk_up(
             OUTPUTS, plan.tiles, x.q, x.k, x.v, gates, wy, scores, config,
@@ -114,14 +116,15 @@ class TritonDelta:
             total = scan(plan.tiles, d, transitions, None, backward=True)[1]
         return total, (x, plan, d)
 
-    def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+    def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, plan, d), (wy, scores, gates, entering, transitions), config = partial, kept, delta_config(x.k, x.v)
         assert x.beta is not None
+        last = d_outgoing.wait()
         if plan.whole:
-            leaving = torch.zeros_like(entering) if d_outgoing is None else d_outgoing.contiguous()
+            leaving = torch.zeros_like(entering) if last is None else last.contiguous()
             end = d_incoming = torch.empty_like(entering)
         else:
-            end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, d_outgoing, backward=True)
+            end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, last, backward=True)
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
         per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
         dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=per_head) for _ in range(2))
