@@ -17,7 +17,11 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.delta_diagonal import within_chunk_grads
 from lasp.kernels.triton.delta_wy import CHUNK
+from lasp.kernels.triton.diagonal_chunk import load_rows, store_rows
+from lasp.kernels.triton.diagonal_grads import gate_sums, weighted_sums
+from lasp.kernels.triton.gates import DIAGONAL, SCALAR
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -26,6 +30,7 @@ def _gradients(
     k,
     v,  # [tokens, H, V]
     do,
+    decay,  # [tokens, H, K], if DIAGONAL
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     u,  # [tokens, HEADS, V]
     dr,
@@ -34,7 +39,7 @@ def _gradients(
     dq,  # [tokens, H, K]
     dk,
     dv,  # [tokens, H, V]
-    d_decay,  # [tokens, H]
+    d_decay,  # [tokens, H], or [tokens, H, K] if DIAGONAL
     d_beta,
     start,
     length,
@@ -47,8 +52,10 @@ def _gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    DECAYS: tl.constexpr,
+    DECAY: tl.constexpr,
     LEARNED: tl.constexpr,
+    REACH: tl.constexpr,
+    BY_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -58,8 +65,7 @@ def _gradients(
     i = tl.arange(0, C)
     here, tokens = i < count, begin + i
     work = u.dtype.element_ty
-    q += (begin * (H // G) + h // G) * K
-    k += (begin * (H // G) + h // G) * K
+    q_at, k_at = q + (begin * (H // G) + h // G) * K, k + (begin * (H // G) + h // G) * K
     v += (begin * H + h) * V
     do += (begin * H + h) * V
     dv += (begin * H + h) * V
@@ -93,7 +99,7 @@ def _gradients(
         pt = tl.dot(uc, tl.trans(doc), pt, input_precision=PRECISION)
         nt = tl.dot(uc, tl.trans(drc), nt, input_precision=PRECISION)
     nt *= -betas[None, :]
-    if DECAYS:
+    if DECAY == SCALAR:
         b, from_start, to_end = tl.load(gates + C + i), tl.load(gates + 2 * C + i), tl.load(gates + 3 * C + i)
         total = tl.load(gates + 3 * C - 1)
         down, up = tl.minimum(b[:, None] - b[None, :], 0.0), tl.minimum(b[None, :] - b[:, None], 0.0)
@@ -109,6 +115,7 @@ def _gradients(
         cols = block_k * BK + tl.arange(0, BK)
         dqc = tl.zeros([C, BK], tl.float32)
         wc, dkc = dqc, dqc
+        overlap = tl.zeros([BK], tl.float32)  # rowsum(X ⊙ G)
         for block in tl.static_range(BLOCKS):
             rows = block * BV + tl.arange(0, BV)
             if BLOCKS > 1:
@@ -120,34 +127,62 @@ def _gradients(
             wc = tl.dot(drc, xc, wc, input_precision=PRECISION)
             dkc = tl.dot(uc, gc, dkc, input_precision=PRECISION)
             if LEARNED:
-                carried += total * tl.sum(xc.to(tl.float32) * gc.to(tl.float32), axis=0)
+                overlap += tl.sum(xc.to(tl.float32) * gc.to(tl.float32), axis=0)
         here_k = here[:, None] & (cols < K)[None, :]
-        qc = tl.load(q + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
-        kc = tl.load(k + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
+        qc = tl.load(q_at + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
+        kc = tl.load(k_at + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
+        q32, k32 = qc.to(tl.float32), kc.to(tl.float32)
         dqc *= scale
-        if DECAYS:
-            dqc *= from_start[:, None]
-            wc *= from_start[:, None]
-            dkc *= to_end[:, None]
-        k32 = kc.to(tl.float32)
-        if LEARNED:
-            carried += tl.sum(k32 * dkc, axis=0)
-        dqc = tl.dot(p, kc, dqc, input_precision=PRECISION)
-        wc = tl.dot(n, kc, wc, input_precision=PRECISION)
-        dkc = tl.dot(pt, qc, dkc, input_precision=PRECISION)
-        dkc = tl.dot(nt, kc, dkc, input_precision=PRECISION)
+        if DECAY == DIAGONAL:
+            g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+            from_start, to_end = channel_decays(g, BY_PRODUCTS)
+            dqc *= from_start
+            wc *= from_start
+            dkc *= to_end
+            past = k32 * dkc
+            here_dg = q32 * dqc - betas[:, None] * k32 * wc
+            to_q, to_w, to_k, within = within_chunk_grads(
+                q, k, decay, q32, k32, g, p, n, pt, nt, betas, begin, here, count, h, cols, H, G, K, REACH, PRECISION
+            )
+            dqc, wc, dkc = dqc + to_q, wc + to_w, dkc + to_k
+            total = tl.exp(tl.sum(g, axis=0))
+            dg = gate_sums(here_dg + within, past, BY_PRODUCTS) + (total * overlap)[None, :]
+            store_rows(d_decay, dg, begin, here, h, H, cols, K)
+        else:
+            if DECAY == SCALAR:
+                dqc *= from_start[:, None]
+                wc *= from_start[:, None]
+                dkc *= to_end[:, None]
+            if LEARNED:
+                carried += total * overlap + tl.sum(k32 * dkc, axis=0)
+            dqc = tl.dot(p, kc, dqc, input_precision=PRECISION)
+            wc = tl.dot(n, kc, wc, input_precision=PRECISION)
+            dkc = tl.dot(pt, qc, dkc, input_precision=PRECISION)
+            dkc = tl.dot(nt, kc, dkc, input_precision=PRECISION)
         k_w = tl.sum(k32 * wc, axis=1)
         d_betas -= k_w
-        if LEARNED:
-            change += tl.sum(qc.to(tl.float32) * dqc - k32 * dkc, axis=1) - betas * k_w
+        if LEARNED and DECAY != DIAGONAL:
+            change += tl.sum(q32 * dqc - k32 * dkc, axis=1) - betas * k_w
         dkc -= betas[:, None] * wc
         at = (i * (H * K))[:, None] + cols[None, :]
         tl.store(dq + at, dqc.to(dq.dtype.element_ty), mask=here_k)
         tl.store(dk + at, dkc.to(dk.dtype.element_ty), mask=here_k)
     tl.store(d_beta + tokens * H + h, d_betas.to(d_beta.dtype.element_ty), mask=here)
-    if LEARNED:
+    if LEARNED and DECAY != DIAGONAL:
         dg = tl.sum(tl.where(upto, change[:, None], 0.0), axis=0) + tl.sum(carried, axis=0)
         tl.store(d_decay + tokens * H + h, dg.to(d_decay.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def channel_decays(g, BY_PRODUCTS: tl.constexpr):
+    """e^{b_i} and e^{b_C - b_i} [C, BK]; on the matrix units straight in the layout of what they multiply."""
+    if BY_PRODUCTS:
+        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
+        up = weighted_sums((j <= t).to(tl.bfloat16), g, False)
+        down = weighted_sums((j > t).to(tl.bfloat16), g, False)
+    else:
+        up, down = tl.cumsum(g, axis=0), tl.cumsum(g, axis=0, reverse=True) - g
+    return tl.exp(up), tl.exp(down)
 
 
 @triton.jit
@@ -166,6 +201,7 @@ def gradients(
     k: Tensor,
     v: Tensor,
     do: Tensor,
+    decay: Tensor | None,
     gates: Tensor,
     u: Tensor,
     dr: Tensor,
@@ -173,7 +209,7 @@ def gradients(
     grads: Tensor,
     found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
     scale: float,
-    decays: bool,
+    decay_kind: tl.constexpr,
     config: DeltaConfig,
     head_range: range,
 ) -> None:
@@ -182,8 +218,9 @@ def gradients(
     launch = config.gradients
     block_k, block_v = min(block_of(key_dim), launch.block), min(block_of(value_dim), launch.block_v)
     _gradients[chunks.count, len(head_range)](
-        q, k, v, do, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
+        q, k, v, do, decay, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
         scale, heads, heads // q_heads, head_range.start,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAYS=decays, LEARNED=found[3] is not None,
-        PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=decay_kind, LEARNED=found[3] is not None,
+        REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
+        STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip

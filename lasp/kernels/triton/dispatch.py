@@ -27,8 +27,6 @@ def triton_op(x: Inputs, causal: bool, asked: bool) -> tuple[Op | None, str]:
         return (TritonLinear() if asked or checked else None), "other dtypes than bfloat16, or heads of more than 128"
     if x.beta is None:
         return (TritonDiagonal() if asked else None), "a decay [B, T, H, K]"
-    if diagonal:
-        return None, "the delta rule with a decay [B, T, H, K]"
     if max(x.k.shape[-1], x.v.shape[-1]) > MAX_DELTA_HEAD:
         return None, f"the delta rule with heads of more than {MAX_DELTA_HEAD}"
     return (TritonDelta() if asked else None), "the delta rule"

@@ -8,12 +8,12 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-NONE, CONSTANT, SCALAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NONE, CONSTANT, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 def decay_class(decay: Tensor | None) -> tl.constexpr:
-    """NONE, CONSTANT or SCALAR."""
-    return NONE if decay is None else {1: CONSTANT, 3: SCALAR}[decay.ndim]
+    """NONE, CONSTANT, SCALAR or DIAGONAL."""
+    return NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]
 
 
 @triton.jit
