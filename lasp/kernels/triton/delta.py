@@ -22,6 +22,7 @@ from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import scan
 from lasp.kernels.triton.delta_states import OUTPUTS, STATES, SUMMARY, TRANSITION, walk_up
+from lasp.kernels.triton.delta_steep import steep_gradients
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.linear import contiguous, per_q_head
@@ -174,9 +175,13 @@ class TritonDelta:
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
             )  # fmt: skip
             gradients(
-                plan.chunks, x.q, x.k, x.v, do, x.decay, gates, u, dr, chunk_states, chunk_grads,
+                plan.chunks, x.q, x.k, x.v, do, x.decay, factors.spread, gates, u, dr, chunk_states, chunk_grads,
                 found, x.scale, plan.shared["decay"], config, part,
             )  # fmt: skip
+            if factors.spread is not None:
+                steep_gradients(
+                    plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, config, part
+                )
         return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
 
     @staticmethod

@@ -7,6 +7,8 @@ With u and dr from the two walks, e_ij = e^{b_i - b_j}, and w_i = e^{b_i} X dr_i
     dbeta_i = dr_i·v_i - k_i·w_i
     db_i = q_i·dq_i + k_i·(the first part of dk_i - the rest)               dg_t = Σ_{i>=t} db_i + <X', G>
 
+With a diagonal decay e, q, k have channels, and so has db. It is q̃ = q e^{b - b_C/2} and k e^{b - b_C/2} that then meet
+k̃ = k e^{b_C/2 - b}, while no channel decays by more than e^{-2 reach} within the chunk (a steep one: see `delta_steep`).
 X' is the state that leaves the chunk: the sum in dg never spans more than a chunk (math §2).
 """
 
@@ -17,9 +19,8 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
-from lasp.kernels.triton.delta_diagonal import within_chunk_grads
 from lasp.kernels.triton.delta_wy import CHUNK
-from lasp.kernels.triton.diagonal_chunk import load_rows, store_rows
+from lasp.kernels.triton.diagonal_chunk import load_half, load_rows, store_rows
 from lasp.kernels.triton.diagonal_grads import gate_sums, weighted_sums
 from lasp.kernels.triton.gates import DIAGONAL, SCALAR
 
@@ -31,6 +32,7 @@ def _gradients(
     v,  # [tokens, H, V]
     do,
     decay,  # [tokens, H, K], if DIAGONAL
+    spread,  # [chunks, H] fp32, if DIAGONAL
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     u,  # [tokens, HEADS, V]
     dr,
@@ -104,10 +106,13 @@ def _gradients(
         total = tl.load(gates + 3 * C - 1)
         down, up = tl.minimum(b[:, None] - b[None, :], 0.0), tl.minimum(b[None, :] - b[:, None], 0.0)
         p, n, pt, nt = p * tl.exp(down), n * tl.exp(down), pt * tl.exp(up), nt * tl.exp(up)
+    if DECAY == DIAGONAL:  # what the tokens of a steep chunk give each other is left to delta_steep
+        half = load_half(spread, chunk * H + h, 2 * REACH)
+        upto, below = upto & (half > 0.0), below & (half > 0.0)
     p = tl.where(upto, p * scale, 0.0).to(work)
     n = tl.where(below, n, 0.0).to(work)
-    pt = tl.where(i[:, None] <= i[None, :], pt * scale, 0.0).to(work)
-    nt = tl.where(i[:, None] < i[None, :], nt, 0.0).to(work)
+    pt = tl.where(tl.trans(upto), pt * scale, 0.0).to(work)
+    nt = tl.where(tl.trans(below), nt, 0.0).to(work)
 
     change = tl.zeros([C], tl.float32)  # db
     carried = tl.zeros([BK], tl.float32)  # <X', G>
@@ -135,19 +140,22 @@ def _gradients(
         dqc *= scale
         if DECAY == DIAGONAL:
             g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
-            from_start, to_end = channel_decays(g, BY_PRODUCTS)
-            dqc *= from_start
-            wc *= from_start
-            dkc *= to_end
-            past = k32 * dkc
-            here_dg = q32 * dqc - betas[:, None] * k32 * wc
-            to_q, to_w, to_k, within = within_chunk_grads(
-                q, k, decay, q32, k32, g, p, n, pt, nt, betas, begin, here, count, h, cols, H, G, K, REACH, PRECISION
-            )
-            dqc, wc, dkc = dqc + to_q, wc + to_w, dkc + to_k
-            total = tl.exp(tl.sum(g, axis=0))
-            dg = gate_sums(here_dg + within, past, BY_PRODUCTS) + (total * overlap)[None, :]
+            end = half * tl.sum(g, axis=0)[None, :]
+            reading, writing = channel_decays(g, end, BY_PRODUCTS)
+            q_read, k_read = (q32 * reading).to(work), (k32 * reading).to(work)
+            written = (k32 * writing).to(work)
+            between = tl.exp(end)
+            dkc *= between
+            past = written.to(tl.float32) * dkc
+            dqc = tl.dot(p, written, dqc * between, input_precision=PRECISION)
+            wc = tl.dot(n, written, wc * between, input_precision=PRECISION)
+            dkc = tl.dot(pt, q_read, dkc, input_precision=PRECISION)
+            dkc = tl.dot(nt, k_read, dkc, input_precision=PRECISION)
+            db = q_read.to(tl.float32) * dqc - betas[:, None] * (k_read.to(tl.float32) * wc)
+            db -= written.to(tl.float32) * dkc - past
+            dg = gate_sums(db, past, BY_PRODUCTS) + (tl.exp(tl.sum(g, axis=0)) * overlap)[None, :]
             store_rows(d_decay, dg, begin, here, h, H, cols, K)
+            dqc, wc, dkc = reading * dqc, reading * wc, writing * dkc
         else:
             if DECAY == SCALAR:
                 dqc *= from_start[:, None]
@@ -174,15 +182,15 @@ def _gradients(
 
 
 @triton.jit
-def channel_decays(g, BY_PRODUCTS: tl.constexpr):
-    """e^{b_i} and e^{b_C - b_i} [C, BK]; on the matrix units straight in the layout of what they multiply."""
+def channel_decays(g, shift, BY_PRODUCTS: tl.constexpr):
+    """e^{b_i - shift} and e^{b_C - b_i - shift} [C, BK]; sums on the matrix units come in the layout of what they scale."""
     if BY_PRODUCTS:
         t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
         up = weighted_sums((j <= t).to(tl.bfloat16), g, False)
         down = weighted_sums((j > t).to(tl.bfloat16), g, False)
     else:
         up, down = tl.cumsum(g, axis=0), tl.cumsum(g, axis=0, reverse=True) - g
-    return tl.exp(up), tl.exp(down)
+    return tl.exp(up - shift), tl.exp(down - shift)
 
 
 @triton.jit
@@ -202,6 +210,7 @@ def gradients(
     v: Tensor,
     do: Tensor,
     decay: Tensor | None,
+    spread: Tensor | None,
     gates: Tensor,
     u: Tensor,
     dr: Tensor,
@@ -218,7 +227,7 @@ def gradients(
     launch = config.gradients
     block_k, block_v = min(block_of(key_dim), launch.block), min(block_of(value_dim), launch.block_v)
     _gradients[chunks.count, len(head_range)](
-        q, k, v, do, decay, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
+        q, k, v, do, decay, spread, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
         scale, heads, heads // q_heads, head_range.start,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=decay_kind, LEARNED=found[3] is not None,
         REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
