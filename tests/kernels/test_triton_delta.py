@@ -127,7 +127,7 @@ def test_heads_in_groups_and_in_parts(gen, whole, decay, monkeypatch):
     assert max(found.values()) < EXACT, found
 
 
-@pytest.mark.parametrize("strength", [0.0, 50.0], ids=["open gate", "closing gate"])
+@pytest.mark.parametrize("strength", [0.0, 1.5, 50.0], ids=["open gate", "steep gate", "closing gate"])
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_gates_that_do_nothing_or_close(gen, whole, decay, strength):
     """A closed gate's own gradient is a small difference of large numbers: what fp32 leaves of it."""

@@ -37,6 +37,7 @@ class Plan:
     """How a call is cut. whole: every segment is one tile, so that a tile's end is its segment's.  shared: what every
     walk is told.  heads: how many of them backward treats at a time."""
 
+    config: DeltaConfig
     tiles: Tiles
     chunks: Tiles
     whole: bool
@@ -46,7 +47,8 @@ class Plan:
     @staticmethod
     def of(x: Inputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
-        blocks = -(-value_dim // delta_config(x.k, x.v).states.block)
+        config = delta_config(x.k, x.v, decay_class(x.decay) == DIAGONAL)
+        blocks = -(-value_dim // config.states.block)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         size = tile_length(x, max(1, 2 * processors // (blocks * min(heads, HEADS_AT_ONCE))))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
@@ -54,7 +56,7 @@ class Plan:
         start = chunks.start.where(chunks.length > 0, 2**62)  # empty chunks come last and start at 0
         shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decay": decay_class(x.decay)}
         at_once = max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens), processors // (blocks * tiles.count))
-        return Plan(tiles, chunks, whole, shared, min(heads, at_once))
+        return Plan(config, tiles, chunks, whole, shared, min(heads, at_once))
 
 
 def decay_class(decay: Tensor | None) -> tl.constexpr:
@@ -62,15 +64,13 @@ def decay_class(decay: Tensor | None) -> tl.constexpr:
     return NONE if decay is None else DIAGONAL if decay.ndim == 4 else SCALAR
 
 
-def factors_of(
-    x: Inputs, plan: Plan, config: DeltaConfig, with_scores: bool
-) -> tuple[Factors, Tensor | None, Tensor | None]:
+def factors_of(x: Inputs, plan: Plan, with_scores: bool) -> tuple[Factors, Tensor | None, Tensor | None]:
     """What the walks read and write with, and for a diagonal decay, if asked for, P and the products for T."""
     if plan.shared["decay"] != DIAGONAL:
         return Factors(x.q, x.k, x.k), None, None
     assert x.decay is not None
     scale = x.scale if with_scores else None
-    return diagonal_factors(plan.chunks, x.q, x.k, x.decay, work_dtype(x), config, scale)
+    return diagonal_factors(plan.chunks, x.q, x.k, x.decay, work_dtype(x), plan.config, scale)
 
 
 def work_dtype(x: Inputs) -> torch.dtype:
@@ -95,9 +95,9 @@ class TritonDelta:
     numbers per token and head, and for every tile its entering state and transition."""
 
     def summarize(self, x: Inputs, wanted: bool):
-        x, plan, config = contiguous(x), Plan.of(x), delta_config(x.k, x.v)
+        x, plan = contiguous(x), Plan.of(x)
         assert x.beta is not None
-        factors, scores, products = factors_of(x, plan, config, with_scores=True)
+        factors, scores, products = factors_of(x, plan, with_scores=True)
         wy, gates = wy_inverse(plan.chunks, x.k, x.decay, x.beta, products, work_dtype(x))
         if plan.whole and not wanted:
             return None, (x, plan, factors, scores, wy, gates, None, None)
@@ -105,7 +105,7 @@ class TritonDelta:
         states = x.v.new_empty(plan.tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
         transitions = states.new_empty(plan.tiles.count, heads, key_dim, key_dim)
         for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
-            walk_up(mode, plan.tiles, factors, x.v, gates, wy, None, config, end=end, **plan.shared)
+            walk_up(mode, plan.tiles, factors, x.v, gates, wy, None, plan.config, end=end, **plan.shared)
         summary = None
         if wanted:
             _, end = scan(plan.tiles, states, transitions, None, backward=False)
@@ -119,35 +119,31 @@ class TritonDelta:
             end = outgoing = torch.empty_like(entering)
         else:
             end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, incoming, backward=False)
-        config = delta_config(x.k, x.v)
         if scores is None:
-            scores = chunk_scores(plan.chunks, x.q, x.k, gates, plan.shared["decay"], wy, x.scale, config.precision)
+            scores = chunk_scores(
+                plan.chunks, x.q, x.k, gates, plan.shared["decay"], wy, x.scale, plan.config.precision
+            )
         o = torch.empty_like(x.v)
         walk_up(
-            OUTPUTS, plan.tiles, factors, x.v, gates, wy, scores, config,
+            OUTPUTS, plan.tiles, factors, x.v, gates, wy, scores, plan.config,
             scale=x.scale, entering=entering, end=end, o=o, **plan.shared,
         )  # fmt: skip
         return o, outgoing, (wy, scores, gates, entering, transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
         x, plan, (wy, scores, gates, entering, transitions) = contiguous(x), Plan.of(x), kept
-        config = delta_config(x.k, x.v)
-        factors, _, _ = factors_of(x, plan, config, with_scores=False)
+        factors, _, _ = factors_of(x, plan, with_scores=False)
         d = torch.empty_like(entering) if wanted or not plan.whole else None
         total = None
         if d is not None:
-            walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, config, x.scale, end=d, **plan.shared)
+            walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
         if wanted:
             assert d is not None
             total = scan(plan.tiles, d, transitions, None, backward=True)[1]
         return total, (x, plan, factors, d)
 
     def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
-        (x, plan, factors, d), (wy, scores, gates, entering, transitions), config = (
-            partial,
-            kept,
-            delta_config(x.k, x.v),
-        )
+        (x, plan, factors, d), (wy, scores, gates, entering, transitions) = partial, kept
         assert x.beta is not None
         if plan.whole:
             leaving = torch.zeros_like(entering) if d_outgoing is None else d_outgoing.contiguous()
@@ -167,20 +163,21 @@ class TritonDelta:
             part = range(first, min(first + some, heads))
             where = {**plan.shared, "head_range": part}
             walk_up(
-                STATES, plan.tiles, factors, x.v, gates, wy, None, config,
+                STATES, plan.tiles, factors, x.v, gates, wy, None, plan.config,
                 entering=entering, u=u, states=chunk_states, **where,
             )  # fmt: skip
             walk_down(
-                STATES, plan.tiles, factors, do, gates, wy, scores, config, x.scale,
+                STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
             )  # fmt: skip
             gradients(
                 plan.chunks, x.q, x.k, x.v, do, x.decay, factors.spread, gates, u, dr, chunk_states, chunk_grads,
-                found, x.scale, plan.shared["decay"], config, part,
+                found, x.scale, plan.shared["decay"], plan.config, part,
             )  # fmt: skip
             if factors.spread is not None:
+                assert x.decay is not None
                 steep_gradients(
-                    plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, config, part
+                    plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
                 )
         return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
 

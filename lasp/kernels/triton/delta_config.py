@@ -38,14 +38,15 @@ class DeltaConfig:
     sums_by_products: bool
 
 
-def delta_config(k: Tensor, v: Tensor) -> DeltaConfig:
+def delta_config(k: Tensor, v: Tensor, diagonal: bool) -> DeltaConfig:
     """From a table, never from the length of a sequence."""
     widest = block_of(max(k.shape[-1], v.shape[-1]))
     if v.dtype == torch.bfloat16:
-        ahead, walk = Launch(64, warps=4, stages=3), Launch(64, warps=4, stages=2)
-        outputs = Launch(128, warps=8, stages=2) if widest == 128 else walk
-        factors, gradients = Launch(32, warps=4, stages=1), Launch(32, warps=4, stages=2)
-        return DeltaConfig(ahead, ahead, outputs, ahead, walk, gradients, factors, "tf32", 64.0, True)
+        ahead, walk = Launch(64, warps=4, stages=2 if diagonal else 3), Launch(64, warps=4, stages=2)
+        wide = Launch(128, warps=8, stages=2) if widest == 128 else walk
+        factors, gradients = Launch(32, warps=4, stages=1), Launch(16 if diagonal else 32, warps=4, stages=2)
+        down = wide if diagonal else walk
+        return DeltaConfig(ahead, ahead, wide, ahead, down, gradients, factors, "tf32", 64.0, True)
     walk = Launch(64, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
     return DeltaConfig(walk, walk, walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)

@@ -27,8 +27,8 @@ SUB = tl.constexpr(16)
 class Factors:
     """q, k: what reads the state that enters a chunk; written: what is written into it; [B, T, H or Hq, K].
 
-    totals, spread: e^{b_C} [chunks, H, K] and the largest -b_C [chunks, H] in fp32 for a diagonal decay. Without one, q and
-    k themselves, and scalars elsewhere.
+    With a diagonal decay: totals, e^{b_C} [chunks, H, K], and spread, the largest -b_C [chunks, H], in fp32; else
+    q and k themselves.
     """
 
     q: Tensor
@@ -141,7 +141,7 @@ def diagonal_factors(
     config: DeltaConfig,
     scale: float | None,
 ) -> tuple[Factors, Tensor | None, Tensor | None]:
-    """q⁺, k⁺, k⁻ [B, T, H, K] in `dtype`; with a scale also P in `dtype`, the products for T in fp32 [B, T, H, C]."""
+    """q⁺, k⁺, k⁻ [B, T, H, K] in `dtype`; with a scale also P in `dtype`, products for T in fp32 [B, T, H, C]."""
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     read_q, read_k, written = (torch.empty_like(decay, dtype=dtype) for _ in range(3))
     totals = decay.new_empty(chunks.count, heads, key_dim, dtype=torch.float32)

@@ -8,7 +8,7 @@ With u and dr from the two walks, e_ij = e^{b_i - b_j}, and w_i = e^{b_i} X dr_i
     db_i = q_i·dq_i + k_i·(the first part of dk_i - the rest)               dg_t = Σ_{i>=t} db_i + <X', G>
 
 With a diagonal decay e, q, k have channels, and so has db. It is q̃ = q e^{b - b_C/2} and k e^{b - b_C/2} that then meet
-k̃ = k e^{b_C/2 - b}, while no channel decays by more than e^{-2 reach} within the chunk (a steep one: see `delta_steep`).
+k̃ = k e^{b_C/2 - b}, unless the chunk is steep: unless a channel decays by more than e^{-2 reach} (see `delta_steep`).
 X' is the state that leaves the chunk: the sum in dg never spans more than a chunk (math §2).
 """
 
@@ -183,7 +183,7 @@ def _gradients(
 
 @triton.jit
 def channel_decays(g, shift, BY_PRODUCTS: tl.constexpr):
-    """e^{b_i - shift} and e^{b_C - b_i - shift} [C, BK]; sums on the matrix units come in the layout of what they scale."""
+    """e^{b_i - shift}, e^{b_C - b_i - shift} [C, BK]; sums by products come in the layout of what they scale."""
     if BY_PRODUCTS:
         t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
         up = weighted_sums((j <= t).to(tl.bfloat16), g, False)

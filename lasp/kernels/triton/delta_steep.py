@@ -192,7 +192,7 @@ def steep_gradients(
     spread: Tensor,
     u: Tensor,
     dr: Tensor,
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
     scale: float,
     config: DeltaConfig,
     head_range: range,
