@@ -35,7 +35,8 @@ def linear_attention(
         scale: K ** -0.5 if None.
         causal: False lets every token read the state of its whole sequence (document); decay must then be None.
         initial_state: [N, H, K, V] in fp32 (fp64 for fp64 inputs), N = B or the number of packed documents.
-        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1.
+        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Triton never copies those on a GPU to
+            the host, so their values are not looked at there, as the decay's are not.
         backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton". A single token (T = 1) of
             which nobody wants a gradient is one launch in Triton.
 
@@ -127,7 +128,7 @@ def run_op(
 
 def _run(q, k, v, decay, beta, scale, causal, initial_state, output_final_state, cu_seqlens, backend):
     batch, tokens = v.shape[:2]
-    checks.cu_seqlens(cu_seqlens, batch, tokens)
+    checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
     segments = Segments(batch, tokens, cu_seqlens)
     checks.state(initial_state, segments.count, v, k.shape[-1])
     x = Inputs(q, k, v, decay, beta, checks.scale(scale, k.shape[-1]), segments)
