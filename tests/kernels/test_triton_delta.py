@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasp.kernels import delta_rule
 from lasp.kernels.recurrence import Alone, Inputs, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
@@ -182,3 +183,16 @@ def test_twice_the_same_gives_the_same_bits(gen):
     x, op = Inputs(**given, scale=0.3, segments=Segments(1, 130)), delta.TritonDelta()
     first, second = (op.finish(x, op.summarize(x, wanted=False)[1], state)[:2] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_public_function_takes_a_diagonal_decay_and_refuses_large_heads(gen):
+    given = inputs(gen, "diagonal", (1, 20, 1, 2, 16, 16, 1), 0.1, torch.float32)
+    tensors = [given[name] for name in ("q", "k", "v", "beta", "decay")]
+    found, wanted = (
+        delta_rule(*tensors, initial_state=given["state"], output_final_state=True, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert max(error(x, y) for x, y in zip(found, wanted, strict=True)) < EXACT
+    x = torch.zeros(1, 2, 1, 129, device=DEVICE)
+    with pytest.raises(ValueError, match="heads of more than 128"):
+        delta_rule(x, x, x, x[..., 0], backend="triton")

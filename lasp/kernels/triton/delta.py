@@ -47,20 +47,20 @@ class Plan:
     @staticmethod
     def of(x: Inputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
-        config = delta_config(x.k, x.v, decay_class(x.decay) == DIAGONAL)
+        config = delta_config(x.k, x.v, walk_class(x.decay) == DIAGONAL)
         blocks = -(-value_dim // config.states.block)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         size = tile_length(x, max(1, 2 * processors // (blocks * min(heads, HEADS_AT_ONCE))))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         whole = x.segments.cu_seqlens is None and tokens <= size
         start = chunks.start.where(chunks.length > 0, 2**62)  # empty chunks come last and start at 0
-        shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decay": decay_class(x.decay)}
+        shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decay": walk_class(x.decay)}
         at_once = max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens), processors // (blocks * tiles.count))
         return Plan(config, tiles, chunks, whole, shared, min(heads, at_once))
 
 
-def decay_class(decay: Tensor | None) -> tl.constexpr:
-    """NONE, SCALAR (a constant, too) or DIAGONAL."""
+def walk_class(decay: Tensor | None) -> tl.constexpr:
+    """Of a decay in the walks: NONE, SCALAR (a constant one, too) or DIAGONAL."""
     return NONE if decay is None else DIAGONAL if decay.ndim == 4 else SCALAR
 
 

@@ -88,9 +88,9 @@ def _gate_grads(
         here = (place < count)[:, None] & (heads < H)[None, :]
         change = tl.zeros([C, BH], tl.float32)
         for block in tl.static_range(QB):
-            change += tl.load(q_dq + block * TOKENS * H + at, mask=here, other=0.0)
+            change += tl.load(q_dq + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
         for block in tl.static_range(VB):
-            change -= tl.load(v_dv + block * TOKENS * H + at, mask=here, other=0.0)
+            change -= tl.load(v_dv + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
         total = tl.sum(change, axis=0)
         from_here = total[None, :] - tl.cumsum(change, axis=0) + change
         tl.store(dg + at, (from_here + carry[None, :]).to(dg.dtype.element_ty), mask=here)
