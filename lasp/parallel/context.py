@@ -19,7 +19,7 @@ from lasp.parallel.halo import HaloPlan, halo
 from lasp.parallel.layout import PADDING, Layout, Partition
 from lasp.parallel.linear import AcrossDocuments, AcrossUnits, LocalSegments
 from lasp.parallel.loss import global_mean
-from lasp.parallel.softmax import choose_strategy
+from lasp.parallel.softmax import SoftmaxStrategy
 
 
 class SequenceParallel:
@@ -30,7 +30,8 @@ class SequenceParallel:
         layout: "contiguous" (rank r holds the r-th part) or "zigzag" (parts r and 2R - 1 - r of 2R, which balances
             causal softmax attention).
         state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2) or "ring" (LASP-1).
-        softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values) or "ulysses".
+        softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values), "ulysses" (heads are
+            split instead) or "ulysses_ring" (heads as far as they divide, a ring for the rest).
         device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
 
     Raises:
@@ -50,7 +51,7 @@ class SequenceParallel:
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
-        self.softmax = choose_strategy(softmax)
+        self.softmax = SoftmaxStrategy(softmax)
         self._messages = _message_device(group)
         self.device = self._messages if device is None else torch.device(device)
         self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
@@ -184,7 +185,7 @@ class Sequence:
     ) -> Tensor:
         """`lasp.kernels.softmax_attention` over the whole sequence: this rank's o [B, T_local, H, V].
 
-        ValueError on every rank, also for heads that "ulysses" cannot split.
+        ValueError on every rank, also for heads that "ulysses" or "ulysses_ring" cannot split.
         """
 
         def check() -> object:
