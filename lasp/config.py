@@ -116,7 +116,7 @@ class ParallelConfig:
     sequence_parallel: int = 1
     data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
     layout: Literal["contiguous", "zigzag"] = "contiguous"
-    state_exchange: Literal["auto", "all_gather", "ring"] = "auto"
+    state_exchange: Literal["auto", "all_gather", "ring", "scan", "symmetric_memory"] = "auto"
     softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
