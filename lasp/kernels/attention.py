@@ -14,7 +14,8 @@ from torch import Tensor
 from lasp.kernels.blocks import Block
 
 _TILE = 256  # rows of scores that the dense form holds at a time
-_LONG = 4096  # tokens per segment above which calls one by one lose nothing
+_LONG = 1024  # tokens from which on a cuDNN call is worth it
+_SEVERAL = 4096  # … per segment, where each takes a call of its own
 
 aten = torch.ops.aten
 
@@ -43,18 +44,19 @@ def calls(block: Block, q: Tensor, v: Tensor, fused: bool) -> list[tuple[Block, 
             return [(segment, FlashCPU) for segment in block.segments]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
             count = len(block.q) - 1
-            few = count == 1 or (block.q[-1] - block.q[0]) >= _LONG * count
-            if plain and few and q.shape[-1] <= 128 and _is_hopper(q.device):
+            tokens = min(block.q[-1] - block.q[0], block.k[-1] - block.k[0])
+            long = tokens >= (_LONG if count == 1 else _SEVERAL * count)
+            if plain and long and q.shape[-1] <= 128 and _prefers_cudnn(q.device):
                 return [(segment, CuDNN) for segment in block.segments]
-            if q.shape[-1] <= 256 and (q.shape[0] == 1 or count == 1):
-                return [(block, Flash)]
+            if q.shape[-1] <= 256:
+                return [(piece, Flash) for piece in ([block] if q.shape[0] == 1 else block.segments)]
     return [(segment, Dense) for segment in block.segments]
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    """Where cuDNN's attention is faster than PyTorch's flash attention."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _prefers_cudnn(device: torch.device) -> bool:
+    """From Hopper on, where PyTorch's flash attention leaves much of the speed unused."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class FlashCPU:

@@ -4,7 +4,6 @@ Blocks are computed by fused kernels where there is one (see `lasp.kernels.atten
 in fp32 (fp64 for fp64).
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -80,29 +79,67 @@ def check_softmax(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
     checks.require(window is None or window >= 1, "window", window, "at least 1, or None")
 
 
-@dataclass(frozen=True)
 class Accumulator:
-    """o [B, T, H, V] and its log-sum-exp [B, T, H] over all keys seen so far, in fp32 (fp64 for fp64)."""
+    """o [B, T, H, V] and its log-sum-exp [B, T, H] over the keys seen so far, in fp32 (fp64 for fp64).
 
-    o: Tensor
-    lse: Tensor
+    What a first block gives for all rows is held as it came, so that a block alone costs nothing more.
+    """
 
-    @classmethod
-    def empty(cls, q: Tensor, value_dim: int) -> "Accumulator":
-        dtype = accumulation_dtype(q)
-        return cls(q.new_zeros(*q.shape[:3], value_dim, dtype=dtype), q.new_full(q.shape[:3], -torch.inf, dtype=dtype))
-
-    def heads(self, part: slice) -> "Accumulator":
-        """That of some of the heads, in the same memory."""
-        return Accumulator(self.o[:, :, part], self.lse[:, :, part])
+    def __init__(self, q: Tensor, value_dim: int):
+        self.q, self.value_dim = q, value_dim
+        self.held: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: slice, o: Tensor, lse: Tensor) -> None:
-        """Merges a block's normalised output and log-sum-exp, all finite, into these rows."""
-        old = self.lse[:, rows]
-        total = torch.logaddexp(old, lse)
-        before, now = ((x - total).exp()[..., None] for x in (old, lse))
-        self.o[:, rows].mul_(before).addcmul_(o.to(self.o.dtype), now)
-        old.copy_(total)
+        """Merges a block's normalised output and log-sum-exp, all finite, into these rows.
+
+        o' = o + w (o_block - o), w = sigmoid(lse_block - lse); lse' = log(exp lse + exp lse_block).
+        """
+        dtype = accumulation_dtype(self.q)
+        lse = lse.to(dtype)
+        if self.held is None and o.shape[1] == self.q.shape[1]:
+            self.held = o, lse
+            return
+        whole, sums = self.held or self._nothing()
+        self.held = whole.to(dtype), sums
+        old_o, old_lse = (x[:, rows] for x in self.held)
+        old_o.lerp_(o.to(dtype), (lse - old_lse).sigmoid()[..., None])
+        old_lse.copy_(torch.logaddexp(old_lse, lse))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """o in q's dtype, and the log-sum-exp; 0 and -inf where nothing was seen."""
+        o, lse = self.held or self._nothing()
+        return o.to(self.q.dtype), lse
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        shape, dtype = self.q.shape[:3], accumulation_dtype(self.q)
+        return self.q.new_zeros(*shape, self.value_dim, dtype=dtype), self.q.new_full(shape, -torch.inf, dtype=dtype)
+
+
+class Sum:
+    """Of gradients [B, T, H, D] that blocks give for some rows each, in fp32 (fp64 for fp64) once there are two.
+
+    like: what they are the gradient of. total: where to add them up, if it is there already.
+    """
+
+    def __init__(self, like: Tensor, total: Tensor | None = None):
+        self.like, self.total = like, total
+
+    def add(self, rows: slice, part: Tensor) -> None:
+        if self.total is None and part.shape[1] == self.like.shape[1]:
+            self.total = part
+            return
+        total = zeros_like(self.like) if self.total is None else self.total
+        self.total = total.to(accumulation_dtype(self.like))
+        self.total[:, rows] += part
+
+    def result(self) -> Tensor:
+        """In the dtype of `like`."""
+        return torch.zeros_like(self.like) if self.total is None else self.total.to(self.like.dtype)
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """Contiguous, in the accumulation dtype."""
+    return x.new_zeros(x.shape, dtype=accumulation_dtype(x))
 
 
 def attend(total: Accumulator, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], mask: Mask) -> None:
@@ -120,34 +157,35 @@ def attend_grad(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Sum, Sum, Sum],
     blocks: list[Block],
     mask: Mask,
 ) -> None:
-    """Adds to grads = (dq, dk, dv), in the accumulation dtype; o and lse are those over all keys."""
+    """Adds to grads = (dq, dk, dv); o and lse are those over all keys."""
     for block in blocks:
         for piece, kernel in calls(block, q, v, mask.fused):
             rows, cols = piece.rows, piece.cols
             inputs = do[:, rows], q[:, rows], k[:, cols], v[:, cols], o[:, rows], lse[:, rows]
             parts = kernel.backward(*inputs, piece, mask.scale)
             for total, where, part in zip(grads, (rows, cols, cols), parts, strict=True):
-                total[:, where] += part
+                total.add(where, part)
 
 
 class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, blocks, mask):
-        total = Accumulator.empty(q, v.shape[-1])
+        total = Accumulator(q, v.shape[-1])
         attend(total, q, k, v, blocks, mask)
-        o, ctx.blocks, ctx.mask = total.o.to(q.dtype), blocks, mask
-        ctx.save_for_backward(q, k, v, o, total.lse)
-        ctx.mark_non_differentiable(total.lse)
-        return o, total.lse
+        o, lse = total.result()
+        ctx.blocks, ctx.mask = blocks, mask
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.mark_non_differentiable(lse)
+        return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
         q, k, v, o, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x)) for x in (q, k, v))
-        attend_grad(do, q, k, v, o, lse, (dq, dk, dv), ctx.blocks, ctx.mask)
-        return *(g.to(q.dtype) for g in (dq, dk, dv)), None, None
+        grads = Sum(q), Sum(k), Sum(v)
+        attend_grad(do, q, k, v, o, lse, grads, ctx.blocks, ctx.mask)
+        return *(total.result() for total in grads), None, None

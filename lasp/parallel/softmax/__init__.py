@@ -6,6 +6,7 @@ alone (see `plan`). The ring and the all-gather are the case inner = 1; Ulysses 
 is left to visit. Outputs, log-sum-exps, dQ and the travelling dK, dV are summed in fp32 (fp64 for fp64 inputs).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels import checks
-from lasp.kernels.attention import accumulation_dtype
 from lasp.kernels.blocks import Mask
-from lasp.kernels.softmax import Accumulator, attend, attend_grad
+from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Partition
 from lasp.parallel.softmax.cost import choose, inner_size
@@ -61,12 +61,14 @@ class SoftmaxStrategy:
 class _Visits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, plan: Plan, group: Group, inner: int, way: Any):
-        total = Accumulator.empty(q, v.shape[-1])
+        totals: dict[int, Accumulator] = {}  # by the first of the heads
         for visit in way(k, v, plan, group, inner).forward():
             heads = _query_heads(visit, q, k)
-            attend(total.heads(heads), q[:, :, heads], visit.k, visit.v, plan.blocks[visit.rank], mask)
-        o = total.o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, total.lse)
+            part = q[:, :, heads]
+            total = totals.setdefault(heads.start, Accumulator(part, v.shape[-1]))
+            attend(total, part, visit.k, visit.v, plan.blocks[visit.rank], mask)
+        o, lse = (_join(parts) for parts in zip(*(total.result() for total in totals.values()), strict=True))
+        ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.plan, ctx.group, ctx.inner, ctx.way = mask, plan, group, inner, way
         return o
 
@@ -74,15 +76,16 @@ class _Visits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor):
         q, k, v, o, lse = ctx.saved_tensors
-        dq = torch.zeros_like(q, dtype=accumulation_dtype(q))
+        dq: dict[int, Sum] = {}
         visits = ctx.way(k, v, ctx.plan, ctx.group, ctx.inner)
         for visit in visits.backward():
             heads = _query_heads(visit, q, k)
-            do_h, q_h, o_h, lse_h, dq_h = (x[:, :, heads] for x in (do, q, o, lse, dq))
-            blocks = ctx.plan.blocks[visit.rank]
-            attend_grad(do_h, q_h, visit.k, visit.v, o_h, lse_h, (dq_h, *visit.sums), blocks, ctx.mask)
+            do_h, q_h, o_h, lse_h = (x[:, :, heads] for x in (do, q, o, lse))
+            sums = (dq.setdefault(heads.start, Sum(q_h)), Sum(visit.k, visit.dk), Sum(visit.v, visit.dv))
+            attend_grad(do_h, q_h, visit.k, visit.v, o_h, lse_h, sums, ctx.plan.blocks[visit.rank], ctx.mask)
         dk, dv = visits.gradients
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        whole = _join(total.result() for total in dq.values())
+        return whole, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 def _query_heads(visit: Visit, q: Tensor, k: Tensor) -> slice:
@@ -90,3 +93,9 @@ def _query_heads(visit: Visit, q: Tensor, k: Tensor) -> slice:
     group = q.shape[2] // k.shape[2]
     first, last, _ = visit.heads.indices(k.shape[2])
     return slice(first * group, last * group)
+
+
+def _join(parts: Iterable[Tensor]) -> Tensor:
+    """The heads' parts side by side."""
+    first, *others = parts
+    return torch.cat([first, *others], dim=2) if others else first

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.attention import accumulation_dtype
+from lasp.kernels.softmax import zeros_like
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.softmax.plan import Plan
@@ -19,13 +19,14 @@ GATHERS = 4  # at most so many gathers of a share of the heads each; two of them
 
 
 class Visit(NamedTuple):
-    """Another rank's k, v [B, T_local, heads, K or V], and in backward sums of the same shape for their gradients."""
+    """Another rank's k, v [B, T_local, heads, K or V], and in backward where their gradients are summed."""
 
     rank: int
     heads: slice
     k: Tensor
     v: Tensor
-    sums: tuple[Tensor, ...] = ()
+    dk: Tensor | None = None
+    dv: Tensor | None = None
 
 
 class RingVisits:
@@ -46,8 +47,8 @@ class RingVisits:
         """`gradients` has the finished dk, dv afterwards, in the accumulation dtype."""
         travelling = None
         for visit, hop in self._travel():
-            sums = _zeros_like(visit.k, visit.v)
-            yield visit._replace(sums=sums)
+            sums = zeros_like(visit.k), zeros_like(visit.v)
+            yield visit._replace(dk=sums[0], dv=sums[1])
             if travelling is not None:
                 for total, part in zip(sums, travelling.wait(), strict=True):
                     total += part
@@ -89,9 +90,9 @@ class GatheredVisits:
         """`gradients` has the finished dk, dv afterwards, in the accumulation dtype."""
         leaving, arrived = None, []
         for part, k, v in self._gathered():
-            dk, dv = _zeros_like(k, v)
+            dk, dv = zeros_like(k), zeros_like(v)
             for rank in range(self.plan.ranks):
-                yield Visit(rank, part, k[rank], v[rank], (dk[rank], dv[rank]))
+                yield Visit(rank, part, k[rank], v[rank], dk[rank], dv[rank])
             if leaving is not None:
                 arrived.append([pending.wait() for pending in leaving])
             leaving = [comm.reduce_scatter(d, self.group) for d in (dk, dv)]
@@ -110,8 +111,3 @@ class GatheredVisits:
 
     def _start(self, part: slice) -> list[comm.Pending[Tensor]]:
         return [comm.all_gather(x[:, :, part], self.group) for x in (self.k, self.v)]
-
-
-def _zeros_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous, in the accumulation dtype."""
-    return tuple(x.new_zeros(x.shape, dtype=accumulation_dtype(x)) for x in tensors)
