@@ -52,7 +52,7 @@ class SequenceParallel:
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
-        self.softmax = SoftmaxStrategy(softmax)
+        self.softmax = SoftmaxStrategy(softmax, group)
         self._messages = comm.message_device(group)
         self.device = self._messages if device is None else torch.device(device)
         self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
@@ -199,7 +199,7 @@ class Sequence:
 
         self.parallel.agree(check)
         mask = Mask(checks.scale(scale, q.shape[-1]), causal, window)
-        return self.parallel.softmax.attend(q, k, v, mask, self.partition, self.parallel.group)
+        return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`lasp.kernels.causal_conv1d` over the whole sequence: y [B, T_local, D].

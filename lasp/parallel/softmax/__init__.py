@@ -16,22 +16,29 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels import checks
 from lasp.kernels.blocks import Mask
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
+from lasp.parallel import comm
 from lasp.parallel.comm import Group
+from lasp.parallel.cost import Costs
 from lasp.parallel.layout import Partition
-from lasp.parallel.softmax.cost import choose, inner_size
+from lasp.parallel.softmax.cost import Layer, choose, inner_size
 from lasp.parallel.softmax.heads import Inner
 from lasp.parallel.softmax.plan import Plan, coarsen, make_plan
 from lasp.parallel.softmax.visits import GatheredVisits, RingVisits, Visit
+from lasp.parallel.topology import topology
 
 STRATEGIES = ("auto", "ring", "all_gather", "ulysses", "ulysses_ring")
 
 
 class SoftmaxStrategy:
-    """One of STRATEGIES; "auto" picks one for each call by `cost.choose`."""
+    """One of STRATEGIES; "auto" picks one for each call by `cost.choose`. Made by all ranks at the same time."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, group: Group):
         checks.require(name in STRATEGIES, "softmax", repr(name), f"one of {', '.join(STRATEGIES)}")
-        self.name = name
+        self.name, self.group = name, group
+        costs, one_node = (
+            topology(group) if name == "auto" and comm.message_device(group).type == "cuda" else (Costs(), True)
+        )
+        self.links = costs.inside if one_node else costs.across
 
     def check(self, q: Tensor, k: Tensor, ranks: int) -> None:
         """Raises ValueError for heads that the strategy cannot split."""
@@ -43,11 +50,14 @@ class SoftmaxStrategy:
             expected = f"a number with a factor in common with the {ranks} ranks, for softmax='ulysses_ring'"
             checks.require(ranks == 1 or inner_size(k.shape[2], ranks) > 1, "k", f"{k.shape[2]} heads", expected)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, partition: Partition, group: Group) -> Tensor:
+    @torch.compiler.disable  # messages have no place in a graph
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, partition: Partition) -> Tensor:
         """o [B, T_local, H, V] of this rank's queries over the whole sequence."""
-        name, ranks = self.name, partition.layout.ranks
+        name, group, ranks = self.name, self.group, partition.layout.ranks
         if name == "auto":
-            name = choose(q.shape[2], k.shape[2], q.shape[3], partition.local_tokens, ranks, mask.window)
+            balanced = partition.layout.name == "zigzag"
+            sizes = q.shape[2], k.shape[2], q.shape[3], partition.local_tokens, ranks
+            name = choose(Layer(*sizes, mask.causal, mask.window, balanced), self.links)
         inner = {"ulysses": ranks, "ulysses_ring": inner_size(k.shape[2], ranks)}.get(name, 1)
         visits = GatheredVisits if name == "all_gather" else RingVisits
         if inner == 1:

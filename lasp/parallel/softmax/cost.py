@@ -1,16 +1,18 @@
-"""Which strategy is likely the fastest: bytes on the wire, less what the FLOPs of attention hide.
+"""Which strategy is likely the fastest: the time of attention, and of the transfers that it does not hide.
 
-A model of one layer, forward and backward, of bf16 tensors and fp32 gradients on the way. Its constants stand for an
-H200 in an NVLink node; only their ratio matters, and it need not be accurate, for the strategies are often far apart.
+A model of one layer, forward and backward, of bf16 tensors and fp32 gradients on the way, with the links of
+`lasp.parallel.cost`. It need not be accurate, for the strategies are often far apart.
 """
 
+from dataclasses import dataclass
 from math import ceil, gcd
 
-FLOPS = 450e12  # per second, of fused attention
-BANDWIDTH = 150e9  # bytes per second in each direction
-LATENCY = 40e-6  # seconds per transfer
+from lasp.parallel.cost import Links
+
+FLOPS = 500e12  # a second; fused attention on an H200, roughly
 HALF, FULL = 2, 4  # bytes of a number in bf16 and in fp32
-GATHERS = 4  # shares of the heads in which an all-gather comes
+GATHERS = 4  # at most so many gathers, of a share of the heads each
+BACKWARD = 2.5  # times the FLOPs of forward
 
 
 def inner_size(kv_heads: int, ranks: int) -> int:
@@ -18,36 +20,67 @@ def inner_size(kv_heads: int, ranks: int) -> int:
     return gcd(kv_heads, ranks)
 
 
-def choose(q_heads: int, kv_heads: int, head_dim: int, tokens_per_rank: int, ranks: int, window: int | None) -> str:
-    """The strategy with the least time that attention does not hide; the earlier one of "ring", … if equal."""
-    if ranks == 1:
-        return "ring"
-    tokens = tokens_per_rank * ranks
-    seen = tokens / 2 if window is None else min(tokens / 2, window)  # keys per query
-    compute = 3.5 * 4 * tokens_per_rank * seen * q_heads * head_dim / FLOPS  # backward costs 2.5 times forward
-    kv = 2 * tokens_per_rank * kv_heads * head_dim  # numbers in one rank's k and v
-    q = tokens_per_rank * q_heads * head_dim
+@dataclass(frozen=True)
+class Layer:
+    """What is computed. tokens: of each of the ranks. balanced: every rank has as many pairs of queries and keys."""
 
-    def ring(outer: int) -> float:
-        """A ring of `outer` steps; with a window the keys skip the ranks that see nothing of them."""
-        length = tokens / outer
-        hops = outer - 1 if window is None else min(outer - 1, 2 * ceil(window / length))
-        transfer = LATENCY + kv * (2 * HALF + FULL) / BANDWIDTH  # k, v in forward and backward, and their gradients
-        return hops * max(0.0, transfer - compute / (hops + 1)) + (LATENCY + kv * FULL / BANDWIDTH if hops else 0.0)
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    ranks: int
+    causal: bool = True
+    window: int | None = None
+    balanced: bool = True
 
-    def all_to_all(inner: int) -> float:
-        """q, k, v, o and their gradients, none of it hidden."""
-        return 4 * LATENCY + 2 * HALF * (2 * q + kv) * (inner - 1) / inner / BANDWIDTH
+    @property
+    def kv(self) -> int:
+        """Numbers in one rank's k and v."""
+        return 2 * self.tokens * self.kv_heads * self.head_dim
 
-    gathered = (ranks - 1) * kv * (2 * HALF + FULL) / BANDWIDTH + 4 * GATHERS * LATENCY
-    shares = min(GATHERS, kv_heads)
-    costs = {
-        "ring": ring(ranks),
-        "all_gather": gathered / shares + max(0.0, gathered - compute) * (shares - 1) / shares,
-    }
-    inner = inner_size(kv_heads, ranks)
-    if inner == ranks:
-        costs["ulysses"] = all_to_all(ranks)
+    @property
+    def q(self) -> int:
+        return self.tokens * self.q_heads * self.head_dim
+
+    def compute(self, groups: int) -> float:
+        """Seconds on the rank with the most work, if the tokens are divided among `groups` groups of ranks."""
+        whole = self.tokens * self.ranks
+        seen = whole / 2 if self.causal else whole
+        if self.window is not None:
+            seen = min(seen, self.window if self.causal else 2 * self.window)
+        uneven = self.causal and self.window is None and not self.balanced
+        share = 2 - 1 / groups if uneven else 1  # the last group sees everything
+        return (1 + BACKWARD) * 4 * self.q * seen * share / FLOPS
+
+    def ring(self, links: Links, groups: int) -> float:
+        """With a window, keys skip the groups that see nothing of them."""
+        reach = groups if self.window is None else 2 * ceil(self.window * groups / (self.tokens * self.ranks))
+        hops, compute = min(groups - 1, reach), self.compute(groups)
+        there = 2 * links.message.seconds(self.kv * HALF)  # in forward and in backward
+        back = links.message.seconds(self.kv * FULL)
+        hidden = hops * max(0.0, there + back - compute / (hops + 1))
+        return compute + hidden + (back if hops else 0.0)
+
+    def all_gather(self, links: Links) -> float:
+        """All but the first share of the heads, and in backward the last, is hidden."""
+        shares, compute = min(GATHERS, self.kv_heads), self.compute(self.ranks)
+        numbers = (self.ranks - 1) * self.kv / shares
+        share = 2 * links.all_gather.seconds(numbers * HALF) + links.all_gather.seconds(numbers * FULL)
+        return compute + share + (shares - 1) * max(0.0, share - compute / shares)
+
+    def all_to_all(self, links: Links, inner: int) -> float:
+        """q, k, v, o and their gradients; none of it is hidden."""
+        return 2 * sum(
+            links.message.seconds(numbers * HALF * (inner - 1) / inner) for numbers in (self.q + self.kv, self.q)
+        )
+
+
+def choose(layer: Layer, links: Links) -> str:
+    """The strategy that takes the least time; the first one of equals."""
+    inner = inner_size(layer.kv_heads, layer.ranks)
+    seconds = {"ring": layer.ring(links, layer.ranks), "all_gather": layer.all_gather(links)}
+    if inner == layer.ranks:
+        seconds["ulysses"] = layer.all_to_all(links, inner) + layer.compute(1)
     elif inner > 1:
-        costs["ulysses_ring"] = all_to_all(inner) + ring(ranks // inner)
-    return min(costs, key=costs.__getitem__)
+        seconds["ulysses_ring"] = layer.all_to_all(links, inner) + layer.ring(links, layer.ranks // inner)
+    return min(seconds, key=seconds.__getitem__)

@@ -13,9 +13,8 @@ from torch import Tensor
 from lasp.kernels.softmax import zeros_like
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
+from lasp.parallel.softmax.cost import GATHERS
 from lasp.parallel.softmax.plan import Plan
-
-GATHERS = 4  # at most so many gathers of a share of the heads each; two of them are held at a time
 
 
 class Visit(NamedTuple):
@@ -72,7 +71,7 @@ class RingVisits:
 class GatheredVisits:
     """LASP-2H (arXiv:2502.07563): all-gathers of keys and values, reduce-scatters of their gradients.
 
-    A share of the heads at a time, so that memory stays bounded.
+    A share of the heads at a time, and the next one on its way, so that memory stays bounded.
     """
 
     def __init__(self, k: Tensor, v: Tensor, plan: Plan, group: Group, stride: int):
