@@ -110,12 +110,12 @@ def test_one_rank_equals_the_definition(gen, strategy):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
 def test_half_precision_does_not_lose_by_the_exchange(group: dist.ProcessGroup, gen, strategy):
     """bf16 inputs: sums over blocks are fp32, so that many ranks err no more than 1.3 x one."""
     tokens = 64
-    q, k, v = (torch.randn(1, tokens, 4, 16, generator=gen, dtype=F64).bfloat16() for _ in range(3))
-    do = torch.randn(1, tokens, 4, 16, generator=gen, dtype=F64).bfloat16()
+    q, k, v = (torch.randn(1, tokens, HEADS, 16, generator=gen, dtype=F64).bfloat16() for _ in range(3))
+    do = torch.randn(1, tokens, HEADS, 16, generator=gen, dtype=F64).bfloat16()
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     o = definition(*leaves, True, None, None)
     wanted = [o.detach(), *torch.autograd.grad(o, leaves, do.double())]

@@ -1,8 +1,9 @@
 """Which blocks a rank computes when another's keys and values visit it. Pure arithmetic, the same on every rank."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 
 from lasp.kernels.blocks import Block, Mask, join, string
 from lasp.parallel.layout import PADDING, Layout, Partition
@@ -20,9 +21,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive tokens of one document in a rank's local order."""
+    """Consecutive tokens of one document in a rank's local order; the first is at this position of the document."""
 
-    document: int
     position: int
     rows: slice
 
@@ -35,7 +35,7 @@ def make_plan(partition: Partition, mask: Mask) -> Plan:
     steps = [
         step
         for step in range(ranks)
-        if step == 0 or any(blocks_between(runs[other], runs[other - step], mask) for other in range(ranks))
+        if step == 0 or any(sees_any(runs[other], runs[other - step], mask) for other in range(ranks))
     ]
     return Plan(ranks, rank, steps, blocks)
 
@@ -48,30 +48,38 @@ def coarsen(partition: Partition, inner: int) -> Partition:
     return Partition(layout, partition.rank // inner, partition.offsets, unit_length=length)
 
 
-def runs_of(partition: Partition, rank: int) -> list[Run]:
+Runs = dict[int, list[Run]]  # by document, in local order
+
+
+def runs_of(partition: Partition, rank: int) -> Runs:
     """A rank's runs without padding, neighbours in the sequence joined."""
     fragments = partition.of(rank)
     stops = accumulate(len(fragment) for fragment in fragments)
-    runs: list[Run] = []
+    runs: Runs = {}
     for f, stop in zip(fragments, stops, strict=True):
         if f.document == PADDING or not len(f):
             continue
-        last = runs[-1] if runs else None
-        if last and last.document == f.document and last.position + last.rows.stop - last.rows.start == f.position:
-            runs[-1] = Run(f.document, last.position, slice(last.rows.start, stop))
+        same = runs.setdefault(f.document, [])
+        if same and same[-1].position + same[-1].rows.stop - same[-1].rows.start == f.position:
+            last = same.pop()
+            same.append(Run(last.position, slice(last.rows.start, stop)))
         else:
-            runs.append(Run(f.document, f.position, slice(stop - len(f), stop)))
+            same.append(Run(f.position, slice(stop - len(f), stop)))
     return runs
 
 
-def blocks_between(queries: list[Run], keys: list[Run], mask: Mask) -> list[Block]:
+def blocks_between(queries: Runs, keys: Runs, mask: Mask) -> list[Block]:
     """What one rank's queries see of another's keys, in as few blocks as kernels allow."""
-    seen: list[Block] = []
-    by_document: dict[int, list[Run]] = {}
-    for key in keys:
-        by_document.setdefault(key.document, []).append(key)
-    for document in dict.fromkeys(query.document for query in queries):
-        pairs = [(q, k) for q in queries if q.document == document for k in by_document.get(document, ())]
-        blocks = [mask.block(q.rows, k.rows, q.position - k.position) for q, k in pairs]
-        seen += join([block for block in blocks if block is not None])
-    return string(seen)
+    return string([block for document in queries for block in join(list(_seen(queries, keys, document, mask)))])
+
+
+def sees_any(queries: Runs, keys: Runs, mask: Mask) -> bool:
+    """Whether there are such blocks."""
+    return any(True for document in queries.keys() & keys.keys() for _ in _seen(queries, keys, document, mask))
+
+
+def _seen(queries: Runs, keys: Runs, document: int, mask: Mask) -> Iterator[Block]:
+    for q, k in product(queries[document], keys.get(document, ())):
+        block = mask.block(q.rows, k.rows, q.position - k.position)
+        if block is not None:
+            yield block
