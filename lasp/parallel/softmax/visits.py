@@ -5,7 +5,7 @@ the tensors sent until they have left.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ class Visit(NamedTuple):
     dv: Tensor | None = None
 
 
+class Visits(Protocol):
+    """Everybody's keys and values, in an order of the way's own, with `backward` to take their gradients home."""
+
+    gradients: tuple[Tensor, ...]  # dk, dv of this rank's own, in the accumulation dtype, once `backward` has ended
+
+    def forward(self) -> Iterator[Visit]: ...
+
+    def backward(self) -> Iterator[Visit]: ...
+
+
 class RingVisits:
     """Ring attention (arXiv:2310.01889): keys and values go from rank to rank, past those where nobody sees them.
 
@@ -43,7 +53,6 @@ class RingVisits:
         yield from (visit for visit, _ in self._travel())
 
     def backward(self) -> Iterator[Visit]:
-        """`gradients` has the finished dk, dv afterwards, in the accumulation dtype."""
         travelling = None
         for visit, hop in self._travel():
             sums = zeros_like(visit.k), zeros_like(visit.v)
@@ -74,7 +83,7 @@ class GatheredVisits:
     A share of the heads at a time, and the next one on its way, so that memory stays bounded.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, plan: Plan, group: Group, stride: int):
+    def __init__(self, k: Tensor, v: Tensor, plan: Plan, group: Group):
         self.k, self.v, self.plan, self.group = k, v, plan, group
         share = -(-k.shape[2] // GATHERS)
         self.parts = [slice(h, min(h + share, k.shape[2])) for h in range(0, k.shape[2], share)]
@@ -86,7 +95,6 @@ class GatheredVisits:
                 yield Visit(rank, part, k[rank], v[rank])
 
     def backward(self) -> Iterator[Visit]:
-        """`gradients` has the finished dk, dv afterwards, in the accumulation dtype."""
         leaving, arrived = None, []
         for part, k, v in self._gathered():
             dk, dv = zeros_like(k), zeros_like(v)
