@@ -12,10 +12,19 @@ from lasp.parallel.cost import Costs
 ROOT = Path(__file__).parents[2]
 
 
-def launch(script: str, *options: str, ranks: int = 2) -> str:
+def launch(script: str, options: str, ranks: int = 2) -> str:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, *torchrun, f"benchmarks/{script}.py", "--head-dim", "8", "--runs", "1", *options]
+    arguments = [
+        sys.executable,
+        *torchrun,
+        f"benchmarks/{script}.py",
+        "--head-dim",
+        "8",
+        "--runs",
+        "1",
+        *options.split(),
+    ]
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -23,7 +32,7 @@ def launch(script: str, *options: str, ranks: int = 2) -> str:
 
 def test_exchanges_and_ops_are_timed():
     options = "--heads 2 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
-    output = launch("exchange", *options.split())
+    output = launch("exchange", options)
     assert output.count("x bare all-gather") == 4 * 4
     assert output.count("x without") == 2 * 4
     assert "softmax, 16 tokens a rank" in output
@@ -31,7 +40,7 @@ def test_exchanges_and_ops_are_timed():
 
 def test_calibration_is_what_the_simulator_reads(tmp_path):
     file = tmp_path / "links.json"
-    launch("exchange", *"--heads 2 --calibrate inside --sizes 1024 65536 --costs".split(), str(file))
+    launch("exchange", f"--heads 2 --calibrate inside --sizes 1024 65536 --costs {file}")
     costs = Costs.read(file)
     assert costs.inside != Costs().inside and costs.across == Costs().across
     picture = tmp_path / "curves.png"
@@ -40,10 +49,10 @@ def test_calibration_is_what_the_simulator_reads(tmp_path):
 
 
 def test_softmax_is_timed_over_ranks_and_emulated():
-    options = "--heads 4 --kv-heads 4 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4".split()
-    output = launch("softmax", *options)
+    options = "--heads 4 --kv-heads 4 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4"
+    output = launch("softmax", options)
     assert "2 ranks, 16 tokens each" in output and "2 ranks, 32 tokens each, 8 documents" in output
-    output = launch("softmax", *options, ranks=1)
+    output = launch("softmax", options, ranks=1)
     assert "4 ranks, 16 tokens each, 8 documents" in output
     ratios = [float(ratio) for ratio in re.findall(r"\( *([\d.]+)\)", output)]
     assert len(ratios) == 3 * 4 and max(ratios) < 1.5  # of 64 tokens; enough to see that gradients arrive

@@ -11,7 +11,6 @@ from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from lasp.parallel.softmax.visits import Visit, Visits
 
-
 Way = Callable[[Tensor, Tensor], Visits]  # how this rank's k and v, and everybody else's, go visiting
 
 
