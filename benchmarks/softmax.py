@@ -74,9 +74,12 @@ class Case:
         return STEPS_BACK * 4 * pairs * settings.heads * settings.head_dim / self.ranks / seconds / 1e12
 
 
+def packed(tokens: int) -> list[int]:
+    return [0, *(tokens * share // 100 for share in accumulate(DOCUMENTS))]
+
+
 def cases(ranks: int, settings: Settings) -> list[Case]:
-    cuts = [settings.packed * share // 100 for share in accumulate(DOCUMENTS)]
-    return [*(Case([0, tokens * ranks], ranks) for tokens in settings.tokens), Case([0, *cuts], ranks)]
+    return [*(Case([0, tokens * ranks], ranks) for tokens in settings.tokens), Case(packed(settings.packed), ranks)]
 
 
 def draw(
@@ -214,14 +217,14 @@ def time_real(case: Case, settings: Settings, clock: Clock) -> None:
     report(case, calls, settings, clock)
 
 
-def accuracy(settings: Settings, device: torch.device) -> None:
-    tokens = settings.accuracy_tokens
-    tensors = draw(tokens, settings, device)
+def accuracy(offsets: list[int], settings: Settings, device: torch.device) -> None:
+    whole = Case(offsets, 1)
+    tensors = draw(whole.tokens, settings, device)
 
     def one_call(xs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
         *inputs, do = xs
         leaves = [x.detach().requires_grad_() for x in inputs]
-        o = softmax_attention(*leaves, backend=backend)[0]
+        o = softmax_attention(*leaves, cu_seqlens=whole.cu_seqlens, backend=backend)[0]
         return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
     exact = one_call(tuple(x.double() for x in tensors), "reference")
@@ -230,12 +233,12 @@ def accuracy(settings: Settings, device: torch.device) -> None:
         return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
     kernel = errors(one_call(tensors, "auto"))
-    say(f"errors of o, dq, dk, dv for {tokens} tokens (and how often the kernel's in one call)")
+    documents = f"{len(offsets) - 1} documents" if len(offsets) > 2 else "one document"
+    say(f"errors of o, dq, dk, dv (ratio to those of one call): {whole.tokens} tokens, {documents}")
     say(f"  {'one call':28}" + "".join(f"{e:17.2e}" for e in kernel))
     for ranks in settings.ranks:
-        case = Case([0, tokens], ranks)
-        for name, (inner, shares) in emulated_strategies(case).items():
-            groups, split = Case(case.offsets, ranks // inner), range(inner)
+        for name, (inner, shares) in emulated_strategies(Case(offsets, ranks)).items():
+            groups, split = Case(offsets, ranks // inner), range(inner)
             by_heads = [emulated(groups, tuple(x.chunk(inner, 2)[part] for x in tensors), shares) for part in split]
             found = [torch.cat(parts, 2) for parts in zip(*by_heads, strict=True)]
             row = (f"{e:9.2e} ({e / own:4.2f})" for e, own in zip(errors(found), kernel, strict=True))
@@ -267,7 +270,8 @@ def main(settings: Settings) -> None:
         for case in cases(ranks, settings):
             (time_real if together else time_emulated)(case, settings, clock)
     if settings.accuracy and not together:
-        accuracy(settings, device)
+        for offsets in ([0, settings.accuracy_tokens], packed(settings.accuracy_tokens)):
+            accuracy(offsets, settings, device)
     if together:
         dist.destroy_process_group()
 

@@ -55,4 +55,4 @@ def test_softmax_is_timed_over_ranks_and_emulated():
     output = launch("softmax", options, ranks=1)
     assert "4 ranks, 16 tokens each, 8 documents" in output
     ratios = [float(ratio) for ratio in re.findall(r"\( *([\d.]+)\)", output)]
-    assert len(ratios) == 3 * 4 and max(ratios) < 1.5  # of 64 tokens; enough to see that gradients arrive
+    assert len(ratios) == 2 * 3 * 4 and max(ratios) < 2  # few tokens; enough to see that all arrive
