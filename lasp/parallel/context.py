@@ -185,9 +185,20 @@ class Sequence:
         causal: bool = True,
         window: int | None = None,
     ) -> Tensor:
-        """`lasp.kernels.softmax_attention` over the whole sequence: this rank's o [B, T_local, H, V].
+        """`lasp.kernels.softmax_attention` over the whole sequence: o_i = Σ_j softmax_j(scale · q_i·k_j) v_j.
 
-        ValueError on every rank, also for heads that "ulysses" or "ulysses_ring" cannot split.
+        Args:
+            q: [B, T_local, H, K]; k, v: [B, T_local, Hkv, K], [B, T_local, Hkv, V]; this rank's, all of one dtype.
+            scale: K ** -0.5 if None.
+            causal: a token sees itself and what comes before in its document, else all of its document.
+            window: a token sees tokens less than `window` away, itself included.
+
+        Returns:
+            This rank's o [B, T_local, H, V] in q's dtype; sums over blocks and ranks are fp32 (fp64 for fp64).
+
+        Raises:
+            ValueError: on every rank of a CPU group, for what does not fit, also heads that "ulysses" or "ulysses_ring"
+                cannot split.
         """
 
         def check() -> object:
