@@ -11,11 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lasp.kernels.blocks import Block
+from lasp.kernels.blocks import Block, Mask
 
 _TILE = 256  # rows of scores that the dense form holds at a time
-_LONG = 1024  # tokens from which on a cuDNN call is worth it
-_SEVERAL = 4096  # … per segment, where each takes a call of its own
+_LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to plan for a new length
 
 aten = torch.ops.aten
 
@@ -36,20 +35,19 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def calls(block: Block, q: Tensor, v: Tensor, fused: bool) -> list[tuple[Block, type[Kernel]]]:
+def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, type[Kernel]]]:
     """The block in the pieces that one kernel call each serves, with the kernels."""
     plain = block.is_full or block.is_triangle
-    if fused and q.shape[-1] == v.shape[-1]:
+    alone = len(block.q) == 2
+    if mask.fused and q.shape[-1] == v.shape[-1]:
         if q.device.type == "cpu" and plain:
             return [(segment, FlashCPU) for segment in block.segments]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-            count = len(block.q) - 1
-            tokens = min(block.q[-1] - block.q[0], block.k[-1] - block.k[0])
-            long = tokens >= (_LONG if count == 1 else _SEVERAL * count)
-            if plain and long and q.shape[-1] <= 128 and _prefers_cudnn(q.device):
-                return [(segment, CuDNN) for segment in block.segments]
+            lasting = mask.lasting and alone and min(block.queries, block.keys) >= _LONG
+            if plain and lasting and q.shape[-1] <= 128 and _prefers_cudnn(q.device):
+                return [(block, CuDNN)]
             if q.shape[-1] <= 256:
-                return [(piece, Flash) for piece in ([block] if q.shape[0] == 1 else block.segments)]
+                return [(piece, Flash) for piece in ([block] if alone or q.shape[0] == 1 else block.segments)]
     return [(segment, Dense) for segment in block.segments]
 
 

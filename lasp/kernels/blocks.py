@@ -83,6 +83,7 @@ class Mask:
     causal: bool = True
     window: int | None = None
     fused: bool = True  # whether fused kernels may serve
+    lasting: bool = True  # whether the same lengths will come again, so that kernels may take time to plan for them
 
     def block(self, q: slice, k: slice, offset: int) -> Block | None:
         """What rows q see of rows k, query i of them standing at key i + offset; None if they see nothing.

@@ -51,7 +51,8 @@ def softmax_attention(
     aligned = keys == tokens if cu_seqlens is not None else keys >= tokens
     checks.require(aligned, "k", f"{keys} tokens", f"{tokens} (or more, without cu_seqlens)")
     checks.require(backend in ("auto", "reference"), "backend", repr(backend), "'auto' or 'reference'")
-    mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, fused=backend == "auto")
+    scale = checks.scale(scale, q.shape[-1])
+    mask = Mask(scale, causal, window, fused=backend == "auto", lasting=cu_seqlens is None)
     if cu_seqlens is None:
         block = mask.block(slice(0, tokens), slice(0, keys), keys - tokens)
         blocks = [] if block is None else [block]
@@ -145,7 +146,7 @@ def zeros_like(x: Tensor) -> Tensor:
 def attend(total: Accumulator, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], mask: Mask) -> None:
     """Adds what q's rows see of these k and v."""
     for block in blocks:
-        for piece, kernel in calls(block, q, v, mask.fused):
+        for piece, kernel in calls(block, q, v, mask):
             rows, cols = piece.rows, piece.cols
             total.add(rows, *kernel.forward(q[:, rows], k[:, cols], v[:, cols], piece, mask.scale))
 
@@ -163,7 +164,7 @@ def attend_grad(
 ) -> None:
     """Adds to grads = (dq, dk, dv); o and lse are those over all keys."""
     for block in blocks:
-        for piece, kernel in calls(block, q, v, mask.fused):
+        for piece, kernel in calls(block, q, v, mask):
             rows, cols = piece.rows, piece.cols
             inputs = do[:, rows], q[:, rows], k[:, cols], v[:, cols], o[:, rows], lse[:, rows]
             parts = kernel.backward(*inputs, piece, mask.scale)

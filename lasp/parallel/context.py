@@ -209,7 +209,7 @@ class Sequence:
             return *_signature(q, k, v), checks.scale(scale, q.shape[-1]), causal, window
 
         self.parallel.agree(check)
-        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window)
+        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

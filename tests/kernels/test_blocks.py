@@ -1,10 +1,13 @@
 """Blocks see exactly what the definition of the mask says, and joining them makes fewer of them, not other ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lasp.kernels.attention import CuDNN, Flash
+from lasp.kernels import attention
+from lasp.kernels.attention import CuDNN, Dense, Flash
 from lasp.kernels.blocks import Block, Mask, join, string
 from lasp.parallel.layout import Layout, Partition
 from lasp.parallel.softmax.plan import coarsen, make_plan
@@ -91,6 +94,24 @@ def test_what_does_not_fit_together_stays_apart():
     assert join(apart) == apart
     assert string(apart) == [Block((0, 2, 4), (0, 2, 4), right=0)]
     assert string([apart[0], Block((2, 4), (2, 4), left=1, right=0)])[1].left == 1
+
+
+def test_which_kernel_serves_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(attention, "_prefers_cudnn", lambda device: True)
+    one, two, window = (0, 4096), (0, 4096, 8192), Mask(1.0, window=100)
+
+    def kernels(
+        block: Block, mask: Mask = Mask(1.0), batch: int = 1, head_dim: int = 128, dtype=torch.bfloat16
+    ) -> list:
+        q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(batch, 8192, 8, head_dim))
+        return [kernel for _, kernel in attention.calls(block, q, q, mask)]
+
+    assert kernels(Block(one, one, right=0), batch=2) == kernels(Block(one, one)) == [CuDNN]
+    assert kernels(Block(one, one), head_dim=256) == kernels(Block((0, 64), one)) == [Flash]
+    assert kernels(Block(one, one), Mask(1.0, lasting=False)) == kernels(Block(two, two, right=0)) == [Flash]
+    assert kernels(Block(one, one, left=99, right=0), window) == [Flash]
+    assert kernels(Block(two, two, left=99, right=0), window, batch=2) == [Flash, Flash]
+    assert kernels(Block(one, one), dtype=torch.float32) == kernels(Block(one, one), head_dim=288) == [Dense]
 
 
 @pytest.mark.parametrize(
