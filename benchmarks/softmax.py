@@ -25,12 +25,12 @@ from clock import Clock
 from torch import Tensor
 
 from lasp.kernels import softmax_attention
-from lasp.kernels.blocks import Block, Mask
+from lasp.kernels.blocks import Mask
 from lasp.kernels.softmax import zeros_like
 from lasp.parallel import SequenceParallel
 from lasp.parallel.layout import Layout, Partition
 from lasp.parallel.softmax.op import AttendVisits
-from lasp.parallel.softmax.plan import make_plan
+from lasp.parallel.softmax.plan import make_plan, pairs
 from lasp.parallel.softmax.visits import Visit
 
 DOCUMENTS = (6, 28, 3, 15, 9, 21, 2, 16)  # per cent
@@ -70,8 +70,8 @@ class Case:
         return f"{self.ranks} ranks, {self.tokens // self.ranks} tokens each{packed}"
 
     def tflops(self, seconds: float, settings: Settings) -> float:
-        pairs = sum(n * (n + 1) / 2 for n in (b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)))
-        return STEPS_BACK * 4 * pairs * settings.heads * settings.head_dim / self.ranks / seconds / 1e12
+        seen = pairs(Partition(Layout("contiguous", 1), 0, self.offsets), 0, Mask(1.0))
+        return STEPS_BACK * 4 * seen * settings.heads * settings.head_dim / self.ranks / seconds / 1e12
 
 
 def packed(tokens: int) -> list[int]:
@@ -142,10 +142,6 @@ class EmulatedVisits:
                 total[visit.rank][:, :, visit.heads] += part
 
 
-def pairs(blocks: list[Block]) -> int:
-    return sum(s.queries * s.keys // (1 if s.is_full else 2) for block in blocks for s in block.segments)
-
-
 def emulate(case: Case, tensors: tuple[Tensor, ...], shares: int) -> tuple[Emulation, list[Callable[[], list[Tensor]]]]:
     """What every rank would do: a function that returns its o and dq, and adds to the sums."""
     partitions = [Partition(Layout("zigzag", case.ranks), rank, case.offsets) for rank in range(case.ranks)]
@@ -171,9 +167,8 @@ def emulated_strategies(case: Case) -> dict[str, tuple[int, int]]:
 
 def busiest(case: Case) -> int:
     """The rank with the most pairs of queries and keys."""
-    partitions = [Partition(Layout("zigzag", case.ranks), rank, case.offsets) for rank in range(case.ranks)]
-    plans = [make_plan(part, Mask(1.0)) for part in partitions]
-    return max(range(case.ranks), key=lambda rank: sum(map(pairs, plans[rank].blocks.values())))
+    partition = Partition(Layout("zigzag", case.ranks), 0, case.offsets)
+    return max(range(case.ranks), key=lambda rank: pairs(partition, rank, Mask(1.0)))
 
 
 def report(case: Case, calls: dict[str, Callable[[], object]], settings: Settings, clock: Clock) -> None:

@@ -12,13 +12,15 @@ from lasp.kernels.blocks import Block, Mask, join, string
 from lasp.parallel.layout import Layout, Partition
 from lasp.parallel.softmax.plan import coarsen, make_plan
 
+cpu = torch.device("cpu")
+
 
 def seen(blocks: list[Block], queries: int, keys: int) -> Tensor:
     """[queries, keys]: how many of the blocks let a query see a key."""
     count = torch.zeros(queries, keys, dtype=torch.int64)
     for block in blocks:
         for s in block.segments:
-            count[s.rows, s.cols] += s.allowed(range(s.queries), torch.device("cpu"))
+            count[s.rows, s.cols] += s.allowed(range(s.queries), cpu)
     return count
 
 
@@ -52,6 +54,15 @@ def test_plans_cover_every_pair_once(gen, layout, inner):
             parts = [coarsen(Partition(Layout(layout, 4), rank * inner, offsets), inner) for rank in range(ranks)]
             plans = [make_plan(part, mask) for part in parts]
             padded = parts[0].layout.units * parts[0].unit_length
+            assert plans[0].busiest == max(
+                sum(
+                    int(s.allowed(range(s.queries), cpu).sum())
+                    for blocks in p.blocks.values()
+                    for b in blocks
+                    for s in b.segments
+                )
+                for p in plans
+            )
             position = [torch.cat([torch.arange(a, b) for a, b in part.ranges]) for part in parts]
             got = torch.zeros(padded, padded, dtype=torch.int64)
             for rank, plan in enumerate(plans):
@@ -100,11 +111,9 @@ def test_which_kernel_serves_on_a_gpu(monkeypatch):
     monkeypatch.setattr(attention, "_prefers_cudnn", lambda device: True)
     one, two, window = (0, 4096), (0, 4096, 8192), Mask(1.0, window=100)
 
-    def kernels(
-        block: Block, mask: Mask = Mask(1.0), batch: int = 1, head_dim: int = 128, dtype=torch.bfloat16
-    ) -> list:
+    def kernels(block: Block, mask: Mask | None = None, batch=1, head_dim=128, dtype=torch.bfloat16) -> list:
         q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(batch, 8192, 8, head_dim))
-        return [kernel for _, kernel in attention.calls(block, q, q, mask)]
+        return [kernel for _, kernel in attention.calls(block, q, q, mask or Mask(1.0))]
 
     assert kernels(Block(one, one, right=0), batch=2) == kernels(Block(one, one)) == [CuDNN]
     assert kernels(Block(one, one), head_dim=256) == kernels(Block((0, 64), one)) == [Flash]

@@ -19,7 +19,7 @@ from lasp.parallel.cost import Costs
 from lasp.parallel.layout import Partition
 from lasp.parallel.softmax.cost import Layer, choose, inner_size
 from lasp.parallel.softmax.heads import Inner
-from lasp.parallel.softmax.op import AttendVisits
+from lasp.parallel.softmax.op import AttendVisits, Way
 from lasp.parallel.softmax.plan import coarsen, make_plan
 from lasp.parallel.softmax.visits import GatheredVisits, RingVisits
 from lasp.parallel.topology import topology
@@ -52,18 +52,18 @@ class SoftmaxStrategy:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, partition: Partition) -> Tensor:
         """o [B, T_local, H, V] of this rank's queries over the whole sequence."""
         name, group, ranks = self.name, self.group, partition.layout.ranks
+        inner = inner_size(k.shape[2], ranks)
         if name == "auto":
-            balanced = partition.layout.name == "zigzag"
-            sizes = q.shape[2], k.shape[2], q.shape[3], partition.local_tokens, ranks
-            name = choose(Layer(*sizes, mask.causal, mask.window, balanced), self.links)
-        if name == "all_gather":
-            plan = make_plan(partition, mask)
-            return AttendVisits.apply(q, k, v, mask, plan.blocks, partial(GatheredVisits, plan=plan, group=group))
-        inner = {"ring": 1, "ulysses": ranks, "ulysses_ring": inner_size(k.shape[2], ranks)}[name]
+            plans = {size: make_plan(coarsen(partition, size), mask) for size in {1, inner}}
+            name = choose(Layer(q.shape[2], k.shape[2], k.shape[3], partition.local_tokens, ranks, plans), self.links)
+        if name in ("ring", "all_gather"):
+            inner = 1
         plan = make_plan(coarsen(partition, inner), mask)
-        ring = partial(RingVisits, plan=plan, group=group, stride=inner)
+        way: Way = partial(RingVisits, plan=plan, group=group, stride=inner)
+        if name == "all_gather":
+            way = partial(GatheredVisits, plan=plan, group=group)
         if inner == 1:
-            return AttendVisits.apply(q, k, v, mask, plan.blocks, ring)
+            return AttendVisits.apply(q, k, v, mask, plan.blocks, way)
         exchange = Inner(partition.layout, partition.rank, inner, group)
         q, k, v = exchange.to_tokens(q, k, v)
-        return exchange.to_heads(AttendVisits.apply(q, k, v, mask, plan.blocks, ring))[0]
+        return exchange.to_heads(AttendVisits.apply(q, k, v, mask, plan.blocks, way))[0]

@@ -11,12 +11,17 @@ from lasp.parallel.layout import PADDING, Layout, Partition
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: how many ranks back the keys are that some rank sees, ascending from 0. blocks: by the keys' rank."""
+    """What a rank does in a ring, and what all do.
+
+    steps: how many ranks back the keys are that some rank sees, ascending from 0. blocks: by the keys' rank.
+    busiest: pairs of a query and a key that it sees, on the rank that has most of them.
+    """
 
     ranks: int
     rank: int
     steps: list[int]
     blocks: dict[int, list[Block]]
+    busiest: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def make_plan(partition: Partition, mask: Mask) -> Plan:
         for step in range(ranks)
         if step == 0 or any(sees_any(runs[other], runs[other - step], mask) for other in range(ranks))
     ]
-    return Plan(ranks, rank, steps, blocks)
+    return Plan(ranks, rank, steps, blocks, max(pairs(partition, other, mask) for other in range(ranks)))
 
 
 @lru_cache(maxsize=64)
@@ -76,6 +81,25 @@ def blocks_between(queries: Runs, keys: Runs, mask: Mask) -> list[Block]:
 def sees_any(queries: Runs, keys: Runs, mask: Mask) -> bool:
     """Whether there are such blocks."""
     return any(True for document in queries.keys() & keys.keys() for _ in _seen(queries, keys, document, mask))
+
+
+def pairs(partition: Partition, rank: int, mask: Mask) -> int:
+    """How many keys the queries of a rank see, all together."""
+
+    def backwards(start: int, stop: int) -> int:
+        """The sum of min(p + 1, window) over positions p."""
+        limit = stop if mask.window is None else min(max(start, mask.window), stop)
+        return (limit * (limit + 1) - start * (start + 1)) // 2 + (stop - limit) * (mask.window or 0)
+
+    total = 0
+    for f in partition.of(rank):
+        if f.document != PADDING:
+            start, stop = f.position, f.position + len(f)
+            total += backwards(start, stop)
+            if not mask.causal:
+                length = partition.offsets[f.document + 1] - partition.offsets[f.document]
+                total += backwards(length - stop, length - start) - len(f)
+    return total
 
 
 def _seen(queries: Runs, keys: Runs, document: int, mask: Mask) -> Iterator[Block]:
