@@ -117,7 +117,7 @@ class ParallelConfig:
     data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     state_exchange: Literal["auto", "all_gather", "ring", "scan", "symmetric_memory"] = "auto"
-    softmax: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
+    softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
 
@@ -207,8 +207,11 @@ class TrainConfig:
         require_choice(self, "dtype", "device")
         full = self.dtype != "bfloat16"
         require(full or self.parallel.fsdp, "dtype", self.dtype, "float32 or float64 without fsdp (it does the casts)")
+        ranks = self.parallel.sequence_parallel
+        if self.parallel.softmax == "ulysses_ring" and SOFTMAX in self.model.layers and ranks > 1:
+            heads, expected = self.model.kv_heads, f"a common factor with sequence_parallel={ranks} (ulysses_ring)"
+            require(math.gcd(heads, ranks) > 1, "num_kv_heads", heads, expected)
         if self.parallel.softmax == "ulysses" and SOFTMAX in self.model.layers:
-            ranks = self.parallel.sequence_parallel
             for field, heads in (("num_heads", self.model.num_heads), ("num_kv_heads", self.model.kv_heads)):
                 require(
                     heads % ranks == 0, field, heads, f"a multiple of sequence_parallel={ranks} (softmax='ulysses')"
