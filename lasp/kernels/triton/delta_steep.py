@@ -203,6 +203,6 @@ def steep_gradients(
     _steep_gradients[triton.cdiv(chunks.count, CHUNKS), len(head_range)](
         q, k, do, decay, gates, spread, u, dr, dq, dk, d_decay, d_beta, chunks.start, chunks.length,
         scale, chunks.count, heads, heads // q_heads, head_range.start,
-        K=key_dim, V=value_dim, BK=min(32, block_of(key_dim)), BV=min(64, block_of(value_dim)), C=chunks.size,
+        K=key_dim, V=value_dim, BK=min(32, block_of(key_dim)), BV=32, C=chunks.size,
         N=CHUNKS, REACH=config.reach, PRECISION=config.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
