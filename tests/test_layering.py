@@ -22,7 +22,7 @@ READS_ENVIRONMENT = {"lasp/training/runtime.py"}  # a process learns its rank fr
 KNOWS_DISTRIBUTED = {
     "lasp/training/runtime.py": {"torch.distributed"},
     "lasp/training/checkpoint.py": {"torch.distributed"},
-    "lasp/training/optimizer.py": {"torch.distributed.tensor"},
+    "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
 }
 COLLECTIVES = (  # first words of their names

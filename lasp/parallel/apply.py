@@ -7,6 +7,8 @@ Expert parallelism divides the same ranks once more: neighbours share the expert
 gradient of an expert is summed over the ranks that hold it.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,17 +21,18 @@ from lasp.models.moe import Experts
 from lasp.parallel import comm
 from lasp.parallel.experts import ExpertParallel
 
+Model = TypeVar("Model", bound=nn.Module)
 _HOLDERS, _EXPERTS = "expert_holders", "experts"  # axes of the mesh on which experts are placed
 
 
 def parallelize(
-    model: nn.Module,
+    model: Model,
     mesh: DeviceMesh,
     *,
     fsdp: bool = False,
     compute_dtype: torch.dtype | None = None,
     expert_parallel: int = 1,
-) -> nn.Module:
+) -> Model:
     """Makes `model` the same on all ranks of `mesh`, or shards it over them; call `reduce_gradients` after backward.
 
     Args:
@@ -70,7 +73,8 @@ def parallelize(
                 experts, mesh=placed[_HOLDERS], shard_placement_fn=lambda _: Shard(1), mp_policy=policy
             )
             _add_up(by_rows)
-        for block in [*model.get_submodule("layers").children(), model]:
+        blocks: list[nn.Module] = [*model.get_submodule("layers").children(), model]
+        for block in blocks:
             _add_up(fully_shard(block, mesh=everyone, mp_policy=policy))
     return model
 

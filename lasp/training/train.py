@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lasp.config import TrainConfig, require
 from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
-from lasp.models import Decoder, count_parameters, flops_per_token
+from lasp.models import Decoder, count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
 from lasp.parallel.apply import parallelize, reduce_gradients
 from lasp.training import checkpoint
+from lasp.training.balance import balance_experts
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from lasp.training.runtime import World, join_world
@@ -60,10 +61,12 @@ def train(config: TrainConfig) -> float:
                 grad_norm = clip_gradients(model, config.optimizer.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+                balance = balance_experts(model, all_ranks) if config.model.num_experts else {}
 
                 taken = step + 1
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
+                values |= balance
                 if peak is not None:
                     values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
                 metrics.log(taken, **values, tokens=taken * tokens_per_step)
@@ -89,7 +92,7 @@ def open_data(config: TrainConfig) -> tuple[PackedContexts, list[Context]]:
     return training, [held_out[i] for i in range(wanted)]
 
 
-def build_model(config: TrainConfig, world: World) -> nn.Module:
+def build_model(config: TrainConfig, world: World) -> Decoder:
     """The model with fresh weights, the same on every rank, placed on this world.
 
     In bfloat16 FSDP gathers float32 parameters as bfloat16 and sums gradients in float32.
@@ -100,7 +103,13 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
     if config.dtype == "float64":
         model.double()
     compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
-    return parallelize(model, world.mesh, fsdp=config.parallel.fsdp, compute_dtype=compute_dtype)
+    return parallelize(
+        model,
+        world.mesh,
+        fsdp=config.parallel.fsdp,
+        compute_dtype=compute_dtype,
+        expert_parallel=config.parallel.expert_parallel,
+    )
 
 
 def compute_gradients(model: nn.Module, contexts: list[Context], sp: SequenceParallel, world: World) -> float:
@@ -145,11 +154,13 @@ def count_labels(context: Context) -> int:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World) -> float:
-    """The mean loss over all labels of the held-out contexts, in nats per token."""
+    """The mean loss over all labels of the held-out contexts, in nats per token, without balancing losses."""
+    model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for context in share(held_out, world):
         batch = read_batch(context, sp, world.device)
         total += torch.stack([part.double() for part in model(batch.tokens, batch.seq, labels=batch.labels)])
+    model.train()
     loss_sum, count = all_ranks(total).tolist()
     return loss_sum / max(1, count)
 
@@ -162,8 +173,9 @@ def all_ranks(x: Tensor) -> Tensor:
 def describe(config: TrainConfig, world: World, first_step: int) -> str:
     model, groups = config.model, world.mesh["dp"].size()
     ranks = f"{world.mesh['sp'].size()} {world.device.type} ranks"
+    active = f" ({count_active_parameters(model):,} active)" if model.num_experts else ""
     lines = [
-        f"{count_parameters(model):,} parameters, {config.dtype}, layers {model.layers} ({model.mixer})",
+        f"{count_parameters(model):,} parameters{active}, {config.dtype}, layers {model.layers} ({model.mixer})",
         f"contexts of {config.context_length:,} tokens, each split over {ranks}; {groups} at a time",
     ]
     if first_step:

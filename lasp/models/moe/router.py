@@ -66,4 +66,4 @@ class Router(nn.Module):
     def move_bias(self, load: Tensor) -> None:
         """b += rate * sign(mean load - load), with the load [E] of a whole step: equal on all ranks."""
         if self.bias is not None:
-            self.bias += self.rate * (load.mean() - load).sign().to(self.bias)
+            self.bias += self.rate * (load.sum() - len(load) * load).sign().to(self.bias)
