@@ -51,8 +51,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scales the gradients, already summed over the ranks, so that their norm over all parameters is at most max_norm.
 
-    Returns the norm before. Sharded gradients count with all their shards. Raises FloatingPointError on every rank if the
-    norm is not finite: such a step would destroy the weights.
+    Returns the norm before. Sharded gradients count with all their shards. Raises FloatingPointError on every rank if
+    the norm is not finite: such a step would destroy the weights.
     """
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in model.parameters():
