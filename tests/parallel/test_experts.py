@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lasp.config import DataConfig, OptimizerConfig, TrainConfig
+from lasp.kernels.experts import swiglu_experts
 from lasp.models import Decoder, tiny
 from lasp.models.moe import Router
 from lasp.parallel import SequenceParallel
 from lasp.parallel.apply import parallelize, reduce_gradients
+from lasp.parallel.experts import ExpertParallel
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.optimizer import build_optimizer, clip_gradients
@@ -150,6 +152,35 @@ def test_experts_spread_over_data_and_sequence_parallel_ranks(gen, ranks, fsdp):
         for (name, got), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
             size = expected.grad.norm().item()
             torch.testing.assert_close(whole(got.grad), expected.grad, rtol=0, atol=TOLERANCE * size, msg=name)
+
+
+def test_rows_travel_to_their_experts_and_back(gen, group):
+    """Also from a rank that has none; y and all gradients are those of one rank that holds all experts."""
+    size, rank = group.size(), group.rank()
+    experts = 2 * size
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    matrices = normal(experts, 3, 8), normal(experts, 4, 3)
+    rows = [torch.randint(0, 5, (experts,), generator=gen) * (r > 0 or size == 1) for r in range(size)]
+    inputs = [(normal(counts.sum(), 3), counts, normal(counts.sum(), 3)) for counts in rows]
+
+    def run(function, x, counts, dy, stacks):
+        x = x.clone().requires_grad_()
+        y = function(x, counts, *stacks)
+        return y, torch.autograd.grad(y, [x, *stacks], dy)
+
+    stacks = [m.clone().requires_grad_() for m in matrices]
+    alone = [run(swiglu_experts, *given, stacks) for given in inputs]
+    part = DeviceMesh.from_group(group, "cpu")
+    spread = [distribute_tensor(m, part, [Shard(0)]).requires_grad_() for m in matrices]
+    y, (dx, *grads) = run(ExpertParallel(group, swiglu_experts), *inputs[rank], spread)
+    assert (y - alone[rank][0]).norm() <= 1e-12 * sum(y.norm() for y, _ in alone)
+    assert (dx - alone[rank][1][0]).norm() <= 1e-12 * sum(dx.norm() for _, (dx, *_) in alone)
+    for index, grad in enumerate(grads):
+        wanted = sum(all_grads[1 + index] for _, all_grads in alone)
+        assert (grad.to_local() - wanted.chunk(size)[rank]).norm() <= 1e-12 * wanted.norm()
 
 
 @pytest.mark.no_exchange
