@@ -63,6 +63,7 @@ def parallelize(
     if mixtures:
         ranks = everyone.mesh.view(-1, expert_parallel)
         placed = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(_HOLDERS, _EXPERTS))
+        _flat(placed)  # DTensor then takes norms over both axes in one all-reduce
         for experts in mixtures:
             _spread(experts, placed, fsdp)
     if fsdp:
