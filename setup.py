@@ -23,9 +23,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["lasp", "lasp.*"]),
-    package_data={"lasp": ["py.typed"]},
-    ext_modules=[],  # the place for csrc/, optional: without a compiler lasp must install all the same
+    packages=[*find_packages(include=["lasp", "lasp.*"]), "lasp.csrc"],
+    package_dir={"lasp.csrc": "csrc"},  # compiled when first needed, where there is a compiler: lasp.parallel.native
+    package_data={"lasp": ["py.typed"], "lasp.csrc": ["*.h", "*.cpp", "*.cu"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

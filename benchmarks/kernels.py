@@ -20,11 +20,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from lasp.kernels import delta_rule, linear_attention
 
-Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta"]
+Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "diagonal delta"]
 ACCURACY_TOKENS = 2048
 
 
@@ -36,6 +36,7 @@ class Settings:
     head_dim: int = 128
     peer: bool = True  # flash-linear-attention, if it is installed
     softmax: bool = True  # PyTorch's causal attention (cuDNN), for scale
+    decode_batches: tuple[int, ...] = (1, 64)  # of the steps for a single token
 
 
 def draw(op: Op, tokens: int, settings: Settings) -> dict[str, Tensor]:
@@ -51,6 +52,7 @@ def draw(op: Op, tokens: int, settings: Settings) -> dict[str, Tensor]:
         "scalar": shape[:3],
         "gated delta": shape[:3],
         "diagonal": shape,
+        "diagonal delta": shape,
     }
     if op in gate:
         tensors["decay"] = -0.1 * torch.rand(gate[op], device="cuda")
@@ -76,6 +78,7 @@ def theirs(op: Op) -> Callable[..., Tensor] | None:
         "diagonal": lambda q, k, v, decay: fla.chunk_gla(q, k, v, g=decay),
         "delta": lambda q, k, v, beta: fla.chunk_delta_rule(q, k, v, beta=beta),
         "gated delta": lambda q, k, v, beta, decay: fla.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta),
+        "diagonal delta": lambda q, k, v, beta, decay: fla.chunk_kda(q, k, v, g=decay, beta=beta),
     }
     return lambda **tensors: calls[op](**tensors)[0]
 
@@ -122,6 +125,20 @@ def accuracy(op: Op, settings: Settings) -> str:
     return f"{max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs):.1e}"
 
 
+def decode(op: Op, batch: int, settings: Settings) -> str:
+    """Microseconds of a step for a single token in each of `batch` sequences, from a CUDA graph."""
+    rows = draw(op, batch, settings)
+    tensors = {name: x if x.ndim == 1 else x.transpose(0, 1) for name, x in rows.items()}
+    state = torch.zeros(batch, settings.heads, settings.head_dim, settings.head_dim, device="cuda")
+    function = delta_rule if "delta" in op else linear_attention
+    with torch.no_grad():
+        time_ms = do_bench_cudagraph(
+            lambda: function(**tensors, initial_state=state, output_final_state=True, backend="triton"),
+            return_mode="median",
+        )
+    return f"{time_ms * 1e3:.1f}"
+
+
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a large copy."""
     source = torch.empty(2**30, dtype=torch.int32, device="cuda")
@@ -154,6 +171,11 @@ def main(settings: Settings) -> None:
         for tokens in settings.tokens:
             table.add_row("softmax", str(tokens), "cuDNN", *measure(softmax, draw("none", tokens, settings)))
     console.print(table)
+    columns = (f"batch {batch}" for batch in settings.decode_batches)
+    steps = Table("one token, microseconds", *columns)
+    for op in settings.ops:
+        steps.add_row(op, *(decode(op, batch, settings) for batch in settings.decode_batches))
+    console.print(steps)
 
 
 if __name__ == "__main__":

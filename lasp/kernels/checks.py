@@ -78,7 +78,12 @@ def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, read: bool = Tru
     require(offsets.ndim == 1 and offsets.numel() >= 2, "cu_seqlens", f"shape {list(offsets.shape)}", "[N + 1], N >= 1")
     require(batch == 1, "cu_seqlens", f"a batch of {batch}", "B = 1 for packed documents")
     if read:
-        values = offsets.tolist()
-        require(values[0] == 0, "cu_seqlens", f"a start at {values[0]}", "0")
-        require(values[-1] == tokens, "cu_seqlens", f"an end at {values[-1]}", f"{tokens}, the number of tokens")
-        require(values == sorted(values), "cu_seqlens", values, "offsets that do not decrease")
+        offset_values(offsets, tokens)
+
+
+def offset_values(offsets: Tensor, tokens: int) -> None:
+    """From 0 to `tokens`, not decreasing. Copies offsets on a device to the host."""
+    values = offsets.tolist()
+    require(values[0] == 0, "cu_seqlens", f"a start at {values[0]}", "0")
+    require(values[-1] == tokens, "cu_seqlens", f"an end at {values[-1]}", f"{tokens}, the number of tokens")
+    require(values == sorted(values), "cu_seqlens", values, "offsets that do not decrease")

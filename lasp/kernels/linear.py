@@ -35,8 +35,10 @@ def linear_attention(
         scale: K ** -0.5 if None.
         causal: False lets every token read the state of its whole sequence (document); decay must then be None.
         initial_state: [N, H, K, V] in fp32 (fp64 for fp64 inputs), N = B or the number of packed documents.
-        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1.
-        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
+        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Triton never copies those on a GPU to
+            the host, so their values are not looked at there, as the decay's are not.
+        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton". A single token (T = 1) of
+            which nobody wants a gradient is one launch in Triton.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] (None unless asked for). Everything is
@@ -94,9 +96,8 @@ def check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | N
 
 def choose_op(x: Inputs, causal: bool = True, backend: Backend = "auto") -> Op:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
-    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
     reference = ChunkedOp() if causal else NonCausalOp()
-    if backend == "reference" or (backend == "auto" and x.v.device.type != "cuda"):
+    if not _may_be_triton(x, backend):
         return reference
     from lasp.kernels.triton.dispatch import triton_op  # Triton is not there on every machine
 
@@ -105,6 +106,11 @@ def choose_op(x: Inputs, causal: bool = True, backend: Backend = "auto") -> Op:
         return op
     checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
     return reference
+
+
+def _may_be_triton(x: Inputs, backend: Backend) -> bool:
+    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    return backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
 
 
 def run_op(
@@ -122,11 +128,17 @@ def run_op(
 
 def _run(q, k, v, decay, beta, scale, causal, initial_state, output_final_state, cu_seqlens, backend):
     batch, tokens = v.shape[:2]
-    checks.cu_seqlens(cu_seqlens, batch, tokens)
+    checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
     segments = Segments(batch, tokens, cu_seqlens)
     checks.state(initial_state, segments.count, v, k.shape[-1])
+    x = Inputs(q, k, v, decay, beta, checks.scale(scale, k.shape[-1]), segments)
+    if tokens == 1 and causal and _may_be_triton(x, backend):
+        from lasp.kernels.triton.dispatch import triton_step
+
+        if step := triton_step(x, initial_state, asked=backend == "triton"):
+            return step[0], step[1] if output_final_state else None
     return run_op(
-        Inputs(q, k, v, decay, beta, checks.scale(scale, k.shape[-1]), segments),
+        x,
         Alone(),
         causal=causal,
         initial_state=initial_state,

@@ -9,12 +9,13 @@ An op is two halves per direction; what lies between them is a `Boundary`: nothi
 """
 
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
 
@@ -60,39 +61,23 @@ class Gradients:
 class Op(Protocol):
     """The four halves. `partial` passes between the two halves of one direction, `kept` from forward to backward.
 
-    `wanted` says whether anybody looks at the summary: on one rank nobody does. States that are None are zero.
+    `wanted` says whether anybody looks at the summary: on one rank nobody does. The second halves wait for what comes
+    in, exactly once, after whatever they can compute without it. States that are None are zero.
     """
 
     def summarize(self, x: Inputs, wanted: bool) -> tuple[Summary | None, Any]:
         """A and S of every segment: what others need to know, early and cheap."""
 
-    def finish(self, x: Inputs, partial: Any, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial: Any, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         """o [B, T, H, V] and the outgoing states [N, H, K, V], given the incoming ones."""
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
         """D [N, H, K, V]: the gradient of the incoming states through the outputs alone."""
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial: Any, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+    def finish_grad(
+        self, x: Inputs, kept: Kept, partial: Any, do: Tensor, d_outgoing: Pending[Tensor | None]
+    ) -> Gradients:
         """Everything else, given the gradient of the outgoing states."""
-
-
-Result = TypeVar("Result", covariant=True)
-
-
-class Pending(Protocol[Result]):
-    """Something under way."""
-
-    def wait(self) -> Result: ...
-
-
-@dataclass(frozen=True)
-class Ready(Generic[Result]):
-    """A result that needed no waiting."""
-
-    value: Result
-
-    def wait(self) -> Result:
-        return self.value
 
 
 class Boundary(Protocol):
@@ -119,13 +104,13 @@ class Alone:
     wants_summary = False
 
     def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor | None, Kept]]:
-        return Ready((initial_state, ()))
+        return Pending(lambda: (initial_state, ()))
 
     def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
         return outgoing
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor | None]:
-        return Ready(d_final)
+        return Pending(lambda: d_final)
 
     def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
         return d_incoming
@@ -145,8 +130,14 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx, op, boundary, scale, segments, output_final_state, q, k, v, decay, beta, initial_state):
         x = Inputs(q, k, v, decay, beta, scale, segments)
         summary, partial = op.summarize(x, boundary.wants_summary)
-        incoming, link = boundary.enter(summary, initial_state).wait()
-        o, outgoing, kept = op.finish(x, partial, incoming)
+        links: list[Kept] = []
+
+        def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
+            links.append(entered[1])
+            return entered[0]
+
+        o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
+        (link,) = links
         ctx.op, ctx.boundary, ctx.scale, ctx.segments, ctx.num_kept = op, boundary, scale, segments, len(kept)
         ctx.save_for_backward(q, k, v, decay, beta, *kept, *link)
         ctx.set_materialize_grads(False)
@@ -160,7 +151,7 @@ class _Recurrence(torch.autograd.Function):
         x = Inputs(q, k, v, decay, beta, ctx.scale, ctx.segments)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
-        d_outgoing = ctx.boundary.enter_grad(link, d_summary, d_final).wait()
-        grads = ctx.op.finish_grad(x, kept, partial, do, d_outgoing)
+        arriving = ctx.boundary.enter_grad(link, d_summary, d_final)
+        grads = ctx.op.finish_grad(x, kept, partial, do, arriving)
         d_initial = ctx.boundary.leave_grad(grads.incoming, d_final) if ctx.needs_input_grad[10] else None
         return None, None, None, None, None, grads.q, grads.k, grads.v, grads.decay, grads.beta, d_initial

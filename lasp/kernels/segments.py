@@ -10,12 +10,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lasp.kernels import checks
+
 
 class Segments:
     """N runs of consecutive tokens in the flat order of a `[B, T, ...]` tensor.
 
     batch, tokens: B and T. cu_seqlens: [N + 1] integer offsets of packed segments (then B = 1); None makes every row
-    of the batch one segment. Reading `offsets` copies a device tensor to the host once.
+    of the batch one segment. Reading `offsets` copies a device tensor to the host once and raises ValueError unless its
+    values fit; nothing else does.
     """
 
     def __init__(self, batch: int, tokens: int, cu_seqlens: Tensor | None = None):
@@ -29,7 +32,9 @@ class Segments:
         """[N + 1] int64 on the host: segment n is the flat tokens offsets[n] … offsets[n + 1] - 1."""
         if self.cu_seqlens is None:
             return torch.arange(self.batch + 1, device="cpu") * self.tokens
-        return self.cu_seqlens.to("cpu", torch.int64)
+        offsets = self.cu_seqlens.to("cpu", torch.int64)
+        checks.offset_values(offsets, self.batch * self.tokens)
+        return offsets
 
     def chunks(self, size: int, device: torch.device) -> "Chunks":
         if (size, device) not in self._chunks:
@@ -94,7 +99,8 @@ class Tiles:
 
     start: [M] int64, a tile's first token in flat order.  length: [M] int32.  first: [N + 1] int32, the tiles of
     segment n are first[n] … first[n + 1] - 1.  With cu_seqlens on the device M is an upper bound, so that nothing
-    has to be copied to the host; the tiles beyond first[N] are empty.
+    has to be copied to the host; the tiles beyond first[N] are empty. Nobody has looked at the offsets then: wrong ones
+    are made to decrease nowhere and to stay within the tokens, so that kernels do.
     """
 
     size: int
@@ -106,12 +112,14 @@ class Tiles:
     @classmethod
     def cut(cls, segments: Segments, size: int, device: torch.device) -> "Tiles":
         packed = segments.cu_seqlens
-        offsets = packed.long() if packed is not None and packed.device == device else segments.offsets
-        on_device = offsets.device.type != "cpu"
+        on_device = packed is not None and packed.device == device and device.type != "cpu"
+        total = segments.batch * segments.tokens
+        offsets = (
+            packed.long().clamp(0, total).cummax(0).values if packed is not None and on_device else segments.offsets
+        )
         lengths = offsets.diff()
         counts = (lengths + size - 1) // size
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        total = segments.batch * segments.tokens
         count = -(-total // size) + segments.count if on_device else int(first[-1])
         tile = torch.arange(count, device=offsets.device)
         owner = torch.searchsorted(first[1:], tile, right=True).clamp(max=segments.count - 1)

@@ -1,8 +1,11 @@
 """The algebra that turns units' summaries into the states between them (math §1, §5). Pure, no communication.
 
-`states` and `transitions` are in unit order, [U, ..., H, K, V] and as in `lasp.kernels.summary`. `breaks[c]` says that
-nothing passes through unit c, since a document starts in it (backward: ends in it). A boolean, since a decay of -inf
-would make NaN of -inf + inf.
+    forward    X_c = Σ_{c'<c} A_{c-1} … A_{c'+1} S_{c'}       the state that enters unit c
+    backward   G_c = Σ_{c'>c} A_{c+1}ᵀ … A_{c'-1}ᵀ D_{c'}      the gradient of the state that leaves it
+
+`states` (S or D) and `transitions` are in unit order, [U, ..., H, K, V] and as in `lasp.kernels.summary`. `breaks[c]`
+says that nothing passes through unit c, since a document starts in it (backward: ends in it). Which units reach which
+is known on the host, so that nothing is indexed and nothing masked: a decay of -inf meets no +inf.
 """
 
 import torch
@@ -11,29 +14,68 @@ from torch import Tensor
 from lasp.kernels.summary import apply, apply_transposed
 
 
-def entering_states(states: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Tensor:
-    """X_c = Σ_{c'<c} A_{c-1} … A_{c'+1} S_{c'}, the state that enters each unit."""
-    entering, x = torch.empty_like(states), torch.zeros_like(states[0])
-    for c in range(len(states)):
-        entering[c] = x
-        x = pass_unit(x, states[c], None if transitions is None else transitions[c], breaks[c])
-    return entering
+def combine(
+    states: Tensor, transitions: Tensor | None, breaks: list[bool], units: list[int], *, backward: bool
+) -> Tensor:
+    """[len(units), ...]: X or, if `backward`, G of the given units, which are ascending."""
+    by_matrix = transitions is not None and transitions.ndim == states.ndim
+    arrived: dict[int, Tensor | None] = {}
+    for unit in units[:: -1 if backward else 1]:
+        if by_matrix:
+            assert transitions is not None
+            arrived[unit] = _chained(states, transitions, breaks, unit, arrived, backward)
+        else:
+            arrived[unit] = _weighted(states, transitions, breaks, unit, backward)
+    return torch.stack([torch.zeros_like(states[0]) if (x := arrived[u]) is None else x for u in units])
 
 
-def leaving_gradients(d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Tensor:
-    """G_c = Σ_{c'>c} A_{c+1}ᵀ … A_{c'-1}ᵀ D_{c'}, the gradient of the state that leaves each unit."""
-    leaving, g = torch.empty_like(d), torch.zeros_like(d[0])
-    for c in reversed(range(len(d))):
-        leaving[c] = g
-        g = pass_unit_back(g, d[c], None if transitions is None else transitions[c], breaks[c])
-    return leaving
+def pass_unit(x: Tensor, state: Tensor, transition: Tensor | None, breaks: bool, *, backward: bool) -> Tensor:
+    """A X + S, the state behind a unit, or Aᵀ G + D, the gradient before it."""
+    return state if breaks else (apply_transposed if backward else apply)(transition, x) + state
 
 
-def pass_unit(x: Tensor, state: Tensor, transition: Tensor | None, breaks: bool) -> Tensor:
-    """A X + S: the state behind a unit."""
-    return state if breaks else apply(transition, x) + state
+def reach(breaks: list[bool], unit: int, *, backward: bool) -> int:
+    """How many units before (backward: behind) `unit` reach it: up to the nearest through which nothing passes."""
+    beyond = breaks[unit + 1 :] if backward else breaks[:unit][::-1]
+    return beyond.index(True) + 1 if True in beyond else len(beyond)
 
 
-def pass_unit_back(g: Tensor, d: Tensor, transition: Tensor | None, breaks: bool) -> Tensor:
-    """Aᵀ G + D: the gradient before a unit."""
-    return d if breaks else apply_transposed(transition, g) + d
+def _weighted(
+    states: Tensor, transitions: Tensor | None, breaks: list[bool], unit: int, backward: bool
+) -> Tensor | None:
+    """A sum with weights, for transitions that commute. The logarithms are summed from the unit outwards, and never
+    differenced (math §8)."""
+    count = reach(breaks, unit, backward=backward)
+    if not count:
+        return None
+    near, between = (unit + 1, slice(unit + 1, unit + count)) if backward else (unit - 1, slice(unit - count + 1, unit))
+    far = states[unit + 2 : unit + count + 1] if backward else states[unit - count : unit - 1]
+    if count == 1:
+        return states[near]
+    if transitions is None:
+        return states[near] + far.sum(0)
+    logs = transitions[between]
+    logs = logs.cumsum(0) if backward else logs.flip(0).cumsum(0).flip(0)
+    weights = logs.exp().reshape(logs.shape + (1,) * (states.ndim - logs.ndim))
+    return states[near] + (weights * far).sum(0)
+
+
+def _chained(
+    states: Tensor,
+    transitions: Tensor,
+    breaks: list[bool],
+    unit: int,
+    arrived: dict[int, Tensor | None],
+    backward: bool,
+) -> Tensor | None:
+    """Unit by unit, for matrices; from the nearest unit already computed, if the way leads past it."""
+    step, x = (-1 if backward else 1), None
+    way = range(unit - step * reach(breaks, unit, backward=backward), unit, step)
+    for passed in reversed(way):
+        if (x := arrived.get(passed)) is not None:
+            way = range(passed, unit, step)
+            break
+    for passed in way:
+        state, transition = states[passed], transitions[passed]
+        x = state if x is None else pass_unit(x, state, transition, breaks[passed], backward=backward)
+    return x

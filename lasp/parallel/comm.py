@@ -4,37 +4,22 @@ A call starts the transfer and returns a `Pending`; its `wait()` gives what has 
 changed before that.
 """
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Generator
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
+
 Result = TypeVar("Result")
-Mapped = TypeVar("Mapped")
 Group = dist.ProcessGroup | None
 
 # torch 2.13 renamed these two and warns of the old names; 2.11 has only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Pending(Generic[Result]):
-    """A transfer under way. `wait()` may be called once."""
-
-    def __init__(self, finish: Callable[[], Result]):
-        self._finish: Callable[[], Result] | None = finish
-
-    def wait(self) -> Result:
-        if self._finish is None:
-            raise RuntimeError("wait() was called twice on one transfer")
-        finish, self._finish = self._finish, None
-        return finish()
-
-    def then(self, function: Callable[[Result], Mapped]) -> "Pending[Mapped]":
-        """The same transfer, with its result passed through `function` on arrival."""
-        return Pending(lambda: function(self.wait()))
 
 
 def size(group: Group) -> int:
@@ -43,6 +28,25 @@ def size(group: Group) -> int:
 
 def rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
+
+
+def message_device(group: Group) -> torch.device:
+    """The device on which this group's messages live."""
+    if group is None or any(device.type == "cpu" for device in group._device_types):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def timeout(group: dist.ProcessGroup) -> float:
+    """Seconds after which a message of this group has failed."""
+    return group._get_backend(message_device(group)).options._timeout.total_seconds()
+
+
+def gather_objects(x: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Everybody's x, in rank order; the host waits."""
+    objects: list[Any] = [None] * size(group)
+    dist.all_gather_object(objects, x, group=group)
+    return objects
 
 
 def all_gather(x: Tensor, group: Group) -> Pending[Tensor]:
@@ -95,17 +99,70 @@ def shift(tensors: tuple[Tensor, ...], group: Group) -> Pending[tuple[Tensor, ..
     return _after(dist.batch_isend_irecv(messages), tensors, results)
 
 
-def send(x: Tensor, to: int, group: Group) -> Pending[None]:
-    x = x.contiguous()
-    # Batched, though single: NCCL runs unbatched messages of one group one after the other.
-    return _after(dist.batch_isend_irecv([dist.P2POp(dist.isend, x, group=group, group_peer=to)]), (x,), None)
+def send_receive(
+    sent: tuple[Tensor, int] | None, received: tuple[Tensor, int] | None, group: Group
+) -> Pending[Tensor | None]:
+    """At once: a tensor to a rank, and a tensor of the shape and dtype of the second from a rank."""
+    messages, outgoing, result = [], None, None
+    if sent is not None:
+        outgoing = sent[0].contiguous()
+        messages.append(dist.P2POp(dist.isend, outgoing, group=group, group_peer=sent[1]))
+    if received is not None:
+        result = torch.empty_like(received[0], memory_format=torch.contiguous_format)
+        messages.append(dist.P2POp(dist.irecv, result, group=group, group_peer=received[1]))
+    # Batched, even if single: NCCL runs unbatched messages of one group one after the other.
+    return _after(dist.batch_isend_irecv(messages), (outgoing,), result)
 
 
-def receive(like: Tensor, source: int, group: Group) -> Pending[Tensor]:
-    """A tensor of the shape and dtype of `like`."""
-    result = torch.empty_like(like, memory_format=torch.contiguous_format)
-    message = dist.P2POp(dist.irecv, result, group=group, group_peer=source)
-    return _after(dist.batch_isend_irecv([message]), (), result)
+def start(steps: Generator[None, None, Result], *used: Tensor | None) -> Pending[Result]:
+    """Several messages and what happens between them, as one transfer; `steps` yields before each wait.
+
+    On a GPU all of it is put on a stream of its own. On a CPU it runs up to its first wait, and from there on when its
+    result is waited for. `used`: tensors that it reads.
+    """
+    device = next(x.device for x in used if x is not None)
+    if device.type != "cuda":
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result = stop.value
+            return Pending(lambda: result)
+        return Pending(lambda: _run(steps))
+    return on_stream(lambda: _run(steps), *used)
+
+
+def on_stream(work: Callable[[], Result], *used: Tensor | None) -> Pending[Result]:
+    """Runs `work` now, on a stream beside the current one. `used`: tensors of the GPU that it reads.
+
+    What it allocates belongs to that stream, and may be reused there only after the current stream's work so far,
+    since every use of the stream begins with waiting for that.
+    """
+    device = next(x.device for x in used if x is not None)
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        result = work()
+    done = side.record_event()
+
+    def finish() -> Result:
+        torch.cuda.current_stream(device).wait_event(done)
+        _ = used  # alive until here
+        return result
+
+    return Pending(finish)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _run(steps: Generator[None, None, Result]) -> Result:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
 
 
 def _gather(x: Tensor, group: Group) -> Pending[Tensor]:
@@ -116,7 +173,7 @@ def _gather(x: Tensor, group: Group) -> Pending[Tensor]:
     return _after([_all_gather(result.flatten(), x.flatten(), group=group, async_op=True)], (x,), result)
 
 
-def _after(works: list, sent: tuple[Tensor, ...], result: Result) -> Pending[Result]:
+def _after(works: list, sent: tuple[Tensor | None, ...], result: Result) -> Pending[Result]:
     def finish() -> Result:
         for work in works:
             work.wait()

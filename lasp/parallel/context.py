@@ -29,7 +29,8 @@ class SequenceParallel:
         group: a ProcessGroup, or None for one rank alone.
         layout: "contiguous" (rank r holds the r-th part) or "zigzag" (parts r and 2R - 1 - r of 2R, which balances
             causal softmax attention).
-        state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2) or "ring" (LASP-1).
+        state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2), "ring" (LASP-1), "scan" (ZeCO's
+            All-Scan, pipelined) or "symmetric_memory" (peer reads; a group of one machine, else "all_gather").
         softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values) or "ulysses".
         device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
 
@@ -51,7 +52,7 @@ class SequenceParallel:
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
         self.softmax = choose_strategy(softmax)
-        self._messages = _message_device(group)
+        self._messages = comm.message_device(group)
         self.device = self._messages if device is None else torch.device(device)
         self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
 
@@ -77,6 +78,7 @@ class SequenceParallel:
         offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
         return Sequence(self, Partition(self.layout, self.rank, offsets, aligned), cu_seqlens is not None)
 
+    @torch.compiler.disable
     def agree(self, check: Any) -> None:
         """Runs a check of an op's arguments; on CPU groups all ranks fail together (NCCL would have to synchronise)."""
         if self._messages.type == "cpu":
@@ -225,6 +227,7 @@ class Sequence:
         """The sum of the ranks' x, on every rank: for statistics of the whole sequence. No gradient goes through."""
         return comm.all_reduce(x.detach(), self.parallel.group).wait()
 
+    @torch.compiler.disable  # messages have no place in a graph: a compiled model breaks here, once, and goes on behind
     def _recurrence(self, q, k, v, decay, beta, scale, causal, initial_state, output_final_state):
         local = self._local(v.shape[0])
         per_token = None if decay is None or decay.ndim == 1 else local.fold(decay)
@@ -310,10 +313,3 @@ class _Unshard(torch.autograd.Function):
 
 def _signature(*tensors: Tensor | None) -> tuple:
     return tuple(None if x is None else (tuple(x.shape), x.dtype) for x in tensors)
-
-
-def _message_device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device on which this group's messages live."""
-    if group is None or any(device.type == "cpu" for device in group._device_types):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())

@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Kept
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary, apply, apply_transposed
 from lasp.parallel import comm
-from lasp.parallel.comm import Group, Pending
+from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
 from lasp.parallel.layout import PADDING, Partition
 
@@ -46,6 +47,32 @@ class LocalSegments:
         return x.reshape(self.batch, self.tokens, *x.shape[2:])
 
 
+class Places:
+    """Places along a dimension, as an index: a slice where they are evenly spaced, as those of a sequence that is not
+    packed are; else a tensor, copied to each device once. So no call copies from the host."""
+
+    def __init__(self, places: list[int]):
+        self.count, self._places = len(places), places
+        start, step = (places or [0])[0], places[1] - places[0] if len(places) > 1 else 1
+        stop = start + step * len(places)
+        even = step > 0 and list(range(start, stop, step)) == places
+        self._slice = slice(start, stop, step) if even else None
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> slice | Tensor:
+        if self._slice is not None:
+            return self._slice
+        if device not in self._on:
+            self._on[device] = index_tensor(self._places, device)
+        return self._on[device]
+
+
+def index_tensor(places: list[int], device: torch.device) -> Tensor:
+    """On a GPU through pinned memory, so that the host does not wait."""
+    index = torch.tensor(places, dtype=torch.long, device="cpu")
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
 @dataclass(frozen=True)
 class Side:
     """Fragments of one rank as one direction sees them: forward, or (with begin and end exchanged) backward.
@@ -54,13 +81,14 @@ class Side:
     """
 
     breaks: list[bool]  # for every unit of the sequence: it has a closed fragment, so that nothing passes through it
-    exit: list[int]  # the fragment through which each local unit is left
-    open_units: list[int]  # local units that something enters …
-    open_fragments: list[int]  # … and the fragments it enters
-    closed: list[int]  # fragments that start from a document's own state …
-    closed_documents: list[int]
-    through_units: list[int]  # local units left through a closed fragment …
-    through_documents: list[int]  # … whose document's own state therefore leaves the unit, too
+    exit: Places  # the fragment through which each local unit is left
+    open_units: Places  # local units that something enters …
+    open_fragments: Places  # … and the fragments it enters
+    closed: Places  # fragments that start from a document's own state …
+    closed_documents: Places
+    through_units: Places  # local units left through a closed fragment …
+    through_fragments: Places
+    through_documents: Places  # … whose document's own state therefore leaves the unit, too
 
     @classmethod
     def of(cls, partition: Partition, entry: list[int], exit: list[int], edge: Literal["begins", "ends"]) -> "Side":
@@ -71,13 +99,14 @@ class Side:
         open_units = [j for j, i in enumerate(entry) if not is_closed[i]]
         return cls(
             breaks=[any(getattr(fragment, edge) for fragment in unit) for unit in partition.units],
-            exit=exit,
-            open_units=open_units,
-            open_fragments=[entry[j] for j in open_units],
-            closed=closed,
-            closed_documents=[fragments[i].document for i in closed],
-            through_units=through,
-            through_documents=[fragments[exit[j]].document for j in through],
+            exit=Places(exit),
+            open_units=Places(open_units),
+            open_fragments=Places([entry[j] for j in open_units]),
+            closed=Places(closed),
+            closed_documents=Places([fragments[i].document for i in closed]),
+            through_units=Places(through),
+            through_fragments=Places([exit[j] for j in through]),
+            through_documents=Places([fragments[exit[j]].document for j in through]),
         )
 
 
@@ -122,37 +151,56 @@ class AcrossUnits:
     ) -> Tensor:
         """[units of this rank, B, H, K, V]: what every unit contributes to those beyond it."""
         own = self._of_units(states, side.exit)
-        if documents is not None and side.through_units:
-            fragments = [side.exit[j] for j in side.through_units]
-            a = None if transition is None else self._of_units(transition, fragments)
-            start = documents.unflatten(0, self.documents)[:, side.through_documents].transpose(0, 1)
-            own[side.through_units] += through(a, start)
+        if documents is not None and side.through_units.count:
+            a = None if transition is None else self._of_units(transition, side.through_fragments)
+            start = self._at(documents, self.documents, side.through_documents).transpose(0, 1)
+            own = own.clone()
+            own[side.through_units.on(own.device)] += through(a, start)
         return own
 
     def _entering(self, side: Side, units: Tensor, documents: Tensor | None) -> Tensor:
         """[N, H, K, V]: what enters every fragment, given what enters every unit."""
+        device = units.device
         states = units.new_zeros(*self.fragments, *units.shape[2:])
-        states[:, side.open_fragments] = units[side.open_units].transpose(0, 1)
+        states[:, side.open_fragments.on(device)] = units[side.open_units.on(device)].transpose(0, 1)
         if documents is not None:
-            states[:, side.closed] = documents.unflatten(0, self.documents)[:, side.closed_documents]
+            states[:, side.closed.on(device)] = self._at(documents, self.documents, side.closed_documents)
         return states.flatten(0, 1)
 
-    def _of_units(self, x: Tensor, fragments: list[int]) -> Tensor:
+    def _of_units(self, x: Tensor, fragments: Places) -> Tensor:
         """[N, ...] -> [len(fragments), B, ...]."""
-        return x.unflatten(0, self.fragments)[:, fragments].transpose(0, 1).contiguous()
+        return self._at(x, self.fragments, fragments).transpose(0, 1).contiguous()
+
+    @staticmethod
+    def _at(x: Tensor, rows: tuple[int, int], places: Places) -> Tensor:
+        """[N, ...] -> [B, len(places), ...], N being B rows of fragments or documents."""
+        return x.unflatten(0, rows)[:, places.on(x.device)]
 
     def _of_documents(self, side: Side, states: Tensor) -> Tensor:
         """[N, ...] -> [documents, ...] on every rank: that of the document's closed fragment, which one rank has."""
         result = states.new_zeros(*self.documents, *states.shape[1:])
-        result[:, side.closed_documents] = states.unflatten(0, self.fragments)[:, side.closed]
+        result[:, side.closed_documents.on(states.device)] = self._at(states, self.fragments, side.closed)
         return comm.all_reduce(result.flatten(0, 1), self.group).wait()
 
 
 class AcrossDocuments(AcrossUnits):
     """causal=False: every fragment reads the sum over its whole document, so that what enters it is all the rest.
 
-    Only documents that lie in several units are summed over ranks, with one all-reduce.
+    Only documents that lie in several units are summed over ranks, with one all-reduce. They are added unit by unit,
+    each having at most one fragment of a document, so that the order of the sum is fixed.
     """
+
+    def __init__(self, partition: Partition, batch: int, group: Group, exchange: StateExchange):
+        super().__init__(partition, batch, group, exchange)
+        edges, length, local = partition.offsets, partition.unit_length, partition.local
+        spanning = [d for d in range(partition.documents) if edges[d] // length != (edges[d + 1] - 1) // length]
+        place = {document: i for i, document in enumerate(spanning)}
+        real = [i for i, fragment in enumerate(local) if fragment.document != PADDING]
+        self.spanning, self.shared = len(spanning), []
+        for first, last in zip(partition.first, partition.last, strict=True):
+            shared = [i for i in range(first, last + 1) if local[i].document in place]
+            self.shared.append((Places(shared), Places([place[local[i].document] for i in shared])))
+        self.real, self.of_real = Places(real), Places([local[i].document for i in real])
 
     def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor, Kept]]:
         assert summary is not None
@@ -164,23 +212,18 @@ class AcrossDocuments(AcrossUnits):
 
     def _others(self, states: Tensor, documents: Tensor | None) -> Pending[Tensor]:
         """The sum of the other fragments' states of the same document, and of the document's own."""
-        states = states.unflatten(0, self.fragments)
-        local, length = self.partition.local, self.partition.unit_length
-        edges = self.partition.offsets
-        spanning = [d for d in range(self.partition.documents) if edges[d] // length != (edges[d + 1] - 1) // length]
-        place = {document: i for i, document in enumerate(spanning)}
-        shared = [i for i, fragment in enumerate(local) if fragment.document in place]
-        where = torch.tensor([place[local[i].document] for i in shared], dtype=torch.long, device=states.device)
-        sums = states.new_zeros(states.shape[0], len(spanning), *states.shape[2:]).index_add(
-            1, where, states[:, shared]
-        )
+        states, device = states.unflatten(0, self.fragments), states.device
+        sums = states.new_zeros(states.shape[0], self.spanning, *states.shape[2:])
+        for shared, place in self.shared:
+            sums[:, place.on(device)] += states[:, shared.on(device)]
 
         def arrive(total: Tensor) -> Tensor:
             others = torch.zeros_like(states)
-            others[:, shared] = total[:, where] - states[:, shared]
+            for shared, place in self.shared:
+                here = shared.on(device)
+                others[:, here] = total[:, place.on(device)] - states[:, here]
             if documents is not None:
-                real = [i for i, fragment in enumerate(local) if fragment.document != PADDING]
-                others[:, real] += documents.unflatten(0, self.documents)[:, [local[i].document for i in real]]
+                others[:, self.real.on(device)] += self._at(documents, self.documents, self.of_real)
             return others.flatten(0, 1)
 
         return comm.all_reduce(sums, self.group).then(arrive)

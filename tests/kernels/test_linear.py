@@ -9,6 +9,7 @@ from lasp.kernels.reference.recurrent import recurrent
 from tests.parallel.inputs import error
 
 F64 = torch.float64
+FP32_SUMS = 2e-6  # what sums over a chunk lose in fp32
 DECAYS = ("none", "constant", "scalar", "diagonal")
 FAMILIES = [(decay, delta, True) for decay in DECAYS for delta in (False, True)] + [("none", False, False)]
 NAMES = [f"{d}{' delta' if b else ''}{'' if c else ' not causal'}" for d, b, c in FAMILIES]
@@ -84,8 +85,8 @@ def test_lower_precision_loses_no_more_than_rounding_its_inputs(gen, dtype, deca
     o, state = call(*rounded, causal=causal, output_final_state=True)
     wanted, wanted_state = recurrent(*exact, causal=causal)
     assert o.dtype == dtype and state.dtype == torch.float32
-    assert error(o.double(), wanted) < 2 * torch.finfo(dtype).eps
-    assert error(state.double(), wanted_state) < 2e-6
+    assert error(o.double(), wanted) < 2 * torch.finfo(dtype).eps + FP32_SUMS
+    assert error(state.double(), wanted_state) < FP32_SUMS
 
 
 def test_final_state_continues_the_sequence(gen):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasp.kernels import delta_rule
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Alone, Inputs, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
@@ -11,7 +13,7 @@ from lasp.kernels.triton import delta
 from tests.parallel.inputs import error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DECAYS = ("none", "constant", "scalar")
+DECAYS = ("none", "constant", "scalar", "diagonal")
 EXACT = 5e-6  # fp32 products and sums over a chunk
 
 
@@ -26,8 +28,10 @@ def inputs(gen, decay: str, shape: tuple[int, ...], strength: float, dtype: torc
         return torch.rand(*size, generator=gen)
 
     q, k = normal(batch, tokens, q_heads, key_dim), normal(batch, tokens, q_heads, key_dim)
-    g = {"none": None, "constant": uniform(heads), "scalar": uniform(batch, tokens, heads)}[decay]
-    beta = 2 * uniform(batch, tokens, heads)
+    tokens_heads = batch, tokens, heads
+    sizes = {"constant": (heads,), "scalar": tokens_heads, "diagonal": (*tokens_heads, key_dim)}
+    g = uniform(*sizes[decay]) if decay in sizes else None
+    beta = 2 * uniform(*tokens_heads)
     beta[:, ::7] = 0  # tokens that write nothing still have a gradient of beta
     tensors = {
         "q": q,
@@ -104,34 +108,39 @@ def test_equals_the_recurrent_form(gen, whole, decay):
     assert max(found.values()) < EXACT, found
 
 
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_short_sequences_and_batches(gen, whole, tokens):
-    found = errors(gen, "scalar", (2, tokens, 1, 1, 16, 16), state=False)
+def test_short_sequences_and_batches(gen, whole, decay, tokens):
+    found = errors(gen, decay, (2, tokens, 1, 1, 16, 16), state=False)
     assert max(found.values()) < EXACT, found
 
 
-def test_packed_documents(gen, whole):
-    found = errors(gen, "scalar", (1, 150, 1, 1, 16, 16), offsets=[0, 1, 1, 140, 150])
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_packed_documents(gen, whole, decay):
+    found = errors(gen, decay, (1, 150, 1, 1, 16, 16), offsets=[0, 1, 1, 140, 150])
     assert max(found.values()) < EXACT, found
 
 
-def test_heads_in_groups_and_in_parts(gen, whole, monkeypatch):
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_heads_in_groups_and_in_parts(gen, whole, decay, monkeypatch):
     monkeypatch.setattr(delta, "HEADS_AT_ONCE", 2)
     monkeypatch.setattr(delta, "TOKENS_AT_ONCE", 0)
-    found = errors(gen, "scalar", (1, 70, 1, 3, 24, 40))
+    found = errors(gen, decay, (1, 70, 1, 3, 24, 40))
     assert max(found.values()) < EXACT, found
 
 
-@pytest.mark.parametrize("strength", [0.0, 50.0], ids=["open gate", "closing gate"])
-def test_gates_that_do_nothing_or_close(gen, whole, strength):
+@pytest.mark.parametrize("strength", [0.0, 1.5, 50.0], ids=["open gate", "steep gate", "closing gate"])
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_gates_that_do_nothing_or_close(gen, whole, decay, strength):
     """A closed gate's own gradient is a small difference of large numbers: what fp32 leaves of it."""
-    found = errors(gen, "scalar", (1, 130, 1, 1, 16, 16), strength=strength)
+    found = errors(gen, decay, (1, 130, 1, 1, 16, 16), strength=strength)
     assert found.pop("decay") < (EXACT if strength == 0 else 1e-3)
     assert max(found.values()) < 4 * EXACT, found
 
 
-def test_half_precision_loses_no_more_than_rounding(gen, whole):
-    found = errors(gen, "scalar", (1, 70, 1, 1, 16, 16), dtype=torch.float16)
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_half_precision_loses_no_more_than_rounding(gen, whole, decay):
+    found = errors(gen, decay, (1, 70, 1, 1, 16, 16), dtype=torch.float16)
     assert max(found.values()) < 2e-3, found
 
 
@@ -159,19 +168,33 @@ def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
     state = given.pop("state")
     x, op = Inputs(**given, scale=0.3, segments=Segments(1, 150)), delta.TritonDelta()
     summary, partial = op.summarize(x, wanted=True)
-    o, outgoing, kept = op.finish(x, partial, state)
+    o, outgoing, kept = op.finish(x, partial, Pending(lambda: state))
     assert error(summary.transition @ state + summary.state, outgoing) < EXACT
     do = torch.randn(o.shape, generator=gen).to(DEVICE)
     d, partial = op.summarize_grad(x, kept, do, wanted=True)
-    assert error(d, op.finish_grad(x, kept, partial, do, None).incoming) < EXACT
+    assert error(d, op.finish_grad(x, kept, partial, do, Pending(lambda: None)).incoming) < EXACT
     d_outgoing = torch.randn(state.shape, generator=gen).to(DEVICE)
     wanted = d + summary.transition.mT @ d_outgoing
-    assert error(op.finish_grad(x, kept, partial, do, d_outgoing).incoming, wanted) < EXACT
+    assert error(op.finish_grad(x, kept, partial, do, Pending(lambda: d_outgoing)).incoming, wanted) < EXACT
 
 
 def test_twice_the_same_gives_the_same_bits(gen):
     given = inputs(gen, "scalar", (1, 130, 1, 2, 16, 16, 1), 0.1, torch.float32)
     state = given.pop("state")
     x, op = Inputs(**given, scale=0.3, segments=Segments(1, 130)), delta.TritonDelta()
-    first, second = (op.finish(x, op.summarize(x, wanted=False)[1], state)[:2] for _ in range(2))
+    partials = [op.summarize(x, wanted=False)[1] for _ in range(2)]
+    first, second = (op.finish(x, partial, Pending(lambda: state))[:2] for partial in partials)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_public_function_takes_a_diagonal_decay_and_refuses_large_heads(gen):
+    given = inputs(gen, "diagonal", (1, 20, 1, 2, 16, 16, 1), 0.1, torch.float32)
+    tensors = [given[name] for name in ("q", "k", "v", "beta", "decay")]
+    found, wanted = (
+        delta_rule(*tensors, initial_state=given["state"], output_final_state=True, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert max(error(x, y) for x, y in zip(found, wanted, strict=True)) < EXACT
+    x = torch.zeros(1, 2, 1, 129, device=DEVICE)
+    with pytest.raises(ValueError, match="heads of more than 128"):
+        delta_rule(x, x, x, x[..., 0], backend="triton")

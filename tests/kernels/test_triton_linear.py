@@ -5,6 +5,7 @@ import torch
 
 from lasp.kernels import linear_attention
 from lasp.kernels.reference.recurrent import recurrent
+from lasp.kernels.segments import Segments
 from tests.parallel.inputs import error
 
 pytest.importorskip("triton")
@@ -115,3 +116,21 @@ def test_what_triton_does_not_take_is_refused():
     for message, call in refused.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the host has nothing to wait for")
+def test_offsets_on_the_device_are_not_waited_for(gen):
+    tensors, cu_seqlens = draw(gen, "scalar", "documents", torch.float32)
+    options = {"cu_seqlens": cu_seqlens, "backend": "triton"}
+    linear_attention(**tensors, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_attention(**tensors, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3], [0, 3, 2, 4]])
+def test_offsets_are_looked_at_when_the_host_reads_them(offsets):
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        _ = Segments(1, 4, torch.tensor(offsets)).offsets

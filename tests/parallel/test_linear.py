@@ -1,5 +1,6 @@
 """Sequence-parallel linear attention and delta rule against the token-by-token definition, in float64."""
 
+import shutil
 from functools import cache
 
 import pytest
@@ -8,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.parallel import SequenceParallel
+from lasp.parallel.cost import Costs, Link, Links
+from lasp.parallel.exchange.all_gather import AllGather
+from lasp.parallel.exchange.auto import Auto
+from lasp.parallel.exchange.scan import Scan
+from lasp.parallel.exchange.symmetric_memory import SymmetricMemory
 from tests.parallel.inputs import KINDS, Case, draw, error, expected, share_of_the_past
 
 TOLERANCE = 1e-10
@@ -21,6 +27,9 @@ SHAPES = {  # tokens, document offsets, batch, whether there is an initial state
     "a document that ends with a unit of 12": (48, (0, 24, 48), 1, True),
     "a document that ends with a unit of 16": (48, (0, 32, 48), 1, True),
 }
+
+
+EXCHANGES = ("all_gather", "ring", "scan", "symmetric_memory")
 
 
 @cache
@@ -59,6 +68,16 @@ def run(parallel: SequenceParallel, case: Case) -> dict[str, Tensor]:
     return whole
 
 
+def made(group: dist.ProcessGroup, layout: str, exchange: str) -> SequenceParallel:
+    """As users make it, but that small states, too, are scanned in several blocks (of unequal size)."""
+    parallel = SequenceParallel(group, layout=layout, state_exchange=exchange)
+    if exchange == "scan":
+        parallel.exchange = Scan(parallel.layout, group, blocks=lambda size: 4)
+    if exchange == "symmetric_memory" and parallel.size > 1 and shutil.which("c++"):
+        assert isinstance(parallel.exchange, SymmetricMemory)
+    return parallel
+
+
 def errors(parallel: SequenceParallel, seed: int, kind: str) -> dict[str, float]:
     """The largest error of each shape's outputs, states and gradients."""
     found = {}
@@ -73,10 +92,10 @@ def errors(parallel: SequenceParallel, seed: int, kind: str) -> dict[str, float]
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_equals_the_definition(group: dist.ProcessGroup, run_seed: int, layout: str, exchange: str, kind: str):
-    found = errors(SequenceParallel(group, layout=layout, state_exchange=exchange), run_seed, kind)
+    found = errors(made(group, layout, exchange), run_seed, kind)
     assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
 
 
@@ -96,9 +115,46 @@ def test_inputs_show_the_far_past(run_seed: int, kind: str):
 
 
 @pytest.mark.mpi
-def test_repeated_runs_give_the_same_bits(group: dist.ProcessGroup, run_seed: int):
-    parallel = SequenceParallel(group, layout="zigzag")
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_repeated_runs_give_the_same_bits(group: dist.ProcessGroup, run_seed: int, exchange: str):
+    parallel = made(group, "zigzag", exchange)
     case, wanted = _case(run_seed, "gated delta", "documents")
-    first, second = run(parallel, case), run(parallel, case)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, *others = (run(parallel, case) for _ in range(4))  # more than there are buffers
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
     assert max(error(first[name], wanted[name]) for name in wanted) < TOLERANCE
+
+
+@pytest.mark.mpi
+def test_auto_takes_the_cheapest_for_each_size(group: dist.ProcessGroup, run_seed: int):
+    """Here with costs that make small states all-gather and larger ones scan, or the other way round."""
+    slow, fast = Link(1.0, 1e9), Link(1e-3, 1e2)
+    parallel = made(group, "zigzag", "all_gather")
+    scan = made(group, "zigzag", "scan").exchange
+    for links in (Links(slow, fast), Links(fast, slow)):
+        parallel.exchange = Auto(
+            {"all_gather": AllGather(parallel.layout, group), "scan": scan}, Costs(links, links), parallel.size, True
+        )
+        found = errors(parallel, run_seed, "gated delta")
+        assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.mpi
+def test_compiled_models_may_contain_it(group: dist.ProcessGroup, run_seed: int):
+    """The graph breaks around the op, and is compiled once, for all batches."""
+    case, wanted = _case(run_seed, "gated delta", "divisible")
+    parallel = made(group, "zigzag", "all_gather")
+    torch._dynamo.reset()
+
+    def layer(sequence, v: Tensor, **others: Tensor) -> Tensor:
+        return 2 * sequence.delta_rule(v=3 * v, initial_state=3 * case.initial_state, **others)[0]
+
+    compiled, graphs = torch.compile(layer, backend="aot_eager"), []
+    for _ in range(3):
+        sequence = parallel.sequence(case.v.shape[1])
+        local = {name: sequence.shard(x).requires_grad_() for name, x in case.per_token.items()}
+        outputs = [function(sequence, **local) for function in (layer, compiled)]
+        assert error(sequence.unshard(outputs[1].detach()), 6 * wanted["o"]) < TOLERANCE
+        grads = [torch.autograd.grad(o, list(local.values()), sequence.shard(case.do)) for o in outputs]
+        assert all(error(b, a) < TOLERANCE for a, b in zip(*grads, strict=True))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[0] == graphs[-1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lasp.parallel import comm
 from lasp.parallel.comm import Group, Pending
+from lasp.parallel.exchange.symmetric_memory import SymmetricMemory
 
 
 def zero_exchange() -> None:
@@ -37,12 +38,23 @@ def zero_exchange() -> None:
         arriving = real.shift(tensors, group)
         return arriving if real.size(group) == 1 else arriving.then(lambda ts: tuple(_zero_except(t, 0, 0) for t in ts))
 
-    def receive(like: Tensor, source: int, group: Group) -> Pending[Tensor]:
-        return real.receive(like, source, group).then(lambda t: _zero_except(t, 0, 0))
+    def send_receive(sent, received, group: Group) -> Pending[Tensor | None]:
+        arriving = real.send_receive(sent, received, group)
+        return arriving.then(lambda t: None if t is None else _zero_except(t, 0, 0))
 
-    for replacement in (all_gather, all_reduce, reduce_scatter, all_to_all, shift, receive):
+    for replacement in (all_gather, all_reduce, reduce_scatter, all_to_all, shift, send_receive):
         assert hasattr(comm, replacement.__name__)
         setattr(comm, replacement.__name__, replacement)
+    _zero_symmetric_memory()
+
+
+def _zero_symmetric_memory() -> None:
+    real = SymmetricMemory._exchange
+
+    def exchange(self, *args, **options) -> Pending[Tensor]:
+        return real(self, *args, **options).then(torch.zeros_like)
+
+    SymmetricMemory._exchange = exchange
 
 
 def _zero_except(rows: Tensor, first: int, last: int) -> Tensor:

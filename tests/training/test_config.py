@@ -40,7 +40,7 @@ def test_run_directories_of_recipes_differ():
         (ParallelConfig, "data_parallel", 0, "at least 1"),
         (ParallelConfig, "expert_parallel", 0, "at least 1"),
         (ParallelConfig, "layout", "spiral", "contiguous, zigzag"),
-        (ParallelConfig, "state_exchange", "pigeon", "all_gather, ring"),
+        (ParallelConfig, "state_exchange", "pigeon", "all_gather, ring, scan"),
         (ParallelConfig, "softmax", "none", "ring, all_gather, ulysses"),
         (ParallelConfig, "timeout", 0.0, "positive"),
         (ParallelConfig, "timeout", float("inf"), "positive number"),

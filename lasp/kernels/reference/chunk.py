@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Chunks
 from lasp.kernels.summary import Summary, apply, apply_transposed, as_matrix
@@ -33,12 +34,13 @@ class ChunkedOp:
         summary = Summary(_scan(chunks, a, s, _zero(x))[1], _total(chunks, a, _zero(x))) if wanted else None
         return summary, (chunks, a, s, (q, k, b, u, w))
 
-    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         chunks, a, s, local = partial
-        incoming = _zero(x) if incoming is None else incoming
-        entering, outgoing = _scan(chunks, a, s, incoming)
         r, y = read(*local)
-        return chunks.join(r @ entering + y, x.v.shape[0]).to(x.v.dtype), outgoing, (incoming,)
+        start = incoming.wait()
+        start = _zero(x) if start is None else start
+        entering, outgoing = _scan(chunks, a, s, start)
+        return chunks.join(r @ entering + y, x.v.shape[0]).to(x.v.dtype), outgoing, (start,)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
@@ -52,13 +54,14 @@ class ChunkedOp:
         total = _scan_back(chunks, None if a is None else a.detach(), d, _zero(x))[1] if wanted else None
         return total, (chunks, leaves, (r, y, a, s), do, d)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         chunks, leaves, (r, y, a, s), do, d = partial
         (incoming,) = kept
         assert incoming is not None
         a_value = None if a is None else a.detach()
         entering, _ = _scan(chunks, a_value, s.detach(), incoming)
-        leaving, d_incoming = _scan_back(chunks, a_value, d, _zero(x) if d_outgoing is None else d_outgoing)
+        end = d_outgoing.wait()
+        leaving, d_incoming = _scan_back(chunks, a_value, d, _zero(x) if end is None else end)
         outputs, grads = [r, y, s], [do @ entering.mT, do, leaving]
         if a_value is not None and a.requires_grad:
             outputs.append(a)
@@ -79,9 +82,10 @@ class NonCausalOp:
         s = _sum_over_chunks(chunks, k.mT @ v, x)
         return Summary(s), (chunks, q, s)
 
-    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         chunks, q, s = partial
-        state = s if incoming is None else s + incoming
+        others = incoming.wait()
+        state = s if others is None else s + others
         return chunks.join(q @ state[chunks.owner], x.v.shape[0]).to(x.v.dtype), state, (state,)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
@@ -91,9 +95,10 @@ class NonCausalOp:
         d = _sum_over_chunks(chunks, local[0].mT @ do, x)
         return d, (chunks, local, do, d)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         chunks, (_, k, v, _, _), do, d = partial
-        d = d if d_outgoing is None else d + d_outgoing
+        others = d_outgoing.wait()
+        d = d if others is None else d + others
         (state,) = kept
         assert state is not None
         state, d_state = state[chunks.owner], d[chunks.owner]

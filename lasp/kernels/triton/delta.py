@@ -1,6 +1,7 @@
 """The delta rule as an op of two halves per direction (see lasp.kernels.recurrence).
 
-forward    T of every chunk; tiles' summaries (S, A); scan; outputs, walking up
+forward    T of every chunk (with a diagonal decay first q and k times their decays, and scores); tiles' summaries
+           (S, A); scan; outputs, walking up
 backward   tiles' summaries D, walking down; scan; then for some heads at a time: the state of every chunk and u (up),
            its gradient and dr (down), and all gradients chunk by chunk
 """
@@ -9,17 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.delta_config import delta_config
+from lasp.kernels.triton.delta_config import DeltaConfig, delta_config
 from lasp.kernels.triton.delta_costates import walk_down
+from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import scan
 from lasp.kernels.triton.delta_states import OUTPUTS, STATES, SUMMARY, TRANSITION, walk_up
+from lasp.kernels.triton.delta_steep import steep_gradients
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
+from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.linear import contiguous, per_q_head
 
 ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
@@ -32,6 +38,7 @@ class Plan:
     """How a call is cut. whole: every segment is one tile, so that a tile's end is its segment's.  shared: what every
     walk is told.  heads: how many of them backward treats at a time."""
 
+    config: DeltaConfig
     tiles: Tiles
     chunks: Tiles
     whole: bool
@@ -41,15 +48,35 @@ class Plan:
     @staticmethod
     def of(x: Inputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
-        blocks = -(-value_dim // delta_config(x.k, x.v).states.block)
+        config = delta_config(x.k, x.v, walk_class(x.decay) == DIAGONAL)
+        blocks = -(-value_dim // config.states.block)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         size = tile_length(x, max(1, 2 * processors // (blocks * min(heads, HEADS_AT_ONCE))))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         whole = x.segments.cu_seqlens is None and tokens <= size
         start = chunks.start.where(chunks.length > 0, 2**62)  # empty chunks come last and start at 0
-        shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decays": x.decay is not None}
+        shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decay": walk_class(x.decay)}
         at_once = max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens), processors // (blocks * tiles.count))
-        return Plan(tiles, chunks, whole, shared, min(heads, at_once))
+        return Plan(config, tiles, chunks, whole, shared, min(heads, at_once))
+
+
+def walk_class(decay: Tensor | None) -> tl.constexpr:
+    """Of a decay in the walks: NONE, SCALAR (a constant one, too) or DIAGONAL."""
+    return NONE if decay is None else DIAGONAL if decay.ndim == 4 else SCALAR
+
+
+def factors_of(x: Inputs, plan: Plan, with_scores: bool) -> tuple[Factors, Tensor | None, Tensor | None]:
+    """What the walks read and write with, and for a diagonal decay, if asked for, P and the products for T."""
+    if plan.shared["decay"] != DIAGONAL:
+        return Factors(x.q, x.k, x.k), None, None
+    assert x.decay is not None
+    scale = x.scale if with_scores else None
+    return diagonal_factors(plan.chunks, x.q, x.k, x.decay, work_dtype(x), plan.config, scale)
+
+
+def work_dtype(x: Inputs) -> torch.dtype:
+    """Of the products' operands: a state may exceed what fp16 holds."""
+    return torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32
 
 
 def tile_length(x: Inputs, wanted: int) -> int:
@@ -65,63 +92,67 @@ def tile_length(x: Inputs, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class TritonDelta:
-    """decay None, [H] or [B, T, H]. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four
+    """Any decay. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four
     numbers per token and head, and for every tile its entering state and transition."""
 
     def summarize(self, x: Inputs, wanted: bool):
-        x, plan, config = contiguous(x), Plan.of(x), delta_config(x.k, x.v)
+        x, plan = contiguous(x), Plan.of(x)
         assert x.beta is not None
-        dtype = torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32
-        wy, gates = wy_inverse(plan.chunks, x.k, x.decay, x.beta, dtype)
+        factors, scores, products = factors_of(x, plan, with_scores=True)
+        wy, gates = wy_inverse(plan.chunks, x.k, x.decay, x.beta, products, work_dtype(x))
         if plan.whole and not wanted:
-            return None, (x, plan, wy, gates, None, None)
+            return None, (x, plan, factors, scores, wy, gates, None, None)
         heads, key_dim, value_dim = x.state_shape[1:]
         states = x.v.new_empty(plan.tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
         transitions = states.new_empty(plan.tiles.count, heads, key_dim, key_dim)
         for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
-            walk_up(mode, plan.tiles, None, x.k, x.v, gates, wy, None, config, end=end, **plan.shared)
+            walk_up(mode, plan.tiles, factors, x.v, gates, wy, None, plan.config, end=end, **plan.shared)
         summary = None
         if wanted:
             _, end = scan(plan.tiles, states, transitions, None, backward=False)
             summary = Summary(end, self._total(plan, transitions, x))
-        return summary, (x, plan, wy, gates, states, transitions)
+        return summary, (x, plan, factors, scores, wy, gates, states, transitions)
 
-    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
-        x, plan, wy, gates, states, transitions = partial
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
+        x, plan, factors, scores, wy, gates, states, transitions = partial
+        if scores is None:
+            scores = chunk_scores(
+                plan.chunks, x.q, x.k, gates, plan.shared["decay"], wy, x.scale, plan.config.precision
+            )
+        start = incoming.wait()
         if plan.whole:
-            entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if incoming is None else incoming.contiguous()
+            entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if start is None else start.contiguous()
             end = outgoing = torch.empty_like(entering)
         else:
-            end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, incoming, backward=False)
-        config = delta_config(x.k, x.v)
-        scores = chunk_scores(plan.chunks, x.q, x.k, gates, x.decay is not None, wy, x.scale, config.precision)
+            end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, start, backward=False)
         o = torch.empty_like(x.v)
         walk_up(
-            OUTPUTS, plan.tiles, x.q, x.k, x.v, gates, wy, scores, config,
+            OUTPUTS, plan.tiles, factors, x.v, gates, wy, scores, plan.config,
             scale=x.scale, entering=entering, end=end, o=o, **plan.shared,
         )  # fmt: skip
         return o, outgoing, (wy, scores, gates, entering, transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
         x, plan, (wy, scores, gates, entering, transitions) = contiguous(x), Plan.of(x), kept
+        factors, _, _ = factors_of(x, plan, with_scores=False)
         d = torch.empty_like(entering) if wanted or not plan.whole else None
         total = None
         if d is not None:
-            config = delta_config(x.k, x.v)
-            walk_down(SUMMARY, plan.tiles, x.q, x.k, do, gates, wy, scores, config, x.scale, end=d, **plan.shared)
+            walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
         if wanted:
             assert d is not None
             total = scan(plan.tiles, d, transitions, None, backward=True)[1]
-        return total, (x, plan, d)
+        return total, (x, plan, factors, d)
 
-    def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
-        (x, plan, d), (wy, scores, gates, entering, transitions), config = partial, kept, delta_config(x.k, x.v)
+    def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
+        (x, plan, factors, d), (wy, scores, gates, entering, transitions) = partial, kept
         assert x.beta is not None
+        last = d_outgoing.wait()
         if plan.whole:
-            leaving = torch.zeros_like(entering) if d_outgoing is None else d_outgoing.contiguous()
+            leaving = torch.zeros_like(entering) if last is None else last.contiguous()
             end = d_incoming = torch.empty_like(entering)
         else:
-            end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, d_outgoing, backward=True)
+            end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, last, backward=True)
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
         per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
         dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=per_head) for _ in range(2))
@@ -135,17 +166,22 @@ class TritonDelta:
             part = range(first, min(first + some, heads))
             where = {**plan.shared, "head_range": part}
             walk_up(
-                STATES, plan.tiles, None, x.k, x.v, gates, wy, None, config,
+                STATES, plan.tiles, factors, x.v, gates, wy, None, plan.config,
                 entering=entering, u=u, states=chunk_states, **where,
             )  # fmt: skip
             walk_down(
-                STATES, plan.tiles, x.q, x.k, do, gates, wy, scores, config, x.scale,
+                STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
             )  # fmt: skip
             gradients(
-                plan.chunks, x.q, x.k, x.v, do, gates, u, dr, chunk_states, chunk_grads,
-                found, x.scale, x.decay is not None, config, part,
+                plan.chunks, x.q, x.k, x.v, do, x.decay, factors.spread, gates, u, dr, chunk_states, chunk_grads,
+                found, x.scale, plan.shared["decay"], plan.config, part,
             )  # fmt: skip
+            if factors.spread is not None:
+                assert x.decay is not None
+                steep_gradients(
+                    plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
+                )
         return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
 
     @staticmethod

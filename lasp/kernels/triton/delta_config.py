@@ -20,7 +20,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """One launch per kernel. precision: of products of fp32 numbers."""
+    """One launch per kernel. precision: of products of fp32 numbers.
+
+    For a diagonal decay: the block of `factors` is of K. reach: the largest decay within 16 tokens whose scores are
+    products, bounded by the size of e^reach, in fp32 by rounding. sums_by_products: sums of gates on the matrix units.
+    """
 
     summary: Launch
     transition: Launch
@@ -28,18 +32,22 @@ class DeltaConfig:
     states: Launch
     down: Launch
     gradients: Launch
+    factors: Launch
     precision: str
+    reach: float
+    sums_by_products: bool
 
 
-def delta_config(k: Tensor, v: Tensor) -> DeltaConfig:
+def delta_config(k: Tensor, v: Tensor, diagonal: bool) -> DeltaConfig:
     """From a table, never from the length of a sequence."""
     widest = block_of(max(k.shape[-1], v.shape[-1]))
-    if v.dtype == torch.bfloat16 and widest <= 128:
-        ahead, walk = Launch(64, warps=4, stages=3), Launch(64, warps=4, stages=2)
-        outputs = Launch(128, warps=8, stages=2) if widest == 128 else walk
-        return DeltaConfig(ahead, ahead, outputs, ahead, walk, Launch(32, warps=4, stages=2), "tf32")
     if v.dtype == torch.bfloat16:
-        walk = Launch(64, warps=8, stages=1)
-        return DeltaConfig(walk, walk, walk, walk, walk, Launch(64, warps=4, stages=1), "tf32")
-    walk = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
-    return DeltaConfig(walk, walk, walk, walk, walk, Launch(32, warps=8, stages=1, block_v=64), "tf32x3")
+        ahead, walk = Launch(64, warps=4, stages=2 if diagonal else 3), Launch(64, warps=4, stages=2)
+        wide = Launch(128, warps=8, stages=2) if widest == 128 else walk
+        factors = Launch(32, warps=4, stages=1)
+        gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=2)
+        down = wide if diagonal else walk
+        return DeltaConfig(ahead, ahead, wide, ahead, down, gradients, factors, "tf32", 64.0, True)
+    walk = Launch(64, warps=4 if widest <= 64 else 8, stages=1)
+    gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
+    return DeltaConfig(walk, walk, walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)

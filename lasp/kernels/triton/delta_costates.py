@@ -12,14 +12,18 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_states import STATES
 from lasp.kernels.triton.delta_wy import CHUNK
+from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
 def _walk_down(
-    q,  # [tokens, Hq, K]
+    q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
     k,
+    written,
+    totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
     do,  # [tokens, H, V]
     gates,
     wy,
@@ -42,7 +46,7 @@ def _walk_down(
     C: tl.constexpr,
     MODE: tl.constexpr,
     ENDS: tl.constexpr,
-    DECAYS: tl.constexpr,
+    DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -55,6 +59,7 @@ def _walk_down(
     work = wy.dtype.element_ty
     wy += (begin * H + h) * C  # within a tile 32 bits are enough
     k += (begin * (H // G) + h // G) * K
+    written += (begin * (H // G) + h // G) * K
     q += (begin * (H // G) + h // G) * K
     scores += (begin * H + h) * C
     do += (begin * H + h) * V
@@ -68,7 +73,7 @@ def _walk_down(
     chunk = tl.load(first_chunk + tile)
     chunks = tl.cdiv(count, C)
     total_next = 0.0  # loaded ahead: two programs just fit a multiprocessor's shared memory
-    if DECAYS:
+    if DECAY == SCALAR:
         total_next = tl.load(gates + ((chunk + chunks - 1) * H + h) * 4 * C + 3 * C - 1, mask=count > 0, other=0.0)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - step
@@ -90,10 +95,12 @@ def _walk_down(
                 grad.to(grads.dtype.element_ty),
                 mask=inside,
             )
-        kt = tl.trans(kc)
+        wc = kc if DECAY != DIAGONAL else tl.load(written + at_k, mask=here_k, other=0.0).to(work)
         pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
-        dut = tl.dot(grad.to(work), kt, input_precision=PRECISION)
-        if DECAYS:
+        dut = tl.dot(grad.to(work), tl.trans(wc), input_precision=PRECISION)
+        if DECAY == DIAGONAL:
+            total = tl.load(totals + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0)[None, :]
+        elif DECAY != NONE:
             from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
             total = total_next
             total_next = tl.load(gates + ((chunk + i - 1) * H + h) * 4 * C + 3 * C - 1, mask=i > 0, other=0.0)
@@ -104,8 +111,9 @@ def _walk_down(
         if MODE == STATES:
             tl.store(dr + (place * (heads * V))[None, :] + rows[:, None], drt.to(work), mask=here_v)
         read = dot.to(tl.float32) * scale
-        if DECAYS:
+        if DECAY != NONE:
             grad *= total
+        if DECAY == SCALAR:
             read *= from_start[None, :]
         grad = tl.dot(read.to(work), qc, grad, input_precision=PRECISION)
         grad = tl.dot((-betas[None, :] * drt).to(work), kc, grad, input_precision=PRECISION)
@@ -116,8 +124,7 @@ def _walk_down(
 def walk_down(
     mode: tl.constexpr,
     tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
+    x: Factors,
     do: Tensor,
     gates: Tensor,
     wy: Tensor,
@@ -130,17 +137,17 @@ def walk_down(
     dr: Tensor | None = None,
     grads: Tensor | None = None,
     first_chunk: Tensor,
-    decays: bool,
+    decay: tl.constexpr,
     head_range: range | None = None,
 ) -> None:
     """Runs the walk over every tile and head (of `head_range`): `mode` is SUMMARY or STATES."""
-    (heads, value_dim), (q_heads, key_dim) = do.shape[2:], k.shape[2:]
+    (heads, value_dim), (q_heads, key_dim) = do.shape[2:], x.k.shape[2:]
     launch = config.down
     block_v = min(block_of(value_dim), launch.block)
     some = head_range or range(heads)
     _walk_down[tiles.count, len(some), triton.cdiv(value_dim, block_v)](
-        q, k, do, gates, wy, scores, leaving, end, dr, grads, tiles.start, tiles.length, first_chunk,
-        scale, heads, heads // q_heads, some.start,
+        x.q, x.k, x.written, x.totals, do, gates, wy, scores, leaving, end, dr, grads,
+        tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAYS=decays, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+        DECAY=decay, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip

@@ -7,6 +7,8 @@ With u and dr from the two walks, e_ij = e^{b_i - b_j}, and w_i = e^{b_i} X dr_i
     dbeta_i = dr_i·v_i - k_i·w_i
     db_i = q_i·dq_i + k_i·(the first part of dk_i - the rest)               dg_t = Σ_{i>=t} db_i + <X', G>
 
+With a diagonal decay e, q, k have channels, and so has db. It is q̃ = q e^{b - b_C/2} and k e^{b - b_C/2} that then meet
+k̃ = k e^{b_C/2 - b}, unless the chunk is steep: unless a channel decays by more than e^{-2 reach} (see `delta_steep`).
 X' is the state that leaves the chunk: the sum in dg never spans more than a chunk (math §2).
 """
 
@@ -18,6 +20,9 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.delta_wy import CHUNK
+from lasp.kernels.triton.diagonal_chunk import load_half, load_rows, store_rows
+from lasp.kernels.triton.diagonal_grads import gate_sums, weighted_sums
+from lasp.kernels.triton.gates import DIAGONAL, SCALAR
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -26,6 +31,8 @@ def _gradients(
     k,
     v,  # [tokens, H, V]
     do,
+    decay,  # [tokens, H, K], if DIAGONAL
+    spread,  # [chunks, H] fp32, if DIAGONAL
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     u,  # [tokens, HEADS, V]
     dr,
@@ -34,7 +41,7 @@ def _gradients(
     dq,  # [tokens, H, K]
     dk,
     dv,  # [tokens, H, V]
-    d_decay,  # [tokens, H]
+    d_decay,  # [tokens, H], or [tokens, H, K] if DIAGONAL
     d_beta,
     start,
     length,
@@ -47,8 +54,10 @@ def _gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    DECAYS: tl.constexpr,
+    DECAY: tl.constexpr,
     LEARNED: tl.constexpr,
+    REACH: tl.constexpr,
+    BY_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -58,8 +67,7 @@ def _gradients(
     i = tl.arange(0, C)
     here, tokens = i < count, begin + i
     work = u.dtype.element_ty
-    q += (begin * (H // G) + h // G) * K
-    k += (begin * (H // G) + h // G) * K
+    q_at, k_at = q + (begin * (H // G) + h // G) * K, k + (begin * (H // G) + h // G) * K
     v += (begin * H + h) * V
     do += (begin * H + h) * V
     dv += (begin * H + h) * V
@@ -93,15 +101,18 @@ def _gradients(
         pt = tl.dot(uc, tl.trans(doc), pt, input_precision=PRECISION)
         nt = tl.dot(uc, tl.trans(drc), nt, input_precision=PRECISION)
     nt *= -betas[None, :]
-    if DECAYS:
+    if DECAY == SCALAR:
         b, from_start, to_end = tl.load(gates + C + i), tl.load(gates + 2 * C + i), tl.load(gates + 3 * C + i)
         total = tl.load(gates + 3 * C - 1)
         down, up = tl.minimum(b[:, None] - b[None, :], 0.0), tl.minimum(b[None, :] - b[:, None], 0.0)
         p, n, pt, nt = p * tl.exp(down), n * tl.exp(down), pt * tl.exp(up), nt * tl.exp(up)
+    if DECAY == DIAGONAL:  # what the tokens of a steep chunk give each other is left to delta_steep
+        half = load_half(spread, chunk * H + h, 2 * REACH)
+        upto, below = upto & (half > 0.0), below & (half > 0.0)
     p = tl.where(upto, p * scale, 0.0).to(work)
     n = tl.where(below, n, 0.0).to(work)
-    pt = tl.where(i[:, None] <= i[None, :], pt * scale, 0.0).to(work)
-    nt = tl.where(i[:, None] < i[None, :], nt, 0.0).to(work)
+    pt = tl.where(tl.trans(upto), pt * scale, 0.0).to(work)
+    nt = tl.where(tl.trans(below), nt, 0.0).to(work)
 
     change = tl.zeros([C], tl.float32)  # db
     carried = tl.zeros([BK], tl.float32)  # <X', G>
@@ -109,6 +120,7 @@ def _gradients(
         cols = block_k * BK + tl.arange(0, BK)
         dqc = tl.zeros([C, BK], tl.float32)
         wc, dkc = dqc, dqc
+        overlap = tl.zeros([BK], tl.float32)  # rowsum(X ⊙ G)
         for block in tl.static_range(BLOCKS):
             rows = block * BV + tl.arange(0, BV)
             if BLOCKS > 1:
@@ -120,34 +132,65 @@ def _gradients(
             wc = tl.dot(drc, xc, wc, input_precision=PRECISION)
             dkc = tl.dot(uc, gc, dkc, input_precision=PRECISION)
             if LEARNED:
-                carried += total * tl.sum(xc.to(tl.float32) * gc.to(tl.float32), axis=0)
+                overlap += tl.sum(xc.to(tl.float32) * gc.to(tl.float32), axis=0)
         here_k = here[:, None] & (cols < K)[None, :]
-        qc = tl.load(q + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
-        kc = tl.load(k + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
+        qc = tl.load(q_at + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
+        kc = tl.load(k_at + (i * (H // G * K))[:, None] + cols[None, :], mask=here_k, other=0.0).to(work)
+        q32, k32 = qc.to(tl.float32), kc.to(tl.float32)
         dqc *= scale
-        if DECAYS:
-            dqc *= from_start[:, None]
-            wc *= from_start[:, None]
-            dkc *= to_end[:, None]
-        k32 = kc.to(tl.float32)
-        if LEARNED:
-            carried += tl.sum(k32 * dkc, axis=0)
-        dqc = tl.dot(p, kc, dqc, input_precision=PRECISION)
-        wc = tl.dot(n, kc, wc, input_precision=PRECISION)
-        dkc = tl.dot(pt, qc, dkc, input_precision=PRECISION)
-        dkc = tl.dot(nt, kc, dkc, input_precision=PRECISION)
+        if DECAY == DIAGONAL:
+            g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+            end = half * tl.sum(g, axis=0)[None, :]
+            reading, writing = channel_decays(g, end, BY_PRODUCTS)
+            q_read, k_read = (q32 * reading).to(work), (k32 * reading).to(work)
+            written = (k32 * writing).to(work)
+            between = tl.exp(end)
+            dkc *= between
+            past = written.to(tl.float32) * dkc
+            dqc = tl.dot(p, written, dqc * between, input_precision=PRECISION)
+            wc = tl.dot(n, written, wc * between, input_precision=PRECISION)
+            dkc = tl.dot(pt, q_read, dkc, input_precision=PRECISION)
+            dkc = tl.dot(nt, k_read, dkc, input_precision=PRECISION)
+            db = q_read.to(tl.float32) * dqc - betas[:, None] * (k_read.to(tl.float32) * wc)
+            db -= written.to(tl.float32) * dkc - past
+            dg = gate_sums(db, past, BY_PRODUCTS) + (tl.exp(tl.sum(g, axis=0)) * overlap)[None, :]
+            store_rows(d_decay, dg, begin, here, h, H, cols, K)
+            dqc, wc, dkc = reading * dqc, reading * wc, writing * dkc
+        else:
+            if DECAY == SCALAR:
+                dqc *= from_start[:, None]
+                wc *= from_start[:, None]
+                dkc *= to_end[:, None]
+            if LEARNED:
+                carried += total * overlap + tl.sum(k32 * dkc, axis=0)
+            dqc = tl.dot(p, kc, dqc, input_precision=PRECISION)
+            wc = tl.dot(n, kc, wc, input_precision=PRECISION)
+            dkc = tl.dot(pt, qc, dkc, input_precision=PRECISION)
+            dkc = tl.dot(nt, kc, dkc, input_precision=PRECISION)
         k_w = tl.sum(k32 * wc, axis=1)
         d_betas -= k_w
-        if LEARNED:
-            change += tl.sum(qc.to(tl.float32) * dqc - k32 * dkc, axis=1) - betas * k_w
+        if LEARNED and DECAY != DIAGONAL:
+            change += tl.sum(q32 * dqc - k32 * dkc, axis=1) - betas * k_w
         dkc -= betas[:, None] * wc
         at = (i * (H * K))[:, None] + cols[None, :]
         tl.store(dq + at, dqc.to(dq.dtype.element_ty), mask=here_k)
         tl.store(dk + at, dkc.to(dk.dtype.element_ty), mask=here_k)
     tl.store(d_beta + tokens * H + h, d_betas.to(d_beta.dtype.element_ty), mask=here)
-    if LEARNED:
+    if LEARNED and DECAY != DIAGONAL:
         dg = tl.sum(tl.where(upto, change[:, None], 0.0), axis=0) + tl.sum(carried, axis=0)
         tl.store(d_decay + tokens * H + h, dg.to(d_decay.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def channel_decays(g, shift, BY_PRODUCTS: tl.constexpr):
+    """e^{b_i - shift}, e^{b_C - b_i - shift} [C, BK]; sums by products come in the layout of what they scale."""
+    if BY_PRODUCTS:
+        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
+        up = weighted_sums((j <= t).to(tl.bfloat16), g, False)
+        down = weighted_sums((j > t).to(tl.bfloat16), g, False)
+    else:
+        up, down = tl.cumsum(g, axis=0), tl.cumsum(g, axis=0, reverse=True) - g
+    return tl.exp(up - shift), tl.exp(down - shift)
 
 
 @triton.jit
@@ -166,6 +209,8 @@ def gradients(
     k: Tensor,
     v: Tensor,
     do: Tensor,
+    decay: Tensor | None,
+    spread: Tensor | None,
     gates: Tensor,
     u: Tensor,
     dr: Tensor,
@@ -173,7 +218,7 @@ def gradients(
     grads: Tensor,
     found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
     scale: float,
-    decays: bool,
+    decay_kind: tl.constexpr,
     config: DeltaConfig,
     head_range: range,
 ) -> None:
@@ -182,8 +227,9 @@ def gradients(
     launch = config.gradients
     block_k, block_v = min(block_of(key_dim), launch.block), min(block_of(value_dim), launch.block_v)
     _gradients[chunks.count, len(head_range)](
-        q, k, v, do, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
+        q, k, v, do, decay, spread, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
         scale, heads, heads // q_heads, head_range.start,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAYS=decays, LEARNED=found[3] is not None,
-        PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=decay_kind, LEARNED=found[3] is not None,
+        REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
+        STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip

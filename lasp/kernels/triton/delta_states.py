@@ -4,7 +4,8 @@
 
 T comes from `delta_wy`, P_ij = e^{b_i - b_j} q_i·k_j for j <= i. Columns of X (of V) are independent of each other, so
 a program holds some of them; all is transposed, so that what one product yields is the next one's first operand and
-never leaves registers. The same walk from X = I with V = 0 gives the tile's transition.
+never leaves registers. The same walk from X = I with V = 0 gives the tile's transition. With a diagonal decay q and k
+come with e^b, and k to be written with e^{b_C - b} (`delta_diagonal`).
 """
 
 import triton
@@ -14,7 +15,9 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
+from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
@@ -31,8 +34,10 @@ def fine_dot(x, y, acc, FINE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
 def _walk_up(
-    q,  # [tokens, Hq, K]
+    q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
     k,
+    written,
+    totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
     v,  # [tokens, H, V]
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     wy,  # [tokens, H, C]: T
@@ -56,7 +61,7 @@ def _walk_up(
     C: tl.constexpr,
     MODE: tl.constexpr,
     ENDS: tl.constexpr,
-    DECAYS: tl.constexpr,
+    DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -69,6 +74,7 @@ def _walk_up(
     work = wy.dtype.element_ty
     wy += (begin * H + h) * C  # within a tile 32 bits are enough
     k += (begin * (H // G) + h // G) * K
+    written += (begin * (H // G) + h // G) * K
     if MODE != TRANSITION:
         v += (begin * H + h) * V
     if MODE == OUTPUTS:
@@ -98,11 +104,15 @@ def _walk_up(
         at_v = (place * (H * V))[None, :] + rows[:, None]
         here_k = here[:, None] if K == BK else here[:, None] & in_k[None, :]
         kc = tl.load(k + at_k, mask=here_k, other=0.0).to(work)
+        wc = kc
         tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         ahead = place + C < count
         gate = gates + ((chunk + i) * H + h) * 4 * C + c
         betas = tl.load(gate)
-        if DECAYS:
+        if DECAY == DIAGONAL:
+            wc = tl.load(written + at_k, mask=here_k, other=0.0).to(work)
+            total = tl.load(totals + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0)[None, :]
+        elif DECAY != NONE:
             from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
             total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1)
         if MODE != TRANSITION:
@@ -116,7 +126,7 @@ def _walk_up(
             )
         r = fine_dot(x, tl.trans(kc), tl.zeros([BV, C], tl.float32), FINE, PRECISION)
         here_v = here[None, :] if V % BV == 0 else in_v[:, None] & here[None, :]
-        if DECAYS:
+        if DECAY == SCALAR:
             r *= from_start[None, :]
         if MODE == TRANSITION:
             r *= -betas[None, :]
@@ -127,16 +137,17 @@ def _walk_up(
             qt = tl.trans(tl.load(q + at_k, mask=here_k, other=0.0).to(work))
             pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
             ot = tl.dot(x.to(work), qt, input_precision=PRECISION) * scale
-            if DECAYS:
+            if DECAY == SCALAR:
                 ot *= from_start[None, :]
             ot = tl.dot(ut.to(work), tl.trans(pc), ot, input_precision=PRECISION)
             tl.store(o + at_v, ot.to(o.dtype.element_ty), mask=here_v)
         if MODE == STATES:
             tl.store(u + (place * (heads * V))[None, :] + rows[:, None], ut.to(work), mask=here_v)
-        if DECAYS:
+        if DECAY != NONE:
             x *= total
+        if DECAY == SCALAR:
             ut *= to_end[None, :]
-        x = fine_dot(ut, kc, x, FINE, PRECISION)
+        x = fine_dot(ut, wc, x, FINE, PRECISION)
     if ENDS:
         tl.store(end + at_state, x, mask=inside)
 
@@ -144,8 +155,7 @@ def _walk_up(
 def walk_up(
     mode: tl.constexpr,
     tiles: Tiles,
-    q: Tensor | None,
-    k: Tensor,
+    x: Factors,
     v: Tensor,
     gates: Tensor,
     wy: Tensor,
@@ -159,11 +169,11 @@ def walk_up(
     u: Tensor | None = None,
     states: Tensor | None = None,
     first_chunk: Tensor,
-    decays: bool,
+    decay: tl.constexpr,
     head_range: range | None = None,
 ) -> None:
     """Runs the walk over every tile and head (of `head_range`); `mode` says which of the tensors it fills."""
-    (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
+    (heads, value_dim), (q_heads, key_dim) = v.shape[2:], x.k.shape[2:]
     value_dim = key_dim if mode == TRANSITION else value_dim
     launch = {SUMMARY: config.summary, TRANSITION: config.transition, OUTPUTS: config.outputs, STATES: config.states}[
         mode
@@ -171,8 +181,8 @@ def walk_up(
     block_v = min(block_of(value_dim), launch.block)
     some = head_range or range(heads)
     _walk_up[tiles.count, len(some), triton.cdiv(value_dim, block_v)](
-        q, k, v, gates, wy, scores, entering, end, o, u, states, tiles.start, tiles.length, first_chunk,
-        scale, heads, heads // q_heads, some.start,
+        x.q, x.k, x.written, x.totals, v, gates, wy, scores, entering, end, o, u, states,
+        tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAYS=decays, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+        DECAY=decay, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.diagonal_chunk import Config, config_for, refer
@@ -33,9 +34,9 @@ class TritonDiagonal:
             summary = Summary(end, total_decay(tiles, transitions))
         return summary, (x, tiles, config, referred, states, transitions)
 
-    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         x, tiles, config, referred, states, transitions = partial
-        entering, outgoing = scan(tiles, states, transitions, incoming, backward=False)
+        entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
         assert x.decay is not None
         o = torch.empty_like(x.v)
         outputs(tiles, referred, x.v, entering, o, config)
@@ -50,11 +51,11 @@ class TritonDiagonal:
         d = scan(tiles, states, kept[1], None, backward=True, write_entering=False)[1] if wanted else None
         return d, (x, tiles, config, referred, states)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, referred, states), (entering, transitions) = partial, kept
         assert entering is not None and x.decay is not None
-        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing, backward=True)
         before = chunk_states(tiles, referred, x.v, entering, config)
+        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
         after = chunk_states_grad(tiles, referred, do, leaving, config)
         dq, dk, dv, dg = referred.q, referred.k, torch.empty_like(x.v), torch.empty_like(x.decay)
         gradients(tiles, referred, x.v, x.decay, do, before, after, dv, dg, x.scale, config)

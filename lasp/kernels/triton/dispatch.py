@@ -1,34 +1,53 @@
-"""Which Triton op serves which inputs."""
+"""Which Triton kernels serve which inputs."""
 
 import torch
+from torch import Tensor
 
 from lasp.kernels.recurrence import Inputs, Op
 from lasp.kernels.triton.config import unsupported
+from lasp.kernels.triton.decode import decode
 from lasp.kernels.triton.delta import TritonDelta
 from lasp.kernels.triton.diagonal import TritonDiagonal
 from lasp.kernels.triton.linear import TritonLinear
 
 MAX_DELTA_HEAD = 128
+ONE_TOKEN, LINEAR, DIAGONAL = "one token", "linear attention", "a decay [B, T, H, K]"
+DELTA, DIAGONAL_DELTA = "the delta rule", "the delta rule with a decay [B, T, H, K]"
+OPS: dict[str, type[Op]] = {
+    LINEAR: TritonLinear, DIAGONAL: TritonDiagonal, DELTA: TritonDelta, DIAGONAL_DELTA: TritonDelta
+}  # fmt: skip
+CHECKED = {LINEAR}  # on a GPU in their present form, for bfloat16 and heads of at most 128: what "auto" takes
 
 
 def triton_op(x: Inputs, causal: bool, asked: bool) -> tuple[Op | None, str]:
     """The op, or None and what it is that Triton's ops do not serve.
 
-    asked: the caller asked for Triton. What has not been checked on a GPU in its present form is taken only then:
-    diagonal decays, the delta rule, and other dtypes than bfloat16 or heads of more than 128.
+    asked: the caller asked for Triton; what is not in CHECKED is taken only then.
     """
     if refusal := unsupported(x.k, x.v):
         return None, refusal
     if not causal:
         return None, "causal=False"
     diagonal = x.decay is not None and x.decay.ndim == 4
-    if x.beta is None and not diagonal:
-        checked = x.v.dtype == torch.bfloat16 and max(x.k.shape[-1], x.v.shape[-1]) <= 128
-        return (TritonLinear() if asked or checked else None), "other dtypes than bfloat16, or heads of more than 128"
     if x.beta is None:
-        return (TritonDiagonal() if asked else None), "a decay [B, T, H, K]"
-    if diagonal:
-        return None, "the delta rule with a decay [B, T, H, K]"
-    if max(x.k.shape[-1], x.v.shape[-1]) > MAX_DELTA_HEAD:
-        return None, f"the delta rule with heads of more than {MAX_DELTA_HEAD}"
-    return (TritonDelta() if asked else None), "the delta rule"
+        kind = DIAGONAL if diagonal else LINEAR
+    else:
+        kind = DIAGONAL_DELTA if diagonal else DELTA
+        if max(x.k.shape[-1], x.v.shape[-1]) > MAX_DELTA_HEAD:
+            return None, f"the delta rule with heads of more than {MAX_DELTA_HEAD}"
+    return (OPS[kind]() if asked or _checked(kind, x) else None), kind
+
+
+def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:
+    """o and the new states of a single token of which nobody wants a gradient, in one launch; None if it is not one."""
+    if x.v.shape[1] != 1 or x.segments.cu_seqlens is not None or unsupported(x.k, x.v):
+        return None
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x.q, x.k, x.v, x.decay, x.beta, state)
+    ):
+        return None
+    return decode(x, state) if asked or _checked(ONE_TOKEN, x) else None
+
+
+def _checked(kind: str, x: Inputs) -> bool:
+    return kind in CHECKED and x.v.dtype == torch.bfloat16 and max(x.k.shape[-1], x.v.shape[-1]) <= 128

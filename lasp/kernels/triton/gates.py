@@ -8,12 +8,12 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-NONE, CONSTANT, SCALAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NONE, CONSTANT, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 def decay_class(decay: Tensor | None) -> tl.constexpr:
-    """NONE, CONSTANT or SCALAR."""
-    return NONE if decay is None else {1: CONSTANT, 3: SCALAR}[decay.ndim]
+    """NONE, CONSTANT, SCALAR or DIAGONAL."""
+    return NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]
 
 
 @triton.jit
@@ -88,9 +88,9 @@ def _gate_grads(
         here = (place < count)[:, None] & (heads < H)[None, :]
         change = tl.zeros([C, BH], tl.float32)
         for block in tl.static_range(QB):
-            change += tl.load(q_dq + block * TOKENS * H + at, mask=here, other=0.0)
+            change += tl.load(q_dq + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
         for block in tl.static_range(VB):
-            change -= tl.load(v_dv + block * TOKENS * H + at, mask=here, other=0.0)
+            change -= tl.load(v_dv + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
         total = tl.sum(change, axis=0)
         from_here = total[None, :] - tl.cumsum(change, axis=0) + change
         tl.store(dg + at, (from_here + carry[None, :]).to(dg.dtype.element_ty), mask=here)

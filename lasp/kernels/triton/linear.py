@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
@@ -30,9 +31,9 @@ class TritonLinear:
             summary = Summary(end, total_decay(tiles, transitions))
         return summary, (x, tiles, config, cumulated, states, transitions)
 
-    def finish(self, x: Inputs, partial, incoming: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         x, tiles, config, cumulated, states, transitions = partial
-        entering, outgoing = scan(tiles, states, transitions, incoming, backward=False)
+        entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
         o, _, _ = Walk(tiles, x.v.shape[2], cumulated, x.scale, config)(x.q, x.k, x.v, entering)
         return o, outgoing, (entering, transitions, cumulated)
 
@@ -43,10 +44,10 @@ class TritonLinear:
         d = scan(tiles, states, transitions, None, backward=True, write_entering=False)[1] if wanted else None
         return d, (x, tiles, config, states)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Tensor | None) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, states), (entering, transitions, cumulated) = partial, kept
         assert entering is not None
-        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing, backward=True)
+        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
         walk = Walk(tiles, x.v.shape[2], cumulated, x.scale, config)
         gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
         sums_q, sums_v = (None, None) if gate is None else (x.q, x.v)

@@ -55,7 +55,9 @@ def _walk(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tile, h, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks: tl.constexpr = (DC + BC - 1) // BC  # neighbours, so that all but one find a and b in the cache
+    tile, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0).to(tl.int64) % blocks
+    h, tiles = tl.program_id(1), tl.num_programs(0) // blocks
     rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     dtype = c.dtype.element_ty
@@ -105,7 +107,7 @@ def _walk(
             tl.store(products + (block * TOKENS + tokens) * H + h, tl.sum(pc * yc, axis=1), mask=here)
     if SUMS and not DOWN:
         far = tl.load(far_states + state_at, mask=inside, other=0.0)
-        tl.store(at_end + (block * tl.num_programs(0) + tile) * H + h, tl.sum(tl.sum(x * far, axis=1), axis=0))
+        tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * far, axis=1), axis=0))
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Walk:
             products = states.new_empty(blocks, batch, tokens, self.heads)
             at_end = None if down else states.new_empty(blocks, self.tiles.count, self.heads)
         groups = (1 if t is None else self.heads // t.shape[2] for t in (a, b, c, partner))
-        _walk[self.tiles.count, self.heads, blocks](
+        _walk[self.tiles.count * blocks, self.heads](
             a, b, c, self.cumulated, states, y, partner, products, far_states, at_end,
             self.tiles.start, self.tiles.length, self.scale, 1 / self.scale if down else 1.0,
             batch * tokens, self.heads, *groups,

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.parallel import comm
-from lasp.parallel.combine import entering_states, leaving_gradients
-from lasp.parallel.comm import Group, Pending
+from lasp.parallel.combine import combine
+from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
 
 
@@ -24,20 +25,25 @@ class AllGather:
         parts = [states] if transitions is None else [states, transitions]
         message = torch.cat([part.flatten(1) for part in parts], dim=1)
 
-        def combine(gathered: Tensor) -> tuple[Tensor, Tensor | None]:
-            units = self._in_unit_order(gathered).split(sizes, dim=1)
-            all_states, *rest = (u.unflatten(1, shape) for u, shape in zip(units, shapes, strict=True))
-            all_transitions = rest[0] if rest else None
-            return entering_states(all_states, all_transitions, breaks)[self.owned], all_transitions
+        def arrive(gathered: Tensor) -> tuple[Tensor, Tensor | None]:
+            parts = [
+                self._in_unit_order(part.unflatten(2, shape))
+                for part, shape in zip(gathered.split(sizes, dim=2), shapes, strict=True)
+            ]
+            all_transitions = parts[1].contiguous() if transitions is not None else None
+            return combine(parts[0], all_transitions, breaks, self.owned, backward=False), all_transitions
 
-        return comm.all_gather(message, self.group).then(combine)
+        return comm.all_gather(message, self.group).then(arrive)
 
     def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
-        def combine(gathered: Tensor) -> Tensor:
-            return leaving_gradients(self._in_unit_order(gathered), transitions, breaks)[self.owned]
+        def arrive(gathered: Tensor) -> Tensor:
+            in_order = self._in_unit_order(gathered)
+            return combine(in_order, transitions, breaks, self.owned, backward=True)
 
-        return comm.all_gather(d, self.group).then(combine)
+        return comm.all_gather(d, self.group).then(arrive)
 
     def _in_unit_order(self, gathered: Tensor) -> Tensor:
         """[R, units per rank, ...] -> [U, ...]."""
-        return gathered.flatten(0, 1)[self.layout.rank_order]
+        if self.layout.units_per_rank == 1:
+            return gathered[:, 0]
+        return torch.cat([gathered[:, 0], gathered[:, 1].flip(0)])

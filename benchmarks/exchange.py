@@ -1,0 +1,224 @@
+"""Times the exchanges of states, and the ops under sequence parallelism beside the same ops without. Under torchrun:
+
+    torchrun --nproc-per-node 2 benchmarks/exchange.py                      all of it, 16K and 64K tokens a GPU
+    torchrun --nproc-per-node 2 benchmarks/exchange.py --tokens             the exchanges alone
+    torchrun --nproc-per-node 2 benchmarks/exchange.py --calibrate inside   writes what links inside a node cost, for
+                                                                            state_exchange="auto" (or across: nodes)
+
+Runs are interleaved; of every run the slower rank counts, and the median of the runs is told. Exchanges: microseconds
+for each rank's one unit, combining included, beside the bare all-gather. Ops: milliseconds, forward and backward,
+zigzag; "without" is the same op on the same local tokens.
+"""
+
+import functools
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from lasp.kernels import delta_rule, linear_attention
+from lasp.parallel import SequenceParallel, comm
+from lasp.parallel.cost import CALIBRATION, Costs, Link, Links
+
+Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "softmax"]
+Exchange = Literal["all_gather", "ring", "scan", "symmetric_memory", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    ops: tuple[Op, ...] = get_args(Op)
+    exchanges: tuple[Exchange, ...] = get_args(Exchange)
+    tokens: tuple[int, ...] = (16384, 65536)  # of each rank
+    heads: int = 16
+    head_dim: int = 128
+    runs: int = 30
+    peer: bool = True  # flash-linear-attention's context parallelism, if it is installed
+    calibrate: Literal["inside", "across"] | None = None
+    sizes: tuple[int, ...] = tuple(2**power for power in range(12, 25, 3))  # bytes of calibration's messages
+    costs: Path = CALIBRATION  # the file that it writes
+
+
+class Clock:
+    """Times calls that all ranks make together."""
+
+    def __init__(self, device: torch.device, runs: int):
+        self.device, self.runs = device, runs
+
+    def medians(self, calls: dict[str, Callable[[], object]], times: int = 1) -> dict[str, float]:
+        """Seconds of each call, which is made `times` times in a row."""
+        for call in calls.values():
+            for _ in range(3):
+                call()
+        seen: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.runs):
+            for name, call in calls.items():
+                seen[name].append(self._once(call, times) / times)
+        slowest = torch.tensor([seen[name] for name in calls], device=self.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return {name: statistics.median(row) for name, row in zip(calls, slowest.tolist(), strict=True)}
+
+    def _once(self, call: Callable[[], object], times: int) -> float:
+        dist.barrier()
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            for _ in range(times):
+                call()
+            return time.perf_counter() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        for _ in range(times):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3
+
+
+def say(*words: object) -> None:
+    if dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+def table(title: str, times: dict[str, float], unit: float, beside: str) -> None:
+    say(title)
+    for name, seconds in times.items():
+        say(f"  {name:28} {seconds / unit:10.3f}   {seconds / times[beside]:6.3f} x {beside}")
+
+
+@functools.cache
+def parallel(exchange: str, layout: Literal["contiguous", "zigzag"] = "zigzag") -> SequenceParallel:
+    return SequenceParallel(dist.group.WORLD, layout=layout, state_exchange=exchange, softmax="ring")
+
+
+def exchanges(settings: Settings, clock: Clock) -> None:
+    """One unit a rank: 1 MiB with the default heads."""
+    heads, size, device = settings.heads, settings.head_dim, clock.device
+    states = torch.randn(1, 1, heads, size, size, device=device)
+    kinds = {"none": None, "scalar": (heads,), "diagonal": (heads, size), "matrix": (heads, size, size)}
+    made = {name: parallel(name, "contiguous").exchange for name in settings.exchanges}
+    ranks = dist.get_world_size()
+    for kind, shape in kinds.items():
+        transitions = None if shape is None else -torch.rand(1, 1, *shape, device=device) / size
+        calls: dict[str, Callable[[], object]] = {"bare all-gather": lambda: comm.replicate(states, dist.group.WORLD)}
+        for name, exchange in made.items():
+            start = functools.partial(exchange.forward, states, transitions, [False] * ranks)
+            calls[name] = lambda start=start: start().wait()
+        title = f"exchange and combine, {states.nbytes / 2**20:g} MiB a rank, transition {kind}: microseconds"
+        table(title, clock.medians(calls, times=20), 1e-6, "bare all-gather")
+
+
+def draw(op: Op, tokens: int, settings: Settings, device: torch.device) -> dict[str, Tensor]:
+    """Local tensors in bf16 (fp32 on a CPU); decay in fp32, keys of unit length."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (1, tokens, settings.heads, settings.head_dim)
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    tensors = {"q": q, "k": F.normalize(k.float(), dim=-1).to(dtype), "v": v}
+    if "delta" in op:
+        tensors["beta"] = torch.rand(shape[:3], device=device).to(dtype)
+    gates = {"constant": shape[2:3], "scalar": shape[:3], "gated delta": shape[:3], "diagonal": shape}
+    if op in gates:
+        tensors["decay"] = -0.1 * torch.rand(gates[op], device=device)
+    return tensors
+
+
+def forward_backward(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Callable[[], object]:
+    leaves = {name: x.clone().requires_grad_(x.ndim > 1) for name, x in tensors.items()}
+    do = torch.randn_like(tensors["v"])
+    return lambda: torch.autograd.grad(function(**leaves), [x for x in leaves.values() if x.requires_grad], do)
+
+
+def peer(tokens: int) -> Callable[..., Tensor] | None:
+    """flash-linear-attention's context parallelism for the gated delta rule (contiguous layout)."""
+    try:
+        from fla.ops.cp import build_cp_context
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    offsets = torch.tensor([0, tokens * dist.get_world_size()], device="cuda")
+    context = build_cp_context(offsets, group=dist.group.WORLD, cu_seqlens_cpu=offsets.cpu())
+    return lambda q, k, v, beta, decay: chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, cp_context=context)[0]
+
+
+def ops(settings: Settings, clock: Clock) -> None:
+    for tokens in settings.tokens:
+        for op in settings.ops:
+            tensors = draw(op, tokens, settings, clock.device)
+            method = {"softmax": "softmax_attention"}.get(op, "delta_rule" if "delta" in op else "linear_attention")
+            calls: dict[str, Callable[[], object]] = {}
+            if op != "softmax":
+                alone = delta_rule if "delta" in op else linear_attention
+                calls["without"] = forward_backward(lambda alone=alone, **x: alone(**x)[0], tensors)
+            for name in ("ring",) if op == "softmax" else settings.exchanges:
+                sequence = parallel("all_gather" if op == "softmax" else name).sequence(tokens * dist.get_world_size())
+                function = getattr(sequence, method)
+                calls[name] = forward_backward(
+                    function if op == "softmax" else lambda function=function, **x: function(**x)[0], tensors
+                )
+            if op == "gated delta" and settings.peer and clock.device.type == "cuda" and (function := peer(tokens)):
+                calls["flash-linear-attention"] = forward_backward(function, tensors)
+            title = f"{op}, {tokens} tokens a rank, forward and backward: milliseconds"
+            table(title, clock.medians(calls), 1e-3, next(iter(calls)))
+
+
+def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Clock) -> None:
+    """Fits the links to all-gathers, messages from rank to rank, and peer reads; rank 0 writes the file."""
+    group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    x = {size: torch.zeros(size // 4, device=clock.device) for size in settings.sizes}
+
+    def fit(call: Callable[[Tensor], object], passes: int = 1) -> Link:
+        """`passes`: how often the bytes pass over the link in one call."""
+        times = clock.medians({str(size): functools.partial(call, x[size]) for size in settings.sizes}, times=10)
+        return Link.fit([passes * size for size in settings.sizes], list(times.values()))
+
+    def message(x: Tensor) -> None:
+        """From every even rank to the next."""
+        if rank % 2 == 0 and rank + 1 < ranks:
+            comm.send_receive((x, rank + 1), None, group).wait()
+        elif rank % 2:
+            comm.send_receive(None, (x, rank - 1), group).wait()
+
+    peer_read = None
+    exchange = parallel("symmetric_memory", "contiguous").exchange
+    if side == "inside" and hasattr(exchange, "library"):
+
+        def read(x: Tensor) -> None:
+            exchange.forward(x.view(1, 1, 1, -1, 64), None, [False] * ranks).wait()
+
+        peer_read = fit(read, ranks - 1)
+    links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_read)
+    if rank == 0:
+        replace(Costs.read(settings.costs), **{side: links}).save(settings.costs)
+    say(f"{side}: {links}\nwritten to {settings.costs} on {socket.gethostname()}")
+
+
+def main(settings: Settings) -> None:
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    clock = Clock(device, settings.runs)
+    with torch.cuda.device(device) if cuda else nullcontext():
+        if settings.calibrate:
+            calibrate(settings.calibrate, settings, clock)
+        else:
+            say(
+                f"{dist.get_world_size()} ranks, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}"
+            )
+            exchanges(settings, clock)
+            ops(settings, clock)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

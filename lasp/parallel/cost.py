@@ -1,0 +1,111 @@
+"""What an exchange costs, from latency and bandwidth: how `auto` chooses, and how a scan is cut (math §3).
+
+    all_gather         α + (W - 1) X / β
+    symmetric_memory   α + (W - 1) X / β        of peer reads; the ranks of one machine only
+    scan               (W + P - 2) (α + X / (P β))        P blocks of the state; zigzag: once up and once down
+
+X is what one rank sends: its units' states, and for the first two the transitions, too. Seconds, bytes, bytes a second.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CALIBRATION = Path.home() / ".cache" / "lasp" / "links.json"
+
+
+@dataclass(frozen=True)
+class Link:
+    latency: float
+    bandwidth: float
+
+    def __post_init__(self) -> None:
+        for field, got in asdict(self).items():
+            if not (math.isfinite(got) and got > 0):
+                raise ValueError(f"{field}: got {got!r}, expected a finite number above 0")
+
+    def seconds(self, size: float) -> float:
+        return self.latency + size / self.bandwidth
+
+    @classmethod
+    def fit(cls, sizes: list[int], seconds: list[float]) -> "Link":
+        """From times at several sizes: the latency is that of the smallest, the bandwidth that of the largest."""
+        small, large = min(range(len(sizes)), key=sizes.__getitem__), max(range(len(sizes)), key=sizes.__getitem__)
+        extra = max(seconds[large] - seconds[small], 1e-9)
+        return cls(seconds[small], (sizes[large] - sizes[small]) / extra)
+
+
+@dataclass(frozen=True)
+class Links:
+    """One kind of link: how its all-gather, its messages from rank to rank, and (inside a node) its peer reads go."""
+
+    all_gather: Link
+    message: Link
+    peer_read: Link | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The links inside a node and across nodes. The defaults inside a node were measured on two H200 (NVLink, NCCL);
+    those across nodes stand for one 400 Gb/s port a GPU and were not measured."""
+
+    inside: Links = Links(Link(21e-6, 245e9), Link(45e-6, 320e9), Link(10e-6, 370e9))
+    across: Links = Links(Link(60e-6, 40e9), Link(50e-6, 45e9))
+
+    def save(self, path: Path = CALIBRATION) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path = CALIBRATION) -> "Costs":
+        """What calibration wrote, or the defaults if there is no such file. ValueError for a file that is not one."""
+        if not path.exists():
+            return cls()
+        try:
+            sides: dict[str, dict[str, Any]] = json.loads(path.read_text())
+            for links in sides.values():
+                links.update({name: Link(**link) for name, link in links.items() if link is not None})
+            return cls(**{side: Links(**links) for side, links in sides.items()})
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: got {error}, expected what calibration writes") from error
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank sends for an exchange. state, transition: bytes of all its units. ways: 2 for zigzag."""
+
+    state: int
+    transition: int = 0
+    ways: int = 1
+
+
+def seconds(name: str, links: Links, message: Message, ranks: int) -> float:
+    """The time of one exchange; infinite if these links have no such thing."""
+    if ranks == 1:
+        return 0.0
+    if name == "scan":
+        return scan_seconds(links.message, message, ranks, blocks(links.message, message, ranks))
+    link = links.all_gather if name == "all_gather" else links.peer_read
+    if link is None:
+        return math.inf
+    return link.seconds((ranks - 1) * (message.state + message.transition))
+
+
+def scan_seconds(link: Link, message: Message, ranks: int, blocks: int) -> float:
+    """(W + P - 2) steps of one block; each way carries one unit's state."""
+    return message.ways * (ranks + blocks - 2) * link.seconds(message.state / message.ways / blocks)
+
+
+def blocks(link: Link, message: Message, ranks: int, most: int = 64) -> int:
+    """The number of blocks that makes a scan fastest: P² = (W - 2) X / (α β)."""
+    best = math.sqrt(max(0, ranks - 2) * message.state / message.ways / (link.latency * link.bandwidth))
+    around = {min(max(1, p), most) for p in (math.floor(best), math.ceil(best))}
+    return min(around, key=lambda p: scan_seconds(link, message, ranks, p))
+
+
+def choose(costs: Costs, message: Message, ranks: int, one_node: bool, names: tuple[str, ...]) -> str:
+    """The fastest of the exchanges; the first of equals."""
+    links = costs.inside if one_node else costs.across
+    return min(names, key=lambda name: seconds(name, links, message, ranks))

@@ -1,0 +1,31 @@
+"""Takes for every size of message the exchange that costs least (lasp.parallel.cost)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lasp.kernels.pending import Pending
+from lasp.parallel.cost import Costs, Message, choose
+
+
+class Auto:
+    """exchanges: those to choose from, by name; the first of equals is taken. All ranks must hold the same costs."""
+
+    def __init__(self, exchanges: Mapping[str, Any], costs: Costs, ranks: int, one_node: bool):
+        self.exchanges, self.costs, self.ranks, self.one_node = exchanges, costs, ranks, one_node
+
+    def forward(
+        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+    ) -> Pending[tuple[Tensor, Tensor | None]]:
+        return self.chosen(states, transitions).forward(states, transitions, breaks)
+
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+        return self.chosen(d, transitions).backward(d, transitions, breaks)
+
+    def chosen(self, states: Tensor, transitions: Tensor | None) -> Any:
+        """The same in backward as in forward: it depends on the sizes of one unit's state and transition alone."""
+        units = states.shape[0]
+        transition = 0 if transitions is None else transitions[0].numel() * transitions.element_size()
+        message = Message(states.nbytes, units * transition, ways=units)
+        return self.exchanges[choose(self.costs, message, self.ranks, self.one_node, tuple(self.exchanges))]

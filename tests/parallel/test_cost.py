@@ -1,0 +1,66 @@
+"""The cost model against the schedules, played message by message, and against itself."""
+
+import math
+
+import pytest
+
+from benchmarks import simulate
+from lasp.parallel.cost import Costs, Link, Links, Message, blocks, choose, scan_seconds, seconds
+
+LINKS = Links(Link(20e-6, 200e9), Link(40e-6, 300e9), Link(10e-6, 370e9))
+COSTS = Costs(LINKS, LINKS)  # no node boundary is felt
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 3, 8, 33, 256])
+def test_schedules_take_what_the_closed_forms_say(ranks: int, ways: int):
+    message = Message(8 << 20, 3 << 20, ways)
+    assert simulate.all_gather(COSTS, message, ranks, 8) == pytest.approx(seconds("all_gather", LINKS, message, ranks))
+    assert simulate.scan(COSTS, message, ranks, 8) == pytest.approx(seconds("scan", LINKS, message, ranks))
+    for count in (1, 5, 64):
+        expected = scan_seconds(LINKS.message, message, ranks, count)
+        assert simulate.scan(COSTS, message, ranks, 8, count) == pytest.approx(expected)
+    if ranks <= 8:
+        expected = seconds("symmetric_memory", LINKS, message, ranks)
+        assert simulate.peer_reads(COSTS, message, ranks, 8) == pytest.approx(expected)
+
+
+def test_links_of_two_kinds_cost_more_than_all_of_the_faster_and_less_than_all_of_the_slower():
+    message, costs = Message(1 << 20), Costs()
+    for name in ("all_gather", "scan"):
+        across = simulate.SCHEDULES[name](costs, message, 64, 8)
+        fast, slow = (seconds(name, links, message, 64) for links in (costs.inside, costs.across))
+        assert fast < across < 1.01 * slow
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 64, 1000])
+def test_blocks_are_the_best_number_of_them(ranks: int):
+    message = Message(32 << 20)
+    times = {count: scan_seconds(LINKS.message, message, ranks, count) for count in range(1, 65)}
+    assert times[blocks(LINKS.message, message, ranks)] == min(times.values())
+
+
+def test_the_cheapest_exchange_is_chosen():
+    names = ("symmetric_memory", "all_gather", "scan")
+    assert choose(Costs(), Message(1 << 20), 2, True, names) == "symmetric_memory"
+    assert choose(Costs(), Message(1 << 20), 16, False, names) == "all_gather"
+    assert choose(Costs(), Message(16 << 20), 128, False, names) == "scan"
+    assert seconds("symmetric_memory", Costs().across, Message(1), 2) == math.inf
+
+
+def test_calibration_is_read_as_it_was_written(tmp_path):
+    costs = Costs(LINKS, Links(Link(1e-4, 1e9), Link(2e-4, 2e9)))
+    costs.save(tmp_path / "folder" / "links.json")
+    assert Costs.read(tmp_path / "folder" / "links.json") == costs
+    assert Costs.read(tmp_path / "nothing.json") == Costs()
+    (tmp_path / "wrong.json").write_text('{"inside": {"all_gather": {"latency": 0, "bandwidth": 1}}}')
+    with pytest.raises(ValueError, match="wrong.json.*latency: got 0"):
+        Costs.read(tmp_path / "wrong.json")
+
+
+def test_a_link_is_fitted_to_times():
+    link = Link(30e-6, 5e9)
+    sizes = [1 << power for power in range(26)]
+    fitted = Link.fit(sizes, [link.seconds(size) for size in sizes])
+    assert fitted.latency == pytest.approx(link.latency, rel=1e-3)
+    assert fitted.bandwidth == pytest.approx(link.bandwidth, rel=1e-3)

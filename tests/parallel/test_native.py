@@ -1,0 +1,101 @@
+"""The native combine and the protocol around it, with ranks that are threads; and the device code's compilation."""
+
+import ctypes
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lasp.parallel import native
+from lasp.parallel.combine import combine, reach
+from lasp.parallel.layout import Layout
+
+B, HEADS, K, V = 1, 2, 5, 3
+TRANSITIONS = {"none": None, "scalar": (HEADS,), "diagonal": (HEADS, K), "matrix": (HEADS, K, K)}
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+class Threads:
+    """The ranks of a layout as threads of this process; `calls` is what each of them passes from call to call."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, slot_bytes: int, patience: float):
+        self.layout, self.dtype, self.slot_bytes, self.patience = layout, dtype, slot_bytes, patience
+        self.library = native.load(torch.device("cpu"))
+        self.buffers = [torch.zeros(2 * slot_bytes + 4 * layout.ranks, dtype=torch.uint8) for _ in range(layout.ranks)]
+        self.table = (ctypes.c_void_p * layout.ranks)(*(buffer.data_ptr() for buffer in self.buffers))
+        self.locals = torch.zeros(layout.ranks, 3, dtype=torch.int32)
+        self.errors = torch.zeros(layout.ranks, dtype=torch.int32)
+
+    def exchange(self, rank: int, states, transitions, breaks: list[bool], backward: bool) -> torch.Tensor:
+        owned = list(self.layout.owned(rank))
+        own, arrived = states[owned].contiguous(), torch.empty_like(states[owned])
+        a = None if transitions is None else transitions[owned].contiguous()
+        channel = native.Channel(
+            buffers=ctypes.addressof(self.table),
+            local=self.locals[rank].data_ptr(),
+            error=self.errors[rank:].data_ptr(),
+            slot_bytes=self.slot_bytes,
+            patience_ns=int(self.patience * 1e9),
+            rank=rank,
+            layout=native.Layout(self.layout.ranks, self.layout.units_per_rank),
+            shape=native.Shape(B * HEADS, K, V, 0 if a is None else a.ndim - states.ndim + 3),
+            backward=backward,
+            reach=(ctypes.c_int32 * 2)(*(reach(breaks, unit, backward=backward) for unit in owned)),
+        )
+        pointers = own.data_ptr(), None if a is None else a.data_ptr(), arrived.data_ptr(), None
+        assert self.library.lasp_exchange(ctypes.byref(channel), self.dtype == torch.float64, *pointers) == 0
+        return arrived
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["contiguous", "zigzag"])
+def test_native_combine_equals_the_python_one(gen: torch.Generator, name: str, dtype: torch.dtype):
+    """Many calls in a row, of ranks that are threads: slots are reused while others may still be reading."""
+    layout, calls = Layout(name, 4), []
+    for kind in range(24):
+        shape = list(TRANSITIONS.values())[kind % 4]
+        states = torch.randn(layout.units, B, HEADS, K, V, generator=gen, dtype=dtype)
+        transitions = None
+        if shape is not None:
+            transitions = torch.randn(layout.units, B, *shape, generator=gen, dtype=dtype) / 2
+            transitions = -transitions.abs() if len(shape) < 3 else transitions
+        breaks = (torch.rand(layout.units, generator=gen) < 0.2).tolist()
+        calls.append((states, transitions, breaks, bool(kind // 4 % 2)))
+    ranks = Threads(layout, dtype, slot_bytes=2 * 8 * HEADS * K * (V + K), patience=30)
+
+    def work(rank: int) -> list[torch.Tensor]:
+        return [ranks.exchange(rank, *call) for call in calls]
+
+    with ThreadPoolExecutor(layout.ranks) as pool:
+        found = list(pool.map(work, range(layout.ranks)))
+    for number, (states, transitions, breaks, backward) in enumerate(calls):
+        for rank in range(layout.ranks):
+            wanted = combine(states, transitions, breaks, list(layout.owned(rank)), backward=backward)
+            torch.testing.assert_close(found[rank][number], wanted, rtol=0, atol=1000 * torch.finfo(dtype).eps)
+    assert not ranks.errors.any()
+
+
+@needs_compiler
+def test_a_rank_that_does_not_come_is_named(gen: torch.Generator):
+    layout = Layout("contiguous", 3)
+    ranks = Threads(layout, torch.float32, slot_bytes=1024, patience=0.2)
+    states = torch.randn(layout.units, B, HEADS, K, V, generator=gen)
+    with ThreadPoolExecutor(2) as pool:
+        arrived = list(pool.map(lambda rank: ranks.exchange(rank, states, None, [False] * 3, False), (0, 1)))
+    assert ranks.errors.tolist() == [3, 3, 0]  # 1 + the rank
+    assert all(x.isnan().all() for x in arrived)
+    later = ranks.exchange(0, states, None, [False] * 3, False)
+    assert later.isnan().all()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+def test_the_device_code_compiles():
+    library = native.build("device.cu", native.nvcc("90a"))
+    assert library.is_file()
+
+
+def test_without_a_compiler_the_reason_is_told():
+    with pytest.raises(native.Unavailable, match="there is no compiler-that-is-not-there"):
+        native.build("host.cpp", ["compiler-that-is-not-there"])
