@@ -50,7 +50,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     rank if the norm is not finite: such a step would destroy the weights.
     """
     total = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    return require_finite((total.full_tensor() if isinstance(total, DTensor) else total).item())
+
+
+def require_finite(norm: float) -> float:
+    """The gradient norm; FloatingPointError if it is not finite."""
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm: got {norm}, expected a finite number")
     return norm
