@@ -114,7 +114,7 @@ def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
     for name, weight in final_weights(straight).items():
         assert torch.equal(got[name], weight), name
 
-    with pytest.raises(ValueError, match=f"got 'ZeRO stage {stage}', expected 'deepspeed.stage 2'"):
+    with pytest.raises(ValueError, match=f"got 'ZeRO stage {stage}', expected deepspeed.stage 2"):
         train(replace(again, deepspeed=DeepSpeedConfig(stage=2)))
     with pytest.raises(ValueError, match="got \"one of engine 'deepspeed'\", expected 'native'"):
         train(replace(again, engine="native", deepspeed=DeepSpeedConfig()))
@@ -122,5 +122,5 @@ def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
     if ranks.rank == 0:
         next(checkpoint.require_latest(again.run_dir).glob("*_optim_states.pt")).unlink()
     ranks.barrier(f"{again.run_dir} is of fewer ranks")
-    with pytest.raises(ValueError, match=f"got 'one of {ranks.size - 1} ranks', expected 'one of {ranks.size}"):
+    with pytest.raises(ValueError, match=f"got 'one of {ranks.size - 1} ranks', expected one of {ranks.size}"):
         train(again)
