@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs `lasp train` on several nodes. Start it on each of them, in any order, with the same arguments:
 #     bash launch/multinode.sh NODES HEAD[:PORT] RANKS_PER_NODE RECIPE [--overrides]
-# HEAD is the name of one of the nodes, where the others find each other. If a rank dies, all are started again, up to
-# MAX_RESTARTS times (3 unless set), and go on from the last checkpoint in the run's directory, which all nodes share.
+# HEAD is the name of one of the nodes, where the others find each other. MAX_RESTARTS is torchrun's --max-restarts (3 unless
+# set). All nodes share the run's directory.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -ge 4 ] || { echo "usage: $0 NODES HEAD[:PORT] RANKS_PER_NODE RECIPE [--overrides]" >&2; exit 2; }

@@ -6,8 +6,7 @@
 #SBATCH --requeue
 # Runs `lasp train` as a Slurm job. From lasp's directory, which all nodes see:
 #     sbatch --nodes 4 launch/slurm.sh RECIPE [--overrides]
-# One launcher a node, and one rank a GPU (RANKS_PER_NODE if set). Ranks that die are started again as multinode.sh says; a
-# job that Slurm requeues goes on from its last checkpoint as well.
+# One launcher a node, and one rank a GPU (RANKS_PER_NODE if set).
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: sbatch --nodes N launch/slurm.sh RECIPE [--overrides]" >&2; exit 2; }
 ranks="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:?no GPUs: set RANKS_PER_NODE}}"

@@ -27,12 +27,11 @@ def test_own_pytorch_model():
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_deepspeed_script(stage):
+def test_deepspeed_script():
     """SGD's losses are one rank's, so the scale of the gradients is right."""
 
     def losses(ranks):
-        lines = [line for line in run(ranks, "deepspeed_script.py", stage).splitlines() if line.startswith("step")]
+        lines = [line for line in run(ranks, "deepspeed_script.py", "3").splitlines() if line.startswith("step")]
         return [float(line.split()[-1]) for line in lines]
 
     alone = losses(1)
