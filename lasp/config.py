@@ -214,6 +214,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO (arXiv:1910.02054), for runs whose engine is DeepSpeed; sharded over all ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 1  # what is sharded: nothing, optimiser states, and gradients, and parameters
+    offload: bool = False  # optimiser states and update to the CPU
+
+    def __post_init__(self) -> None:
+        require_choice(self, "stage")
+        require(self.stage > 0 or not self.offload, "offload", self.offload, "False with stage 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. A step sees batch_contexts contexts of context_length tokens each, over the whole world."""
 
@@ -223,6 +235,9 @@ class TrainConfig:
     steps: int
     context_length: int
     parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["native", "deepspeed"] = "native"  # who holds the weights and updates them
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    initial_weights: str | None = None  # a directory of `lasp import`, or a checkpoint, to begin from
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_contexts: int = 1  # one at a time on every data-parallel group: the others are accumulated
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
@@ -238,9 +253,23 @@ class TrainConfig:
         require_at_least(self, 1, "steps", "batch_contexts", "eval_every", "checkpoint_every", "checkpoint_keep")
         require_at_least(self, 2, "context_length")
         require_at_least(self, 0, "seed")
-        require_choice(self, "dtype", "device")
+        require_choice(self, "dtype", "device", "engine")
         full = self.dtype != "bfloat16"
-        require(full or self.parallel.fsdp, "dtype", self.dtype, "float32 or float64 without fsdp (it does the casts)")
+        if self.engine == "deepspeed":
+            require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")
+            require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
+            require(full or self.deepspeed.stage > 0, "stage", 0, "at least 1 in bfloat16, for its float32 weights")
+            require(self.model.num_experts == 0, "num_experts", self.model.num_experts, "0 with engine='deepspeed'")
+        else:
+            require(
+                self.deepspeed == DeepSpeedConfig(), "deepspeed", self.deepspeed, "its defaults with another engine"
+            )
+        require(
+            full or self.parallel.fsdp or self.engine == "deepspeed",
+            "dtype",
+            self.dtype,
+            "float32 or float64 without fsdp (it does the casts)",
+        )
         experts, ranks = self.model.num_experts, self.parallel.expert_parallel
         require(ranks == 1 or experts > 0, "expert_parallel", ranks, "1 for a model without experts")
         require(experts % ranks == 0, "num_experts", experts, f"a multiple of expert_parallel={ranks}")

@@ -148,3 +148,9 @@ def test_expert_parallel_must_fit_the_model_and_the_world():
         ValueError, match="expert_intermediate_size: got 25, expected a multiple of world size / expert"
     ):
         odd.mesh_shape(4)
+
+
+def test_deepspeed_takes_no_mixtures():
+    mixture = ModelConfig(**MODEL, num_experts=12)
+    with pytest.raises(ValueError, match="num_experts: got 12, expected 0 with engine='deepspeed'"):
+        make(model=mixture, engine="deepspeed", parallel=ParallelConfig(fsdp=False), dtype="float32")
