@@ -12,8 +12,6 @@ zigzag; "without" is the same op on the same local tokens.
 
 import functools
 import socket
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from clock import Clock
 from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
@@ -46,42 +45,6 @@ class Settings:
     calibrate: Literal["inside", "across"] | None = None
     sizes: tuple[int, ...] = tuple(2**power for power in range(12, 25, 3))  # bytes of calibration's messages
     costs: Path = CALIBRATION  # the file that it writes
-
-
-class Clock:
-    """Times calls that all ranks make together."""
-
-    def __init__(self, device: torch.device, runs: int):
-        self.device, self.runs = device, runs
-
-    def medians(self, calls: dict[str, Callable[[], object]], times: int = 1) -> dict[str, float]:
-        """Seconds of each call, which is made `times` times in a row."""
-        for call in calls.values():
-            for _ in range(3):
-                call()
-        seen: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.runs):
-            for name, call in calls.items():
-                seen[name].append(self._once(call, times) / times)
-        slowest = torch.tensor([seen[name] for name in calls], device=self.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return {name: statistics.median(row) for name, row in zip(calls, slowest.tolist(), strict=True)}
-
-    def _once(self, call: Callable[[], object], times: int) -> float:
-        dist.barrier()
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            for _ in range(times):
-                call()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        for _ in range(times):
-            call()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) * 1e-3
 
 
 def say(*words: object) -> None:

@@ -148,7 +148,7 @@ class ParallelConfig:
     data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     state_exchange: Literal["auto", "all_gather", "ring", "scan", "symmetric_memory"] = "auto"
-    softmax: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
+    softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
     expert_parallel: int = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
@@ -273,8 +273,11 @@ class TrainConfig:
         experts, ranks = self.model.num_experts, self.parallel.expert_parallel
         require(ranks == 1 or experts > 0, "expert_parallel", ranks, "1 for a model without experts")
         require(experts % ranks == 0, "num_experts", experts, f"a multiple of expert_parallel={ranks}")
+        ranks = self.parallel.sequence_parallel
+        if self.parallel.softmax == "ulysses_ring" and SOFTMAX in self.model.layers and ranks > 1:
+            heads, expected = self.model.kv_heads, f"a common factor with sequence_parallel={ranks} (ulysses_ring)"
+            require(math.gcd(heads, ranks) > 1, "num_kv_heads", heads, expected)
         if self.parallel.softmax == "ulysses" and SOFTMAX in self.model.layers:
-            ranks = self.parallel.sequence_parallel
             for field, heads in (("num_heads", self.model.num_heads), ("num_kv_heads", self.model.kv_heads)):
                 require(
                     heads % ranks == 0, field, heads, f"a multiple of sequence_parallel={ranks} (softmax='ulysses')"

@@ -86,14 +86,14 @@ def all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> 
     return _after([work], (x,), result)
 
 
-def shift(tensors: tuple[Tensor, ...], group: Group) -> Pending[tuple[Tensor, ...]]:
-    """A ring: the tensors go to the next rank, and those of the previous one arrive."""
+def shift(tensors: tuple[Tensor, ...], group: Group, distance: int = 1) -> Pending[tuple[Tensor, ...]]:
+    """A ring: the tensors go to the rank `distance` further on, and those of the rank as far back arrive."""
     ranks = size(group)
-    if ranks == 1:
+    if distance % ranks == 0:
         return Pending(lambda: tensors)
     tensors = tuple(t.contiguous() for t in tensors)
     results = tuple(torch.empty_like(t) for t in tensors)
-    after, before = (rank(group) + 1) % ranks, (rank(group) - 1) % ranks
+    after, before = (rank(group) + distance) % ranks, (rank(group) - distance) % ranks
     messages = [dist.P2POp(dist.isend, t, group=group, group_peer=after) for t in tensors]
     messages += [dist.P2POp(dist.irecv, t, group=group, group_peer=before) for t in results]
     return _after(dist.batch_isend_irecv(messages), tensors, results)

@@ -19,7 +19,7 @@ from lasp.parallel.halo import HaloPlan, halo
 from lasp.parallel.layout import PADDING, Layout, Partition
 from lasp.parallel.linear import AcrossDocuments, AcrossUnits, LocalSegments
 from lasp.parallel.loss import global_mean
-from lasp.parallel.softmax import choose_strategy
+from lasp.parallel.softmax import SoftmaxStrategy
 
 
 class SequenceParallel:
@@ -31,7 +31,8 @@ class SequenceParallel:
             causal softmax attention).
         state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2), "ring" (LASP-1), "scan" (ZeCO's
             All-Scan, pipelined) or "symmetric_memory" (peer reads; a group of one machine, else "all_gather").
-        softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values) or "ulysses".
+        softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values), "ulysses" (heads are
+            split instead) or "ulysses_ring" (heads as far as they divide, a ring for the rest).
         device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
 
     Raises:
@@ -51,7 +52,7 @@ class SequenceParallel:
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
-        self.softmax = choose_strategy(softmax)
+        self.softmax = SoftmaxStrategy(softmax, group)
         self._messages = comm.message_device(group)
         self.device = self._messages if device is None else torch.device(device)
         self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
@@ -184,9 +185,20 @@ class Sequence:
         causal: bool = True,
         window: int | None = None,
     ) -> Tensor:
-        """`lasp.kernels.softmax_attention` over the whole sequence: this rank's o [B, T_local, H, V].
+        """`lasp.kernels.softmax_attention` over the whole sequence: o_i = Σ_j softmax_j(scale · q_i·k_j) v_j.
 
-        ValueError on every rank, also for heads that "ulysses" cannot split.
+        Args:
+            q: [B, T_local, H, K]; k, v: [B, T_local, Hkv, K], [B, T_local, Hkv, V]; this rank's, all of one dtype.
+            scale: K ** -0.5 if None.
+            causal: a token sees itself and what comes before in its document, else all of its document.
+            window: a token sees tokens less than `window` away, itself included.
+
+        Returns:
+            This rank's o [B, T_local, H, V] in q's dtype; sums over blocks and ranks are fp32 (fp64 for fp64).
+
+        Raises:
+            ValueError: on every rank of a CPU group, for what does not fit, also heads that "ulysses" or "ulysses_ring"
+                cannot split.
         """
 
         def check() -> object:
@@ -197,8 +209,8 @@ class Sequence:
             return *_signature(q, k, v), checks.scale(scale, q.shape[-1]), causal, window
 
         self.parallel.agree(check)
-        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window)
-        return self.parallel.softmax.attend(q, k, v, mask, self.partition, self.parallel.group)
+        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
+        return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`lasp.kernels.causal_conv1d` over the whole sequence: y [B, T_local, D].

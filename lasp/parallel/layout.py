@@ -67,13 +67,16 @@ class Partition:
     """One batch's tokens, cut into units and fragments, as one rank sees them.
 
     offsets: where documents start, from 0 to `tokens` (as cu_seqlens). aligned: units of a power-of-two length.
+    unit_length: that of every unit, if it is not to be the shortest possible.
     """
 
-    def __init__(self, layout: Layout, rank: int, offsets: list[int], aligned: bool = False):
+    def __init__(
+        self, layout: Layout, rank: int, offsets: list[int], aligned: bool = False, unit_length: int | None = None
+    ):
         self.layout, self.rank, self.offsets = layout, rank, offsets
         self.tokens, self.documents = offsets[-1], len(offsets) - 1
         length = -(-self.tokens // layout.units)
-        self.unit_length = 1 << (length - 1).bit_length() if aligned else length
+        self.unit_length = unit_length or (1 << (length - 1).bit_length() if aligned else length)
         self.owned = layout.owned(rank)
         self.local_tokens = self.unit_length * len(self.owned)
 

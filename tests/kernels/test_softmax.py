@@ -1,9 +1,15 @@
 """Softmax attention and its log-sum-exp against the definition, by the fused kernels and by the dense form."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import Tensor
 
 from lasp.kernels import softmax_attention
+from lasp.kernels.attention import CuDNN, Dense, Flash
+from lasp.kernels.blocks import Block, Mask
+from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from tests.parallel.inputs import F64, error
 from tests.parallel.test_softmax import definition
 
@@ -44,6 +50,58 @@ def test_queries_are_the_last_of_a_longer_past(gen, backend, value_dim):
     for tokens in (1, 7):
         part = softmax_attention(q[:, -tokens:], k, v, backend=backend)[0]
         assert error(part, whole[:, -tokens:]) < 1e-10
+
+
+def test_errors_do_not_grow_with_the_number_of_blocks(gen):
+    """bf16: 16 x 16 blocks err little more than one block, as what they give is summed in fp32."""
+    tokens, mask = 128, Mask(0.25, causal=False)
+    q, k, v, do = (torch.randn(1, tokens, 2, 16, generator=gen, dtype=F64).bfloat16() for _ in range(4))
+
+    def run(count: int, *tensors: Tensor) -> list[Tensor]:
+        q, k, v, do = tensors
+        cuts = list(pairwise(range(0, tokens + 1, tokens // count)))
+        blocks = [Block(rows, cols) for rows in cuts for cols in cuts]
+        total = Accumulator(q, v.shape[-1])
+        attend(total, q, k, v, blocks, mask)
+        grads = Sum(q), Sum(k), Sum(v)
+        o, lse = total.result()
+        attend_grad(do, q, k, v, o, lse, grads, blocks, mask)
+        return [o, *(x.result() for x in grads)]
+
+    exact = run(1, *(x.double() for x in (q, k, v, do)))
+    one, many = ([error(a.double(), b) for a, b in zip(run(n, q, k, v, do), exact, strict=True)] for n in (1, 16))
+    assert all(b <= 1.5 * a for a, b in zip(one, many, strict=True)), (one, many)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("block", "kernel"),
+    [
+        (Block((0, 1024), (0, 1024), right=0), CuDNN),
+        (Block((0, 1024), (0, 2048)), CuDNN),
+        (Block((0, 1024), (0, 1024), right=0), Flash),
+        (Block((0, 300), (0, 400), left=70, right=5), Flash),
+        (Block((0, 100, 400), (0, 300, 700), left=70, right=0), Flash),
+    ],
+)
+def test_gpu_kernels_equal_the_dense_form(block, kernel):
+    """In bf16, to 3 units of its rounding, by norm."""
+    shapes = [(block.q[-1], 4), (block.k[-1], 2), (block.k[-1], 2), (block.q[-1], 4)]
+    q, k, v, do = (torch.randn(1, t, h, 64, device="cuda").bfloat16() for t, h in shapes)
+
+    def run(kernel, *tensors):
+        q, k, v, do = tensors
+        segments = block.segments if kernel is Dense else [block]
+        parts = []
+        for s in segments:
+            o, lse = kernel.forward(q[:, s.rows], k[:, s.cols], v[:, s.cols], s, 0.125)
+            grads = kernel.backward(do[:, s.rows], q[:, s.rows], k[:, s.cols], v[:, s.cols], o, lse, s, 0.125)
+            parts.append((o, lse, *grads))
+        return [torch.cat(xs, 1) for xs in zip(*parts, strict=True)]
+
+    found, wanted = run(kernel, q, k, v, do), run(Dense, *(x.double() for x in (q, k, v, do)))
+    errors = [error(a.double(), b) for a, b in zip(found, wanted, strict=True)]
+    assert max(errors) < 3 * 2**-8, errors
 
 
 def test_bad_input_is_named():

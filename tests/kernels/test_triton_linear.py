@@ -71,21 +71,16 @@ def run(function, tensors, do, d_final, **options):
 
 
 def errors(gen, decay, shape, dtype, strength=0.05):
-    """Relative errors of Triton's results and of the reference's in the same dtype."""
+    """Relative errors of Triton's results, which come out with the same bits twice."""
     tensors, cu_seqlens = draw(gen, decay, shape, dtype, strength)
     do = torch.randn(tensors["v"].shape, generator=gen).to(DEVICE, dtype)
     d_final = torch.randn(tensors["initial_state"].shape, generator=gen).to(DEVICE)
     options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
-    got, again, reference = (
-        run(linear_attention, tensors, do, d_final, **options, backend=backend)
-        for backend in ("triton", "triton", "reference")
-    )
+    got, again = (run(linear_attention, tensors, do, d_final, **options, backend="triton") for _ in range(2))
     exact = {name: x if x is None else x.double() for name, x in tensors.items()}
     wanted = run(recurrent, exact, do.double(), d_final.double(), cu_seqlens=cu_seqlens)
     assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"
-    return tuple(
-        {name: error(x[name].detach().double(), wanted[name].detach()) for name in wanted} for x in (got, reference)
-    )
+    return {name: error(got[name].detach().double(), wanted[name].detach()) for name in wanted}
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # the interpreter computes masked places
@@ -93,7 +88,7 @@ def errors(gen, decay, shape, dtype, strength=0.05):
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_definition(gen, shape, decay, dtype):
-    found, _ = errors(gen, decay, shape, dtype)
+    found = errors(gen, decay, shape, dtype)
     tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
     assert max(found.values()) < tolerance, found
 
@@ -101,9 +96,14 @@ def test_equals_the_definition(gen, shape, decay, dtype):
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 @pytest.mark.parametrize("strength", [0.0, 100.0], ids=["open gate", "closing gate"])
 def test_gates_that_do_nothing_or_close(gen, strength):
-    """As exact as the reference in the same dtype: a sum of large gates leaves few digits for its differences."""
-    found, reference = errors(gen, "scalar", "documents", torch.float32, strength)
-    assert all(found[name] <= 2 * reference[name] + 2e-6 for name in found), (found, reference)
+    """Sums of closing gates reach -4600 in a chunk, where fp32 numbers lie 5e-4 apart: so far off may a weight be.
+
+    Few weights are not zero then, so outputs are far closer; the gradient of a gate is what is left of larger terms.
+    """
+    found = errors(gen, "scalar", "documents", torch.float32, strength)
+    gate = found.pop("ddecay")
+    assert max(found.values()) < (5e-5 if strength else 2e-6), found
+    assert gate < (5e-3 if strength else 2e-5), gate
 
 
 def test_what_triton_does_not_take_is_refused():

@@ -16,7 +16,7 @@ SHAPES = {  # tokens, document offsets, batch
     "documents": (37, (0, 2, 2, 5, 23, 37), 1),
     "a document over all ranks": (40, (0, 1, 39, 40), 1),
 }
-STRATEGIES = ("ring", "all_gather", "ulysses")
+STRATEGIES = ("ring", "all_gather", "ulysses", "ulysses_ring")
 HEADS, D = 12, 4  # twelve heads divide over 1, 2, 3 and 4 ranks
 
 
@@ -64,15 +64,43 @@ def errors(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("kv_heads", [HEADS, HEADS // 2], ids=["", "gqa"])
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 7), (False, None), (False, 5)])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    ("layout", "causal", "window", "kv_heads"),
+    [
+        ("zigzag", True, None, HEADS // 2),
+        ("zigzag", True, 7, HEADS),
+        ("zigzag", False, 5, HEADS // 2),
+        ("contiguous", True, 7, HEADS // 2),
+        ("contiguous", False, None, HEADS),
+    ],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_equals_the_definition(group: dist.ProcessGroup, gen, strategy, layout, causal, window, kv_heads):
-    if strategy == "ulysses" and kv_heads % dist.get_world_size(group):
+    ranks = dist.get_world_size(group)
+    if strategy == "ulysses" and kv_heads % ranks:
         kv_heads = HEADS
     found = errors(SequenceParallel(group, layout=layout, softmax=strategy), gen, kv_heads, causal, window)
     assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+def test_what_cannot_be_done_is_refused_on_every_rank(group: dist.ProcessGroup):
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        pytest.skip("nothing to split")
+    x = torch.zeros(1, 4, ranks + 1, 4)
+    for strategy, message in (("ulysses", "a multiple of"), ("ulysses_ring", "a factor in common")):
+        sequence = SequenceParallel(group, softmax=strategy).sequence(4 * ranks)
+        with pytest.raises(ValueError, match=message):
+            sequence.softmax_attention(x, x, x)
+    for strategy in STRATEGIES:
+        sequence = SequenceParallel(group, softmax=strategy).sequence(4 * ranks)
+        y = torch.zeros(1, 3 if dist.get_rank(group) == 0 else 4, 2 * ranks, 4)
+        with pytest.raises(ValueError, match="tokens: got 3"):
+            sequence.softmax_attention(y, y, y)
+        with pytest.raises(ValueError, match="window"):
+            sequence.softmax_attention(y, y, y, window=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -82,12 +110,12 @@ def test_one_rank_equals_the_definition(gen, strategy):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
 def test_half_precision_does_not_lose_by_the_exchange(group: dist.ProcessGroup, gen, strategy):
     """bf16 inputs: sums over blocks are fp32, so that many ranks err no more than 1.3 x one."""
     tokens = 64
-    q, k, v = (torch.randn(1, tokens, 4, 16, generator=gen, dtype=F64).bfloat16() for _ in range(3))
-    do = torch.randn(1, tokens, 4, 16, generator=gen, dtype=F64).bfloat16()
+    q, k, v = (torch.randn(1, tokens, HEADS, 16, generator=gen, dtype=F64).bfloat16() for _ in range(3))
+    do = torch.randn(1, tokens, HEADS, 16, generator=gen, dtype=F64).bfloat16()
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     o = definition(*leaves, True, None, None)
     wanted = [o.detach(), *torch.autograd.grad(o, leaves, do.double())]

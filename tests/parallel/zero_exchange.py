@@ -34,9 +34,13 @@ def zero_exchange() -> None:
         first, last = sum(receive[:own]), sum(receive[: own + 1])
         return real.all_to_all(x, send, receive, group).then(lambda rows: _zero_except(rows, first, last))
 
-    def shift(tensors: tuple[Tensor, ...], group: Group) -> Pending[tuple[Tensor, ...]]:
-        arriving = real.shift(tensors, group)
-        return arriving if real.size(group) == 1 else arriving.then(lambda ts: tuple(_zero_except(t, 0, 0) for t in ts))
+    def shift(tensors: tuple[Tensor, ...], group: Group, distance: int = 1) -> Pending[tuple[Tensor, ...]]:
+        arriving = real.shift(tensors, group, distance)
+        return (
+            arriving
+            if distance % real.size(group) == 0
+            else arriving.then(lambda ts: tuple(_zero_except(t, 0, 0) for t in ts))
+        )
 
     def send_receive(sent, received, group: Group) -> Pending[Tensor | None]:
         arriving = real.send_receive(sent, received, group)

@@ -42,10 +42,12 @@ def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
 
 
 def tile_length(tokens: int, heads: int, device: torch.device) -> int:
-    """Tokens per tile: two programs for every multiprocessor, if that makes tiles neither tiny nor endless."""
-    wanted = -(-tokens * heads // (2 * _multiprocessors(device)))
-    rounded = -(-wanted // SHORTEST_TILE) * SHORTEST_TILE
-    return min(LONGEST_TILE, rounded)
+    """Tokens per tile: as many tiles as two programs for every multiprocessor can walk at once, and no more.
+
+    One tile more would be walked alone when all others are done.
+    """
+    most = max(1, 2 * _multiprocessors(device) // heads)
+    return min(LONGEST_TILE, -(-tokens // (most * SHORTEST_TILE)) * SHORTEST_TILE)
 
 
 @cache

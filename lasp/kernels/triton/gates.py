@@ -37,15 +37,14 @@ def _cumulate(
     CONSTANT: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    heads = tl.program_id(2) * BH + tl.arange(0, BH)
     begin, count = tl.load(start + tile), tl.load(length + tile)
-    for i in range(tl.cdiv(count, C)):
-        place = i * C + tl.arange(0, C)
-        at = (begin + place)[:, None] * H + heads[None, :]
-        here = (place < count)[:, None] & (heads < H)[None, :]
-        source = decay + heads[None, :] + tl.zeros([C, 1], tl.int64) if CONSTANT else decay + at
-        g = tl.load(source, mask=here, other=0.0).to(tl.float32)
-        tl.store(cumulated + at, tl.cumsum(g, axis=0) * LOG2_E, mask=here)
+    place = tl.program_id(1) * C + tl.arange(0, C)
+    at = (begin + place)[:, None] * H + heads[None, :]
+    here = (place < count)[:, None] & (heads < H)[None, :]
+    source = decay + heads[None, :] + tl.zeros([C, 1], tl.int64) if CONSTANT else decay + at
+    g = tl.load(source, mask=here, other=0.0).to(tl.float32)
+    tl.store(cumulated + at, tl.cumsum(g, axis=0) * LOG2_E, mask=here)
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def _gate_grads(
     for block in tl.static_range(QB):
         carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
     chunks = tl.cdiv(count, C)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, num_stages=3):
         place = (chunks - 1 - step) * C + tl.arange(0, C)
         at = (begin + place)[:, None] * H + heads[None, :]
         here = (place < count)[:, None] & (heads < H)[None, :]
@@ -104,7 +103,7 @@ def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tenso
     heads = decay.shape[-1]
     cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
     block = min(16, triton.next_power_of_2(heads))
-    _cumulate[tiles.count, triton.cdiv(heads, block)](
+    _cumulate[tiles.count, triton.cdiv(tiles.size, chunk), triton.cdiv(heads, block)](
         decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, CONSTANT=decay.ndim == 1, num_warps=4
     )
     return cumulated
@@ -119,9 +118,9 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     """
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]
-    block = min(16, triton.next_power_of_2(heads))
+    block = min(4, triton.next_power_of_2(heads))
     _gate_grads[tiles.count, triton.cdiv(heads, block)](
         q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
-        BH=block, C=64, QB=len(q_dq), VB=len(v_dv), num_warps=4,
+        BH=block, C=256, QB=len(q_dq), VB=len(v_dv), num_warps=4,
     )  # fmt: skip
     return dg

@@ -1,6 +1,5 @@
 """How units' states reach the ranks that need them. Every exchange has one signature, `StateExchange`."""
 
-import socket
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,12 +8,13 @@ from torch import Tensor
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
-from lasp.parallel.cost import Costs, Message, blocks
+from lasp.parallel.cost import Message, blocks
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.scan import Scan
 from lasp.parallel.exchange.symmetric_memory import SymmetricMemory, symmetric_memory
 from lasp.parallel.layout import Layout
+from lasp.parallel.topology import topology
 
 
 class StateExchange(Protocol):
@@ -33,20 +33,12 @@ class StateExchange(Protocol):
         """The gradients of the states that leave this rank's units."""
 
 
-def _topology(group: Group) -> tuple[Costs, bool]:
-    """What links cost, by rank 0's calibration, and whether the group is on one machine; the same on all ranks."""
-    if group is None or comm.size(group) == 1:
-        return Costs(), True
-    facts = comm.gather_objects((Costs.read(), socket.gethostname()), group)
-    return facts[0][0], len({host for _, host in facts}) == 1
-
-
 def _ring(layout: Layout, group: Group) -> StateExchange:
     return Scan(layout, group, blocks=lambda size: 1)
 
 
 def _scan(layout: Layout, group: Group) -> StateExchange:
-    costs, one_node = _topology(group)
+    costs, one_node = topology(group)
     link, ways = (costs.inside if one_node else costs.across).message, layout.units_per_rank
     return Scan(layout, group, blocks=lambda size: blocks(link, Message(size * ways, ways=ways), layout.ranks))
 
@@ -55,7 +47,7 @@ def _auto(layout: Layout, group: Group) -> StateExchange:
     """On GPUs whichever costs least; on CPUs the all-gather."""
     if comm.message_device(group).type == "cpu":
         return AllGather(layout, group)
-    costs, one_node = _topology(group)
+    costs, one_node = topology(group)
     exchanges = {"all_gather": AllGather(layout, group), "scan": _scan(layout, group)}
     if one_node and isinstance(fastest := symmetric_memory(layout, group), SymmetricMemory):
         exchanges = {"symmetric_memory": fastest, **exchanges}
