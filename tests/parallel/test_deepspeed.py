@@ -25,6 +25,13 @@ pytestmark = pytest.mark.mpi
 native_config = test_training.config
 
 
+@pytest.fixture(autouse=True)
+def forgotten_groups(monkeypatch):
+    """DeepSpeed would keep to the world's group of its first run, which is renewed when a test has failed."""
+    monkeypatch.setattr("deepspeed.utils.groups._WORLD_GROUP", None)
+    monkeypatch.setattr("deepspeed.comm.comm.cdb", None)
+
+
 @pytest.fixture
 def config(native_config):
     """Not clipped; every group accumulates at least two contexts."""
