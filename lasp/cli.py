@@ -1,4 +1,4 @@
-"""The command `lasp`: prepare data, train a recipe, generate text, report on a run."""
+"""The command `lasp`: prepare data, train a recipe, generate text, report on a run, exchange weights."""
 
 import functools
 from collections.abc import Callable
@@ -78,6 +78,39 @@ def report(run_dir: Positional[str]) -> None:
     print(report(run_dir))
 
 
+def export_weights(run_dir: Positional[str], output: Positional[str]) -> None:
+    """Write a run's last checkpoint as a Hugging Face directory: safetensors, configuration, tokenizer.
+
+    Args:
+        run_dir: the run's directory.
+        output: the directory to write. AutoModelForCausalLM loads it after `import lasp.integrations.huggingface`.
+    """
+    from lasp.integrations.exchange import export_run
+
+    print(export_run(run_dir, output))
+
+
+def import_weights(
+    source: Positional[str],
+    output: Positional[str],
+    pattern: str = "LLLN",
+    mixer: str = "gated_delta_net",
+    seed: int = 0,
+) -> None:
+    """Turn a Hugging Face directory into weights that a run can begin from (--initial-weights OUTPUT).
+
+    Args:
+        source: a directory that `lasp export` wrote, or that of a Llama.
+        output: the directory to write.
+        pattern: of a Llama's layers: L becomes linear, N stays softmax.
+        mixer: of a Llama's linear layers.
+        seed: of what a Llama has no weights for, such as gates.
+    """
+    from lasp.integrations.exchange import import_weights
+
+    print(import_weights(source, output, pattern=pattern, mixer=mixer, seed=seed))
+
+
 def main(args: list[str] | None = None) -> None:
     """Parses the command line (of this process, if args is None) and runs the command."""
     recipes = {name.replace("_", "-"): recipe for name, recipe in RECIPES.items()}
@@ -86,6 +119,7 @@ def main(args: list[str] | None = None) -> None:
     chosen = tyro.extras.subcommand_type_from_defaults(configs, texts, prefix_names=False)
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
     commands = {f.__name__: _deferred(f) for f in (prepare, train, generate, report)}
+    commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", args=args)()
 
 

@@ -62,6 +62,16 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_std: float = 0.02
+    num_experts: int = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
+    experts_per_token: int = 2
+    expert_intermediate_size: int | None = None  # of each expert; intermediate_size if None
+    num_shared_experts: int = 0  # besides, for every token
+    moe_every: int = 1  # the last of so many layers has experts in its MLP's place
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_expert_weights: bool = True  # those of a token's experts to the sum 1
+    aux_loss_weight: float = 0.01  # of the load-balancing loss
+    z_loss_weight: float = 0.0  # of the router's z-loss
+    expert_bias_rate: float = 0.0  # of balancing by biases instead of a loss; 0: no biases
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "conv_width"):
@@ -90,6 +100,27 @@ class ModelConfig:
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
+        require_at_least(self, 0, "num_experts", "num_shared_experts", "aux_loss_weight", "z_loss_weight")
+        require_at_least(self, 0, "expert_bias_rate")
+        require_choice(self, "router_scores")
+        require(self.expert_size >= 1, "expert_intermediate_size", self.expert_size, "at least 1")
+        if self.num_experts:
+            chosen, every = self.experts_per_token, self.moe_every
+            require(
+                1 <= chosen <= self.num_experts,
+                "experts_per_token",
+                chosen,
+                f"between 1 and num_experts={self.num_experts}",
+            )
+            require(1 <= every <= self.num_layers, "moe_every", every, f"between 1 and num_layers={self.num_layers}")
+
+    @property
+    def expert_size(self) -> int:
+        return self.intermediate_size if self.expert_intermediate_size is None else self.expert_intermediate_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer 0 <= layer < num_layers is a mixture of experts."""
+        return self.num_experts > 0 and (layer + 1) % self.moe_every == 0
 
     @property
     def key_dim(self) -> int:
@@ -118,11 +149,12 @@ class ParallelConfig:
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     state_exchange: Literal["auto", "all_gather", "ring", "scan", "symmetric_memory"] = "auto"
     softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
+    expert_parallel: int = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "sequence_parallel")
+        require_at_least(self, 1, "sequence_parallel", "expert_parallel")
         if self.data_parallel is not None:
             require_at_least(self, 1, "data_parallel")
         require_choice(self, "layout", "state_exchange", "softmax")
@@ -131,7 +163,9 @@ class ParallelConfig:
     def mesh_shape(self, world_size: int) -> tuple[int, int]:
         """(data_parallel, sequence_parallel) in a world of this size; ValueError if they do not make it up."""
         sequence, data = self.sequence_parallel, self.data_parallel
-        require(world_size % sequence == 0, "sequence_parallel", sequence, f"a divisor of the world size {world_size}")
+        for field in ("sequence_parallel", "expert_parallel"):
+            ranks = getattr(self, field)
+            require(world_size % ranks == 0, field, ranks, f"a divisor of the world size {world_size}")
         if data is None:
             return world_size // sequence, sequence
         expected = f"world size / sequence_parallel = {world_size} / {sequence}"
@@ -180,6 +214,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO (arXiv:1910.02054), for runs whose engine is DeepSpeed; sharded over all ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 1  # what is sharded: nothing, optimiser states, and gradients, and parameters
+    offload: bool = False  # optimiser states and update to the CPU
+
+    def __post_init__(self) -> None:
+        require_choice(self, "stage")
+        require(self.stage > 0 or not self.offload, "offload", self.offload, "False with stage 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. A step sees batch_contexts contexts of context_length tokens each, over the whole world."""
 
@@ -189,6 +235,9 @@ class TrainConfig:
     steps: int
     context_length: int
     parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["native", "deepspeed"] = "native"  # who holds the weights and updates them
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    initial_weights: str | None = None  # a directory of `lasp import`, or a checkpoint, to begin from
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_contexts: int = 1  # one at a time on every data-parallel group: the others are accumulated
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
@@ -204,9 +253,26 @@ class TrainConfig:
         require_at_least(self, 1, "steps", "batch_contexts", "eval_every", "checkpoint_every", "checkpoint_keep")
         require_at_least(self, 2, "context_length")
         require_at_least(self, 0, "seed")
-        require_choice(self, "dtype", "device")
+        require_choice(self, "dtype", "device", "engine")
         full = self.dtype != "bfloat16"
-        require(full or self.parallel.fsdp, "dtype", self.dtype, "float32 or float64 without fsdp (it does the casts)")
+        if self.engine == "deepspeed":
+            require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")
+            require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
+            require(full or self.deepspeed.stage > 0, "stage", 0, "at least 1 in bfloat16, for its float32 weights")
+            require(self.model.num_experts == 0, "num_experts", self.model.num_experts, "0 with engine='deepspeed'")
+        else:
+            require(
+                self.deepspeed == DeepSpeedConfig(), "deepspeed", self.deepspeed, "its defaults with another engine"
+            )
+        require(
+            full or self.parallel.fsdp or self.engine == "deepspeed",
+            "dtype",
+            self.dtype,
+            "float32 or float64 without fsdp (it does the casts)",
+        )
+        experts, ranks = self.model.num_experts, self.parallel.expert_parallel
+        require(ranks == 1 or experts > 0, "expert_parallel", ranks, "1 for a model without experts")
+        require(experts % ranks == 0, "num_experts", experts, f"a multiple of expert_parallel={ranks}")
         ranks = self.parallel.sequence_parallel
         if self.parallel.softmax == "ulysses_ring" and SOFTMAX in self.model.layers and ranks > 1:
             heads, expected = self.model.kv_heads, f"a common factor with sequence_parallel={ranks} (ulysses_ring)"
@@ -222,4 +288,12 @@ class TrainConfig:
         data, sequence = self.parallel.mesh_shape(world_size)
         for field, contexts in (("batch_contexts", self.batch_contexts), ("eval_contexts", self.data.eval_contexts)):
             require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
+        if self.parallel.fsdp and self.parallel.expert_parallel > 1:
+            holders = world_size // self.parallel.expert_parallel
+            for field, size in (
+                ("hidden_size", self.model.hidden_size),
+                ("expert_intermediate_size", self.model.expert_size),
+            ):
+                expected = f"a multiple of world size / expert_parallel = {holders} (fsdp shards each expert over them)"
+                require(size % holders == 0, field, size, expected)
         return data, sequence

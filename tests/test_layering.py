@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "models": {"kernels", "config"},
     "data": {"config"},
     "training": {"kernels", "parallel", "models", "data", "config"},
+    "integrations": {"kernels", "parallel", "models", "data", "config", "training"},
 }
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {"lasp/training/runtime.py"}  # a process learns its rank from its launcher
@@ -22,7 +23,7 @@ READS_ENVIRONMENT = {"lasp/training/runtime.py"}  # a process learns its rank fr
 KNOWS_DISTRIBUTED = {
     "lasp/training/runtime.py": {"torch.distributed"},
     "lasp/training/checkpoint.py": {"torch.distributed"},
-    "lasp/training/optimizer.py": {"torch.distributed.tensor"},
+    "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
 }
 COLLECTIVES = (  # first words of their names

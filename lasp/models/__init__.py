@@ -1,10 +1,18 @@
 """The models: local tensors only; what crosses the sequence goes through the `seq` passed to forward."""
 
 from lasp.models.decoder import Decoder
-from lasp.models.flops import count_parameters, flops_per_token
+from lasp.models.flops import count_active_parameters, count_parameters, flops_per_token
 from lasp.models.loss import linear_cross_entropy
 from lasp.models.memory import Memory
-from lasp.models.presets import PRESETS, linear_llama3_1b, linear_llama3_8b, mini, tiny
+from lasp.models.presets import (
+    PRESETS,
+    linear_llama3_1b,
+    linear_llama3_8b,
+    linear_moe_a0_3b_2b,
+    linear_moe_a1b_7b,
+    mini,
+    tiny,
+)
 from lasp.models.sequence import SequenceOps
 
 __all__ = [
@@ -12,11 +20,14 @@ __all__ = [
     "Decoder",
     "Memory",
     "SequenceOps",
+    "count_active_parameters",
     "count_parameters",
     "flops_per_token",
     "linear_cross_entropy",
     "linear_llama3_1b",
     "linear_llama3_8b",
+    "linear_moe_a0_3b_2b",
+    "linear_moe_a1b_7b",
     "mini",
     "tiny",
 ]

@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks of a mixer and an MLP, head."""
+"""The language model: embedding, blocks of a mixer and an MLP or experts, head."""
 
 from typing import overload
 
@@ -12,38 +12,48 @@ from lasp.models.layers import RMSNorm, SwiGLU
 from lasp.models.loss import IGNORE, linear_cross_entropy
 from lasp.models.memory import Memory
 from lasp.models.mixers import make_mixer
+from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
 from lasp.models.sequence import SequenceOps
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); [B, T, hidden] -> [B, T, hidden]."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)): [B, T, hidden] -> the same, and what a router did in it."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = make_mixer(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp: nn.Module
+        if config.has_experts(layer):
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
+    def forward(self, x: Tensor, seq: SequenceOps) -> tuple[Tensor, Routing | None]:
         x = x + self.mixer(self.mixer_norm(x), seq)
-        return x + self.mlp(self.mlp_norm(x))
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, routing = self.mlp(self.mlp_norm(x), seq)
+            return x + y, routing
+        return x + self.mlp(self.mlp_norm(x)), None
 
 
 class Decoder(nn.Module):
     """A causal language model whose layers `config.pattern` and `config.mixer` choose.
 
     To build a large one without holding it twice: construct it under `torch.device("meta")`, then
-    `to_empty(device=...)` and `init_weights()`. Do so before loading a checkpoint too: buffers are not in it.
+    `to_empty(device=...)` and `init_weights()`. Do so before loading a checkpoint too: not all buffers are in it.
 
     checkpoint_layers: recompute each block in the backward pass instead of keeping its activations; the exchanges
     between ranks inside a block are then repeated.
+    balance: how busy the experts were, if there are any; in training mode, for batches with labels.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
+        self.balance = ExpertBalance(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -71,6 +81,12 @@ class Decoder(nn.Module):
             elif hasattr(module, "init_parameters"):
                 module.init_parameters(generator)
 
+    def move_expert_biases(self, load: Tensor) -> None:
+        """After each step, with the load [MoE layers, E] of all its tokens on all ranks: see `Router.move_bias`."""
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        for router, busy in zip(routers, load, strict=True):
+            router.move_bias(busy)
+
     @overload
     def forward(self, tokens: Tensor, seq: SequenceOps, *, memory: Memory | None = None) -> Tensor: ...
 
@@ -92,6 +108,8 @@ class Decoder(nn.Module):
         Returns:
             Logits [B, T, vocabulary]. With labels (loss_sum, count): the sum of the cross-entropies over this rank's
             labels in float32 (float64 for float64), and the number of those labels in int64; `seq.mean` takes them.
+            With experts and in training mode the sum includes this rank's part of the balancing losses (see
+            lasp.models.moe.balance), so that the mean is that of the cross-entropy plus these losses.
 
         Raises:
             ValueError: tokens or labels that do not fit `seq`, or memory with a `seq` that is not one rank's whole
@@ -108,18 +126,24 @@ class Decoder(nn.Module):
             f"the shape of tokens {list(tokens.shape)}",
         )
         x = self.embedding(tokens)
+        routings: list[Routing] = []
         for index, layer in enumerate(self.layers):
             if memory is not None:
-                x = layer(x, memory.attach(seq, index))
+                x, routing = layer(x, memory.attach(seq, index))
             elif self.checkpoint_layers and torch.is_grad_enabled():
                 # Blocks draw no random numbers.
-                x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
+                x, routing = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, seq)
+                x, routing = layer(x, seq)
+            if routing is not None:
+                routings.append(routing)
         if memory is not None:
             memory.advance(local)
         x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x, weight, labels.masked_fill(~seq.valid.to(labels.device), IGNORE))
+        loss_sum, count = linear_cross_entropy(x, weight, labels.masked_fill(~seq.valid.to(labels.device), IGNORE))
+        if routings and self.training:
+            loss_sum = loss_sum + self.balance.loss(routings, count, seq)
+        return loss_sum, count

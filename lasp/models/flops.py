@@ -1,6 +1,7 @@
 """How much arithmetic a model needs, for model FLOP utilisation."""
 
 import torch
+from torch import Tensor
 
 from lasp.config import SOFTMAX, ModelConfig
 from lasp.models.decoder import Decoder
@@ -13,6 +14,12 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(p.numel() for p in Decoder(config).parameters())
 
 
+def count_active_parameters(config: ModelConfig) -> int:
+    """The parameters that one token meets: of a mixture's experts, those that it goes to. Tied ones once."""
+    with torch.device("meta"):
+        return sum(_active(p, config) for p in Decoder(config).parameters())
+
+
 def flops_per_token(config: ModelConfig, context_length: int) -> float:
     """FLOPs that training needs per token of a context of `context_length` tokens, forward and backward.
 
@@ -21,15 +28,22 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
                                         6 K V        delta family: erase as well
 
     P counts the parameters that multiply every token: matrices, convolutions and the head, but not the embedding's
-    lookup, norms and vectors. The forward terms a are those of math §9 without the share that depends on an
-    implementation's chunk size; backward counts twice the forward, and nothing that is recomputed counts (model FLOPs,
-    not hardware FLOPs).
+    lookup, norms and vectors, nor experts that the token does not go to. The forward terms a are those of math §9
+    without the share that depends on an implementation's chunk size; backward counts twice the forward, and nothing
+    that is recomputed counts (model FLOPs, not hardware FLOPs).
     """
     with torch.device("meta"):
         model = Decoder(config)
-    multiplying = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    multiplying = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2)
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()
     state = (6 if config.mixer in DELTA_KINDS else 4) * config.key_dim * config.value_dim
     attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)
     return 6.0 * multiplying + 3.0 * config.num_heads * attention
+
+
+def _active(parameter: Tensor, config: ModelConfig) -> int:
+    """How many of a parameter's elements a token meets: all but those of stacks of experts, of 3 dimensions."""
+    if parameter.ndim < 3:
+        return parameter.numel()
+    return parameter.numel() // config.num_experts * config.experts_per_token

@@ -1,6 +1,7 @@
 """Model shapes by name. Mixer and pattern are the caller's choice; `dataclasses.replace` changes anything else."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lasp.config import ModelConfig
 
@@ -64,6 +65,30 @@ def linear_llama3_8b(mixer: str = _MIXER, pattern: str = _PATTERN) -> ModelConfi
     )
 
 
+def linear_moe_a0_3b_2b(mixer: str = _MIXER, pattern: str = _PATTERN) -> ModelConfig:
+    """Linear-MoE A0.3B-2B (arXiv:2503.05447): 2.2 billion parameters without the embeddings, 0.3 of them active."""
+    return ModelConfig(
+        vocab_size=151_936,
+        hidden_size=1024,
+        num_layers=12,
+        num_heads=8,
+        intermediate_size=896,
+        rope_theta=10_000.0,
+        tie_embeddings=False,
+        num_experts=64,
+        experts_per_token=8,
+        mixer=mixer,
+        pattern=pattern,
+    )
+
+
+def linear_moe_a1b_7b(mixer: str = _MIXER, pattern: str = _PATTERN) -> ModelConfig:
+    """Linear-MoE A1B-7B (arXiv:2503.05447): 6.7 billion parameters without the embeddings, 1.1 of them active."""
+    smaller = linear_moe_a0_3b_2b(mixer, pattern)
+    return replace(smaller, hidden_size=2048, num_layers=16, num_heads=16, intermediate_size=1024)
+
+
 PRESETS: dict[str, Callable[..., ModelConfig]] = {
-    preset.__name__: preset for preset in (tiny, mini, linear_llama3_1b, linear_llama3_8b)
+    preset.__name__: preset
+    for preset in (tiny, mini, linear_llama3_1b, linear_llama3_8b, linear_moe_a0_3b_2b, linear_moe_a1b_7b)
 }

@@ -23,6 +23,10 @@ class SequenceOps(Protocol):
         """[T] bool: False for the padding that gives every rank as many tokens."""
         ...
 
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the ranks that share the sequence; no gradient."""
+        ...
+
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, Tensor | None]: ...

@@ -2,70 +2,131 @@
 
 Every rank of the mesh computes its part of the gradient of one global mean, so gradients are summed over the whole
 mesh, along whichever of its axes. A model needs no more of sequence parallelism than the `Sequence` passed to it.
+
+Expert parallelism divides the same ranks once more: neighbours share the experts of a mixture between them, and the
+gradient of an expert is summed over the ranks that hold it.
 """
+
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from lasp.kernels import checks
+from lasp.models.moe import Experts
 from lasp.parallel import comm
+from lasp.parallel.experts import ExpertParallel
+
+Model = TypeVar("Model", bound=nn.Module)
+_HOLDERS, _EXPERTS = "expert_holders", "experts"  # axes of the mesh on which experts are placed
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, *, fsdp: bool = False, compute_dtype: torch.dtype | None = None
-) -> nn.Module:
+    model: Model,
+    mesh: DeviceMesh,
+    *,
+    fsdp: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    expert_parallel: int = 1,
+) -> Model:
     """Makes `model` the same on all ranks of `mesh`, or shards it over them; call `reduce_gradients` after backward.
 
     Args:
-        model: a decoder whose blocks are in `model.layers`, materialised on this rank's device. With fsdp it is changed
-            in place.
+        model: a decoder whose blocks are in `model.layers`, materialised on this rank's device. With fsdp or expert
+            parallelism it is changed in place.
         mesh: any axes; all of them together hold one model.
         fsdp: shard parameters, gradients and optimiser state over the mesh (FSDP2, block by block). Ranks must hold
             equal parameters already; without fsdp, rank 0's are broadcast.
         compute_dtype: with fsdp, the dtype in which parameters are gathered and used; gradients are summed in fp32.
+        expert_parallel: over how many neighbouring ranks each mixture's experts are spread. With fsdp each expert is
+            sharded over the ranks that then hold it, along its rows.
 
     Returns:
         model.
 
     Raises:
-        ValueError: compute_dtype without fsdp.
+        ValueError: compute_dtype without fsdp; experts or ranks that expert_parallel does not divide; experts whose
+            rows the ranks that hold them do not.
     """
+    checks.require(fsdp or compute_dtype is None, "compute_dtype", f"{compute_dtype} without fsdp", "None")
+    everyone = _flat(mesh)
+    mixtures = [module for module in model.modules() if isinstance(module, Experts)] if expert_parallel > 1 else []
+    if expert_parallel > 1:
+        _check_experts(mixtures, everyone.size(), expert_parallel, fsdp)
+    if not fsdp:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), group=everyone.get_group(), group_src=0)
+    if mixtures:
+        ranks = everyone.mesh.view(-1, expert_parallel)
+        placed = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(_HOLDERS, _EXPERTS))
+        _flat(placed)  # DTensor then takes norms over both axes in one all-reduce
+        for experts in mixtures:
+            _spread(experts, placed, fsdp)
     if fsdp:
-        everyone = _flat(mesh)
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
-        for block in [*model.get_submodule("layers").children(), model]:
-            sharded = fully_shard(block, mesh=everyone, mp_policy=policy)
-            sharded.set_gradient_divide_factor(1.0)  # each rank's gradient is its part of a sum …
-            sharded.set_force_sum_reduction_for_comms(True)  # … which gloo, too, can take
-        return model
-    if compute_dtype is not None:
-        raise ValueError(f"compute_dtype: got {compute_dtype} without fsdp, expected None")
-    group = _flat(mesh).get_group()
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), group=group, group_src=0)
+        for experts in mixtures:
+            # By rows, and not by experts, of which few may be left on each rank.
+            by_rows = fully_shard(
+                experts, mesh=placed[_HOLDERS], shard_placement_fn=lambda _: Shard(1), mp_policy=policy
+            )
+            _add_up(by_rows)
+        blocks: list[nn.Module] = [*model.get_submodule("layers").children(), model]
+        for block in blocks:
+            _add_up(fully_shard(block, mesh=everyone, mp_policy=policy))
     return model
 
 
 def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Sums the gradients over all ranks of `mesh`, in place; FSDP has done so already.
+    """Sums the gradients over all ranks of `mesh` (of experts, over those that hold them), in place.
 
-    A parameter that took no part on this rank counts as zero.
+    FSDP has done so already. A parameter that took no part on this rank counts as zero.
     """
     if isinstance(model, FSDPModule):
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    everyone = _flat(mesh).get_group()
+    together: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    group = _flat(mesh).get_group()
-    for grads in by_dtype.values():
+            group, grad = everyone, parameter.grad
+            if isinstance(grad, DTensor):
+                group, grad = grad.device_mesh[_HOLDERS].get_group(), grad.to_local()
+            together.setdefault((group, grad.dtype), []).append(grad)
+    for (group, _), grads in together.items():
         total = comm.all_reduce(torch.cat([grad.flatten() for grad in grads]), group).wait()
         for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+def _check_experts(mixtures: list[Experts], ranks: int, parts: int, fsdp: bool) -> None:
+    checks.require(bool(mixtures), "expert_parallel", parts, "1 for a model without experts")
+    checks.require(ranks % parts == 0, "expert_parallel", parts, f"a divisor of the mesh's {ranks} ranks")
+    for stack in (stack for experts in mixtures for stack in experts.parameters()):
+        count, rows, _ = stack.shape
+        checks.require(count % parts == 0, "num_experts", count, f"a multiple of expert_parallel={parts}")
+        holders = ranks // parts
+        checks.require(not fsdp or rows % holders == 0, "experts", f"{rows} rows", f"a multiple of {holders} (fsdp)")
+
+
+def _spread(experts: Experts, mesh: DeviceMesh, fsdp: bool) -> None:
+    """Leaves this rank its part of the experts, as DTensors that know what the whole is."""
+    part = mesh[_EXPERTS]
+    for name, stack in list(experts.named_parameters()):
+        own = stack.detach().chunk(part.size())[part.get_local_rank()].clone()
+        # FSDP shards over the other axis by itself.
+        placed = (part, [Shard(0)]) if fsdp else (mesh, [Replicate(), Shard(0)])
+        setattr(experts, name, nn.Parameter(DTensor.from_local(own, *placed, run_check=False)))
+    experts.run = ExpertParallel(part.get_group(), experts.run)
+
+
+def _add_up(sharded: FSDPModule) -> None:
+    sharded.set_gradient_divide_factor(1.0)  # each rank's gradient is its part of a sum …
+    sharded.set_force_sum_reduction_for_comms(True)  # … which gloo, too, can take
 
 
 def _flat(mesh: DeviceMesh) -> DeviceMesh:

@@ -235,6 +235,10 @@ class Sequence:
         """
         return global_mean(loss_sum, count, self.parallel.group)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' x, on every rank: for statistics of the whole sequence. No gradient goes through."""
+        return comm.all_reduce(x.detach(), self.parallel.group).wait()
+
     @torch.compiler.disable  # messages have no place in a graph: a compiled model breaks here, once, and goes on behind
     def _recurrence(self, q, k, v, decay, beta, scale, causal, initial_state, output_final_state):
         local = self._local(v.shape[0])

@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lasp.config import ModelConfig, TrainConfig
+from lasp.config import ModelConfig, TrainConfig, require
+from lasp.models import Decoder
 from lasp.parallel.agreement import agree
 
 CONFIG_FILE = "config.json"
@@ -36,13 +39,20 @@ def save(
 
     The number of steps also is the position in the data: step s reads contexts s * batch_contexts and on.
     """
+    state_dict = {**_training_state(model, optimizer), **_generators(), "step": step}
+    commit(run_dir, step, config, lambda directory: dcp.save(state_dict, checkpoint_id=directory))
+
+
+def commit(run_dir: str | Path, step: int, config: TrainConfig, write: Callable[[Path], object]) -> None:
+    """Makes what `write(directory)` saves the run's last checkpoint.
+
+    `write` is called on every rank and returns on rank 0 when every rank has written its part.
+    """
     root = _root(run_dir)
     unfinished, finished = root / f"unfinished-step-{step:08d}", root / f"step-{step:08d}"
-    state_dict = {**_training_state(model, optimizer), **_generators(), "step": step}
-    dcp.save(state_dict, checkpoint_id=unfinished)
+    write(unfinished)
     if _rank() != 0:
         return
-    # dcp.save returns on rank 0 when every rank has written its part.
     _write(unfinished / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2))
     shutil.rmtree(finished, ignore_errors=True)
     unfinished.rename(finished)
@@ -59,12 +69,7 @@ def restore(run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
 
     Raises ValueError on every rank if it is of another model or damaged, or if ranks do not see the same one.
     """
-    path = latest(run_dir)
-    group = dist.group.WORLD if dist.is_initialized() else None
-    agree(group, next(model.parameters()).device, lambda: path and _require_same_model(path, config.model))
-    if _rank() == 0:
-        for leftover in _root(run_dir).glob("unfinished-*"):
-            shutil.rmtree(leftover)
+    path = find_resumable(run_dir, config, next(model.parameters()).device)
     if path is None:
         return 0
     training = _training_state(model, optimizer)
@@ -77,8 +82,48 @@ def restore(run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
     return state_dict["step"]
 
 
+def find_resumable(
+    run_dir: str | Path,
+    config: TrainConfig,
+    device: torch.device,
+    check: Callable[[Path], object] = lambda path: None,
+) -> Path | None:
+    """The directory of the checkpoint to go on from, if there is one; removes what an interrupted save left.
+
+    Raises ValueError on every rank if it is of another model or engine, if `check` raises that, or if ranks do not see
+    the same one.
+    """
+    path = latest(run_dir)
+
+    def require_resumable() -> Path | None:
+        if path is not None:
+            require_same_model(path, config.model)
+            engine = _engine(path)
+            require(engine == config.engine, f"checkpoint {path}", f"one of engine {engine!r}", repr(config.engine))
+            check(path)
+        return path
+
+    agree(dist.group.WORLD if dist.is_initialized() else None, device, require_resumable)
+    if _rank() == 0:
+        for leftover in _root(run_dir).glob("unfinished-*"):
+            shutil.rmtree(leftover)
+    return path
+
+
+def save_weights(path: str | Path, model: Decoder) -> None:
+    """Writes a directory that `load_model` reads and TrainConfig.initial_weights can name: weights alone."""
+    with _alone():
+        dcp.save({"model": model.state_dict()}, checkpoint_id=path, no_dist=True)
+    _write(Path(path) / CONFIG_FILE, json.dumps({"model": dataclasses.asdict(model.config)}, indent=2))
+
+
 def load_model(path: str | Path, model: nn.Module) -> None:
     """Loads the weights of a checkpoint directory into a model on one process. Raises ValueError if it is damaged."""
+    if _engine(path) == "deepspeed":
+        from lasp.training.deepspeed import load_weights
+
+        model.load_state_dict(load_weights(Path(path)))
+        return
     state_dict = {"model": model.state_dict()}
     _load(state_dict, Path(path), alone=True)
     model.load_state_dict(state_dict["model"])
@@ -111,13 +156,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: got {error}, expected a readable {CONFIG_FILE}") from error
 
 
-def _require_same_model(path: Path, expected: ModelConfig) -> Path:
+def require_same_model(path: Path, expected: ModelConfig) -> None:
+    """Raises ValueError unless the weights in a checkpoint directory are those of such a model."""
     saved, wanted = read_config(path).get("model", {}), dataclasses.asdict(expected)
     fields = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
     if fields:
         differences = ", ".join(f"model.{f} {saved.get(f)!r} (this run: {wanted.get(f)!r})" for f in fields)
         raise ValueError(f"checkpoint {path}: got another model, expected this run's: {differences}")
-    return path
+
+
+def _engine(path: str | Path) -> str:
+    return read_config(path).get("engine", "native")
 
 
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -127,11 +176,17 @@ def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def _load(state_dict: dict[str, Any], path: Path, *, alone: bool = False) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for, if alone
+        with _alone():
             dcp.load(state_dict, checkpoint_id=path, no_dist=alone)
     except (Exception, CheckpointException) as error:  # the latter is no Exception; the causes are of many kinds
         raise ValueError(f"checkpoint {path}: got {error}, expected a complete one of this model") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for, where it is
+        yield
 
 
 def _metadata(path: Path) -> Any:

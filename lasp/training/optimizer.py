@@ -3,18 +3,23 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lasp.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with weight decay on matrices only: norms, biases and constants of gates keep theirs."""
+    """AdamW (arXiv:1711.05101) with weight decay on matrices only: norms, biases and constants of gates keep theirs.
+
+    Stacks of experts are a group of their own, since expert parallelism places them on another mesh than the rest.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 2], "weight_decay": config.weight_decay},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
@@ -46,11 +51,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scales the gradients, already summed over the ranks, so that their norm over all parameters is at most max_norm.
 
-    Returns the norm before. Sharded gradients (FSDP2) count with all their shards. Raises FloatingPointError on every
-    rank if the norm is not finite: such a step would destroy the weights.
+    Returns the norm before. Sharded gradients count with all their shards. Raises FloatingPointError on every rank if
+    the norm is not finite: such a step would destroy the weights.
     """
-    total = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if (grad := parameter.grad) is not None:
+            by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
+    totals = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
+    norm = math.hypot(*[(t.full_tensor() if isinstance(t, DTensor) else t).item() for t in totals])
+    require_finite(norm)
+    scale = min(1.0, max_norm / (norm + 1e-6))
+    if scale < 1.0:
+        for grads in by_mesh.values():
+            torch._foreach_mul_(grads, scale)
+    return norm
+
+
+def require_finite(norm: float) -> float:
+    """The gradient norm; FloatingPointError if it is not finite."""
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm: got {norm}, expected a finite number")
     return norm

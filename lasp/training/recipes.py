@@ -1,9 +1,10 @@
 """Recipes: functions that return one validated configuration. `lasp train NAME` runs one, with any field overridden."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lasp.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from lasp.models import linear_llama3_1b, linear_llama3_8b
+from lasp.models import linear_llama3_1b, linear_llama3_8b, linear_moe_a0_3b_2b, linear_moe_a1b_7b
 
 
 def quickstart() -> TrainConfig:
@@ -27,15 +28,38 @@ def quickstart() -> TrainConfig:
 
 def linear_llama3_1b_128k() -> TrainConfig:
     """Linear-Llama3-1B (arXiv:2502.07563) at 131072 tokens over 8 GPUs, with a Llama-3 tokenizer.json of yours."""
-    return _llama(linear_llama3_1b(), run_dir="runs/linear_llama3_1b_128k", lr=3e-4)
+    return _on_8_gpus(linear_llama3_1b(), run_dir="runs/linear_llama3_1b_128k", lr=3e-4)
 
 
 def linear_llama3_8b_128k() -> TrainConfig:
     """A hybrid in Llama-3-8B's shape at 131072 tokens over 8 GPUs, with a Llama-3 tokenizer.json of yours."""
-    return _llama(linear_llama3_8b(), run_dir="runs/linear_llama3_8b_128k", lr=2e-4)
+    return _on_8_gpus(linear_llama3_8b(), run_dir="runs/linear_llama3_8b_128k", lr=2e-4)
 
 
-def _llama(model: ModelConfig, *, run_dir: str, lr: float) -> TrainConfig:
+def quickstart_moe() -> TrainConfig:
+    """The quickstart with 8 experts in every layer, 2 for a token, 4 experts on each rank."""
+    dense = quickstart()
+    model = replace(dense.model, num_experts=8, experts_per_token=2, expert_intermediate_size=192)
+    parallel = replace(dense.parallel, expert_parallel=2)
+    return replace(dense, model=model, parallel=parallel, run_dir="runs/quickstart_moe")
+
+
+def linear_moe_a0_3b_2b_128k() -> TrainConfig:
+    """Linear-MoE A0.3B-2B (arXiv:2503.05447), pure, at 131072 tokens over 8 GPUs, with a Qwen2 tokenizer.json."""
+    return _on_8_gpus(linear_moe_a0_3b_2b(pattern="L"), run_dir="runs/linear_moe_a0_3b_2b_128k", lr=1e-4, experts=8)
+
+
+def linear_moe_a0_3b_2b_hybrid_128k() -> TrainConfig:
+    """The same with softmax attention in every fourth layer."""
+    return _on_8_gpus(linear_moe_a0_3b_2b(), run_dir="runs/linear_moe_a0_3b_2b_hybrid_128k", lr=1e-4, experts=8)
+
+
+def linear_moe_a1b_7b_128k() -> TrainConfig:
+    """Linear-MoE A1B-7B (arXiv:2503.05447), pure, at 131072 tokens over 8 GPUs, with a Qwen2 tokenizer.json."""
+    return _on_8_gpus(linear_moe_a1b_7b(pattern="L"), run_dir="runs/linear_moe_a1b_7b_128k", lr=1e-4, experts=8)
+
+
+def _on_8_gpus(model: ModelConfig, *, run_dir: str, lr: float, experts: int = 1) -> TrainConfig:
     return TrainConfig(
         model=model,
         data=DataConfig(train="data/corpus_train", valid="data/corpus_valid", tokenizer="data/tokenizer.json"),
@@ -43,7 +67,7 @@ def _llama(model: ModelConfig, *, run_dir: str, lr: float) -> TrainConfig:
         steps=20_000,
         context_length=131_072,
         batch_contexts=8,
-        parallel=ParallelConfig(sequence_parallel=8, layout="zigzag"),
+        parallel=ParallelConfig(sequence_parallel=8, layout="zigzag", expert_parallel=experts),
         optimizer=OptimizerConfig(lr=lr, warmup_steps=1000, schedule="wsd"),
         recompute=True,
         eval_every=500,
@@ -51,5 +75,14 @@ def _llama(model: ModelConfig, *, run_dir: str, lr: float) -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (quickstart, linear_llama3_1b_128k, linear_llama3_8b_128k)
+    recipe.__name__: recipe
+    for recipe in (
+        quickstart,
+        quickstart_moe,
+        linear_llama3_1b_128k,
+        linear_llama3_8b_128k,
+        linear_moe_a0_3b_2b_128k,
+        linear_moe_a0_3b_2b_hybrid_128k,
+        linear_moe_a1b_7b_128k,
+    )
 }

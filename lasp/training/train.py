@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lasp.config import TrainConfig, require
 from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
-from lasp.models import Decoder, count_parameters, flops_per_token
+from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
-from lasp.parallel.apply import parallelize, reduce_gradients
-from lasp.training import checkpoint
+from lasp.training.balance import balance_experts
+from lasp.training.engine import Engine, make_engine
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
-from lasp.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasp.training.optimizer import learning_rate
 from lasp.training.runtime import World, join_world
 
 
@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> float:
     with join_world(config) as world:
         training, held_out = open_data(config)
         torch.manual_seed(config.seed)
-        model = build_model(config, world)
+        engine = make_engine(config, world)
         sp = SequenceParallel(
             world.mesh["sp"].get_group(),
             layout=config.parallel.layout,
@@ -42,39 +42,37 @@ def train(config: TrainConfig) -> float:
             softmax=config.parallel.softmax,
             device=world.device,
         )
-        optimizer = build_optimizer(model, config.optimizer)
-        first_step = checkpoint.restore(config.run_dir, model, optimizer, config)
+        first_step = engine.restore()
 
         tokens_per_step = config.batch_contexts * config.context_length
         flops, peak = flops_per_token(config.model, config.context_length), peak_flops(world.device, config.dtype)
         if first_step >= config.steps:
-            return evaluate(model, held_out, sp, world)
+            return evaluate(engine.model, held_out, sp, world)
         with Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank) as metrics:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
-                set_learning_rate(optimizer, lr)
                 contexts = [training[step * config.batch_contexts + i] for i in range(config.batch_contexts)]
-                loss = compute_gradients(model, contexts, sp, world)
-                grad_norm = clip_gradients(model, config.optimizer.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                loss = compute_gradients(engine, contexts, sp, world)
+                grad_norm = engine.step(lr)
+                balance = balance_experts(engine.model, all_ranks) if config.model.num_experts else {}
 
                 taken = step + 1
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
+                values |= balance
                 if peak is not None:
                     values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
                 metrics.log(taken, **values, tokens=taken * tokens_per_step)
 
                 last = taken == config.steps
                 if taken % config.eval_every == 0 or last:
-                    valid_loss = evaluate(model, held_out, sp, world)
+                    valid_loss = evaluate(engine.model, held_out, sp, world)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
                 if taken % config.checkpoint_every == 0 or last:
-                    checkpoint.save(config.run_dir, taken, model, optimizer, config)
+                    engine.save(taken)
         return valid_loss
 
 
@@ -89,30 +87,15 @@ def open_data(config: TrainConfig) -> tuple[PackedContexts, list[Context]]:
     return training, [held_out[i] for i in range(wanted)]
 
 
-def build_model(config: TrainConfig, world: World) -> nn.Module:
-    """The model with fresh weights, the same on every rank, placed on this world.
-
-    In bfloat16 FSDP gathers float32 parameters as bfloat16 and sums gradients in float32.
-    """
-    with world.device:
-        model = Decoder(config.model)
-    model.checkpoint_layers = config.recompute
-    if config.dtype == "float64":
-        model.double()
-    compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
-    return parallelize(model, world.mesh, fsdp=config.parallel.fsdp, compute_dtype=compute_dtype)
-
-
-def compute_gradients(model: nn.Module, contexts: list[Context], sp: SequenceParallel, world: World) -> float:
-    """The mean loss over all labels of the contexts, and its gradient in every parameter, whole on every rank."""
+def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World) -> float:
+    """The mean loss over all labels of the contexts; the engine gets each rank's part of its gradient."""
     labels = max(1, sum(count_labels(context) for context in contexts))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for context in share(contexts, world):
         batch = read_batch(context, sp, world.device)
-        loss_sum, _ = model(batch.tokens, batch.seq, labels=batch.labels)
-        (loss_sum / labels).backward()
+        loss_sum, _ = engine.model(batch.tokens, batch.seq, labels=batch.labels)
+        engine.backward(loss_sum / labels)
         total += loss_sum.detach()
-    reduce_gradients(model, world.mesh)
     return all_ranks(total).item() / labels
 
 
@@ -145,11 +128,13 @@ def count_labels(context: Context) -> int:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World) -> float:
-    """The mean loss over all labels of the held-out contexts, in nats per token."""
+    """The mean loss over all labels of the held-out contexts, in nats per token, without balancing losses."""
+    model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for context in share(held_out, world):
         batch = read_batch(context, sp, world.device)
         total += torch.stack([part.double() for part in model(batch.tokens, batch.seq, labels=batch.labels)])
+    model.train()
     loss_sum, count = all_ranks(total).tolist()
     return loss_sum / max(1, count)
 
@@ -162,8 +147,9 @@ def all_ranks(x: Tensor) -> Tensor:
 def describe(config: TrainConfig, world: World, first_step: int) -> str:
     model, groups = config.model, world.mesh["dp"].size()
     ranks = f"{world.mesh['sp'].size()} {world.device.type} ranks"
+    active = f" ({count_active_parameters(model):,} active)" if model.num_experts else ""
     lines = [
-        f"{count_parameters(model):,} parameters, {config.dtype}, layers {model.layers} ({model.mixer})",
+        f"{count_parameters(model):,} parameters{active}, {config.dtype}, layers {model.layers} ({model.mixer})",
         f"contexts of {config.context_length:,} tokens, each split over {ranks}; {groups} at a time",
     ]
     if first_step:

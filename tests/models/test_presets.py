@@ -5,7 +5,18 @@ from dataclasses import replace
 import pytest
 
 from lasp.config import MIXERS
-from lasp.models import PRESETS, count_parameters, flops_per_token, linear_llama3_1b, linear_llama3_8b, mini, tiny
+from lasp.models import (
+    PRESETS,
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+    linear_llama3_1b,
+    linear_llama3_8b,
+    linear_moe_a0_3b_2b,
+    linear_moe_a1b_7b,
+    mini,
+    tiny,
+)
 
 
 def test_llama_3_8b_has_the_published_number_of_parameters():
@@ -22,6 +33,22 @@ def test_linear_llama3_1b_by_hand():
     attention, mlp = 4 * 2048**2 + 128, 3 * 2048 * 8192
     expected = 128_256 * 2048 + 16 * (attention + mlp + 2 * 2048) + 2048
     assert count_parameters(linear_llama3_1b("linear", "L")) == expected
+
+
+@pytest.mark.parametrize("pattern", ["L", "LLLN"])
+@pytest.mark.parametrize("mixer", ["linear", "gated_delta_net"])
+def test_linear_moe_sizes_are_those_of_their_names(mixer, pattern):
+    """Without the embeddings, as the paper counts."""
+    for preset, billions, active in ((linear_moe_a0_3b_2b, 2.17, 0.32), (linear_moe_a1b_7b, 6.75, 1.1)):
+        config = preset(mixer, pattern)
+        embeddings = 2 * config.vocab_size * config.hidden_size
+        assert (count_parameters(config) - embeddings) / 1e9 == pytest.approx(billions, rel=0.01)
+        assert (count_active_parameters(config) - embeddings) / 1e9 == pytest.approx(active, rel=0.05)
+
+
+def test_linear_moe_by_hand():
+    layer = 4 * 1024**2 + 128 + 64 * (3 * 1024 * 896 + 1024) + 2 * 1024
+    assert count_parameters(linear_moe_a0_3b_2b("linear", "L")) == 12 * layer + 1024 + 2 * 151_936 * 1024
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

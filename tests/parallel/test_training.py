@@ -108,6 +108,29 @@ def test_any_mesh_trains_as_one_rank(ranks, config, fsdp):
         torch.testing.assert_close(saved_weights(run), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_mixtures_train_alike_however_they_are_spread(ranks, config):
+    """test_experts.py compares such models with one rank; here it is the loop, its reports and its checkpoints."""
+    experts = {"num_experts": 12, "expert_intermediate_size": 24, "expert_bias_rate": 0.01}
+    config = replace(config, model=replace(config.model, **experts), optimizer=OptimizerConfig(warmup_steps=1))
+
+    def run(sequence_parallel, expert_parallel, fsdp):
+        split = {"sequence_parallel": sequence_parallel, "expert_parallel": expert_parallel, "fsdp": fsdp}
+        parallel = replace(config.parallel, **split, layout="zigzag")
+        directory = f"{config.run_dir}-{sequence_parallel}-{expert_parallel}-{fsdp}"
+        spread = replace(config, run_dir=directory, parallel=parallel)
+        valid_loss = train(spread)
+        ranks.barrier(f"{directory} is saved")
+        names = ("loss", "grad_norm", "balance_loss", "expert_load")
+        steps = [record[name] for record in read_metrics(directory) if "loss" in record for name in names]
+        return [*steps, valid_loss], saved_weights(spread)
+
+    wanted, weights = run(1, 1, False)
+    for sequence_parallel, expert_parallel, fsdp in ((ranks.size, ranks.size, False), (ranks.size, 1, True)):
+        got, got_weights = run(sequence_parallel, expert_parallel, fsdp)
+        assert got == pytest.approx(wanted, rel=1e-9)
+        torch.testing.assert_close(got_weights, weights, rtol=1e-9, atol=1e-9)
+
+
 class Interrupted(Exception):
     pass
 

@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,7 @@ def test_run_directories_of_recipes_differ():
     [
         (ParallelConfig, "sequence_parallel", 0, "at least 1"),
         (ParallelConfig, "data_parallel", 0, "at least 1"),
+        (ParallelConfig, "expert_parallel", 0, "at least 1"),
         (ParallelConfig, "layout", "spiral", "contiguous, zigzag"),
         (ParallelConfig, "state_exchange", "pigeon", "all_gather, ring, scan"),
         (ParallelConfig, "softmax", "none", "ring, all_gather, ulysses"),
@@ -129,3 +131,26 @@ def test_contexts_must_divide_over_data_parallel_groups():
         make().mesh_shape(3)
     with pytest.raises(ValueError, match="eval_contexts: got 8, expected a multiple of data_parallel=3"):
         make(batch_contexts=3).mesh_shape(3)
+
+
+def test_expert_parallel_must_fit_the_model_and_the_world():
+    mixture = ModelConfig(**MODEL, num_experts=12)
+    with pytest.raises(ValueError, match="expert_parallel: got 2, expected 1 for a model without experts"):
+        make(parallel=ParallelConfig(expert_parallel=2))
+    with pytest.raises(ValueError, match="num_experts: got 12, expected a multiple of expert_parallel=5"):
+        make(model=mixture, parallel=ParallelConfig(expert_parallel=5))
+    run = make(model=mixture, parallel=ParallelConfig(expert_parallel=2))
+    with pytest.raises(ValueError, match="expert_parallel: got 2, expected a divisor of the world size 3"):
+        run.mesh_shape(3)
+    assert run.mesh_shape(4) == (4, 1)
+    odd = make(model=replace(mixture, expert_intermediate_size=25), parallel=ParallelConfig(expert_parallel=2))
+    with pytest.raises(
+        ValueError, match="expert_intermediate_size: got 25, expected a multiple of world size / expert"
+    ):
+        odd.mesh_shape(4)
+
+
+def test_deepspeed_takes_no_mixtures():
+    mixture = ModelConfig(**MODEL, num_experts=12)
+    with pytest.raises(ValueError, match="num_experts: got 12, expected 0 with engine='deepspeed'"):
+        make(model=mixture, engine="deepspeed", parallel=ParallelConfig(fsdp=False), dtype="float32")

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import lasp.training.train as loop
 from lasp.config import ParallelConfig
 from lasp.data import IGNORED, PackedContexts
 from lasp.models import Decoder
@@ -133,7 +132,7 @@ def test_gradients_that_overflow_stop_the_run(config, monkeypatch):
     def overflow(model, mesh):
         next(model.parameters()).grad.fill_(float("inf"))
 
-    monkeypatch.setattr(loop, "reduce_gradients", overflow)
+    monkeypatch.setattr("lasp.training.engine.reduce_gradients", overflow)
     with pytest.raises(FloatingPointError, match="gradient norm: got inf"):
         train(config)
 

@@ -1,0 +1,62 @@
+"""Weights between training runs and Hugging Face directories: what `lasp export` and `lasp import` do."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lasp.config import ModelConfig, require
+from lasp.data import load_tokenizer
+from lasp.integrations.huggingface import LaspConfig, to_huggingface
+from lasp.integrations.llama import from_llama
+from lasp.models import Decoder, count_parameters
+from lasp.training import checkpoint
+
+
+def export_run(run_dir: str, output: str) -> str:
+    """Writes the last checkpoint of a run to the directory `output`, with its tokenizer; returns a line about it.
+
+    The weights are those that were trained, in their dtype. Raises ValueError for a missing or damaged checkpoint.
+    """
+    path = checkpoint.require_latest(run_dir)
+    config = checkpoint.read_config(path)
+    decoder = Decoder(ModelConfig(**config["model"]))
+    if config["dtype"] == "float64":
+        decoder.double()
+    checkpoint.load_model(path, decoder)
+    tokenizer = config["data"]["tokenizer"]
+    to_huggingface(decoder, eos_token_id=load_tokenizer(tokenizer).eod).save_pretrained(output)
+    if tokenizer != "byte":
+        PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(output)
+    return f"{output}: {count_parameters(decoder.config):,} parameters of {path}"
+
+
+def import_weights(source: str, output: str, *, pattern: str, mixer: str, seed: int) -> str:
+    """Writes the weights of a Hugging Face directory to `output`, for TrainConfig.initial_weights.
+
+    A Llama's layers become those of pattern and mixer, what it has no weights for being drawn with the seed. Returns
+    the options of `lasp train` that describe the model. Raises ValueError if `output` is not empty, and for a model
+    that is neither lasp's nor a Llama, or a Llama that lasp cannot express.
+    """
+    target = Path(output)
+    require(not target.exists() or not any(target.iterdir()), "output", output, "a new or empty directory")
+    config = AutoConfig.from_pretrained(source)
+    require(config.model_type in ("lasp", "llama"), "model_type", config.model_type, "lasp or llama")
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    torch.manual_seed(seed)
+    decoder = model.decoder if isinstance(config, LaspConfig) else from_llama(model, pattern=pattern, mixer=mixer)
+    # A run keeps at least float32 weights, whatever it computes in.
+    decoder.to(torch.promote_types(model.dtype, torch.float32))
+    checkpoint.save_weights(target, decoder)
+    return f"--initial-weights {output} {_options(decoder.config)}"
+
+
+def _options(config: ModelConfig) -> str:
+    def option(name: str, value: object) -> str:
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--model.{name}" if value else f"--model.no-{name}"
+        return f"--model.{name} {value}"
+
+    return " ".join(option(name, value) for name, value in vars(config).items())

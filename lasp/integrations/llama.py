@@ -1,0 +1,117 @@
+"""Llama's weights in lasp's decoders: to begin a Linear-Llama from a Llama (LASP-2, arXiv:2502.07563), and back.
+
+Softmax layers are copied whole, as are embeddings, norms, MLPs and the head: a decoder of pattern "N" computes what the
+Llama does. A linear layer takes q, k, v and o; a group's k and v heads are repeated for each of its q heads, since
+linear layers have as many of all three. What a Llama has nothing for keeps its fresh values: gates, decays, short
+convolutions, norms of heads; hgrn2's k (a forget gate there); Mamba-2's B and C (k and q, but one for all heads).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lasp.config import SOFTMAX, ModelConfig, require
+from lasp.models import Decoder
+from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer
+
+
+def llama_shape(llama: LlamaConfig, *, pattern: str = "N", mixer: str = "gated_delta_net") -> ModelConfig:
+    """The configuration of a decoder in a Llama's shape. Raises ValueError for a Llama that lasp cannot express."""
+    require(llama.hidden_act == "silu", "hidden_act", llama.hidden_act, "silu")
+    for field in ("attention_bias", "mlp_bias"):
+        require(not getattr(llama, field), field, getattr(llama, field), "False")
+    rope: Any = llama.rope_parameters
+    shape = ModelConfig(
+        vocab_size=llama.vocab_size,
+        hidden_size=llama.hidden_size,
+        num_layers=llama.num_hidden_layers,
+        num_heads=llama.num_attention_heads,
+        num_kv_heads=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
+        intermediate_size=llama.intermediate_size,
+        rope_theta=rope["rope_theta"],
+        norm_eps=llama.rms_norm_eps,
+        tie_embeddings=llama.tie_word_embeddings,
+        init_std=llama.initializer_range,
+        pattern=pattern,
+        mixer=mixer,
+    )
+    rotates = SOFTMAX in shape.layers or mixer == "retention"
+    require(not rotates or rope["rope_type"] == "default", "rope_type", rope["rope_type"], "default (no scaling)")
+    return shape
+
+
+@torch.no_grad()
+def from_llama(llama: LlamaForCausalLM, *, pattern: str = "N", mixer: str = "gated_delta_net") -> Decoder:
+    """A new decoder with the Llama's weights, in its dtype. Raises ValueError as `llama_shape` does."""
+    decoder = Decoder(llama_shape(llama.config, pattern=pattern, mixer=mixer)).to(llama.dtype)
+    weights = llama.state_dict()
+    for name, place in _places(decoder):
+        weight = weights[name].view(-1, *place.shape[1:])
+        place.copy_(weight.repeat_interleave(place.shape[0] // weight.shape[0], dim=0))
+    return decoder
+
+
+@torch.no_grad()
+def to_llama(decoder: Decoder) -> LlamaForCausalLM:
+    """A Llama with a softmax decoder's weights. Raises ValueError if there are linear layers."""
+    shape = decoder.config
+    require(set(shape.layers) == {SOFTMAX}, "pattern", shape.pattern, f"only {SOFTMAX}: a Llama has no linear layers")
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.key_dim,
+        intermediate_size=shape.intermediate_size,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=shape.tie_embeddings,
+        initializer_range=shape.init_std,
+        dtype=next(decoder.parameters()).dtype,
+    )
+    llama: Any = LlamaForCausalLM(config)
+    llama.to(config.dtype)
+    weights = llama.state_dict()
+    for name, place in _places(decoder):
+        weights[name].view(place.shape).copy_(place)
+    return llama
+
+
+def _places(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Llama's name of each weight, and where the decoder holds it; of q, k and v with the heads as first dimension."""
+    yield "model.embed_tokens.weight", decoder.embedding.weight
+    yield "model.norm.weight", decoder.norm.weight
+    if decoder.head is not None:
+        yield "lm_head.weight", decoder.head.weight
+    block: Any
+    for index, block in enumerate(decoder.layers):
+        layer = f"model.layers.{index}"
+        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
+        yield f"{layer}.input_layernorm.weight", block.mixer_norm.weight
+        yield f"{layer}.post_attention_layernorm.weight", block.mlp_norm.weight
+        yield f"{layer}.mlp.gate_proj.weight", gate
+        yield f"{layer}.mlp.up_proj.weight", up
+        yield f"{layer}.mlp.down_proj.weight", block.mlp.out_proj.weight
+        for name, place in _mixer_places(block.mixer):
+            yield f"{layer}.self_attn.{name}_proj.weight", place
+
+
+def _mixer_places(mixer: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(mixer, SoftmaxMixer):
+        heads = mixer.qkv_proj.weight.unflatten(0, (sum(mixer.head_counts), -1))
+        yield from zip("qkv", heads.split(mixer.head_counts), strict=True)
+        yield "o", mixer.out_proj.weight
+    elif isinstance(mixer, Mamba2Mixer):
+        yield "v", mixer.xbc_proj.weight[: mixer.sizes[0]].unflatten(0, (mixer.heads, -1))
+        yield "o", mixer.out_proj.weight
+    else:
+        heads = mixer.qkv_proj.weight.unflatten(0, (mixer.heads, -1))
+        for name, place in zip("qkv", heads.split(mixer.sizes, dim=1), strict=True):
+            if not (name == "k" and isinstance(mixer, LinearMixer) and mixer.kind.keys_from_decay):
+                yield name, place
+        yield "o", mixer.output.out_proj.weight

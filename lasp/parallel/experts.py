@@ -1,0 +1,52 @@
+"""Expert parallelism: each rank of a group holds some of the experts, and rows travel to theirs and back.
+
+R ranks, E experts of which each rank holds E / R, N rows of this rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lasp.kernels.experts import RowOrder
+from lasp.parallel import comm
+from lasp.parallel.comm import Group
+
+
+class ExpertParallel:
+    """Takes the place of `run(x, counts, *matrices)`, a function of one rank, for matrices sharded over the experts.
+
+    group: rank r holds the r-th part of the experts. Every rank must make every call, be it without rows: all of them
+    exchange the counts, then the rows, and the rows again in backward. The host reads the counts once per call.
+    """
+
+    def __init__(self, group: Group, run: Callable[..., Tensor]):
+        self.group, self.run = group, run
+
+    def __call__(self, x: Tensor, counts: Tensor, *matrices: DTensor) -> Tensor:
+        """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] DTensors -> [N, D]."""
+        ranks = comm.size(self.group)
+        here = len(counts) // ranks
+        leaving = counts.view(ranks, here)
+        arriving = comm.all_to_all(counts, [here] * ranks, [here] * ranks, self.group).wait().view(ranks, here)
+        send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
+        rows = _Exchange.apply(x, send, receive, self.group)
+        experts = torch.arange(here, device=x.device).repeat(ranks)  # of the rows: by rank, then by expert
+        by_expert = RowOrder.sorting(experts.repeat_interleave(arriving.flatten(), output_size=sum(receive)))
+        y = self.run(by_expert.apply(rows), arriving.sum(0), *(matrix.to_local() for matrix in matrices))
+        return _Exchange.apply(by_expert.undo(y), receive, send, self.group)
+
+
+class _Exchange(torch.autograd.Function):
+    """send[r] rows of x go to rank r; receive[r] rows of it arrive. In backward their gradients go back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return comm.all_to_all(x, send, receive, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None, None]:
+        return comm.all_to_all(d, ctx.receive, ctx.send, ctx.group).wait(), None, None, None

@@ -1,0 +1,102 @@
+"""Who holds the weights and updates them: PyTorch itself, or DeepSpeed (lasp.training.deepspeed)."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lasp.config import TrainConfig
+from lasp.models import Decoder
+from lasp.parallel.apply import parallelize, reduce_gradients
+from lasp.training import checkpoint
+from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from lasp.training.runtime import World
+
+
+class Engine(Protocol):
+    """What the loop needs. Calls are made by all ranks together, in the same order."""
+
+    model: Decoder
+    """Or what is called as it is."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a part of the step's loss; the parts of all contexts and all ranks sum up to the loss.
+
+        Called once for each of the batch_contexts / data_parallel contexts of this rank's group.
+        """
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clips the summed gradients, updates the weights, and begins anew; returns the gradient norm before clipping.
+
+        Raises FloatingPointError on every rank if that is not finite.
+        """
+        ...
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint of the run after that many steps."""
+        ...
+
+    def restore(self) -> int:
+        """Goes back to the run's last checkpoint, if there is one; returns how many steps had been taken (0: none)."""
+        ...
+
+
+def make_engine(config: TrainConfig, world: World) -> Engine:
+    """The engine that config.engine names, with a model of fresh weights, the same on every rank.
+
+    Raises ValueError for a configuration that the engine cannot run, or if it is not installed.
+    """
+    if config.engine == "deepspeed":
+        from lasp.training.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, world)
+    return NativeEngine(config, world)
+
+
+def build_model(config: TrainConfig, device: torch.device) -> Decoder:
+    """The model with fresh weights, or with those of config.initial_weights, in float32 or float64."""
+    with device:
+        model = Decoder(config.model)
+    model.checkpoint_layers = config.recompute
+    if config.dtype == "float64":
+        model.double()
+    if config.initial_weights is not None:
+        checkpoint.require_same_model(Path(config.initial_weights), config.model)
+        checkpoint.load_model(config.initial_weights, model)
+    return model
+
+
+class NativeEngine:
+    """FSDP2, or the same weights on every rank. In bfloat16 FSDP gathers float32 parameters as bfloat16 and sums
+    gradients in float32."""
+
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.mesh = config, world.mesh
+        compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.model = parallelize(
+            build_model(config, world.device),
+            world.mesh,
+            fsdp=config.parallel.fsdp,
+            compute_dtype=compute_dtype,
+            expert_parallel=config.parallel.expert_parallel,
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        reduce_gradients(self.model, self.mesh)
+        grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+    def save(self, step: int) -> None:
+        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config)
+
+    def restore(self) -> int:
+        return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config)

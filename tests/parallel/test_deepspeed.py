@@ -1,0 +1,133 @@
+"""A run with DeepSpeed is the run of one process, for ZeRO 0 to 3 and every split into data and sequence parallel.
+
+SGD takes AdamW's place, because Adam's update hides a gradient of the wrong scale. What one process does is computed
+plainly, in float64.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lasp.config import DeepSpeedConfig, ParallelConfig
+from lasp.models import Decoder
+from lasp.training import checkpoint
+from lasp.training.metrics import read_metrics
+from lasp.training.train import train
+from tests.parallel import test_training
+from tests.parallel.test_training import alone
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.mpi
+
+native_config = test_training.config
+
+
+@pytest.fixture(autouse=True)
+def forgotten_groups(monkeypatch):
+    """DeepSpeed would keep to the world's group of its first run, which is renewed when a test has failed."""
+    monkeypatch.setattr("deepspeed.utils.groups._WORLD_GROUP", None)
+    monkeypatch.setattr("deepspeed.comm.comm.cdb", None)
+
+
+@pytest.fixture
+def config(native_config):
+    """Not clipped; every group accumulates at least two contexts."""
+    config = native_config
+    optimizer = replace(config.optimizer, lr=0.3, warmup_steps=0, clip_norm=float("inf"))
+    contexts = 2 * config.batch_contexts
+    return replace(config, batch_contexts=contexts, dtype="float32", optimizer=optimizer, engine="deepspeed")
+
+
+@pytest.fixture
+def sgd(monkeypatch):
+    def build(model, config):
+        return torch.optim.SGD(model.parameters(), lr=config.lr)
+
+    monkeypatch.setattr("lasp.training.deepspeed.build_optimizer", build)
+    monkeypatch.setattr(test_training, "build_optimizer", build)
+
+
+def splits(size):
+    return [n for n in range(1, size + 1) if size % n == 0]
+
+
+def variant(config, name, **changes):
+    return replace(config, run_dir=f"{config.run_dir}-{name}", **changes)
+
+
+def final_weights(config):
+    model = Decoder(config.model)
+    checkpoint.load_model(checkpoint.require_latest(config.run_dir), model)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("zero", "changes"),
+    [
+        ({"stage": 0}, {}),
+        ({"stage": 1}, {}),
+        ({"stage": 2, "offload": True}, {}),
+        ({"stage": 3}, {"recompute": True}),
+        ({"stage": 0}, {"clip_norm": 0.1}),
+        ({"stage": 3}, {"clip_norm": 0.1}),
+    ],
+    ids=["0", "1", "2 offloaded", "3 recomputed", "0 clipped", "3 clipped"],
+)
+def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config, sgd):
+    changes = dict(changes)
+    config = replace(config, optimizer=replace(config.optimizer, clip_norm=changes.pop("clip_norm", float("inf"))))
+    losses, norms, valid_loss, model = alone(replace(config, engine="native"))
+    assert config.optimizer.clip_norm == float("inf") or max(norms) > config.optimizer.clip_norm
+    for sequence in splits(ranks.size):
+        parallel = ParallelConfig(sequence_parallel=sequence, layout="zigzag", fsdp=False, timeout=60)
+        run = variant(config, f"sp{sequence}", deepspeed=DeepSpeedConfig(**zero), parallel=parallel, **changes)
+        assert train(run) == pytest.approx(valid_loss, rel=1e-5)
+        ranks.barrier(f"{run.run_dir} is finished")
+        rows = [row for row in read_metrics(run.run_dir) if "loss" in row]
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+        assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
+        got = final_weights(run)
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(got[name].double(), weight, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_keeps_constant_decays(ranks, config, sgd):
+    config = replace(config, model=replace(config.model, mixer="retention"))
+    losses, *_ = alone(replace(config, engine="native"))
+    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=60)
+    train(replace(config, dtype="bfloat16", parallel=parallel, deepspeed=DeepSpeedConfig(stage=3)))
+    ranks.barrier(f"{config.run_dir} is finished")
+    rows = [row for row in read_metrics(config.run_dir) if "loss" in row]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=0.02)
+
+
+@pytest.mark.no_exchange
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
+    """With AdamW and its states. Another stage, another engine and another number of ranks are refused."""
+    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=60)
+    config = replace(config, parallel=parallel, deepspeed=DeepSpeedConfig(stage=stage), checkpoint_every=2)
+    optimizer = replace(config.optimizer, lr=1e-2, schedule="wsd", decay_fraction=1e-3)  # as if it had no end
+    straight, again = (variant(config, name, optimizer=optimizer) for name in ("straight", "again"))
+    loss = train(straight)
+    train(replace(again, steps=2))
+    ranks.barrier(f"{again.run_dir} is interrupted")
+    assert train(again) == loss
+    ranks.barrier(f"{again.run_dir} is finished")
+    got = final_weights(again)
+    for name, weight in final_weights(straight).items():
+        assert torch.equal(got[name], weight), name
+
+    with pytest.raises(ValueError, match=f"got 'ZeRO stage {stage}', expected deepspeed.stage 2"):
+        train(replace(again, deepspeed=DeepSpeedConfig(stage=2)))
+    with pytest.raises(ValueError, match="got \"one of engine 'deepspeed'\", expected 'native'"):
+        train(replace(again, engine="native", deepspeed=DeepSpeedConfig()))
+    ranks.barrier(f"{again.run_dir} was refused")
+    if ranks.rank == 0:
+        next(checkpoint.require_latest(again.run_dir).glob("*_optim_states.pt")).unlink()
+    ranks.barrier(f"{again.run_dir} is of fewer ranks")
+    with pytest.raises(ValueError, match=f"got 'one of {ranks.size - 1} ranks', expected one of {ranks.size}"):
+        train(again)
