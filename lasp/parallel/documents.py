@@ -6,7 +6,7 @@ document, then its units of the second, and so on.
 """
 
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class DocumentSequence(Sequence):
         def check() -> object:
             offsets = cu_seqlens.tolist()
             checks.cu_seqlens(cu_seqlens, 1, offsets[-1])
-            for start, stop in zip(offsets, offsets[1:], strict=False):
+            for start, stop in pairwise(offsets):
                 expected = f"a multiple of the {layout.units} units of {parallel.size} ranks"
                 checks.require((stop - start) % layout.units == 0, "document length", stop - start, expected)
             return offsets

@@ -1,0 +1,227 @@
+"""Small Megatron models, one rank's training of them, and Megatron's own on any mesh."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lasp.integrations.megatron import gpt_layer_specs, shard_batch
+
+VOCABULARY, LENGTH, SEQUENCES, STEPS, LR = 32, 32, 4, 3, 0.1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the model-parallel groups; data parallelism takes the rest."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-cp{self.cp}-pp{self.pp}-ep{self.ep}"
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.cp * self.pp
+
+    @property
+    def etp(self) -> int:
+        return 1 if self.ep > 1 else self.tp
+
+    def enter(self) -> None:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tp,
+            context_parallel_size=self.cp,
+            pipeline_model_parallel_size=self.pp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+        )
+
+
+def config(mesh: Mesh, moe: bool = False, **changes) -> TransformerConfig:
+    options = {
+        "num_layers": 4,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "ffn_hidden_size": 24,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": 0.1,  # larger, and fp32 is chaotic within three steps
+        "calculate_per_token_loss": True,
+        "tensor_model_parallel_size": mesh.tp,
+        "context_parallel_size": mesh.cp,
+        "pipeline_model_parallel_size": mesh.pp,
+        "expert_model_parallel_size": mesh.ep,
+        "expert_tensor_parallel_size": mesh.etp,
+        "sequence_parallel": mesh.tp > 1,
+        "pipeline_dtype": torch.float32,
+        "use_cpu_initialization": True,
+    }
+    if moe:
+        options |= {
+            "num_moe_experts": 4,
+            "moe_layer_freq": 2,
+            "moe_ffn_hidden_size": 12,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return TransformerConfig(**(options | changes))
+
+
+def gpt(mesh: Mesh, mixer: str = "gated_delta_net", moe: bool = False, pattern: str = "LLLN", **changes) -> GPTModel:
+    shape = config(mesh, moe, **changes)
+    return GPTModel(
+        shape,
+        gpt_layer_specs(shape, pattern, mixer=mixer),
+        VOCABULARY,
+        LENGTH,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )
+
+
+def hybrid(mesh: Mesh, mixer: str = "gated_delta_net", moe: bool = False, **changes):
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from lasp.integrations.megatron.hybrid import hybrid_pattern, hybrid_stack_spec
+
+    shape = config(mesh, moe, num_layers=8, **changes)
+    pattern = hybrid_pattern(shape)
+    return HybridModel(
+        shape,
+        hybrid_stack_spec(shape, pattern, mixer=mixer),
+        VOCABULARY,
+        LENGTH,
+        hybrid_layer_pattern=pattern,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+    )
+
+
+def draw_batches(gen: torch.Generator) -> list[dict[str, Tensor]]:
+    """STEPS global batches; sequences have unequal numbers of tokens that count."""
+    batches = []
+    for _ in range(STEPS):
+        tokens, labels = (torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=gen) for _ in range(2))
+        mask = (torch.rand(SEQUENCES, LENGTH, generator=gen) < torch.linspace(0.5, 1, SEQUENCES)[:, None]).float()
+        positions = torch.arange(LENGTH).expand(SEQUENCES, -1)
+        batches.append({"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions})
+    return batches
+
+
+def row(batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: x[index : index + 1] for name, x in batch.items()}
+
+
+def loss_of(model, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+
+def train_alone(model, batches) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of STEPS steps of SGD and the last gradient, with nothing of Megatron's but the model."""
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedules do
+    losses = []
+    for batch in batches:
+        model.zero_grad()
+        total = sum((loss_of(model, row(batch, i)) * batch["loss_mask"][i]).sum() for i in range(SEQUENCES))
+        count = batch["loss_mask"].sum()
+        total.backward()
+        losses.append((total / count).item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.grad /= count
+                parameter -= LR * parameter.grad
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def train_on_mesh(model, batches, distributed_optimizer: bool = False) -> list[float]:
+    """The same steps by Megatron's schedules, gradient reductions and optimizer; gradients stay in `main_grad`."""
+    shape = model.config
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
+    model = DistributedDataParallel(shape, ddp, model)
+    shape.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="sgd",
+            lr=LR,
+            min_lr=LR,
+            weight_decay=0.0,
+            sgd_momentum=0.0,
+            clip_grad=1e9,
+            use_distributed_optimizer=distributed_optimizer,
+        ),
+        [model],
+    )
+    data, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    losses = []
+    for batch in batches:
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        mine = iter([row(batch, i) for i in range(data, SEQUENCES, ranks)])
+        seen = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=mine,
+            model=[model],
+            num_microbatches=SEQUENCES // ranks,
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        successful, _, _ = optimizer.step()
+        assert successful
+        losses.append(mean_loss(seen))
+    return losses
+
+
+def forward_step(data_iterator, model):
+    batch = shard_batch(next(data_iterator), parallel_state.get_context_parallel_group())
+    return loss_of(model, batch), partial(count_loss, batch["loss_mask"])
+
+
+def count_loss(mask: Tensor, losses: Tensor):
+    total, count = (losses * mask).sum(), mask.sum().int()
+    return total, count, torch.stack([total.detach(), count.float()])
+
+
+def mean_loss(seen: list[Tensor]) -> float:
+    """Of the whole batch; the last stage tells the others."""
+    both = torch.stack(seen).sum(0) if seen else torch.zeros(2)
+    torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    torch.distributed.all_reduce(both, group=parallel_state.get_pipeline_model_parallel_group())
+    return (both[0] / both[1]).item()
+
+
+def save(model, folder: Path) -> None:
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+
+
+def load(model, folder: Path) -> None:
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(folder)), strict=False)
+
+
+def groups() -> ProcessGroupCollection:
+    return ProcessGroupCollection.use_mpu_process_groups()
