@@ -1,7 +1,7 @@
 """Small Megatron models, one rank's training of them, and Megatron's own on any mesh."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -11,14 +11,16 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.integrations.megatron import gpt_layer_specs, shard_batch
+from lasp.integrations.megatron import gpt_layer_specs, run_on_cpu, shard_batch
 
 VOCABULARY, LENGTH, SEQUENCES, STEPS, LR = 32, 32, 4, 3, 0.1
+
+
+cpu = cache(run_on_cpu)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Mesh:
         return 1 if self.ep > 1 else self.tp
 
     def enter(self) -> None:
+        cpu()
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
@@ -50,6 +53,9 @@ class Mesh:
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
         )
+
+
+ALONE = Mesh()
 
 
 def config(mesh: Mesh, moe: bool = False, **changes) -> TransformerConfig:
@@ -141,8 +147,8 @@ def loss_of(model, batch: dict[str, Tensor]) -> Tensor:
     return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
 
-def train_alone(model, batches) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of STEPS steps of SGD and the last gradient, with nothing of Megatron's but the model."""
+def train_alone(model, batches) -> list[float]:
+    """Losses of STEPS steps of SGD, with nothing of Megatron's but the model; the last gradient stays in `grad`."""
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedules do
     losses = []
     for batch in batches:
@@ -155,7 +161,7 @@ def train_alone(model, batches) -> tuple[list[float], dict[str, Tensor]]:
             for parameter in model.parameters():
                 parameter.grad /= count
                 parameter -= LR * parameter.grad
-    return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return losses
 
 
 def train_on_mesh(model, batches, distributed_optimizer: bool = False) -> list[float]:
@@ -216,6 +222,7 @@ def mean_loss(seen: list[Tensor]) -> float:
 
 
 def save(model, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     dist_checkpointing.save(model.sharded_state_dict(), str(folder))
 
 
@@ -223,5 +230,24 @@ def load(model, folder: Path) -> None:
     model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(folder)), strict=False)
 
 
-def groups() -> ProcessGroupCollection:
-    return ProcessGroupCollection.use_mpu_process_groups()
+def save_gradient(model, folder: Path) -> None:
+    """The last gradient, in the place of the weights."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad if parameter.grad is not None else parameter.main_grad)
+    save(model, folder)
+
+
+def check_gradient(got_folder: Path, wanted_folder: Path, tolerance: float) -> None:
+    """The error is at most `tolerance` of the whole gradient, and ten times that of every tensor.
+
+    Single small tensors (the gates' A_log above all) are sums that nearly cancel: fp32 itself is off by 1e-5 there.
+    """
+    got, wanted = (dist_checkpointing.load_plain_tensors(str(folder)) for folder in (got_folder, wanted_folder))
+    wanted = {name: x for name, x in wanted.items() if x.is_floating_point()}
+    errors = {name: (got[name] - x).norm() for name, x in wanted.items()}
+    norms = {name: x.norm() for name, x in wanted.items()}
+    assert all(norm > 0 for norm in norms.values())
+    worst = max(errors, key=lambda name: errors[name] / norms[name])
+    assert errors[worst] <= 10 * tolerance * norms[worst], worst
+    assert torch.stack([*errors.values()]).norm() <= tolerance * torch.stack([*norms.values()]).norm()

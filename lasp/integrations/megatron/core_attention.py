@@ -122,7 +122,7 @@ class LinearCoreAttention(_CoreAttention):
                 intermediate_size=1,
                 pattern="L",
             )
-            whole = self.kind.decay(shape, layer_number - 1)
+            whole: Any = self.kind.decay(shape, layer_number - 1)
             self.decay = FixedDecay(whole.values(heads).chunk(ranks)[self.tp_group.rank()])
         self.norm = RMSNorm(config.kv_channels, eps=config.layernorm_epsilon).to(config.params_dtype)
         if self.tp_group.size() > 1:

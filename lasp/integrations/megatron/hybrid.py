@@ -29,7 +29,7 @@ class LocalHybridStack(HybridStack):
 
 
 def hybrid_pattern(config: Any, pattern: str = "LLLN") -> str:
-    """HybridModel's pattern for lasp's: G for L, * for N, each followed by its MLP (-) or experts (E), | between stages.
+    """HybridModel's pattern: G for L, * for N, each followed by its MLP (-) or experts (E); | between stages.
 
     Args:
         config: with `num_layers` counting symbols, two for each letter; `moe_layer_freq` counts letters.

@@ -17,7 +17,7 @@ class Norm:
     tensor-parallel group.
     """
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:  # type: ignore[misc]
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:
         require(config.normalization in _NORMS, "normalization", config.normalization, " or ".join(_NORMS))
         zero_centered = config.layernorm_zero_centered_gamma
         require(not zero_centered, "layernorm_zero_centered_gamma", zero_centered, "False")

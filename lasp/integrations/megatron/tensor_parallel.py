@@ -55,7 +55,7 @@ class FixedDecay(nn.Module):
 class ParallelRMSNorm(RMSNorm):
     """RMSNorm over all channels, of which this rank has some."""
 
-    def __init__(self, channels: int, eps: float, group: Any):
+    def __init__(self, channels: int, eps: float | None, group: Any):
         super().__init__(channels, eps=eps)
         self.group = group
 
