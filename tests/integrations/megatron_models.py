@@ -44,17 +44,26 @@ class Mesh:
         return 1 if self.ep > 1 else self.tp
 
     def enter(self) -> None:
+        """Makes this Megatron's mesh; its process groups, dozens of them, are made once."""
         cpu()
+        state = vars(parallel_state)
         parallel_state.destroy_model_parallel()
+        key = torch.distributed.group.WORLD, self  # a failed test renews the world
+        if key in _ENTERED:
+            state.update(_ENTERED[key])
+            return
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
             context_parallel_size=self.cp,
             pipeline_model_parallel_size=self.pp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
+            create_gloo_process_groups=False,
         )
+        _ENTERED[key] = {name: value for name, value in state.items() if name.startswith("_") and name.isupper()}
 
 
+_ENTERED: dict[tuple, dict] = {}
 ALONE = Mesh()
 
 
@@ -205,12 +214,21 @@ def train_on_mesh(model, batches, distributed_optimizer: bool = False) -> list[f
 
 def forward_step(data_iterator, model):
     batch = shard_batch(next(data_iterator), parallel_state.get_context_parallel_group())
-    return loss_of(model, batch), partial(count_loss, batch["loss_mask"])
+    loss = count_loss if model.config.calculate_per_token_loss else average_loss
+    return loss_of(model, batch), partial(loss, batch["loss_mask"])
 
 
 def count_loss(mask: Tensor, losses: Tensor):
     total, count = (losses * mask).sum(), mask.sum().int()
     return total, count, torch.stack([total.detach(), count.float()])
+
+
+def average_loss(mask: Tensor, losses: Tensor):
+    """Of a step with one count for all its tokens: a 2-tuple, which Megatron scales by CP and averages."""
+    total, _, both = count_loss(mask, losses)
+    count = both[1].clone()
+    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return total * parallel_state.get_data_parallel_world_size() / count, both
 
 
 def mean_loss(seen: list[Tensor]) -> float:

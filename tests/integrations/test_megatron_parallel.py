@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 megatron = pytest.importorskip("megatron.core")
 
@@ -74,15 +73,39 @@ def test_mesh_trains_as_one_rank(ranks, alone, mesh, shared_tmp_path):
     models.check_gradient(shared_tmp_path / "gradient", alone.folder / "gradient", TOLERANCE)
 
 
+VARIANTS = {
+    "full recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
+    "averages": {"calculate_per_token_loss": False},
+}
+
+
 @pytest.mark.mpi
-@pytest.mark.no_exchange
-def test_bad_batches_are_refused_on_every_rank(ranks):
-    """Lengths that 2 · CP does not divide, before anything is computed."""
-    Mesh(cp=ranks.size).enter()
-    model = models.gpt(Mesh(cp=ranks.size))
-    tokens = torch.zeros(1, 2 * ranks.size + 1, dtype=torch.long)
-    with pytest.raises(ValueError, match="sequence length: got"):
-        models.shard_batch({"tokens": tokens}, dist.group.WORLD)
-    odd = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"sequence length: got \d+, expected a multiple of 2"):
-        model(odd, odd, None, labels=odd)
+@pytest.mark.parametrize("alone", ["gpt"], indirect=True, scope="module")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_as_one_rank(ranks, alone, variant, shared_tmp_path):
+    """Recomputation repeats the exchanges; with averaged losses Megatron multiplies by CP, and divides by it later."""
+    if ranks.size != 4:
+        pytest.skip("wants 4 ranks")
+    mesh = Mesh(tp=2, cp=2)
+    mesh.enter()
+    model = build(alone.kind, mesh, **VARIANTS[variant])
+    models.load(model, alone.folder / "weights")
+    losses = models.train_on_mesh(model, alone.batches)
+    models.save_gradient(model, shared_tmp_path / "gradient")
+    assert losses == pytest.approx(alone.losses, rel=TOLERANCE)
+    models.check_gradient(shared_tmp_path / "gradient", alone.folder / "gradient", TOLERANCE)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("alone", ["gpt"], indirect=True, scope="module")
+def test_distributed_optimizer_takes_the_same_steps(ranks, alone):
+    """Its gradients are scattered; the losses of the later steps show the updates."""
+    if ranks.size != 4:
+        pytest.skip("wants 4 ranks")
+    mesh = Mesh(cp=2)
+    mesh.enter()
+    model = build(alone.kind, mesh)
+    models.load(model, alone.folder / "weights")
+    losses = models.train_on_mesh(model, alone.batches, distributed_optimizer=True)
+    assert losses == pytest.approx(alone.losses, rel=TOLERANCE)

@@ -102,7 +102,8 @@ def split_over_heads(make: Callable[[int], nn.Module], heads: int, group: Any, c
         shared = _separate(make(heads if whole_on_cpu else heads // tp), rank, heads, group)
         own = shared
         if whole_on_cpu:
-            own = _separate(make(heads // tp), rank, heads, group)
+            with torch.random.fork_rng(devices=[]):  # what is drawn next does not depend on the number of ranks
+                own = _separate(make(heads // tp), rank, heads, group)
         elif tp > 1:
             with get_cuda_rng_tracker().fork():
                 own = _separate(make(heads // tp), rank, heads, group)
