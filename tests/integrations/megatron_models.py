@@ -58,7 +58,6 @@ class Mesh:
             pipeline_model_parallel_size=self.pp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
-            create_gloo_process_groups=False,
         )
         _ENTERED[key] = {name: value for name, value in state.items() if name.startswith("_") and name.isupper()}
 
@@ -173,21 +172,21 @@ def train_alone(model, batches) -> list[float]:
     return losses
 
 
-def train_on_mesh(model, batches, distributed_optimizer: bool = False) -> list[float]:
+def train_on_mesh(model, batches, optimizer: str = "sgd", distributed: bool = False) -> list[float]:
     """The same steps by Megatron's schedules, gradient reductions and optimizer; gradients stay in `main_grad`."""
     shape = model.config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, overlap_grad_reduce=False)
     model = DistributedDataParallel(shape, ddp, model)
     shape.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
+    steps = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="sgd",
-            lr=LR,
-            min_lr=LR,
+            optimizer=optimizer,
+            lr=LR if optimizer == "sgd" else LR / 10,
+            min_lr=LR if optimizer == "sgd" else LR / 10,
             weight_decay=0.0,
             sgd_momentum=0.0,
             clip_grad=1e9,
-            use_distributed_optimizer=distributed_optimizer,
+            use_distributed_optimizer=distributed,
         ),
         [model],
     )
@@ -195,10 +194,10 @@ def train_on_mesh(model, batches, distributed_optimizer: bool = False) -> list[f
     losses = []
     for batch in batches:
         model.zero_grad_buffer()
-        optimizer.zero_grad()
+        steps.zero_grad()
         mine = iter([row(batch, i) for i in range(data, SEQUENCES, ranks)])
         seen = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=partial(forward_step, batch["loss_mask"].sum()),
             data_iterator=mine,
             model=[model],
             num_microbatches=SEQUENCES // ranks,
@@ -206,16 +205,17 @@ def train_on_mesh(model, batches, distributed_optimizer: bool = False) -> list[f
             micro_batch_size=1,
             forward_only=False,
         )
-        successful, _, _ = optimizer.step()
+        successful, _, _ = steps.step()
         assert successful
         losses.append(mean_loss(seen))
     return losses
 
 
-def forward_step(data_iterator, model):
+def forward_step(step_count: Tensor, data_iterator, model):
     batch = shard_batch(next(data_iterator), parallel_state.get_context_parallel_group())
-    loss = count_loss if model.config.calculate_per_token_loss else average_loss
-    return loss_of(model, batch), partial(loss, batch["loss_mask"])
+    mask = batch["loss_mask"]
+    per_token = model.config.calculate_per_token_loss
+    return loss_of(model, batch), partial(count_loss, mask) if per_token else partial(average_loss, mask, step_count)
 
 
 def count_loss(mask: Tensor, losses: Tensor):
@@ -223,12 +223,10 @@ def count_loss(mask: Tensor, losses: Tensor):
     return total, count, torch.stack([total.detach(), count.float()])
 
 
-def average_loss(mask: Tensor, losses: Tensor):
-    """Of a step with one count for all its tokens: a 2-tuple, which Megatron scales by CP and averages."""
+def average_loss(mask: Tensor, step_count: Tensor, losses: Tensor):
+    """A 2-tuple: Megatron multiplies it by CP and averages it over microbatches and over data and context ranks."""
     total, _, both = count_loss(mask, losses)
-    count = both[1].clone()
-    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return total * parallel_state.get_data_parallel_world_size() / count, both
+    return total * SEQUENCES / step_count, both
 
 
 def mean_loss(seen: list[Tensor]) -> float:

@@ -75,7 +75,7 @@ def test_mesh_trains_as_one_rank(ranks, alone, mesh, shared_tmp_path):
 
 VARIANTS = {
     "full recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
+    "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "averages": {"calculate_per_token_loss": False},
 }
 
@@ -100,12 +100,16 @@ def test_variants_train_as_one_rank(ranks, alone, variant, shared_tmp_path):
 @pytest.mark.mpi
 @pytest.mark.parametrize("alone", ["gpt"], indirect=True, scope="module")
 def test_distributed_optimizer_takes_the_same_steps(ranks, alone):
-    """Its gradients are scattered; the losses of the later steps show the updates."""
+    """Adam, the only one that Megatron distributes; the losses of the later steps show the updates."""
     if ranks.size != 4:
         pytest.skip("wants 4 ranks")
     mesh = Mesh(cp=2)
     mesh.enter()
-    model = build(alone.kind, mesh)
-    models.load(model, alone.folder / "weights")
-    losses = models.train_on_mesh(model, alone.batches, distributed_optimizer=True)
-    assert losses == pytest.approx(alone.losses, rel=TOLERANCE)
+    losses = []
+    for distributed in (False, True):
+        model = build(alone.kind, mesh)
+        models.load(model, alone.folder / "weights")
+        losses.append(models.train_on_mesh(model, alone.batches, "adam", distributed))
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
+    assert losses[0][0] == pytest.approx(alone.losses[0], rel=TOLERANCE)
+    assert losses[0][2] != pytest.approx(alone.losses[2], rel=TOLERANCE)  # SGD's

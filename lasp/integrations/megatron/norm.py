@@ -17,11 +17,11 @@ class Norm:
     tensor-parallel group.
     """
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         require(config.normalization in _NORMS, "normalization", config.normalization, " or ".join(_NORMS))
         zero_centered = config.layernorm_zero_centered_gamma
         require(not zero_centered, "layernorm_zero_centered_gamma", zero_centered, "False")
         norm = _NORMS[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
