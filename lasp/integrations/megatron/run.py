@@ -33,7 +33,7 @@ class Run:
     context_parallel: int = 1
     pipeline_parallel: int = 1
     expert_parallel: int = 1
-    distributed_optimizer: bool = True
+    distributed_optimizer: bool = False  # over data parallelism; wants Apex or TransformerEngine
     recompute: bool = False  # every layer in the backward pass
     lr: float = 3e-4
     warmup_steps: int = 100
@@ -100,10 +100,11 @@ class Run:
         return config
 
     def build(self, config: TransformerConfig, vocab_size: int) -> Any:
-        """This pipeline stage's part of the model. The vocabulary is padded to what tensor parallelism can split."""
-        multiple = 128 * self.tensor_parallel
+        """This pipeline stage's part of the model. The vocabulary is padded to a multiple of 128, whatever the mesh."""
+        padded = -(-vocab_size // 128) * 128
+        require(padded % self.tensor_parallel == 0, "tensor_parallel", self.tensor_parallel, f"a divisor of {padded}")
         common: dict[str, Any] = {
-            "vocab_size": -(-vocab_size // multiple) * multiple,
+            "vocab_size": padded,
             "max_sequence_length": self.sequence_length,
             "pre_process": parallel_state.is_pipeline_first_stage(),
             "post_process": parallel_state.is_pipeline_last_stage(),

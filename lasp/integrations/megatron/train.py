@@ -16,12 +16,14 @@ import tyro
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from lasp.config import require
 from lasp.data.tokenizer import load_tokenizer
 from lasp.integrations.megatron.cpu import run_on_cpu
 from lasp.integrations.megatron.data import build_dataset, micro_batches
@@ -41,6 +43,9 @@ def train(run: Run) -> list[float]:
         run_on_cpu()
     else:
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+    spread = run.distributed_optimizer
+    expected = "False: Megatron restores its checkpoints with Apex's or TransformerEngine's Adam only"
+    require(HAVE_APEX_OR_TE or not spread, "distributed_optimizer", spread, expected)
     config = run.transformer_config(cpu)
     if not dist.is_initialized():
         dist.init_process_group("gloo" if cpu else "nccl")
@@ -111,6 +116,8 @@ class _State:
             end_wd=run.weight_decay,
             wd_incr_steps=run.steps,
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # a restart may take more steps
         )
 
     def step(self, dataset: Any, step: int) -> float:
