@@ -38,14 +38,13 @@ def moe_layers(config: Any, num_layers: int) -> list[bool]:
 
 
 def check_config(config: Any, mixer: str) -> None:
-    """Raises ValueError for what the layers of a pattern cannot be built or trained with."""
+    """Raises ValueError for what the layers of a pattern cannot be built or trained with.
+
+    Heads and groups that tensor parallelism cannot share TransformerConfig itself refuses.
+    """
     check_version()
     require(mixer in MIXERS, "mixer", mixer, f"one of {', '.join(MIXERS)}")
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    heads, groups = config.num_attention_heads, config.num_query_groups
-    require(heads % tp == 0, "num_attention_heads", heads, f"a multiple of tensor_model_parallel_size={tp}")
-    divides = groups % tp == 0 or tp % groups == 0
-    require(divides, "num_query_groups", groups, f"a multiple or a divisor of tensor_model_parallel_size={tp}")
     latent = config.multi_latent_attention
     require(not latent, "multi_latent_attention", latent, "False")
     if config.num_moe_experts is not None:

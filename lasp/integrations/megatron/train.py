@@ -1,8 +1,6 @@
 """Training on Megatron-Core: its schedules, distributed data parallelism, optimizer, datasets and checkpoints.
 
-    torchrun --nproc-per-node N -m lasp.integrations.megatron.train --preset llama3_1b --data … --run-dir … …
-
-Goes on from the last checkpoint in the run's directory, on any mesh.
+`launch/megatron.sh` starts it. It goes on from the last checkpoint in the run's directory, on any mesh.
 """
 
 import time
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -183,8 +180,3 @@ def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, count, both): Megatron divides gradients by the count over all ranks and microbatches."""
     total, count = (losses.float() * mask).sum(), mask.sum()
     return total, count.int(), torch.stack([total.detach(), count])
-
-
-if __name__ == "__main__":  # dist_checkpointing starts processes that import this
-    train(tyro.cli(Run))
-    dist.destroy_process_group()
