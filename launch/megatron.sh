@@ -17,4 +17,4 @@ if [ "${NNODES:-1}" = 1 ]; then
 else
     rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$root/.venv/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$ranks" "$root/launch/megatron.py" "$@"
+exec "$root/.venv/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$ranks" "$root/launch/megatron_rank.py" "$@"

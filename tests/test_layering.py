@@ -24,6 +24,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/checkpoint.py": {"torch.distributed"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor"},
     "lasp/training/train.py": {"torch.distributed"},
+    "lasp/integrations/megatron/train.py": {"torch.distributed"},
 }
 COLLECTIVES = (  # first words of their names
     "all_",

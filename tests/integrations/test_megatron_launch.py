@@ -47,7 +47,7 @@ def test_training_goes_on_over_another_mesh(tmp_path):
     with TokenFileWriter(tmp_path / "data", np.uint16) as writer:
         for _ in range(8):
             writer.add_document(generator.integers(0, 256, size=200))
-    run = ["launch/megatron.py", "--preset", "tiny", "--data", str(tmp_path / "data")]
+    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", str(tmp_path / "data")]
     run += ["--run-dir", str(tmp_path / "run"), "--steps", "4", "--sequence-length", "64", "--save-every", "2"]
     run += ["--lr", "0.01", "--warmup-steps", "0"]
     whole = losses(torchrun(*run, "--context-parallel", "2"))
