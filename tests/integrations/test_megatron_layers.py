@@ -209,7 +209,11 @@ def test_generation_equals_the_whole_forward(gen, four, mixer):
             got = []
             for start, stop in ((0, 6), *((i, i + 1) for i in range(6, 11))):
                 step = slice(start, stop)
-                got.append(model(tokens[:, step], positions[:, step], None, inference_context=context))
+                got.append(
+                    model(
+                        tokens[:, step], positions[:, step], None, inference_context=context, runtime_gather_output=True
+                    )
+                )
                 context.sequence_len_offset = stop
             torch.testing.assert_close(torch.cat(got, dim=1), wanted, rtol=0, atol=1e-5)
 

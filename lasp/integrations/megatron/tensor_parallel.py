@@ -30,7 +30,15 @@ def enter(x: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
     """[s, b, h] -> [s, b, h], or [s · TP, b, h] with sequence parallelism; backward sums over the ranks."""
     if sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
-    return mappings.copy_to_tensor_model_parallel_region(x, group=group)
+    return _copy(x, group)
+
+
+def _copy(x: Tensor, group: Any) -> Tensor:
+    """x, its gradient summed over the ranks. 0.16.1 loses the sum of a gradient that is not contiguous."""
+    y = mappings.copy_to_tensor_model_parallel_region(x, group=group)
+    if y.requires_grad:
+        y.register_hook(Tensor.contiguous)
+    return y
 
 
 def leave(y: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
@@ -61,10 +69,10 @@ class ParallelRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
-        own = wide.square().mean(-1, keepdim=True) / self.group.size()
+        own = wide.square().mean(-1, keepdim=True).contiguous() / self.group.size()
         mean = mappings.reduce_from_tensor_model_parallel_region(own, group=self.group)
-        mean = mappings.copy_to_tensor_model_parallel_region(mean, group=self.group)  # all read it
-        return (wide * (mean + self.eps).rsqrt()).to(x.dtype) * self.weight.to(x.dtype)
+        mean = _copy(mean, self.group)  # every rank's output depends on it
+        return (wide * (mean + (self.eps or 0.0)).rsqrt()).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Rows(nn.Module):
@@ -126,7 +134,8 @@ def mark(parameter: nn.Parameter, dim: int | None, group: Any) -> None:
         return
 
     def total(gradient: Tensor) -> Tensor:
-        return mappings.reduce_from_tensor_model_parallel_region(gradient.clone(), group=group)
+        own = gradient.clone(memory_format=torch.contiguous_format)
+        return mappings.reduce_from_tensor_model_parallel_region(own, group=group)
 
     parameter.register_hook(total)
 
