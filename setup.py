@@ -50,7 +50,7 @@ setup(
             "pytest-mpi>=0.6",
             "mpi4py>=4.1",
             "openmpi>=5.0.11",
-            "megatron-core==0.16.1",
+            'megatron-core==0.19.2; python_version >= "3.12"',  # on 3.11 launch/install.sh sees to it
         ],
         "interpreter": ["triton==3.7.1"],  # runs the kernels without a GPU, where torch brings no Triton
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],

@@ -25,12 +25,12 @@ step() { # step NAME COMMAND…: runs it, whatever came of the steps before
     summary+=("$(printf '%-6s %4d s  %s' "$outcome" $((SECONDS - start)) "$name")")
 }
 
-on_ranks() { # on_ranks N PYTEST_OPTION…: under mpirun; rank 0 speaks for all, the others' words are shown if one dies
-    local world=$1 code
-    shift
+on_ranks() { # on_ranks N FOLDER PYTEST_OPTION…: under mpirun; rank 0 speaks for all, the others' words are shown if one dies
+    local world=$1 folder=$2 code
+    shift 2
     mpirun --oversubscribe -n "$world" bash -c \
         '[ "$OMPI_COMM_WORLD_RANK" = 0 ] || exec >"$0/$OMPI_COMM_WORLD_RANK" 2>&1; exec python -m pytest --only-mpi "$@"' \
-        "$logs" -q "$@" tests/parallel
+        "$logs" -q "$@" "$folder"
     code=$?
     [ $code -le 1 ] || tail -n 30 "$logs"/*
     rm -f "$logs"/*
@@ -44,9 +44,10 @@ step "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "
 rm -rf "$logs/site"
 step "tests on 1 rank" python -m pytest -q --durations 10
 for world in 2 3 4; do
-    step "tests on $world ranks" on_ranks "$world" --durations 5
+    step "tests on $world ranks" on_ranks "$world" tests/parallel --durations 5
 done
-step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 --zero-exchange
+step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/parallel --zero-exchange
+step "Megatron models on 4 ranks" on_ranks 4 tests/integrations --durations 5
 step "tests on 2 ranks started by torchrun" \
     torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 -m pytest --only-mpi -q tests/parallel
 

@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="replace what arrives from other ranks by zeros and expect every multi-rank test to fail",
     )
+    group.addoption("--all-meshes", action="store_true", help="train Megatron models on every mesh, not on a few")
     group.addoption("--collective-timeout", type=float, default=60.0, help="seconds before a collective gives up")
 
 

@@ -25,6 +25,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/checkpoint.py": {"torch.distributed"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
+    "lasp/integrations/megatron/train.py": {"torch.distributed"},
 }
 COLLECTIVES = (  # first words of their names
     "all_",

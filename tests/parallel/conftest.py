@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("group", list(ranks.groups) if ranks else ["world"], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks(pytestconfig: pytest.Config) -> Ranks:
     return pytestconfig.stash[RANKS]
 

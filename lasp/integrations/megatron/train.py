@@ -1,0 +1,182 @@
+"""Training on Megatron-Core: its schedules, distributed data parallelism, optimizer, datasets and checkpoints.
+
+`launch/megatron.sh` starts it. It goes on from the last checkpoint in the run's directory, on any mesh.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from lasp.config import require
+from lasp.data.tokenizer import load_tokenizer
+from lasp.integrations.megatron.cpu import run_on_cpu
+from lasp.integrations.megatron.data import build_dataset, micro_batches
+from lasp.integrations.megatron.run import Run
+from lasp.integrations.megatron.sequence import shard_batch
+from lasp.parallel import comm
+
+
+def train(run: Run) -> list[float]:
+    """Trains to the end of the run; the loss of every step, the same on every rank.
+
+    Raises:
+        ValueError: on every rank, before the model is built, if the run does not fit the ranks.
+    """
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        run_on_cpu()
+    else:
+        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+    spread = run.distributed_optimizer
+    expected = "False: Megatron restores its checkpoints with Apex's or TransformerEngine's Adam only"
+    require(HAVE_APEX_OR_TE or not spread, "distributed_optimizer", spread, expected)
+    config = run.transformer_config(cpu)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if cpu else "nccl")
+    run.data_parallel(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=run.tensor_parallel,
+        context_parallel_size=run.context_parallel,
+        pipeline_model_parallel_size=run.pipeline_parallel,
+        expert_model_parallel_size=run.expert_parallel,
+        expert_tensor_parallel_size=run.expert_tensor_parallel,
+    )
+    torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    if not cpu:
+        model_parallel_cuda_manual_seed(run.seed)
+    tokenizer = load_tokenizer(run.tokenizer)
+    state = _State(run, config, tokenizer.vocab_size)
+    dataset = build_dataset(run, tokenizer)
+    losses = []
+    for step in range(state.restore(), run.steps):
+        started = time.perf_counter()
+        losses.append(state.step(dataset, step))
+        if step + 1 == run.steps or (step + 1) % run.save_every == 0:
+            state.save(step + 1)
+        if dist.get_rank() == 0:
+            rate = run.global_batch * run.sequence_length / (time.perf_counter() - started)
+            print(f"step {step + 1}/{run.steps}  loss {losses[-1]:.4f}  {rate:.0f} tokens/s", flush=True)
+    return losses
+
+
+class _State:
+    """The model, its optimizer and the learning-rate schedule."""
+
+    def __init__(self, run: Run, config: Any, vocab_size: int):
+        self.run = run
+        model = run.build(config, vocab_size)
+        if torch.cuda.is_available():
+            model = model.cuda()
+        if config.bf16:
+            model = Float16Module(config, model)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=run.distributed_optimizer
+        )
+        self.model = DistributedDataParallel(config, ddp, model)
+        self.model.broadcast_params()
+        config.finalize_model_grads_func = finalize_model_grads
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=run.lr,
+            min_lr=run.lr / 10,
+            weight_decay=run.weight_decay,
+            adam_beta2=0.95,
+            clip_grad=run.clip_norm,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=run.distributed_optimizer,
+        )
+        self.optimizer = get_megatron_optimizer(options, [self.model])
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=run.lr,
+            min_lr=run.lr / 10,
+            lr_warmup_steps=min(run.warmup_steps, run.steps - 1),
+            lr_decay_steps=run.steps,
+            lr_decay_style="cosine",
+            start_wd=run.weight_decay,
+            end_wd=run.weight_decay,
+            wd_incr_steps=run.steps,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # a restart may take more steps
+        )
+
+    def step(self, dataset: Any, step: int) -> float:
+        """One update; the mean loss per token over all ranks."""
+        run, ranks = self.run, parallel_state.get_data_parallel_world_size()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.schedule.step(increment=1)
+        seen = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=micro_batches(dataset, run, step, parallel_state.get_data_parallel_rank(), ranks),
+            model=[self.model],
+            num_microbatches=run.global_batch // (ranks * run.micro_batch),
+            seq_length=run.sequence_length,
+            micro_batch_size=run.micro_batch,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        both = torch.stack(seen).sum(0) if seen else torch.zeros(2, device=next(self.model.parameters()).device)
+        both = comm.all_reduce(both, parallel_state.get_data_parallel_group(with_context_parallel=True)).wait()
+        total, count = comm.all_reduce(both, parallel_state.get_pipeline_model_parallel_group()).wait().tolist()
+        return total / count
+
+    def save(self, step: int) -> None:
+        """Another mesh may go on from this."""
+        folder = self._folder / f"step_{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(self._parts(is_loading=False) | {"step": step}, str(folder))
+        if dist.get_rank() == 0:
+            (self._folder / "latest").write_text(folder.name)
+
+    def restore(self) -> int:
+        """Loads the last checkpoint, if there is one; the number of steps that have been taken."""
+        latest = self._folder / "latest"
+        if not latest.exists():
+            return 0
+        parts = dist_checkpointing.load(self._parts(is_loading=True), str(self._folder / latest.read_text()))
+        self.model.module.load_state_dict(parts["model"], strict=False)  # local norms have no _extra_state
+        self.optimizer.load_state_dict(parts["optimizer"])
+        self.schedule.load_state_dict(parts["schedule"])
+        return parts["step"]
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.run.run_dir) / "checkpoints"
+
+    def _parts(self, is_loading: bool) -> dict[str, Any]:
+        model = self.model.module.sharded_state_dict()
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+
+
+def _forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
+    device = next(model.parameters()).device
+    whole = {name: x.to(device, non_blocking=True) for name, x in next(data_iterator).items()}
+    batch = shard_batch(whole, parallel_state.get_context_parallel_group())
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(_sum_loss, batch["loss_mask"])
+
+
+def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, count, both): Megatron divides gradients by the count over all ranks and microbatches."""
+    total, count = (losses.float() * mask).sum(), mask.sum()
+    return total, count.int(), torch.stack([total.detach(), count])

@@ -1,0 +1,9 @@
+"""One rank of a run on Megatron-Core (see megatron.sh). Saving a checkpoint starts processes that import this again."""
+
+if __name__ == "__main__":
+    import tyro
+
+    from lasp.integrations.megatron.run import Run
+    from lasp.integrations.megatron.train import train
+
+    train(tyro.cli(Run))

@@ -1,0 +1,140 @@
+"""What cannot be built is refused with a ValueError, from the configuration alone: so on every rank alike."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+megatron = pytest.importorskip("megatron.core")
+
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lasp.integrations.megatron import LinearSelfAttention, SoftmaxCoreAttention, gpt_layer_specs
+from lasp.integrations.megatron.run import Run
+
+RUN = Run(preset="tiny", data="d", run_dir="r", steps=1, sequence_length=64)
+
+
+def config(**changes) -> TransformerConfig:
+    options = {
+        "num_layers": 8,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+    }
+    return TransformerConfig(**(options | changes))
+
+
+def build(pattern: str = "LLLN", mixer: str = "gla", **changes):
+    return gpt_layer_specs(config(**changes), pattern, mixer=mixer, pp_rank=0)
+
+
+MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 8}
+
+
+def test_pattern_and_experts_choose_the_layers():
+    shape = config(**MOE, moe_layer_freq=[0, 1] * 4, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    for stage in (0, 1):
+        specs = gpt_layer_specs(shape, "LLN" + "N" * 5, mixer="gla", pp_rank=stage).layer_specs
+        linear = [spec.submodules.self_attention.module is LinearSelfAttention for spec in specs]
+        assert linear == [[True, True, False, False], [False] * 4][stage]
+        softmax = specs[2].submodules.self_attention.submodules
+        assert softmax.core_attention is SoftmaxCoreAttention
+        assert ["MoE" in str(spec.submodules.mlp) for spec in specs] == [False, True, False, True]
+    assert shape.hetereogenous_dist_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "LLX"}, "pattern: got 'LLX', expected letters L and N"),
+        ({"pattern": "LLN"}, "num_layers: got 8, expected a multiple of the length of the pattern"),
+        ({"mixer": "rwkv"}, "mixer: got 'rwkv', expected one of"),
+        ({"tensor_model_parallel_size": 8}, r"num_attention_heads \(4\) must be a multiple of"),
+        ({"num_attention_heads": 6, "num_query_groups": 3, "tensor_model_parallel_size": 2}, "num_query_groups"),
+        (MOE | {"tensor_model_parallel_size": 2}, "sequence_parallel: got False, expected True"),
+        (MOE | {"moe_layer_freq": [1, 0]}, "moe_layer_freq"),
+        (
+            MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1},
+            "expert_tensor_parallel_size: got 1, expected tensor_model_parallel_size=2",
+        ),
+    ],
+)
+def test_bad_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_pipeline_that_does_not_divide():
+    shape = config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    shape.pipeline_model_parallel_size = 3  # Megatron's own check is an assertion
+    with pytest.raises(ValueError, match="num_layers: got 8, expected a multiple of the 3 pipeline stages"):
+        gpt_layer_specs(shape, "L", mixer="gla", pp_rank=0)
+
+
+@pytest.mark.parametrize("version", ["0.16.0", "0.15.3", "0.20.0", "1.0.0"])
+def test_version_that_is_not_known(monkeypatch, version):
+    monkeypatch.setattr(megatron, "__version__", version)
+    with pytest.raises(ValueError, match=f"megatron-core: got '{version}', expected at least 0.16.1 and below 0.20"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_dropout": 0.1}, "attention_dropout: got 0.1, expected 0"),
+        ({"window_size": (4, 0)}, "window_size"),
+        ({"attn_mask_type": AttnMaskType.no_mask}, "attn_mask_type"),
+        ({"attention_type": "cross"}, "attention_type: got 'cross', expected 'self'"),
+    ],
+)
+def test_bad_core_attention(changes, message):
+    own = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+    arguments = {name: changes.get(name, default) for name, default in own.items()}
+    shape = config(**{name: value for name, value in changes.items() if name not in own})
+    with pytest.raises(ValueError, match=message):
+        SoftmaxCoreAttention(config=shape, layer_number=1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "giant"}, "preset: got 'giant', expected one of"),
+        ({"context_parallel": 4, "sequence_length": 68}, "sequence_length: got 68, expected a multiple of 8"),
+        ({"pipeline_parallel": 3}, "pipeline_parallel: got 3, expected a divisor of the 4 layers"),
+        ({"pattern": "LLN"}, "num_layers"),
+        ({"model": "bert"}, "model: got 'bert', expected one of gpt, hybrid"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+    ],
+)
+def test_bad_runs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RUN, **changes)
+
+
+def test_runs_that_do_not_fit_the_ranks():
+    assert replace(RUN, context_parallel=2).data_parallel(4) == 2
+    with pytest.raises(ValueError, match="ranks: got 6, expected a multiple of"):
+        replace(RUN, context_parallel=2, tensor_parallel=2).data_parallel(6)
+    with pytest.raises(ValueError, match="global_batch: got 8, expected a multiple of 3"):
+        RUN.data_parallel(3)
+    with pytest.raises(ValueError, match="expert_parallel: got 3, expected a divisor of the 2 ranks"):
+        replace(RUN, expert_parallel=3).data_parallel(2)
+    with pytest.raises(ValueError, match=r"num_attention_heads \(4\) must be a multiple of"):
+        replace(RUN, tensor_parallel=8).transformer_config(cpu=True)
+
+
+@pytest.mark.parametrize("preset", ["llama3_1b", "llama3_8b", "moe_a0_3b_2b", "moe_a1b_7b"])
+def test_presets_fit_clusters(preset):
+    sizes = {"tensor_parallel": 2, "context_parallel": 8, "pipeline_parallel": 2}
+    experts = {"expert_parallel": 8} if "moe" in preset else {}
+    run = replace(RUN, preset=preset, sequence_length=131072, **sizes, **experts)
+    assert run.data_parallel(64) == 2
+    shape = run.transformer_config(cpu=False)
+    assert len(gpt_layer_specs(shape, "LLLN", pp_rank=1).layer_specs) == shape.num_layers // 2
