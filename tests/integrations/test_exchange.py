@@ -16,7 +16,7 @@ from tests.training import conftest
 
 transformers = pytest.importorskip("transformers")
 
-from lasp.integrations.llama import from_llama  # noqa: E402
+from lasp.integrations.llama import from_llama
 
 config, data = conftest.config, conftest.data
 

@@ -11,8 +11,8 @@ from lasp.parallel import SequenceParallel
 
 transformers = pytest.importorskip("transformers")
 
-from lasp.integrations.huggingface import LaspConfig, LaspForCausalLM, to_huggingface  # noqa: E402
-from lasp.integrations.llama import from_llama, llama_shape, to_llama  # noqa: E402
+from lasp.integrations.huggingface import LaspConfig, LaspForCausalLM, to_huggingface
+from lasp.integrations.llama import from_llama, llama_shape, to_llama
 
 
 def tokens_of(gen, batch, length, vocabulary=64):
