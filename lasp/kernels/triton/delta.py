@@ -23,7 +23,7 @@ from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import scan
 from lasp.kernels.triton.delta_states import OUTPUTS, STATES, SUMMARY, TRANSITION, walk_up
-from lasp.kernels.triton.delta_steep import steep_gradients
+from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.linear import contiguous, per_q_head
@@ -71,7 +71,11 @@ def factors_of(x: Inputs, plan: Plan, with_scores: bool) -> tuple[Factors, Tenso
         return Factors(x.q, x.k, x.k), None, None
     assert x.decay is not None
     scale = x.scale if with_scores else None
-    return diagonal_factors(plan.chunks, x.q, x.k, x.decay, work_dtype(x), plan.config, scale)
+    factors, scores, products = diagonal_factors(plan.chunks, x.q, x.k, x.decay, work_dtype(x), plan.config, scale)
+    if with_scores:
+        assert factors.spread is not None and scores is not None and products is not None
+        steep_scores(plan.chunks, x.q, x.k, x.decay, factors.spread, scores, products, x.scale, plan.config)
+    return factors, scores, products
 
 
 def work_dtype(x: Inputs) -> torch.dtype:

@@ -3,9 +3,8 @@
     q⁺_i = q_i e^{b_i}    k⁺_i = k_i e^{b_i}    k⁻_i = k_i e^{b_C - b_i}    P_ij = scale q_i·(e^{b_i - b_j} k_j), j <= i
 
 b is the cumulative gate [K] from the chunk's start, so no exponent is above zero. q⁺ and k⁺ meet the state that enters
-the chunk, k⁻ is what is written. The exponents of P and of k_i·(e^{b_i - b_j} k_j), which becomes T, are split at the
-start of i's sub-chunk of 16: those of keys before it fall to zero or below. Within the sub-chunk they rise, up to
-`reach`; where a gate is steeper than that, the sub-chunk's own scores come one diagonal at a time in fp32.
+the chunk, k⁻ is what is written. The exponents of P and of k_i·(e^{b_i - b_j} k_j), which becomes T, are split at half
+of the chunk's decay, b_C/2, and so stay within `reach` unless the chunk is steep (see `delta_steep`).
 """
 
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.diagonal_chunk import load_rows, store_rows
-
-SUB = tl.constexpr(16)
+from lasp.kernels.triton.diagonal_grads import weighted_sums
 
 
 @dataclass(frozen=True)
@@ -39,29 +37,6 @@ class Factors:
 
 
 @triton.jit
-def sub_chunk_sums(g):
-    """Gates [C, BK] from a sub-chunk's start up to each token, and from after each token to the sub-chunk's end."""
-    shape: tl.constexpr = [g.shape[0] // SUB, SUB, g.shape[1]]
-    parts = tl.reshape(g, shape)
-    up = tl.reshape(tl.cumsum(parts, axis=1), g.shape)
-    return up, tl.reshape(tl.cumsum(parts, axis=1, reverse=True), g.shape) - g
-
-
-@triton.jit
-def key_weights(past, up, n, steepest, REACH: tl.constexpr):
-    """[C, BK]: e^{b at the start of sub-chunk n - b_j} for the keys that its queries meet by products, else zero."""
-    now = (tl.arange(0, up.shape[0]) // SUB == n)[:, None]
-    return past + tl.where(now, tl.exp(tl.minimum(-up, REACH)), 0.0) * tl.where(steepest > REACH, 0.0, 1.0)
-
-
-@triton.jit
-def advance_weights(past, g, down, n):
-    """The weights of past keys, referred to the start of the next sub-chunk."""
-    now = (tl.arange(0, g.shape[0]) // SUB == n)[:, None]
-    return past * tl.exp(tl.sum(tl.where(now, g, 0.0), axis=0))[None, :] + tl.where(now, tl.exp(down), 0.0)
-
-
-@triton.jit
 def _factors(
     q,  # [tokens, Hq, K]
     k,
@@ -72,7 +47,7 @@ def _factors(
     totals,  # [chunks, H, K] fp32
     spread,  # [chunks, H] fp32
     scores,  # [tokens, H, C]: P, if SCORES
-    products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j), if SCORES; right for j < i
+    products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, if SCORES
     start,
     length,
     scale,
@@ -83,6 +58,7 @@ def _factors(
     C: tl.constexpr,
     SCORES: tl.constexpr,
     REACH: tl.constexpr,
+    BY_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -97,8 +73,8 @@ def _factors(
         qc = load_rows(q, begin, here, h // G, H // G, cols, K).to(tl.float32)
         kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
         g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
-        from_start = tl.exp(tl.cumsum(g, axis=0))
-        to_end = tl.exp(tl.cumsum(g, axis=0, reverse=True) - g)
+        up, down = channel_sums(g, BY_PRODUCTS)
+        from_start, to_end = tl.exp(up), tl.exp(down)
         store_rows(q_read, (qc * from_start).to(work), begin, here, h, H, cols, K)
         store_rows(k_read, (kc * from_start).to(work), begin, here, h, H, cols, K)
         store_rows(written, (kc * to_end).to(work), begin, here, h, H, cols, K)
@@ -106,30 +82,34 @@ def _factors(
         tl.store(totals + (chunk * H + h) * K + cols, tl.exp(end), mask=cols < K)
         widest = tl.maximum(widest, tl.max(-end))
         if SCORES:
-            up, down = sub_chunk_sums(g)
-            steepest = tl.max(-(up + down))
-            e_up = tl.exp(up)
-            past = tl.zeros([C, BK], tl.float32)
-            for n in range(C // SUB):
-                now = (row // SUB == n)[:, None]
-                kt = tl.trans((kc * key_weights(past, up, n, steepest, REACH)).to(work))
-                p = tl.dot(tl.where(now, qc * e_up, 0.0).to(work), kt, p, input_precision=PRECISION)
-                m = tl.dot(tl.where(now, kc * e_up, 0.0).to(work), kt, m, input_precision=PRECISION)
-                past = advance_weights(past, g, down, n)
-            if steepest > REACH:
-                gap = tl.zeros([C, BK], tl.float32)
-                for d in range(SUB):
-                    behind = here & (row % SUB >= d)
-                    k_behind = load_rows(k, begin - d, behind, h // G, H // G, cols, K).to(tl.float32) * tl.exp(gap)
-                    at = row[None, :] == row[:, None] - d
-                    p += tl.where(at, tl.sum(qc * k_behind, axis=1)[:, None], 0.0)
-                    m += tl.where(at, tl.sum(kc * k_behind, axis=1)[:, None], 0.0)
-                    gap += load_rows(decay, begin - d, behind, h, H, cols, K).to(tl.float32)
+            half = 0.5 * end[None, :]
+            reading = tl.exp(tl.minimum(up - half, REACH))
+            kt = tl.trans((kc * tl.exp(tl.minimum(down - half, REACH))).to(work))
+            p = tl.dot((qc * reading).to(work), kt, p, input_precision=PRECISION)
+            m = tl.dot((kc * reading).to(work), kt, m, input_precision=PRECISION)
     tl.store(spread + chunk * H + h, widest)
     if SCORES:
-        p = tl.where(row[:, None] >= row[None, :], p * scale, 0.0)
-        store_rows(scores, p.to(scores.dtype.element_ty), begin, here, h, H, row, C)
-        store_rows(products, m, begin, here, h, H, row, C)
+        store_scores(scores, products, p, m, scale, begin, here, h, H)
+
+
+@triton.jit
+def store_scores(scores, products, p, m, scale, begin, here, h, H):
+    """Both [C, C] as far as they are meant: beyond, exponents are above zero."""
+    row = tl.arange(0, p.shape[0])
+    p = tl.where(row[:, None] >= row[None, :], p * scale, 0.0)
+    m = tl.where(row[:, None] > row[None, :], m, 0.0)
+    store_rows(scores, p.to(scores.dtype.element_ty), begin, here, h, H, row, p.shape[0])
+    store_rows(products, m, begin, here, h, H, row, p.shape[0])
+
+
+@triton.jit
+def channel_sums(g, BY_PRODUCTS: tl.constexpr):
+    """b_i and b_C - b_i [C, BK]; sums by products come in the layout of what they scale."""
+    if BY_PRODUCTS:
+        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
+        return weighted_sums((j <= t).to(tl.bfloat16), g, False), weighted_sums((j > t).to(tl.bfloat16), g, False)
+    else:
+        return tl.cumsum(g, axis=0), tl.cumsum(g, axis=0, reverse=True) - g
 
 
 def diagonal_factors(
@@ -141,7 +121,10 @@ def diagonal_factors(
     config: DeltaConfig,
     scale: float | None,
 ) -> tuple[Factors, Tensor | None, Tensor | None]:
-    """q⁺, k⁺, k⁻ [B, T, H, K] in `dtype`; with a scale also P in `dtype`, products for T in fp32 [B, T, H, C]."""
+    """q⁺, k⁺, k⁻ [B, T, H, K] in `dtype`; with a scale also P in `dtype`, products for T in fp32 [B, T, H, C].
+
+    The last two of steep chunks are left to `delta_steep`.
+    """
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     read_q, read_k, written = (torch.empty_like(decay, dtype=dtype) for _ in range(3))
     totals = decay.new_empty(chunks.count, heads, key_dim, dtype=torch.float32)
@@ -154,7 +137,7 @@ def diagonal_factors(
     _factors[chunks.count, heads](
         q, k, decay, read_q, read_k, written, totals, spread, scores, products, chunks.start, chunks.length,
         scale or 1.0, heads, heads // q_heads, K=key_dim, BK=min(launch.block, block_of(key_dim)), C=chunks.size,
-        SCORES=scale is not None, REACH=config.reach, PRECISION=config.precision,
+        SCORES=scale is not None, REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return Factors(read_q, read_k, written, totals, spread), scores, products

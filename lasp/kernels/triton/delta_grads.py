@@ -19,9 +19,10 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.delta_diagonal import channel_sums
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.diagonal_chunk import load_half, load_rows, store_rows
-from lasp.kernels.triton.diagonal_grads import gate_sums, weighted_sums
+from lasp.kernels.triton.diagonal_grads import gate_sums
 from lasp.kernels.triton.gates import DIAGONAL, SCALAR
 
 
@@ -141,7 +142,8 @@ def _gradients(
         if DECAY == DIAGONAL:
             g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
             end = half * tl.sum(g, axis=0)[None, :]
-            reading, writing = channel_decays(g, end, BY_PRODUCTS)
+            up, down = channel_sums(g, BY_PRODUCTS)
+            reading, writing = tl.exp(up - end), tl.exp(down - end)
             q_read, k_read = (q32 * reading).to(work), (k32 * reading).to(work)
             written = (k32 * writing).to(work)
             between = tl.exp(end)
@@ -179,18 +181,6 @@ def _gradients(
     if LEARNED and DECAY != DIAGONAL:
         dg = tl.sum(tl.where(upto, change[:, None], 0.0), axis=0) + tl.sum(carried, axis=0)
         tl.store(d_decay + tokens * H + h, dg.to(d_decay.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def channel_decays(g, shift, BY_PRODUCTS: tl.constexpr):
-    """e^{b_i - shift}, e^{b_C - b_i - shift} [C, BK]; sums by products come in the layout of what they scale."""
-    if BY_PRODUCTS:
-        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
-        up = weighted_sums((j <= t).to(tl.bfloat16), g, False)
-        down = weighted_sums((j > t).to(tl.bfloat16), g, False)
-    else:
-        up, down = tl.cumsum(g, axis=0), tl.cumsum(g, axis=0, reverse=True) - g
-    return tl.exp(up - shift), tl.exp(down - shift)
 
 
 @triton.jit

@@ -1,20 +1,105 @@
-"""The delta rule with a diagonal decay: gradients within steep chunks, whose decay is beyond 2 `reach` (math §8).
+"""The delta rule with a diagonal decay: scores and gradients within steep chunks: decay beyond 2 `reach` (math §8).
 
-`delta_grads` leaves out what the tokens of such a chunk give each other; here it is added, in sub-chunks of 16 as in
-`delta_diagonal`. Most often there is no such chunk.
+`delta_diagonal` and `delta_grads` leave out what the tokens of such a chunk give each other; here it is put in, in
+sub-chunks of 16: exponents are split at the start of i's sub-chunk. Those of keys before it fall to zero or below;
+within it they rise, up to `reach`, and where a gate is steeper than that, the sub-chunk's own scores come one diagonal
+at a time in fp32. Most often there is no steep chunk.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
-from lasp.kernels.triton.delta_diagonal import SUB, advance_weights, key_weights, sub_chunk_sums
+from lasp.kernels.triton.delta_diagonal import store_scores
 from lasp.kernels.triton.diagonal_chunk import add_rows, load_rows
 
+SUB = tl.constexpr(16)
 CHUNKS = 8  # that one program looks at
+
+
+@triton.jit
+def sub_chunk_sums(g):
+    """Gates [C, BK] from a sub-chunk's start up to each token, and from after each token to the sub-chunk's end."""
+    shape: tl.constexpr = [g.shape[0] // SUB, SUB, g.shape[1]]
+    parts = tl.reshape(g, shape)
+    up = tl.reshape(tl.cumsum(parts, axis=1), g.shape)
+    return up, tl.reshape(tl.cumsum(parts, axis=1, reverse=True), g.shape) - g
+
+
+@triton.jit
+def key_weights(past, up, n, steepest, REACH: tl.constexpr):
+    """[C, BK]: e^{b at the start of sub-chunk n - b_j} for the keys that its queries meet by products, else zero."""
+    now = (tl.arange(0, up.shape[0]) // SUB == n)[:, None]
+    return past + tl.where(now, tl.exp(tl.minimum(-up, REACH)), 0.0) * tl.where(steepest > REACH, 0.0, 1.0)
+
+
+@triton.jit
+def advance_weights(past, g, down, n):
+    """The weights of past keys, referred to the start of the next sub-chunk."""
+    now = (tl.arange(0, g.shape[0]) // SUB == n)[:, None]
+    return past * tl.exp(tl.sum(tl.where(now, g, 0.0), axis=0))[None, :] + tl.where(now, tl.exp(down), 0.0)
+
+
+@triton.jit
+def _steep_scores(
+    q,  # [tokens, Hq, K]
+    k,
+    decay,  # [tokens, H, K]
+    spread,  # [chunks, H] fp32
+    scores,  # [tokens, H, C]
+    products,  # [tokens, H, C] fp32
+    start,
+    length,
+    scale,
+    COUNT,
+    H,
+    G,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    REACH: tl.constexpr,
+    WORK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first, h, row = tl.program_id(0).to(tl.int64) * N, tl.program_id(1), tl.arange(0, C)
+    looked = first + tl.arange(0, N)
+    spreads = tl.load(spread + looked * H + h, mask=looked < COUNT, other=0.0)
+    if tl.max(spreads) > 2 * REACH:
+        for chunk in range(first, tl.minimum(first + N, COUNT)):
+            if tl.load(spread + chunk * H + h) > 2 * REACH:
+                begin, count = tl.load(start + chunk), tl.load(length + chunk)
+                here = row < count
+                p, m = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+                for block in range((K + BK - 1) // BK):
+                    cols = block * BK + tl.arange(0, BK)
+                    qc = load_rows(q, begin, here, h // G, H // G, cols, K).to(tl.float32)
+                    kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
+                    g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+                    up, down = sub_chunk_sums(g)
+                    steepest = tl.max(-(up + down))
+                    e_up = tl.exp(up)
+                    past = tl.zeros([C, BK], tl.float32)
+                    for n in range(C // SUB):
+                        now = (row // SUB == n)[:, None]
+                        kt = tl.trans((kc * key_weights(past, up, n, steepest, REACH)).to(WORK))
+                        p = tl.dot(tl.where(now, qc * e_up, 0.0).to(WORK), kt, p, input_precision=PRECISION)
+                        m = tl.dot(tl.where(now, kc * e_up, 0.0).to(WORK), kt, m, input_precision=PRECISION)
+                        past = advance_weights(past, g, down, n)
+                    if steepest > REACH:
+                        gap = tl.zeros([C, BK], tl.float32)
+                        for d in range(SUB):
+                            behind = here & (row % SUB >= d)
+                            k_behind = load_rows(k, begin - d, behind, h // G, H // G, cols, K).to(tl.float32)
+                            k_behind *= tl.exp(gap)
+                            at = row[None, :] == row[:, None] - d
+                            p += tl.where(at, tl.sum(qc * k_behind, axis=1)[:, None], 0.0)
+                            m += tl.where(at, tl.sum(kc * k_behind, axis=1)[:, None], 0.0)
+                            gap += load_rows(decay, begin - d, behind, h, H, cols, K).to(tl.float32)
+                store_scores(scores, products, p, m, scale, begin, here, h, H)
 
 
 @triton.jit
@@ -182,6 +267,27 @@ def _steep_gradients(
                 add_rows(d_beta, d_betas[:, None], begin, here, h, H, tl.arange(0, 1), 1)
 
 
+def steep_scores(
+    chunks: Tiles,
+    q: Tensor,
+    k: Tensor,
+    decay: Tensor,
+    spread: Tensor,
+    scores: Tensor,
+    products: Tensor,
+    scale: float,
+    config: DeltaConfig,
+) -> None:
+    """Writes P and the products for T of steep chunks (see `delta_diagonal`)."""
+    (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
+    _steep_scores[triton.cdiv(chunks.count, CHUNKS), heads](
+        q, k, decay, spread, scores, products, chunks.start, chunks.length,
+        scale, chunks.count, heads, heads // q_heads, K=key_dim, BK=32, C=chunks.size, N=CHUNKS, REACH=config.reach,
+        WORK=tl.bfloat16 if scores.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
 def steep_gradients(
     chunks: Tiles,
     q: Tensor,
@@ -203,6 +309,6 @@ def steep_gradients(
     _steep_gradients[triton.cdiv(chunks.count, CHUNKS), len(head_range)](
         q, k, do, decay, gates, spread, u, dr, dq, dk, d_decay, d_beta, chunks.start, chunks.length,
         scale, chunks.count, heads, heads // q_heads, head_range.start,
-        K=key_dim, V=value_dim, BK=min(32, block_of(key_dim)), BV=32, C=chunks.size,
+        K=key_dim, V=value_dim, BK=32, BV=32, C=chunks.size,
         N=CHUNKS, REACH=config.reach, PRECISION=config.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
