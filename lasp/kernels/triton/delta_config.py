@@ -44,7 +44,7 @@ def delta_config(k: Tensor, v: Tensor, diagonal: bool) -> DeltaConfig:
     if v.dtype == torch.bfloat16:
         ahead, walk = Launch(64, warps=4, stages=2 if diagonal else 3), Launch(64, warps=4, stages=2)
         wide = Launch(128, warps=8, stages=2) if widest == 128 else walk
-        factors = Launch(32, warps=4, stages=1)
+        factors = Launch(32, warps=4, stages=2)
         gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=2)
         down = wide if diagonal else walk
         return DeltaConfig(ahead, ahead, wide, ahead, down, gradients, factors, "tf32", 64.0, True)
