@@ -22,13 +22,15 @@ from lasp.models.decays import ConstantDecay
 from lasp.models.layers import at_least_float32
 from lasp.parallel import SequenceParallel
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name there
+
 
 class LaspConfig(PretrainedConfig):
     """The fields of `lasp.config.ModelConfig`, validated as there, and Transformers' common ones."""
 
     model_type = "lasp"
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the library's name for it)
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012 (the library's name for it)
     attribute_map = {  # noqa: RUF012
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
@@ -93,6 +95,7 @@ class LaspForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -100,20 +103,22 @@ class LaspForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, vocabulary] of the next token at each of input_ids [B, T], int64.
 
-        past_key_values: a RecurrentCache, what came before these tokens; updated in place.
+        past_key_values: a RecurrentCache, what came before these tokens; updated in place. From Transformers 5.24 on it
+            is called `cache`, here and in what is returned.
         labels: [B, T], not shifted, -100 where there is none.
         Raises ValueError if attention_mask masks anything: a recurrent state has no place for padding.
         """
         whole = attention_mask is None or bool(attention_mask.all())
         require(whole, "attention_mask", "masked tokens", "no padding: sequences of one length in a batch")
-        if use_cache and past_key_values is None:
-            past_key_values = RecurrentCache()
+        memory = past_key_values if cache is None else cache
+        if use_cache and memory is None:
+            memory = RecurrentCache()
         seq = SequenceParallel(None, device=input_ids.device).sequence(input_ids.shape[1])
-        logits = self.decoder(input_ids, seq, memory=past_key_values)
+        logits = self.decoder(input_ids, seq, memory=memory)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: memory})
         return output if return_dict in (None, True) else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -204,7 +204,7 @@ class Sequence:
         def check() -> object:
             check_softmax(q, k, v, window)
             checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
-            self.parallel.softmax.check(q, k, self.parallel.size)
+            self.parallel.softmax.check(q, k, self.partition)
             self._check_tokens(q)
             return *_signature(q, k, v), checks.scale(scale, q.shape[-1]), causal, window
 

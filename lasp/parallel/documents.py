@@ -25,6 +25,8 @@ from lasp.parallel.linear import AcrossDocuments, AcrossUnits
 class DocumentPartition(Partition):
     """Units of one fragment per document; none is padding."""
 
+    unit_by_unit = False
+
     @cached_property
     def units(self) -> list[list[Fragment]]:
         """The fragments of every unit, in the order of documents."""

@@ -70,6 +70,8 @@ class Partition:
     unit_length: that of every unit, if it is not to be the shortest possible.
     """
 
+    unit_by_unit = True  # the local order
+
     def __init__(
         self, layout: Layout, rank: int, offsets: list[int], aligned: bool = False, unit_length: int | None = None
     ):

@@ -109,6 +109,11 @@ def test_bad_documents(group):
         DocumentSequence(parallel, torch.tensor([0, units + 1]))
     with pytest.raises(ValueError, match="decrease"):
         DocumentSequence(parallel, torch.tensor([0, 2 * units, units]))
+    for softmax in ("ulysses", "ulysses_ring"):
+        seq = DocumentSequence(SequenceParallel(group, layout="zigzag", softmax=softmax), torch.tensor([0, units]))
+        q = torch.zeros(1, units // parallel.size, parallel.size, 4)
+        with pytest.raises(ValueError, match=f"got '{softmax}', expected another strategy"):
+            seq.softmax_attention(q, q, q)
     seq = DocumentSequence(parallel, torch.tensor([0, units]))
     x = torch.zeros(1, units // parallel.size, 3)
     with pytest.raises(ValueError, match="a document's tokens per unit: got 1, expected at least 3"):

@@ -38,8 +38,12 @@ class SoftmaxStrategy:
             costs, one_node = topology(group)
         self.links = costs.inside if one_node else costs.across
 
-    def check(self, q: Tensor, k: Tensor, ranks: int) -> None:
-        """Raises ValueError for heads that the strategy cannot split."""
+    def check(self, q: Tensor, k: Tensor, partition: Partition) -> None:
+        """Raises ValueError for heads that the strategy cannot split, or tokens that it cannot put together."""
+        ranks = partition.layout.ranks
+        if self.name in ("ulysses", "ulysses_ring"):
+            expected = "another strategy for documents that are cut one by one"
+            checks.require(partition.unit_by_unit, "softmax", repr(self.name), expected)
         if self.name == "ulysses":
             for name, x in (("q", q), ("k", k)):
                 expected = f"a multiple of the {ranks} ranks, for softmax='ulysses'"
@@ -52,7 +56,7 @@ class SoftmaxStrategy:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, partition: Partition) -> Tensor:
         """o [B, T_local, H, V] of this rank's queries over the whole sequence."""
         name, group, ranks = self.name, self.group, partition.layout.ranks
-        inner = inner_size(k.shape[2], ranks)
+        inner = inner_size(k.shape[2], ranks) if partition.unit_by_unit else 1
         if name == "auto":
             plans = {size: make_plan(coarsen(partition, size), mask) for size in {1, inner}}
             name = choose(Layer(q.shape[2], k.shape[2], k.shape[3], partition.local_tokens, ranks, plans), self.links)

@@ -69,7 +69,7 @@ class Layer:
 
 def choose(layer: Layer, links: Links) -> str:
     """The strategy that takes the least time; the first one of equals."""
-    inner = inner_size(layer.kv_heads, layer.ranks)
+    inner = max(layer.plans)
     seconds = {"ring": layer.ring(links, 1), "all_gather": layer.all_gather(links)}
     if inner > 1:
         name = "ulysses" if inner == layer.ranks else "ulysses_ring"

@@ -48,6 +48,8 @@ def make_plan(partition: Partition, mask: Mask) -> Plan:
 @lru_cache(maxsize=64)
 def coarsen(partition: Partition, inner: int) -> Partition:
     """The partition among ranks // inner groups of `inner` consecutive ranks: the same layout, of longer units."""
+    if inner == 1:
+        return partition
     layout = Layout(partition.layout.name, partition.layout.ranks // inner)
     length = inner * partition.unit_length
     return Partition(layout, partition.rank // inner, partition.offsets, unit_length=length)
