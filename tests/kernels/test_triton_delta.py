@@ -104,20 +104,20 @@ def whole(request, monkeypatch):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_equals_the_recurrent_form(gen, whole, decay):
-    found = errors(gen, decay, (1, 150, 1, 2, 24, 16))
+    found = errors(gen, decay, (1, 150, 1, 2, 40, 16))
     assert max(found.values()) < EXACT, found
 
 
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_short_sequences_and_batches(gen, whole, decay, tokens):
-    found = errors(gen, decay, (2, tokens, 1, 1, 16, 16), state=False)
+    found = errors(gen, decay, (2, tokens, 1, 1, 32, 16), state=False)
     assert max(found.values()) < EXACT, found
 
 
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_packed_documents(gen, whole, decay):
-    found = errors(gen, decay, (1, 150, 1, 1, 16, 16), offsets=[0, 1, 1, 140, 150])
+    found = errors(gen, decay, (1, 150, 1, 1, 32, 16), offsets=[0, 1, 1, 140, 150])
     assert max(found.values()) < EXACT, found
 
 
@@ -133,20 +133,20 @@ def test_heads_in_groups_and_in_parts(gen, whole, decay, monkeypatch):
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_gates_that_do_nothing_or_close(gen, whole, decay, strength):
     """A closed gate's own gradient is a small difference of large numbers: what fp32 leaves of it."""
-    found = errors(gen, decay, (1, 130, 1, 1, 16, 16), strength=strength)
+    found = errors(gen, decay, (1, 130, 1, 1, 32, 16), strength=strength)
     assert found.pop("decay") < (EXACT if strength == 0 else 1e-3)
     assert max(found.values()) < 4 * EXACT, found
 
 
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_half_precision_loses_no_more_than_rounding(gen, whole, decay):
-    found = errors(gen, decay, (1, 70, 1, 1, 16, 16), dtype=torch.float16)
+    found = errors(gen, decay, (1, 70, 1, 1, 32, 16), dtype=torch.float16)
     assert max(found.values()) < 2e-3, found
 
 
 def test_equal_keys_do_not_lose_precision(gen, whole, monkeypatch):
     """Powers of L grow like binomials here; elimination does not form them."""
-    unit = torch.zeros(16)
+    unit = torch.zeros(32)
     unit[0] = 1.0
     made = inputs
 
@@ -157,14 +157,14 @@ def test_equal_keys_do_not_lose_precision(gen, whole, monkeypatch):
         return given
 
     monkeypatch.setitem(globals(), "inputs", equal_keys)
-    found = errors(gen, "none", (1, 130, 1, 1, 16, 16))
+    found = errors(gen, "none", (1, 130, 1, 1, 32, 16))
     assert max(found.values()) < EXACT, found
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
     """A X + S is the state that leaves for the X that enters; D is the gradient of X through the outputs alone."""
-    given = inputs(gen, decay, (1, 150, 1, 2, 16, 24, 1), 0.1, torch.float32)
+    given = inputs(gen, decay, (1, 150, 1, 2, 32, 24, 1), 0.1, torch.float32)
     state = given.pop("state")
     x, op = Inputs(**given, scale=0.3, segments=Segments(1, 150)), delta.TritonDelta()
     summary, partial = op.summarize(x, wanted=True)
@@ -179,7 +179,7 @@ def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
 
 
 def test_twice_the_same_gives_the_same_bits(gen):
-    given = inputs(gen, "scalar", (1, 130, 1, 2, 16, 16, 1), 0.1, torch.float32)
+    given = inputs(gen, "scalar", (1, 130, 1, 2, 32, 16, 1), 0.1, torch.float32)
     state = given.pop("state")
     x, op = Inputs(**given, scale=0.3, segments=Segments(1, 130)), delta.TritonDelta()
     partials = [op.summarize(x, wanted=False)[1] for _ in range(2)]
@@ -188,7 +188,7 @@ def test_twice_the_same_gives_the_same_bits(gen):
 
 
 def test_the_public_function_takes_a_diagonal_decay_and_refuses_large_heads(gen):
-    given = inputs(gen, "diagonal", (1, 20, 1, 2, 16, 16, 1), 0.1, torch.float32)
+    given = inputs(gen, "diagonal", (1, 20, 1, 2, 32, 16, 1), 0.1, torch.float32)
     tensors = [given[name] for name in ("q", "k", "v", "beta", "decay")]
     found, wanted = (
         delta_rule(*tensors, initial_state=given["state"], output_final_state=True, backend=backend)

@@ -14,10 +14,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # has no bf16 arithmetic.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 SHAPES = {  # batch, tokens, q/k heads, heads, K, V, document offsets
-    "grouped heads": (2, 150, 2, 4, 16, 16, None),
-    "documents": (1, 150, 1, 2, 16, 32, (0, 5, 5, 70, 150)),
-    "odd sizes": (1, 63, 1, 1, 24, 40, None),
-    "one token": (1, 1, 2, 2, 16, 16, None),
+    "grouped heads": (2, 150, 2, 4, 32, 16, None),
+    "documents": (1, 150, 1, 2, 32, 16, (0, 5, 5, 70, 150)),
+    "odd sizes": (1, 63, 1, 1, 40, 24, None),
+    "one token": (1, 1, 2, 2, 32, 16, None),
     "wider than a block": (1, 70, 1, 1, 72, 16, None),
 }
 
@@ -107,7 +107,7 @@ def test_gates_that_do_nothing_or_close(gen, strength):
 
 
 def test_what_triton_does_not_take_is_refused():
-    x = torch.zeros(1, 4, 2, 16, device=DEVICE)
+    x = torch.zeros(1, 4, 2, 32, device=DEVICE)
     refused = {
         "float64": lambda: linear_attention(*(x.double() for _ in range(3)), backend="triton"),
         "at most 256": lambda: linear_attention(x, x, x.new_zeros(1, 4, 2, 257), backend="triton"),

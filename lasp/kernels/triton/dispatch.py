@@ -11,12 +11,13 @@ from lasp.kernels.triton.diagonal import TritonDiagonal
 from lasp.kernels.triton.linear import TritonLinear
 
 MAX_DELTA_HEAD = 128
+MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
 ONE_TOKEN, LINEAR, DIAGONAL = "one token", "linear attention", "a decay [B, T, H, K]"
 DELTA, DIAGONAL_DELTA = "the delta rule", "the delta rule with a decay [B, T, H, K]"
 OPS: dict[str, type[Op]] = {
     LINEAR: TritonLinear, DIAGONAL: TritonDiagonal, DELTA: TritonDelta, DIAGONAL_DELTA: TritonDelta
 }  # fmt: skip
-CHECKED = {LINEAR}  # on a GPU in their present form, for bfloat16 and heads of at most 128: what "auto" takes
+CHECKED = {ONE_TOKEN, LINEAR, DIAGONAL, DELTA, DIAGONAL_DELTA}  # on a GPU: what "auto" takes, see _checked
 
 
 def triton_op(x: Inputs, causal: bool, asked: bool) -> tuple[Op | None, str]:
@@ -28,6 +29,8 @@ def triton_op(x: Inputs, causal: bool, asked: bool) -> tuple[Op | None, str]:
         return None, refusal
     if not causal:
         return None, "causal=False"
+    if x.k.shape[-1] < MIN_KEY and x.v.is_cuda:
+        return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
     diagonal = x.decay is not None and x.decay.ndim == 4
     if x.beta is None:
         kind = DIAGONAL if diagonal else LINEAR
@@ -50,4 +53,6 @@ def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, T
 
 
 def _checked(kind: str, x: Inputs) -> bool:
-    return kind in CHECKED and x.v.dtype == torch.bfloat16 and max(x.k.shape[-1], x.v.shape[-1]) <= 128
+    """Whether it has been compared with float64 on a GPU in its present form, for this dtype and size of heads."""
+    sizes = max(x.k.shape[-1], x.v.shape[-1]) <= 128
+    return kind in CHECKED and x.v.is_cuda and x.v.dtype == torch.bfloat16 and sizes
