@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -78,13 +78,22 @@ def report(run_dir: Positional[str]) -> None:
     print(report(run_dir))
 
 
-def export_weights(run_dir: Positional[str], output: Positional[str]) -> None:
-    """Write a run's last checkpoint as a Hugging Face directory: safetensors, configuration, tokenizer.
+def export_weights(
+    run_dir: Positional[str], output: Positional[str], to: Literal["huggingface", "megatron"] = "huggingface"
+) -> None:
+    """Write a run's last checkpoint as a Hugging Face directory (safetensors, configuration, tokenizer), or Megatron's.
 
     Args:
         run_dir: the run's directory.
-        output: the directory to write. AutoModelForCausalLM loads it after `import lasp.integrations.huggingface`.
+        output: the directory to write. AutoModelForCausalLM loads it after `import lasp.integrations.huggingface`;
+            launch/megatron.sh begins from it by --initial-weights.
+        to: whose format.
     """
+    from lasp.integrations import megatron_weights
+
+    if to == "megatron":
+        print(megatron_weights.export_run(run_dir, output))
+        return
     from lasp.integrations.exchange import export_run
 
     print(export_run(run_dir, output))
@@ -97,15 +106,20 @@ def import_weights(
     mixer: str = "gated_delta_net",
     seed: int = 0,
 ) -> None:
-    """Turn a Hugging Face directory into weights that a run can begin from (--initial-weights OUTPUT).
+    """Turn a Hugging Face directory or a Megatron checkpoint into weights to begin from (--initial-weights OUTPUT).
 
     Args:
-        source: a directory that `lasp export` wrote, or that of a Llama.
+        source: a directory that `lasp export` wrote, that of a Llama, or a checkpoint (step_…) of launch/megatron.sh.
         output: the directory to write.
         pattern: of a Llama's layers: L becomes linear, N stays softmax.
         mixer: of a Llama's linear layers.
         seed: of what a Llama has no weights for, such as gates.
     """
+    from lasp.integrations import megatron_weights
+
+    if megatron_weights.is_checkpoint(source):
+        print(megatron_weights.import_weights(source, output))
+        return
     from lasp.integrations.exchange import import_weights
 
     print(import_weights(source, output, pattern=pattern, mixer=mixer, seed=seed))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 LINEAR, SOFTMAX = "L", "N"
@@ -37,6 +38,13 @@ def require_at_least(config: object, least: float, *fields: str) -> None:
     for field in fields:
         got = getattr(config, field)
         require(math.isfinite(got) and got >= least, field, got, f"at least {least}")
+
+
+def require_empty(output: str | Path) -> Path:
+    """The folder `output`. Raises ValueError if there is anything in it."""
+    path = Path(output)
+    require(not path.exists() or not any(path.iterdir()), "output", str(output), "a new or empty directory")
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +146,18 @@ class ModelConfig:
     def layers(self) -> str:
         """One letter per layer."""
         return self.pattern * (self.num_layers // len(self.pattern))
+
+
+def options_of(config: ModelConfig) -> str:
+    """The options of `lasp train` that describe this model."""
+
+    def option(name: str, value: object) -> str:
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--model.{name}" if value else f"--model.no-{name}"
+        return f"--model.{name} {value}"
+
+    return " ".join(option(name, value) for name, value in vars(config).items())
 
 
 @dataclass(frozen=True, kw_only=True)

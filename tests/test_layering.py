@@ -26,6 +26,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},
+    "lasp/integrations/megatron_weights.py": {"torch.distributed.checkpoint"},
 }
 COLLECTIVES = (  # first words of their names
     "all_",

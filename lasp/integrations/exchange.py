@@ -1,12 +1,11 @@
 """Weights between training runs and Hugging Face directories: what `lasp export` and `lasp import` do."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lasp.config import ModelConfig, require
+from lasp.config import ModelConfig, options_of, require, require_empty
 from lasp.data import load_tokenizer
 from lasp.integrations.huggingface import LaspConfig, to_huggingface
 from lasp.integrations.llama import from_llama
@@ -39,8 +38,7 @@ def import_weights(source: str, output: str, *, pattern: str, mixer: str, seed: 
     the options of `lasp train` that describe the model. Raises ValueError if `output` is not empty, and for a model
     that is neither lasp's nor a Llama, or a Llama that lasp cannot express.
     """
-    target = Path(output)
-    require(not target.exists() or not any(target.iterdir()), "output", output, "a new or empty directory")
+    target = require_empty(output)
     config = AutoConfig.from_pretrained(source)
     require(config.model_type in ("lasp", "llama"), "model_type", config.model_type, "lasp or llama")
     model: Any = AutoModelForCausalLM.from_pretrained(source)
@@ -49,14 +47,4 @@ def import_weights(source: str, output: str, *, pattern: str, mixer: str, seed: 
     # A run keeps at least float32 weights, whatever it computes in.
     decoder.to(torch.promote_types(model.dtype, torch.float32))
     checkpoint.save_weights(target, decoder)
-    return f"--initial-weights {output} {_options(decoder.config)}"
-
-
-def _options(config: ModelConfig) -> str:
-    def option(name: str, value: object) -> str:
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            return f"--model.{name}" if value else f"--model.no-{name}"
-        return f"--model.{name} {value}"
-
-    return " ".join(option(name, value) for name, value in vars(config).items())
+    return f"--initial-weights {output} {options_of(decoder.config)}"

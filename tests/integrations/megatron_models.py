@@ -103,12 +103,19 @@ def config(mesh: Mesh, moe: bool = False, **changes) -> TransformerConfig:
     return TransformerConfig(**(options | changes))
 
 
-def gpt(mesh: Mesh, mixer: str = "gated_delta_net", moe: bool = False, pattern: str = "LLLN", **changes) -> GPTModel:
+def gpt(
+    mesh: Mesh,
+    mixer: str = "gated_delta_net",
+    moe: bool = False,
+    pattern: str = "LLLN",
+    vocabulary: int = VOCABULARY,
+    **changes,
+) -> GPTModel:
     shape = config(mesh, moe, **changes)
     return GPTModel(
         shape,
         gpt_layer_specs(shape, pattern, mixer=mixer),
-        VOCABULARY,
+        vocabulary,
         LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

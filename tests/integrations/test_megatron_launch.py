@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from lasp.data import TokenFileWriter
+from lasp.integrations import megatron_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,3 +57,9 @@ def test_training_goes_on_over_another_mesh(tmp_path):
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_2")
     rest = losses(torchrun(*run, "--tensor-parallel", "2"))
     assert rest == pytest.approx(whole[2:], abs=2e-4)  # printed with four digits
+
+    weights = str(tmp_path / "run" / "checkpoints" / "step_4")
+    assert megatron_weights.load(weights).config.pattern == "LLLN"
+    run[run.index("--run-dir") + 1] = str(tmp_path / "another")
+    begun = losses(torchrun(*run, "--context-parallel", "2", "--initial-weights", weights))
+    assert begun[0] < whole[0]

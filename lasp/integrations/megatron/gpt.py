@@ -33,8 +33,9 @@ def gpt_layer_specs(
     """What GPTModel takes as `transformer_layer_spec`: this pipeline stage's layers, on local modules throughout.
 
     L layers are `LinearSelfAttention` of the kind `mixer`, N layers Megatron's SelfAttention around
-    `SoftmaxCoreAttention`; which layers' MLPs are mixtures of experts, `moe_layer_freq` says. Layers of several kinds
-    make Megatron store each layer under its own number in checkpoints: `config.hetereogenous_dist_checkpoint` is set.
+    `SoftmaxCoreAttention`; which layers' MLPs are mixtures of experts, `moe_layer_freq` says. In checkpoints
+    every layer is to stand under its own number, as they may be of several kinds:
+    `config.hetereogenous_dist_checkpoint` is set.
 
     Args:
         config: the TransformerConfig that the model will have.
@@ -49,8 +50,7 @@ def gpt_layer_specs(
     check_config(config, mixer)
     letters = layer_letters(pattern, config.num_layers)
     moe = moe_layers(config, config.num_layers)
-    if len(set(zip(letters, moe, strict=True))) > 1:
-        config.hetereogenous_dist_checkpoint = True
+    config.hetereogenous_dist_checkpoint = True
     linear = ModuleSpec(module=LinearSelfAttention, params={"mixer": mixer, **mixer_options})
     if config.pipeline_model_parallel_layout is not None:
         layout = config.pipeline_model_parallel_layout

@@ -8,10 +8,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.config import require, require_at_least, require_choice
+from lasp.config import ModelConfig, require, require_at_least, require_choice
 from lasp.integrations.megatron.gpt import gpt_layer_specs
 from lasp.integrations.megatron.pattern import check_config, layer_letters
 from lasp.integrations.megatron.presets import PRESETS
+from lasp.integrations.megatron_weights import VOCABULARY_MULTIPLE, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Run:
     clip_norm: float = 1.0
     rope_theta: float = 500_000.0
     save_every: int = 1000  # steps; the last one is always saved
+    initial_weights: str | None = None  # a directory of `lasp export --to megatron`, or a checkpoint, to begin from
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Run:
         chunks = self.tensor_parallel * (2 * self.context_parallel if self.context_parallel > 1 else 1)
         expected = f"a multiple of {chunks}: tensor_parallel, times 2 · context_parallel if that is above 1"
         require(self.sequence_length % chunks == 0, "sequence_length", self.sequence_length, expected)
+        expected = "None for model='hybrid', whose weights have other names"
+        require(self.initial_weights is None or self.model == "gpt", "initial_weights", self.initial_weights, expected)
         layers = PRESETS[self.preset]()["num_layers"]
         layer_letters(self.pattern, layers)
         stages = self.pipeline_parallel
@@ -99,9 +103,15 @@ class Run:
         check_config(config, self.mixer)
         return config
 
+    def shape(self, config: TransformerConfig, vocab_size: int) -> ModelConfig:
+        """The same model as lasp's own configuration; of model="gpt"."""
+        return shape_of(
+            config, pattern=self.pattern, mixer=self.mixer, vocab_size=vocab_size, rope_theta=self.rope_theta
+        )
+
     def build(self, config: TransformerConfig, vocab_size: int) -> Any:
         """This pipeline stage's part of the model. The vocabulary is padded to a multiple of 128, whatever the mesh."""
-        padded = -(-vocab_size // 128) * 128
+        padded = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         require(padded % self.tensor_parallel == 0, "tensor_parallel", self.tensor_parallel, f"a divisor of {padded}")
         common: dict[str, Any] = {
             "vocab_size": padded,

@@ -20,12 +20,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from lasp.config import require
+from lasp.config import ModelConfig, require
 from lasp.data.tokenizer import load_tokenizer
 from lasp.integrations.megatron.cpu import run_on_cpu
 from lasp.integrations.megatron.data import build_dataset, micro_batches
 from lasp.integrations.megatron.run import Run
 from lasp.integrations.megatron.sequence import shard_batch
+from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.parallel import comm
 
 
@@ -77,7 +78,11 @@ class _State:
 
     def __init__(self, run: Run, config: Any, vocab_size: int):
         self.run = run
+        self.shape = run.shape(config, vocab_size) if run.model == "gpt" else None
         model = run.build(config, vocab_size)
+        if run.initial_weights is not None:
+            assert self.shape is not None
+            load_weights(model, run.initial_weights, self.shape)
         if torch.cuda.is_available():
             model = model.cuda()
         if config.bf16:
@@ -144,6 +149,8 @@ class _State:
         folder.mkdir(parents=True, exist_ok=True)
         dist_checkpointing.save(self._parts(is_loading=False) | {"step": step}, str(folder))
         if dist.get_rank() == 0:
+            if self.shape is not None:
+                write_shape(folder, self.shape)
             (self._folder / "latest").write_text(folder.name)
 
     def restore(self) -> int:
@@ -166,6 +173,13 @@ class _State:
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+
+
+def load_weights(model: Any, source: str, shape: ModelConfig) -> None:
+    """Loads this rank's part of a checkpoint's weights. Raises ValueError on every rank if it is of another shape."""
+    require_same_shape(Path(source), shape)
+    parts = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    model.load_state_dict(dist_checkpointing.load(parts, source), strict=False)
 
 
 def _forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
