@@ -5,7 +5,7 @@ Sequence parallelism needs no more than that: a rank's segments are the pieces o
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Segments:
         return self._chunks[size, device]
 
     def tiles(self, size: int, device: torch.device) -> "Tiles":
+        if self.cu_seqlens is None:
+            return _row_tiles(self.batch, self.tokens, size, device)
         if (size, device) not in self._tiles:
             self._tiles[size, device] = Tiles.cut(self, size, device)
         return self._tiles[size, device]
@@ -127,3 +129,12 @@ class Tiles:
         length = (offsets[owner + 1] - start).clamp(0, size)
         parts = start.where(length > 0, 0), length.int(), first.int()
         return cls(size, count, *(part.to(device, non_blocking=True) for part in parts))
+
+
+@lru_cache(maxsize=4096)
+def _row_tiles(batch: int, tokens: int, size: int, device: torch.device) -> Tiles:
+    """Of rows without documents: made once, for short sequences take less time than making these."""
+    tiles = Tiles.cut(Segments(batch, tokens), size, device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # so that other streams may read them
+    return tiles

@@ -1,4 +1,4 @@
-"""Scalar gates: their cumulative sums, which every other kernel reads, and their gradient."""
+"""Scalar and constant gates: what the other kernels read of them, and the gradient of scalar ones."""
 
 import torch
 import triton
@@ -27,14 +27,13 @@ def scalar_decay(decay, tokens, here, h, H, DECAY: tl.constexpr):
 
 @triton.jit
 def _cumulate(
-    decay,  # [H] or [tokens, H]
+    decay,  # [tokens, H]
     cumulated,  # [tokens, H] fp32
     start,
     length,
     H,
     BH: tl.constexpr,
     C: tl.constexpr,
-    CONSTANT: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
@@ -42,21 +41,31 @@ def _cumulate(
     place = tl.program_id(1) * C + tl.arange(0, C)
     at = (begin + place)[:, None] * H + heads[None, :]
     here = (place < count)[:, None] & (heads < H)[None, :]
-    source = decay + heads[None, :] + tl.zeros([C, 1], tl.int64) if CONSTANT else decay + at
-    g = tl.load(source, mask=here, other=0.0).to(tl.float32)
+    g = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
     tl.store(cumulated + at, tl.cumsum(g, axis=0) * LOG2_E, mask=here)
 
 
 @triton.jit
-def load_cumulated(cumulated, begin, i, count, h, H, C: tl.constexpr):
+def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, DECAY: tl.constexpr):
     """Chunk i of a tile: b [C], the log2 decay from the chunk's start up to each token, and that of the whole chunk.
 
-    Places without a token carry the latter, so that no difference from the others is above zero.
+    Places without a token carry the latter, so that no difference from the others is above zero. gates: see `cumulate`.
     """
-    place = i * C + tl.arange(0, C)
-    end = tl.load(cumulated + (begin + tl.minimum(i * C + C, count) - 1) * H + h)
-    b = tl.load(cumulated + (begin + place) * H + h, mask=place < count, other=0.0)
-    return tl.where(place < count, b, end), end
+    here = tl.minimum(C, count - i * C)
+    place = tl.arange(0, C)
+    if DECAY == CONSTANT:
+        rate = log2_rate(gates, h)
+        return rate * tl.minimum(place + 1, here).to(tl.float32), rate * here.to(tl.float32)
+    else:
+        end = tl.load(gates + (begin + i * C + here - 1) * H + h)
+        b = tl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
+        return tl.where(place < here, b, end), end
+
+
+@triton.jit
+def log2_rate(decay, h):
+    """The log2 decay of one token, given those of the heads, [H], as natural logarithms."""
+    return tl.load(decay + h).to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -97,14 +106,14 @@ def _gate_grads(
 
 
 def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
-    """The log2 decay [B, T, H] from the start of each token's chunk up to it, in fp32; None without gates."""
-    if decay is None:
-        return None
+    """What `load_gates` reads. For [B, T, H]: the log2 decay from the start of each token's chunk up to it, in fp32."""
+    if decay is None or decay.ndim == 1:
+        return decay
     heads = decay.shape[-1]
     cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
     block = min(16, triton.next_power_of_2(heads))
     _cumulate[tiles.count, triton.cdiv(tiles.size, chunk), triton.cdiv(heads, block)](
-        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, CONSTANT=decay.ndim == 1, num_warps=4
+        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4
     )
     return cumulated
 

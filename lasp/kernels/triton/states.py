@@ -2,8 +2,9 @@
 
     S = Σ_t (k_t e^{b_end - b_t}) v_tᵀ        D = scale · Σ_t (q_t e^{b_t}) do_tᵀ        log A = b_end
 
-b is the cumulative decay from the tile's start. Chunk by chunk, so that no exponent is ever above zero: forward walks
-up and decays what it has, backward walks down and does the same.
+b is the cumulative decay from the tile's start. Each is walked from the end towards which it decays, so that a decay is
+known when its token comes: no exponent is above zero, and the sum needs no rescaling. The walk that follows (phase 3)
+begins where this one stops, with what the cache still holds.
 """
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import Config, block_of
-from lasp.kernels.triton.gates import LOG2_E, load_cumulated
+from lasp.kernels.triton.gates import LOG2_E, NONE, decay_class, load_gates
 
 
 @triton.jit
 def _states(
     k,  # [tokens, Hq, K]: k, or q backward
     v,  # [tokens, H, V]: v, or do backward
-    cumulated,  # [tokens, H] log2 decays within chunks, if GATED
+    gates,  # see gates.cumulate
     states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
     start,
@@ -33,7 +34,7 @@ def _states(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    GATED: tl.constexpr,
+    DECAY: tl.constexpr,
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -43,10 +44,10 @@ def _states(
     cols = (block // tl.cdiv(K, BK)) * BV + tl.arange(0, BV)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     state = tl.zeros([BK, BV], tl.float32)
-    total = 0.0
+    passed = 0.0  # log2 decay of the chunks walked so far
     chunks = tl.cdiv(count, C)
     for step in range(chunks):
-        i = (chunks - 1 - step) if BACKWARD else step
+        i = step if BACKWARD else chunks - 1 - step
         place = i * C + tl.arange(0, C)
         here = place < count
         tokens = begin + place
@@ -57,23 +58,22 @@ def _states(
         )
         at_v = ((tokens * H + h) * V)[:, None] + cols[None, :]
         vc = tl.load(v + at_v, mask=here[:, None] & (cols < V)[None, :], other=0.0)
-        if GATED:
-            b, end = load_cumulated(cumulated, begin, i, count, h, H, C)
-            vc = (vc * tl.exp2(b if BACKWARD else end - b)[:, None]).to(v.dtype.element_ty)
-            state *= tl.exp2(end)
-            total += end
+        if DECAY != NONE:
+            b, end = load_gates(gates, begin, i, count, h, H, C, DECAY)
+            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b))[:, None]).to(v.dtype.element_ty)
+            passed += end
         state = tl.dot(kt, vc, state, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (cols < V)[None, :]
     tl.store(states + (tile * H + h) * K * V + rows[:, None] * V + cols[None, :], state * scale, mask=inside)
-    if GATED and not BACKWARD:
-        tl.store(transitions + tile * H + h, total / LOG2_E, mask=block == 0)
+    if DECAY != NONE and not BACKWARD:
+        tl.store(transitions + tile * H + h, passed / LOG2_E, mask=block == 0)
 
 
 def tile_states(
     tiles: Tiles,
     k: Tensor,
     v: Tensor,
-    cumulated: Tensor | None,
+    gates: Tensor | None,
     config: Config,
     *,
     backward: bool = False,
@@ -82,13 +82,12 @@ def tile_states(
     """S [M, H, K, V] and log A [M, H] of every tile from k, v; backward D from q and do, and no transition."""
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
     states = v.new_empty(tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
-    gated = cumulated is not None
-    transitions = states.new_empty(tiles.count, heads) if gated and not backward else None
+    transitions = None if gates is None or backward else states.new_empty(tiles.count, heads)
     block_k, block_v = min(128, block_of(key_dim)), min(128, block_of(value_dim))
     grid = (tiles.count, heads, triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v))
     _states[grid](
-        k, v, cumulated, states, transitions, tiles.start, tiles.length, scale, heads, heads // q_heads,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, GATED=gated, BACKWARD=backward,
+        k, v, gates, states, transitions, tiles.start, tiles.length, scale, heads, heads // q_heads,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, DECAY=decay_class(gates), BACKWARD=backward,
         PRECISION=config.precision, num_warps=8 if block_k * block_v > 64 * 64 else 4, num_stages=config.state_stages,
     )  # fmt: skip
     return states, transitions

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import Config, block_of
-from lasp.kernels.triton.gates import load_cumulated
+from lasp.kernels.triton.gates import CONSTANT, NONE, decay_class, load_gates, log2_rate
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _walk(
     a,  # [tokens, H // GA, DA]
     b,  # [tokens, H // GB, DA]
     c,  # [tokens, H // GC, DC]
-    cumulated,  # [tokens, H] log2 decays within chunks, if GATED
+    gates,  # see gates.cumulate
     states,  # [M, H, DA, DC], or [M, H, DC, DA] if TRANSPOSED: X before the walk
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC]: for sums of partner · y, if SUMS
@@ -48,7 +48,7 @@ def _walk(
     BA: tl.constexpr,
     BC: tl.constexpr,
     C: tl.constexpr,
-    GATED: tl.constexpr,
+    DECAY: tl.constexpr,
     DOWN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SUMS: tl.constexpr,
@@ -68,6 +68,8 @@ def _walk(
     x = tl.load(states + state_at, mask=inside, other=0.0) * state_scale
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     seen = i_row <= i_col if DOWN else i_row >= i_col
+    if DECAY == CONSTANT:
+        weights = tl.exp2(tl.where(seen, log2_rate(gates, h) * tl.abs(i_row - i_col), float("-inf")))
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = (chunks - 1 - step) if DOWN else step
@@ -91,10 +93,13 @@ def _walk(
             pc = tl.load(partner + at, mask=here_c, other=0.0)
         p = tl.dot(ac, bt, input_precision=PRECISION)
         yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
-        if GATED:
-            g, end = load_cumulated(cumulated, begin, i, count, h, H, C)
-            gap = g[None, :] - g[:, None] if DOWN else g[:, None] - g[None, :]
-            p *= tl.exp2(tl.where(seen, gap, float("-inf")))
+        if DECAY != NONE:
+            g, end = load_gates(gates, begin, i, count, h, H, C, DECAY)
+            if DECAY == CONSTANT:
+                p *= weights
+            else:
+                gap = g[None, :] - g[:, None] if DOWN else g[:, None] - g[None, :]
+                p *= tl.exp2(tl.where(seen, gap, float("-inf")))
             from_state, to_state = tl.exp2(end - g if DOWN else g), tl.exp2(g if DOWN else end - g)
             yc = tl.dot(p.to(dtype), cc, yc * from_state[:, None], input_precision=PRECISION)
             x = tl.dot(bt, (cc * to_state[:, None]).to(dtype), x * tl.exp2(end), input_precision=PRECISION)
@@ -112,11 +117,11 @@ def _walk(
 
 @dataclass(frozen=True)
 class Walk:
-    """What every walk over the same tiles shares. heads: H, the value heads; cumulated: see `gates`; None: no gates."""
+    """What every walk over the same tiles shares. heads: H, the value heads; gates: see gates.cumulate."""
 
     tiles: Tiles
     heads: int
-    cumulated: Tensor | None
+    gates: Tensor | None
     scale: float
     config: Config
 
@@ -143,11 +148,11 @@ class Walk:
             at_end = None if down else states.new_empty(blocks, self.tiles.count, self.heads)
         groups = (1 if t is None else self.heads // t.shape[2] for t in (a, b, c, partner))
         _walk[self.tiles.count * blocks, self.heads](
-            a, b, c, self.cumulated, states, y, partner, products, far_states, at_end,
+            a, b, c, self.gates, states, y, partner, products, far_states, at_end,
             self.tiles.start, self.tiles.length, self.scale, 1 / self.scale if down else 1.0,
             batch * tokens, self.heads, *groups,
             DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=self.config.chunk,
-            GATED=self.cumulated is not None, DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
+            DECAY=decay_class(self.gates), DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
             PRECISION=self.config.precision, STAGES=self.config.stages, num_warps=self.config.warps,
         )  # fmt: skip
         return y, products, at_end
