@@ -14,13 +14,18 @@ LONGEST_TILE, SHORTEST_TILE = 4096, 64
 
 @dataclass(frozen=True)
 class Config:
-    """chunk: tokens per step of a walk. widest: columns of the state that one program of a walk holds."""
+    """chunk: tokens per step of a walk. widest: columns of the state that one program of a walk holds.
+
+    reach: the largest decay of a chunk, as a power of two, that is not steep (see walk): 2^{reach/2} must leave room in
+    the dtype, and its exponent's rounding must not show in fp32.
+    """
 
     chunk: int
     warps: int
     stages: int
     widest: int
     state_stages: int = 3
+    reach: float = 160.0
     precision: str = "tf32"  # of products in fp32, where states meet fp16 inputs
 
 
@@ -33,12 +38,13 @@ def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
     """The configuration of the scalar classes' kernels for these head sizes and dtype."""
     widest = max(k.shape[-1], v.shape[-1])
     if v.dtype == torch.float32:
-        return Config(chunk=32, warps=8, stages=1, widest=64, state_stages=1, precision="ieee")
+        return Config(chunk=32, warps=8, stages=1, widest=64, state_stages=1, reach=32.0, precision="ieee")
+    reach = 16.0 if v.dtype == torch.float16 else 160.0
     if widest > 128:
-        return Config(chunk=64, warps=8, stages=1, widest=64)
+        return Config(chunk=64, warps=8, stages=1, widest=64, reach=reach)
     if widest > 64 and not gated:
         return Config(chunk=128, warps=8, stages=2, widest=128)
-    return Config(chunk=64, warps=4, stages=2, widest=64)
+    return Config(chunk=64, warps=4, stages=2, widest=64, reach=reach)
 
 
 def tile_length(tokens: int, heads: int, device: torch.device) -> int:

@@ -46,10 +46,11 @@ def _cumulate(
 
 
 @triton.jit
-def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, DECAY: tl.constexpr):
-    """Chunk i of a tile: b [C], the log2 decay from the chunk's start up to each token, and that of the whole chunk.
+def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+    """C tokens from i · C of a tile on: b [C], the log2 decay from their start up to each, and that of them all.
 
-    Places without a token carry the latter, so that no difference from the others is above zero. gates: see `cumulate`.
+    Places without a token carry the latter, so that no difference from the others is above zero.
+    gates: see `cumulate`, summed within chunks of CHUNK.
     """
     here = tl.minimum(C, count - i * C)
     place = tl.arange(0, C)
@@ -59,6 +60,9 @@ def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, DECAY: tl.constexp
     else:
         end = tl.load(gates + (begin + i * C + here - 1) * H + h)
         b = tl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
+        if C != CHUNK:
+            before = tl.load(gates + (begin + i * C - 1) * H + h, mask=i * C % CHUNK != 0, other=0.0)
+            b, end = b - before, end - before
         return tl.where(place < here, b, end), end
 
 

@@ -17,38 +17,38 @@ from lasp.kernels.triton.walk import Walk
 
 @dataclass(frozen=True)
 class TritonLinear:
-    """decay None, [H] or [B, T, H]. Kept for backward: the state that enters each tile, and the gates (`cumulate`)."""
+    """decay None, [H] or [B, T, H]. Kept for backward: the states that enter tiles, and what walks read of gates."""
 
     config: Config | None = None  # None takes it from the table
 
     def summarize(self, x: Inputs, wanted: bool):
         x, tiles, config = self._prepare(x)
         gates = cumulate(tiles, x.decay, x.v, config.chunk)
-        states, transitions = tile_states(tiles, x.k, x.v, gates, config)
+        states, transitions, steepest = tile_states(tiles, x.k, x.v, gates, config)
         summary = None
         if wanted:
             _, end = scan(tiles, states, transitions, None, backward=False, write_entering=False)
             summary = Summary(end, total_decay(tiles, transitions))
-        return summary, (x, tiles, config, gates, states, transitions)
+        return summary, (x, tiles, config, gates, steepest, states, transitions)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
-        x, tiles, config, gates, states, transitions = partial
+        x, tiles, config, gates, steepest, states, transitions = partial
         entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
-        o, _, _ = Walk(tiles, x.v.shape[2], gates, x.scale, config)(x.q, x.k, x.v, entering)
-        return o, outgoing, (entering, transitions, gates)
+        o, _, _ = Walk(tiles, x.v.shape[2], gates, steepest, x.scale, config)(x.q, x.k, x.v, entering)
+        return o, outgoing, (entering, transitions, gates, steepest)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         x, tiles, config = self._prepare(x)
-        _, transitions, gates = kept
-        states, _ = tile_states(tiles, x.q, do, gates, config, backward=True, scale=x.scale)
+        _, transitions, gates, _ = kept
+        states, _, _ = tile_states(tiles, x.q, do, gates, config, backward=True, scale=x.scale)
         d = scan(tiles, states, transitions, None, backward=True, write_entering=False)[1] if wanted else None
         return d, (x, tiles, config, states)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, states), (entering, transitions, gates) = partial, kept
+        (x, tiles, config, states), (entering, transitions, gates, steepest) = partial, kept
         assert entering is not None
         leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
-        walk = Walk(tiles, x.v.shape[2], gates, x.scale, config)
+        walk = Walk(tiles, x.v.shape[2], gates, steepest, x.scale, config)
         gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
         sums_q, sums_v = (None, None) if gate is None else (x.q, x.v)
         dv, v_dv, _ = walk(x.k, x.q, do, leaving, down=True, partner=sums_v)

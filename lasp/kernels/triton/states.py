@@ -24,6 +24,7 @@ def _states(
     gates,  # see gates.cumulate
     states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
+    steepest,  # [M, H] fp32: the largest log2 decay of their chunks, negated, written forward
     start,
     length,
     scale,
@@ -44,7 +45,9 @@ def _states(
     cols = (block // tl.cdiv(K, BK)) * BV + tl.arange(0, BV)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     state = tl.zeros([BK, BV], tl.float32)
-    passed = 0.0  # log2 decay of the chunks walked so far
+    half: tl.constexpr = v.dtype.element_ty == tl.float16
+    dtype: tl.constexpr = tl.float32 if half and DECAY != NONE else v.dtype.element_ty  # fp16 holds no small decay
+    passed, most = 0.0, 0.0  # log2 decay of the chunks walked so far, and the largest
     chunks = tl.cdiv(count, C)
     for step in range(chunks):
         i = step if BACKWARD else chunks - 1 - step
@@ -59,14 +62,16 @@ def _states(
         at_v = ((tokens * H + h) * V)[:, None] + cols[None, :]
         vc = tl.load(v + at_v, mask=here[:, None] & (cols < V)[None, :], other=0.0)
         if DECAY != NONE:
-            b, end = load_gates(gates, begin, i, count, h, H, C, DECAY)
-            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b))[:, None]).to(v.dtype.element_ty)
+            b, end = load_gates(gates, begin, i, count, h, H, C, C, DECAY)
+            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b))[:, None]).to(dtype)
             passed += end
-        state = tl.dot(kt, vc, state, input_precision=PRECISION)
+            most = tl.maximum(most, -end)
+        state = tl.dot(kt.to(dtype), vc.to(dtype), state, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (cols < V)[None, :]
     tl.store(states + (tile * H + h) * K * V + rows[:, None] * V + cols[None, :], state * scale, mask=inside)
     if DECAY != NONE and not BACKWARD:
         tl.store(transitions + tile * H + h, passed / LOG2_E, mask=block == 0)
+        tl.store(steepest + tile * H + h, most, mask=block == 0)
 
 
 def tile_states(
@@ -78,16 +83,20 @@ def tile_states(
     *,
     backward: bool = False,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor | None]:
-    """S [M, H, K, V] and log A [M, H] of every tile from k, v; backward D from q and do, and no transition."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """S [M, H, K, V] of every tile from k, v, log A [M, H], and the largest log2 decay of a chunk, negated [M, H].
+
+    Backward D from q and do, and nothing else.
+    """
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
     states = v.new_empty(tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
-    transitions = None if gates is None or backward else states.new_empty(tiles.count, heads)
+    none = gates is None or backward
+    transitions, steepest = (None if none else states.new_empty(tiles.count, heads) for _ in range(2))
     block_k, block_v = min(128, block_of(key_dim)), min(128, block_of(value_dim))
     grid = (tiles.count, heads, triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v))
     _states[grid](
-        k, v, gates, states, transitions, tiles.start, tiles.length, scale, heads, heads // q_heads,
+        k, v, gates, states, transitions, steepest, tiles.start, tiles.length, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, DECAY=decay_class(gates), BACKWARD=backward,
         PRECISION=config.precision, num_warps=8 if block_k * block_v > 64 * 64 else 4, num_stages=config.state_stages,
     )  # fmt: skip
-    return states, transitions
+    return states, transitions, steepest

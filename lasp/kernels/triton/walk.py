@@ -8,6 +8,14 @@ For rows i and the rows j that they see (up: j <= i, down: j >= i), with w the d
     dq   up     a, b, c = do, v, k     X the state, transposed
     dv   down   a, b, c = k, q, do     X the state's gradient / scale
     dk   down   a, b, c = v, do, q     the same, transposed
+
+With gates, g_i the cumulative decay of a chunk from where the walk enters it and e that of the whole chunk, the weights
+are w_i = e^{g_i}, w_ij = e^{g_i - g_j}, w_j = e^{e - g_j}. They are products, so that scaling rows is all they cost:
+
+    c̃_j = e^{e/2 - g_j} c_j       y_i = scale · e^{g_i - e/2} (a_iᵀ X̃ + Σ_j (a_i·b_j) c̃_j)       X̃ = e^{e/2} X
+    X <- e^{e/2} (X̃ + Σ_j b_j c̃_jᵀ)
+
+which is exact as long as e^{e/2} is in range. A tile with a chunk too steep for that takes its weights one by one.
 """
 
 from dataclasses import dataclass
@@ -22,11 +30,76 @@ from lasp.kernels.triton.gates import CONSTANT, NONE, decay_class, load_gates, l
 
 
 @triton.jit
+def _steps(
+    a, b, c, gates, y, partner, products, x, begin, count, h, block, scale, TOKENS, H, GA, GB, GC, GP,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    DECAY: tl.constexpr, DOWN: tl.constexpr, SUMS: tl.constexpr, STEEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The walk over a tile, C tokens at a time, gates being summed within CHUNK of them; returns X after it."""
+    rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
+    dtype = c.dtype.element_ty
+    state_dtype = tl.float32 if dtype == tl.float16 else dtype  # a state may exceed what fp16 holds
+    i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    seen = i_row <= i_col if DOWN else i_row >= i_col
+    chunks = tl.cdiv(count, C)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        i = (chunks - 1 - step) if DOWN else step
+        place = i * C + tl.arange(0, C)
+        here = place < count
+        tokens = begin + place
+        here_c = here[:, None] & (cols < DC)[None, :]
+        ac = tl.load(
+            a + ((tokens * (H // GA) + h // GA) * DA)[:, None] + rows[None, :],
+            mask=here[:, None] & (rows < DA)[None, :],
+            other=0.0,
+        )
+        bt = tl.load(
+            b + ((tokens * (H // GB) + h // GB) * DA)[None, :] + rows[:, None],
+            mask=here[None, :] & (rows < DA)[:, None],
+            other=0.0,
+        )
+        cc = tl.load(c + ((tokens * (H // GC) + h // GC) * DC)[:, None] + cols[None, :], mask=here_c, other=0.0)
+        if SUMS:
+            at = ((tokens * (H // GP) + h // GP) * DC)[:, None] + cols[None, :]
+            pc = tl.load(partner + at, mask=here_c, other=0.0)
+        if DECAY == NONE:
+            p = tl.where(seen, tl.dot(ac, bt, input_precision=PRECISION), 0.0).to(dtype)
+            yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
+            yc = tl.dot(p, cc, yc, input_precision=PRECISION)
+            x = tl.dot(bt, cc, x, input_precision=PRECISION)
+        else:
+            passed, end = load_gates(gates, begin, i, count, h, H, C, CHUNK, DECAY)
+            g = end - passed if DOWN else passed
+            p = tl.dot(ac, bt, input_precision=PRECISION)
+            if STEEP:
+                gap = log2_rate(gates, h) * tl.abs(i_row - i_col) if DECAY == CONSTANT else g[:, None] - g[None, :]
+                p = (p * tl.exp2(tl.where(seen, gap, float("-inf")))).to(dtype)
+                yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
+                yc = tl.dot(p, cc, yc * tl.exp2(g)[:, None], input_precision=PRECISION)
+                cc = (cc * tl.exp2(end - g)[:, None]).to(dtype)
+                x = tl.dot(bt, cc, x * tl.exp2(end), input_precision=PRECISION)
+            else:
+                cc = (cc * tl.exp2(0.5 * end - g)[:, None]).to(dtype)
+                x *= tl.exp2(0.5 * end)
+                yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
+                yc = tl.dot(tl.where(seen, p, 0.0).to(dtype), cc, yc, input_precision=PRECISION)
+                yc *= tl.exp2(g - 0.5 * end)[:, None]
+                x = tl.dot(bt, cc, x, input_precision=PRECISION) * tl.exp2(0.5 * end)
+        yc *= scale
+        tl.store(y + ((tokens * H + h) * DC)[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
+        if SUMS:
+            tl.store(products + (block * TOKENS + tokens) * H + h, tl.sum(pc * yc, axis=1), mask=here)
+    return x
+
+
+@triton.jit
 def _walk(
     a,  # [tokens, H // GA, DA]
     b,  # [tokens, H // GB, DA]
     c,  # [tokens, H // GC, DC]
     gates,  # see gates.cumulate
+    steepest,  # [M, H]: the largest log2 decay of a tile's chunks, negated
     states,  # [M, H, DA, DC], or [M, H, DC, DA] if TRANSPOSED: X before the walk
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC]: for sums of partner · y, if SUMS
@@ -53,6 +126,7 @@ def _walk(
     TRANSPOSED: tl.constexpr,
     SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    REACH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     blocks: tl.constexpr = (DC + BC - 1) // BC  # neighbours, so that all but one find a and b in the cache
@@ -60,56 +134,23 @@ def _walk(
     h, tiles = tl.program_id(1), tl.num_programs(0) // blocks
     rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     begin, count = tl.load(start + tile), tl.load(length + tile)
-    dtype = c.dtype.element_ty
-    state_dtype = tl.float32 if dtype == tl.float16 else dtype  # a state may exceed what fp16 holds
     state_at = (tile * H + h) * DA * DC
     state_at += cols[None, :] * DA + rows[:, None] if TRANSPOSED else rows[:, None] * DC + cols[None, :]
     inside = (rows < DA)[:, None] & (cols < DC)[None, :]
     x = tl.load(states + state_at, mask=inside, other=0.0) * state_scale
-    i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    seen = i_row <= i_col if DOWN else i_row >= i_col
-    if DECAY == CONSTANT:
-        weights = tl.exp2(tl.where(seen, log2_rate(gates, h) * tl.abs(i_row - i_col), float("-inf")))
-    chunks = tl.cdiv(count, C)
-    for step in tl.range(0, chunks, num_stages=STAGES):
-        i = (chunks - 1 - step) if DOWN else step
-        place = i * C + tl.arange(0, C)
-        here = place < count
-        tokens = begin + place
-        here_c = here[:, None] & (cols < DC)[None, :]
-        ac = tl.load(
-            a + ((tokens * (H // GA) + h // GA) * DA)[:, None] + rows[None, :],
-            mask=here[:, None] & (rows < DA)[None, :],
-            other=0.0,
-        )
-        bt = tl.load(
-            b + ((tokens * (H // GB) + h // GB) * DA)[None, :] + rows[:, None],
-            mask=here[None, :] & (rows < DA)[:, None],
-            other=0.0,
-        )
-        cc = tl.load(c + ((tokens * (H // GC) + h // GC) * DC)[:, None] + cols[None, :], mask=here_c, other=0.0)
-        if SUMS:
-            at = ((tokens * (H // GP) + h // GP) * DC)[:, None] + cols[None, :]
-            pc = tl.load(partner + at, mask=here_c, other=0.0)
-        p = tl.dot(ac, bt, input_precision=PRECISION)
-        yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
-        if DECAY != NONE:
-            g, end = load_gates(gates, begin, i, count, h, H, C, DECAY)
-            if DECAY == CONSTANT:
-                p *= weights
-            else:
-                gap = g[None, :] - g[:, None] if DOWN else g[:, None] - g[None, :]
-                p *= tl.exp2(tl.where(seen, gap, float("-inf")))
-            from_state, to_state = tl.exp2(end - g if DOWN else g), tl.exp2(g if DOWN else end - g)
-            yc = tl.dot(p.to(dtype), cc, yc * from_state[:, None], input_precision=PRECISION)
-            x = tl.dot(bt, (cc * to_state[:, None]).to(dtype), x * tl.exp2(end), input_precision=PRECISION)
-        else:
-            yc = tl.dot(tl.where(seen, p, 0.0).to(dtype), cc, yc, input_precision=PRECISION)
-            x = tl.dot(bt, cc, x, input_precision=PRECISION)
-        yc *= scale
-        tl.store(y + ((tokens * H + h) * DC)[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
-        if SUMS:
-            tl.store(products + (block * TOKENS + tokens) * H + h, tl.sum(pc * yc, axis=1), mask=here)
+    steep = False
+    if DECAY != NONE:
+        steep = tl.load(steepest + tile * H + h) > REACH
+    if steep:
+        x = _steps(
+            a, b, c, gates, y, partner, products, x, begin, count, h, block, scale, TOKENS, H, GA, GB, GC, GP,
+            DA, DC, BA, BC, 32, C, DECAY, DOWN, SUMS, True, PRECISION, 1,
+        )  # fmt: skip
+    else:
+        x = _steps(
+            a, b, c, gates, y, partner, products, x, begin, count, h, block, scale, TOKENS, H, GA, GB, GC, GP,
+            DA, DC, BA, BC, C, C, DECAY, DOWN, SUMS, False, PRECISION, STAGES,
+        )  # fmt: skip
     if SUMS and not DOWN:
         far = tl.load(far_states + state_at, mask=inside, other=0.0)
         tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * far, axis=1), axis=0))
@@ -117,11 +158,15 @@ def _walk(
 
 @dataclass(frozen=True)
 class Walk:
-    """What every walk over the same tiles shares. heads: H, the value heads; gates: see gates.cumulate."""
+    """What every walk over the same tiles shares.
+
+    heads: H, the value heads. gates: see gates.cumulate. steepest: see states.tile_states.
+    """
 
     tiles: Tiles
     heads: int
     gates: Tensor | None
+    steepest: Tensor | None
     scale: float
     config: Config
 
@@ -148,11 +193,12 @@ class Walk:
             at_end = None if down else states.new_empty(blocks, self.tiles.count, self.heads)
         groups = (1 if t is None else self.heads // t.shape[2] for t in (a, b, c, partner))
         _walk[self.tiles.count * blocks, self.heads](
-            a, b, c, self.gates, states, y, partner, products, far_states, at_end,
+            a, b, c, self.gates, self.steepest, states, y, partner, products, far_states, at_end,
             self.tiles.start, self.tiles.length, self.scale, 1 / self.scale if down else 1.0,
             batch * tokens, self.heads, *groups,
             DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=self.config.chunk,
             DECAY=decay_class(self.gates), DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
-            PRECISION=self.config.precision, STAGES=self.config.stages, num_warps=self.config.warps,
+            PRECISION=self.config.precision, REACH=self.config.reach, STAGES=self.config.stages,
+            num_warps=self.config.warps,
         )  # fmt: skip
         return y, products, at_end
