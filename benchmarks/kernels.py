@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py                                   every op, T = 65536, 16 heads of 128, bf16
     python benchmarks/kernels.py --ops scalar --tokens 4096 65536  some ops, several lengths
+    python benchmarks/kernels.py --tokens 512 1024 --in-all 65536  batches of short sequences
     python benchmarks/kernels.py --no-peer                         without flash-linear-attention (it tunes for minutes)
 
 Medians of CUDA events, in milliseconds; memory is the peak above the inputs, in GiB; errors are relative, by norm,
@@ -11,7 +12,7 @@ bandwidth that is measured first.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -32,6 +33,7 @@ ACCURACY_TOKENS = 2048
 class Settings:
     ops: tuple[Op, ...] = get_args(Op)
     tokens: tuple[int, ...] = (65536,)
+    in_all: int | None = None  # tokens of a batch of as many such sequences; None is one sequence
     heads: int = 16
     head_dim: int = 128
     peer: bool = True  # flash-linear-attention, if it is installed
@@ -42,7 +44,8 @@ class Settings:
 def draw(op: Op, tokens: int, settings: Settings) -> dict[str, Tensor]:
     """q, k, v in bf16, decay in fp32, beta in bf16; keys of unit length for the delta rule."""
     heads, size = settings.heads, settings.head_dim
-    shape = (1, tokens, heads, size)
+    batch = 1 if settings.in_all is None else max(1, settings.in_all // tokens)
+    shape = (batch, tokens, heads, size)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     tensors = {"q": q, "k": F.normalize(k.float(), dim=-1).bfloat16(), "v": v}
     if "delta" in op:
@@ -113,7 +116,7 @@ def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list
 
 def accuracy(op: Op, settings: Settings) -> str:
     """The largest relative error of lasp's output and gradients."""
-    tensors = draw(op, ACCURACY_TOKENS, settings)
+    tensors = draw(op, ACCURACY_TOKENS, replace(settings, in_all=None))
     do = torch.randn_like(tensors["v"])
 
     def run(cast: Callable[[Tensor], Tensor], backend: Literal["auto", "reference", "triton"]) -> list[Tensor]:
@@ -127,7 +130,7 @@ def accuracy(op: Op, settings: Settings) -> str:
 
 def decode(op: Op, batch: int, settings: Settings) -> str:
     """Microseconds of a step for a single token in each of `batch` sequences, from a CUDA graph."""
-    rows = draw(op, batch, settings)
+    rows = draw(op, batch, replace(settings, in_all=None))
     tensors = {name: x if x.ndim == 1 else x.transpose(0, 1) for name, x in rows.items()}
     state = torch.zeros(batch, settings.heads, settings.head_dim, settings.head_dim, device="cuda")
     function = delta_rule if "delta" in op else linear_attention
@@ -158,7 +161,7 @@ def main(settings: Settings) -> None:
     bandwidth = copy_bandwidth()
     console = Console(width=120)
     console.print(f"{properties.name}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s, ", end="")
-    console.print(f"B = 1, {settings.heads} heads of {settings.head_dim}, bf16")
+    console.print(f"{settings.heads} heads of {settings.head_dim}, bf16")
     table = Table("op", "tokens", "by", "forward", "forward + backward", "peak GiB", "first call s", "error")
     for op in settings.ops:
         for tokens in settings.tokens:
