@@ -49,7 +49,6 @@ def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, t
             if plain and lasting and q.shape[-1] <= 128 and _prefers_cudnn(q.device):
                 return [(block, CuDNN)]
             if q.shape[-1] <= 256:
-                take_flash_attention_3(q.device)
                 return [(piece, Flash) for piece in ([block] if alone or q.shape[0] == 1 else block.segments)]
     return [(segment, Dense) for segment in block.segments]
 
@@ -150,6 +149,8 @@ class Flash:
     @staticmethod
     def _arguments(block: Block, device: torch.device) -> tuple[tuple, dict[str, int]]:
         """Cumulative lengths with the longest ones, and the window in which the causal mask is the case right = 0."""
+        if device.type == "cuda":
+            take_flash_attention_3(device)
         cuts: list[Tensor | None] = [None, None]
         if len(block.q) > 2:
             cuts = [_offsets(block.q, device), _offsets(block.k, device)]

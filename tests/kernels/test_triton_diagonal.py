@@ -75,9 +75,11 @@ def check(tensors: list[Tensor], offsets=None, scale=0.7) -> None:
     plain = through(by(ChunkedOp(), cu_seqlens, scale), tensors)
     got = through(by(TritonDiagonal(), cu_seqlens, scale), tensors)
     dtype = tensors[0].dtype
+    query_terms = (tensors[0].double() * wanted[2]).norm()  # of the two sums whose difference the gates' gradient is
     for name, x, y, z in zip(NAMES, got, plain, wanted, strict=True):
         assert x.dtype == y.dtype and bool(x.isfinite().all()), name
-        assert error(x.double(), z) <= 2 * error(y.double(), z) + FLOOR[dtype], name
+        floor = FLOOR[dtype] * (max(1.0, (query_terms / z.norm().clamp(min=1e-3)).item()) if name == "ddecay" else 1.0)
+        assert error(x.double(), z) <= 2 * error(y.double(), z) + floor, name
 
 
 @pytest.mark.parametrize(("dtype", "gate"), CASES, ids=str)
