@@ -18,15 +18,16 @@ from lasp.parallel.comm import Group
 class ExpertParallel:
     """Takes the place of `run(x, counts, *matrices)`, a function of one rank, for matrices sharded over the experts.
 
-    group: rank r holds the r-th part of the experts. Every rank must make every call, be it without rows: all of them
-    exchange the counts, then the rows, and the rows again in backward. The host reads the counts once per call.
+    group: rank r holds the r-th part of the experts, as DTensors or as tensors of its own. Every rank must make every
+        call, be it without rows: all of them exchange the counts, then the rows, and the rows again in backward. The
+        host reads the counts once per call.
     """
 
     def __init__(self, group: Group, run: Callable[..., Tensor]):
         self.group, self.run = group, run
 
-    def __call__(self, x: Tensor, counts: Tensor, *matrices: DTensor) -> Tensor:
-        """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] DTensors -> [N, D]."""
+    def __call__(self, x: Tensor, counts: Tensor, *matrices: Tensor) -> Tensor:
+        """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] or [E / R, …] -> [N, D]."""
         ranks = comm.size(self.group)
         here = len(counts) // ranks
         leaving = counts.view(ranks, here)
@@ -35,7 +36,8 @@ class ExpertParallel:
         rows = _Exchange.apply(x, send, receive, self.group)
         experts = torch.arange(here, device=x.device).repeat(ranks)  # of the rows: by rank, then by expert
         by_expert = RowOrder.sorting(experts.repeat_interleave(arriving.flatten(), output_size=sum(receive)))
-        y = self.run(by_expert.apply(rows), arriving.sum(0), *(matrix.to_local() for matrix in matrices))
+        own = (matrix.to_local() if isinstance(matrix, DTensor) else matrix for matrix in matrices)
+        y = self.run(by_expert.apply(rows), arriving.sum(0), *own)
         return _Exchange.apply(by_expert.undo(y), receive, send, self.group)
 
 

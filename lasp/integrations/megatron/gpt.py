@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from lasp.config import LINEAR
 from lasp.integrations.megatron.core_attention import SoftmaxCoreAttention
+from lasp.integrations.megatron.experts import grouped
 from lasp.integrations.megatron.norm import Norm
 from lasp.integrations.megatron.pattern import check_config, layer_letters, moe_layers
 from lasp.integrations.megatron.self_attention import LinearSelfAttention
@@ -33,9 +34,9 @@ def gpt_layer_specs(
     """What GPTModel takes as `transformer_layer_spec`: this pipeline stage's layers, on local modules throughout.
 
     L layers are `LinearSelfAttention` of the kind `mixer`, N layers Megatron's SelfAttention around
-    `SoftmaxCoreAttention`; which layers' MLPs are mixtures of experts, `moe_layer_freq` says. In checkpoints
-    every layer is to stand under its own number, as they may be of several kinds:
-    `config.hetereogenous_dist_checkpoint` is set.
+    `SoftmaxCoreAttention`; which layers' MLPs are mixtures of experts, `moe_layer_freq` says, and with
+    `moe_grouped_gemm` all experts of a layer are computed together. In checkpoints every layer is to stand under its
+    own number, as they may be of several kinds: `config.hetereogenous_dist_checkpoint` is set.
 
     Args:
         config: the TransformerConfig that the model will have.
@@ -66,7 +67,6 @@ def layer_spec(config: Any, self_attention: ModuleSpec | None, moe: bool) -> Mod
     """One TransformerLayer: with that self-attention, or with softmax attention if None."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if moe else None,
-        moe_grouped_gemm=config.moe_grouped_gemm and moe,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
@@ -85,6 +85,7 @@ def layer_spec(config: Any, self_attention: ModuleSpec | None, moe: bool) -> Mod
         input_layernorm=Norm,
         pre_mlp_layernorm=Norm,
         self_attention=self_attention,
+        mlp=grouped(spec.submodules.mlp) if moe and config.moe_grouped_gemm else spec.submodules.mlp,
         sharded_state_dict_keys_map=names,
     )
     return replace(spec, submodules=submodules)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import megatron.core
+import torch.nn.functional as F
 
 from lasp.config import LINEAR, MIXERS, SOFTMAX, require
 
@@ -57,6 +58,8 @@ def check_config(config: Any, mixer: str) -> None:
         require(ep > 1 or etp == tp, "expert_tensor_parallel_size", etp, expected)
         together = config.sequence_parallel or tp == 1
         require(together, "sequence_parallel", config.sequence_parallel, "True for MoE with tensor parallelism")
+        if config.moe_grouped_gemm:
+            _check_grouped_experts(config)
     uneven = (
         config.pipeline_model_parallel_layout,
         config.num_layers_in_first_pipeline_stage,
@@ -67,3 +70,23 @@ def check_config(config: Any, mixer: str) -> None:
         chunks = pp * (config.virtual_pipeline_model_parallel_size or 1)
         expected = f"a multiple of the {chunks} pipeline stages (virtual ones included)"
         require(config.num_layers % chunks == 0, "num_layers", config.num_layers, expected)
+
+
+def _check_grouped_experts(config: Any) -> None:
+    """Raises ValueError for what `lasp.integrations.megatron.experts` does not compute."""
+    swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+    require(swiglu, "moe_grouped_gemm", True, "False unless experts are SwiGLU MLPs without biases")
+    wanted = {
+        "expert_tensor_parallel_size": 1,
+        "activation_func_clamp_value": None,
+        "moe_mlp_glu_interleave_size": None,
+        "moe_expert_capacity_factor": None,
+        "moe_shared_expert_overlap": False,
+        "moe_apply_probs_on_input": False,
+        "moe_latent_size": None,
+        "fp8": None,
+        "fp4": None,
+    }
+    for field, value in wanted.items():
+        got = getattr(config, field, value)  # versions differ in the last few
+        require(got == value, field, got, f"{value} with moe_grouped_gemm")

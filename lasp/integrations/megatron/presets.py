@@ -34,6 +34,7 @@ def _moe(shape: ModelConfig, experts: int, top_k: int) -> dict[str, Any]:
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": shape.intermediate_size,
         "moe_router_topk": top_k,
+        "moe_router_dtype": "fp32",
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_load_balancing_type": "none",

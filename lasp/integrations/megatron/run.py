@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.config import ModelConfig, require, require_at_least, require_choice
 from lasp.integrations.megatron.gpt import gpt_layer_specs
+from lasp.integrations.megatron.loss import summing
 from lasp.integrations.megatron.pattern import check_config, layer_letters
 from lasp.integrations.megatron.presets import PRESETS
 from lasp.integrations.megatron_weights import VOCABULARY_MULTIPLE, shape_of
@@ -91,6 +92,7 @@ class Run:
             "expert_model_parallel_size": self.expert_parallel,
             "expert_tensor_parallel_size": self.expert_tensor_parallel,
             "sequence_parallel": self.tensor_parallel > 1,
+            "moe_grouped_gemm": self.expert_tensor_parallel == 1,
             "calculate_per_token_loss": True,
             "use_cpu_initialization": cpu,
             "bf16": not cpu,
@@ -110,7 +112,10 @@ class Run:
         )
 
     def build(self, config: TransformerConfig, vocab_size: int) -> Any:
-        """This pipeline stage's part of the model. The vocabulary is padded to a multiple of 128, whatever the mesh."""
+        """This pipeline stage's part of the model (see `lasp.integrations.megatron.loss`).
+
+        The vocabulary is padded to a multiple of 128, whatever the mesh.
+        """
         padded = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         require(padded % self.tensor_parallel == 0, "tensor_parallel", self.tensor_parallel, f"a divisor of {padded}")
         common: dict[str, Any] = {
@@ -123,11 +128,11 @@ class Run:
         }
         options: dict[str, Any] = {"mixer": self.mixer, "rope_theta": self.rope_theta}
         if self.model == "gpt":
-            return GPTModel(config, gpt_layer_specs(config, self.pattern, **options), **common)
+            return summing(GPTModel)(config, gpt_layer_specs(config, self.pattern, **options), **common)
         from megatron.core.models.hybrid.hybrid_model import HybridModel  # not in 0.16
 
         from lasp.integrations.megatron.hybrid import hybrid_pattern, hybrid_stack_spec
 
         pattern = hybrid_pattern(config, self.pattern)
         spec = hybrid_stack_spec(config, pattern, **options)
-        return HybridModel(config, spec, hybrid_layer_pattern=pattern, **common)
+        return summing(HybridModel)(config, spec, hybrid_layer_pattern=pattern, **common)

@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.config import ModelConfig, require
@@ -27,6 +28,7 @@ from lasp.integrations.megatron.data import build_dataset, micro_batches
 from lasp.integrations.megatron.run import Run
 from lasp.integrations.megatron.sequence import shard_batch
 from lasp.integrations.megatron_weights import require_same_shape, write_shape
+from lasp.models.loss import IGNORE
 from lasp.parallel import comm
 
 
@@ -36,14 +38,35 @@ def train(run: Run) -> list[float]:
     Raises:
         ValueError: on every rank, before the model is built, if the run does not fit the ranks.
     """
+    spread = run.distributed_optimizer
+    expected = "False: Megatron restores its checkpoints with Apex's or TransformerEngine's Adam only"
+    require(HAVE_APEX_OR_TE or not spread, "distributed_optimizer", spread, expected)
+    config = join_mesh(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    state = Training(run, config, tokenizer.vocab_size)
+    dataset = build_dataset(run, tokenizer)
+    losses = []
+    for step in range(state.restore(), run.steps):
+        started = time.perf_counter()
+        losses.append(state.step(dataset, step))
+        if step + 1 == run.steps or (step + 1) % run.save_every == 0:
+            state.save(step + 1)
+        if dist.get_rank() == 0:
+            rate = run.global_batch * run.sequence_length / (time.perf_counter() - started)
+            print(f"step {step + 1}/{run.steps}  loss {losses[-1]:.4f}  {rate:.0f} tokens/s", flush=True)
+    return losses
+
+
+def join_mesh(run: Run) -> TransformerConfig:
+    """Makes this process a rank of Megatron's mesh, seeds it, and returns the configuration of the run's model.
+
+    Raises ValueError on every rank, before the mesh exists, if the run does not fit the ranks.
+    """
     cpu = not torch.cuda.is_available()
     if cpu:
         run_on_cpu()
     else:
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
-    spread = run.distributed_optimizer
-    expected = "False: Megatron restores its checkpoints with Apex's or TransformerEngine's Adam only"
-    require(HAVE_APEX_OR_TE or not spread, "distributed_optimizer", spread, expected)
     config = run.transformer_config(cpu)
     if not dist.is_initialized():
         dist.init_process_group("gloo" if cpu else "nccl")
@@ -58,22 +81,10 @@ def train(run: Run) -> list[float]:
     torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     if not cpu:
         model_parallel_cuda_manual_seed(run.seed)
-    tokenizer = load_tokenizer(run.tokenizer)
-    state = _State(run, config, tokenizer.vocab_size)
-    dataset = build_dataset(run, tokenizer)
-    losses = []
-    for step in range(state.restore(), run.steps):
-        started = time.perf_counter()
-        losses.append(state.step(dataset, step))
-        if step + 1 == run.steps or (step + 1) % run.save_every == 0:
-            state.save(step + 1)
-        if dist.get_rank() == 0:
-            rate = run.global_batch * run.sequence_length / (time.perf_counter() - started)
-            print(f"step {step + 1}/{run.steps}  loss {losses[-1]:.4f}  {rate:.0f} tokens/s", flush=True)
-    return losses
+    return config
 
 
-class _State:
+class Training:
     """The model, its optimizer and the learning-rate schedule."""
 
     def __init__(self, run: Run, config: Any, vocab_size: int):
@@ -88,10 +99,13 @@ class _State:
         if config.bf16:
             model = Float16Module(config, model)
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=run.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            use_distributed_optimizer=run.distributed_optimizer,
         )
         self.model = DistributedDataParallel(config, ddp, model)
         self.model.broadcast_params()
+        config.no_sync_func = self.model.no_sync
         config.finalize_model_grads_func = finalize_model_grads
         options = OptimizerConfig(
             optimizer="adam",
@@ -105,6 +119,7 @@ class _State:
             use_distributed_optimizer=run.distributed_optimizer,
         )
         self.optimizer = get_megatron_optimizer(options, [self.model])
+        _fuse(self.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
@@ -186,11 +201,19 @@ def _forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
     device = next(model.parameters()).device
     whole = {name: x.to(device, non_blocking=True) for name, x in next(data_iterator).items()}
     batch = shard_batch(whole, parallel_state.get_context_parallel_group())
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, partial(_sum_loss, batch["loss_mask"])
+    counts = batch["loss_mask"] > 0
+    total = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"].where(counts, IGNORE))
+    return total, partial(_with_count, counts.sum())
 
 
-def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _with_count(count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, count, both): Megatron divides gradients by the count over all ranks and microbatches."""
-    total, count = (losses.float() * mask).sum(), mask.sum()
     return total, count.int(), torch.stack([total.detach(), count])
+
+
+def _fuse(optimizer: Any) -> None:
+    """One kernel for PyTorch's AdamW, which Megatron takes where neither Apex nor TransformerEngine brings one."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
