@@ -12,6 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.integrations.megatron import LinearSelfAttention, SoftmaxCoreAttention, gpt_layer_specs
+from lasp.integrations.megatron.experts import GroupedExperts
 from lasp.integrations.megatron.run import Run
 
 RUN = Run(preset="tiny", data="d", run_dir="r", steps=1, sequence_length=64)
@@ -47,7 +48,11 @@ def test_pattern_and_experts_choose_the_layers():
         softmax = specs[2].submodules.self_attention.submodules
         assert softmax.core_attention is SoftmaxCoreAttention
         assert ["MoE" in str(spec.submodules.mlp) for spec in specs] == [False, True, False, True]
+        assert not any(GroupedExperts.__name__ in str(spec.submodules.mlp) for spec in specs)
     assert shape.hetereogenous_dist_checkpoint
+    shape = config(**MOE, moe_layer_freq=[0, 1] * 4, moe_grouped_gemm=True)
+    specs = gpt_layer_specs(shape, "L", mixer="gla", pp_rank=0).layer_specs
+    assert [GroupedExperts.__name__ in str(spec.submodules.mlp) for spec in specs] == [False, True] * 4
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,18 @@ def test_pattern_and_experts_choose_the_layers():
         (
             MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1},
             "expert_tensor_parallel_size: got 1, expected tensor_model_parallel_size=2",
+        ),
+        (
+            MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "moe_grouped_gemm": True},
+            "expert_tensor_parallel_size: got 2, expected 1 with moe_grouped_gemm",
+        ),
+        (
+            MOE | {"moe_grouped_gemm": True, "activation_func": F.gelu},
+            "moe_grouped_gemm: got True, expected False unless experts are SwiGLU",
+        ),
+        (
+            MOE | {"moe_grouped_gemm": True, "moe_expert_capacity_factor": 1.0},
+            "moe_expert_capacity_factor: got 1.0, expected None with moe_grouped_gemm",
         ),
     ],
 )
