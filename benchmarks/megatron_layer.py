@@ -138,7 +138,7 @@ def _allow_wrong_gradients() -> None:
     from fla.ops.common import chunk_o
 
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if hopper and not chunk_o.TRITON_ABOVE_3_7_1 and find_spec("tilelang") is None:
+    if hopper and not getattr(chunk_o, "TRITON_ABOVE_3_7_1", True) and find_spec("tilelang") is None:
         chunk_o.TRITON_ABOVE_3_7_1 = True
         say("Megatron's gradients are wrong with this version of Triton: for its speed only")
 
