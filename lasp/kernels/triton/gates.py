@@ -6,14 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.config import cdiv, next_power_of_2
+from lasp.kernels.triton.launch import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE, CONSTANT, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
-def decay_class(decay: Tensor | None) -> tl.constexpr:
-    """NONE, CONSTANT, SCALAR or DIAGONAL."""
-    return NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]
+def decay_class(decay: Tensor | None) -> int:
+    """NONE, CONSTANT, SCALAR or DIAGONAL, as a number."""
+    return (NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]).value
 
 
 @triton.jit
@@ -115,10 +117,11 @@ def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tenso
         return decay
     heads = decay.shape[-1]
     cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
-    block = min(16, triton.next_power_of_2(heads))
-    _cumulate[tiles.count, triton.cdiv(tiles.size, chunk), triton.cdiv(heads, block)](
-        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4
-    )
+    block = min(16, next_power_of_2(heads))
+    launch(
+        _cumulate, (tiles.count, cdiv(tiles.size, chunk), cdiv(heads, block)),
+        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4,
+    )  # fmt: skip
     return cumulated
 
 
@@ -131,8 +134,9 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     """
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]
-    block = min(4, triton.next_power_of_2(heads))
-    _gate_grads[tiles.count, triton.cdiv(heads, block)](
+    block = min(4, next_power_of_2(heads))
+    launch(
+        _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
         BH=block, C=256, QB=len(q_dq), VB=len(v_dv), num_warps=4,
     )  # fmt: skip
