@@ -25,6 +25,7 @@ OPS: dict[str, type[Op]] = {
 CHECKED = {ONE_TOKEN, LINEAR, DIAGONAL, DELTA, DIAGONAL_DELTA}  # on a GPU: what "auto" takes, see _checked
 
 
+TENSORS = ("q", "k", "v", "decay", "beta")
 _ready: set[tuple] = set()
 
 
@@ -56,28 +57,30 @@ def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tupl
 
 def _make_ready(op: Op, kind: str, x: Inputs, wants_summary: bool) -> None:
     """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
-    tensors = {name: t for name in ("q", "k", "v", "decay", "beta") if (t := getattr(x, name)) is not None}
-    backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
-    kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors.items())
+    tensors = [(name, t) for name in TENSORS if (t := getattr(x, name)) is not None]
+    backward = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
+    kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors)
     key = (kind, wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
     if key in _ready:
         return
     _ready.add(key)
+    with torch.cuda.device(x.v.device):
+        compile_ahead(lambda: dry_run(op, x, wants_summary, backward))
+
+
+def dry_run(op: Op, x: Inputs, wants_summary: bool, backward: bool) -> None:
+    """All launches that `x` and its gradients need, with tensors that have a shape and no memory."""
     offsets = x.segments.cu_seqlens
     if offsets is not None and offsets.is_cuda:
         offsets = offsets.to("meta")
     segments = Segments(x.segments.batch, x.segments.tokens, offsets)
-    x = replace(x, segments=segments, **{name: t.detach().to("meta") for name, t in tensors.items()})
-
-    def dry_run() -> None:
-        _, partial = op.summarize(x, wants_summary)
-        o, _, kept = op.finish(x, partial, Pending(lambda: None))
-        if backward:
-            _, partial = op.summarize_grad(x, kept, o, wants_summary)
-            op.finish_grad(x, kept, partial, o, Pending(lambda: None))
-
-    with torch.no_grad(), torch.cuda.device(tensors["v"].device):
-        compile_ahead(dry_run)
+    tensors = {name: t.detach().to("meta") for name in TENSORS if (t := getattr(x, name)) is not None}
+    x = replace(x, segments=segments, **tensors)
+    _, partial = op.summarize(x, wants_summary)
+    o, _, kept = op.finish(x, partial, Pending(lambda: None))
+    if backward:
+        _, partial = op.summarize_grad(x, kept, o, wants_summary)
+        op.finish_grad(x, kept, partial, o, Pending(lambda: None))
 
 
 def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:

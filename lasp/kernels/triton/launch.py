@@ -22,11 +22,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | Non
 
     args: all parameters of the kernel that are not constants, in its order. constants: those that are, and options.
     """
-    if INTERPRETED:
-        kernel[grid](*args, **constants)
-        return
     if (ahead := _ahead.get()) is not None:
         ahead.append(kernel.warmup(*args, grid=grid, **constants))
+        return
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
         return
     device = driver.active.get_current_device()
     key: list[Any] = [id(kernel), device]  # Triton makes one kernel for all arguments of which this is the same
@@ -50,12 +50,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | Non
     compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
 
 
-def compile_ahead(dry_run: Callable[[], None]) -> None:
-    """Compiles the kernels that `dry_run` launches, side by side on other threads, and starts none.
-
-    It works on tensors of the device "meta", which have no memory.
-    """
+def run_dry(work: Callable[[], None]) -> list[Any]:
+    """Compiles the kernels that `work` launches, but starts none; its tensors need no memory (device "meta")."""
     ahead: list[Any] = []
+    token = _ahead.set(ahead)
+    try:
+        work()
+    finally:
+        _ahead.reset(token)
+    return ahead
+
+
+def compile_ahead(work: Callable[[], None]) -> None:
+    """Compiles the kernels that `work` launches (see run_dry) side by side, on other threads."""
     device = torch.cuda.current_device()
 
     def make_host_code(kernel: Any) -> None:
@@ -63,10 +70,6 @@ def compile_ahead(dry_run: Callable[[], None]) -> None:
             _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
 
     with ThreadPoolExecutor(COMPILERS) as executor:
-        token = _ahead.set(ahead)
-        try:
-            with triton.AsyncCompileMode(executor):
-                dry_run()
-        finally:
-            _ahead.reset(token)
-        list(executor.map(make_host_code, ahead))
+        with triton.AsyncCompileMode(executor):
+            kernels = run_dry(work)
+        list(executor.map(make_host_code, kernels))
