@@ -62,14 +62,15 @@ def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
 def tile_length(tokens: int, heads: int, device: torch.device) -> int:
     """Tokens per tile: as many tiles as the multiprocessors walk at once, each by one program or, if long, by two.
 
-    One tile more would be walked alone when all others are done.
+    One tile more would be walked alone when all others are done. Offsets within a tile fit into 32 bits.
     """
 
     def length(programs: int) -> int:
         most = max(1, programs * multiprocessors(device) // heads)
         return cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE
 
-    return min(LONGEST_TILE, max(length(2), min(length(1), LONG_TILE)))
+    addressable = 2**31 // (heads * MAX_HEAD * SHORTEST_TILE) * SHORTEST_TILE
+    return min(LONGEST_TILE, addressable, max(length(2), min(length(1), LONG_TILE)))
 
 
 @cache

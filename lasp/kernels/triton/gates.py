@@ -78,7 +78,7 @@ def log2_rate(decay, h):
 def _gate_grads(
     q_dq,  # [QB, tokens, H]
     v_dv,  # [VB, tokens, H]
-    at_end,  # [QB, M, H]
+    at_end,  # [VB, M, H]
     dg,  # [tokens, H]
     start,
     length,
@@ -93,7 +93,7 @@ def _gate_grads(
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     carry = tl.zeros([BH], tl.float32)
-    for block in tl.static_range(QB):
+    for block in tl.static_range(VB):
         carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=3):
@@ -130,7 +130,7 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
 
     The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
 
-    q_dq, v_dv: [blocks, B, T, H] partial products. at_end: [blocks, M, H].
+    q_dq, v_dv: [blocks, B, T, H] partial products, in blocks of K and of V. at_end: [blocks of V, M, H].
     """
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]

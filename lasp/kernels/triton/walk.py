@@ -43,27 +43,28 @@ def _steps(
     state_dtype = tl.float32 if dtype == tl.float16 else dtype  # a state may exceed what fp16 holds
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     seen = i_row <= i_col if DOWN else i_row >= i_col
+    a += (begin * (H // GA) + h // GA) * DA  # within a tile 32 bits are enough
+    b += (begin * (H // GB) + h // GB) * DA
+    c += (begin * (H // GC) + h // GC) * DC
+    y += (begin * H + h) * DC
+    if SUMS:
+        partner += (begin * (H // GP) + h // GP) * DC
+        products += (block * TOKENS + begin) * H + h
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = (chunks - 1 - step) if DOWN else step
         place = i * C + tl.arange(0, C)
         here = place < count
-        tokens = begin + place
         here_c = here[:, None] & (cols < DC)[None, :]
         ac = tl.load(
-            a + ((tokens * (H // GA) + h // GA) * DA)[:, None] + rows[None, :],
-            mask=here[:, None] & (rows < DA)[None, :],
-            other=0.0,
+            a + (place * (H // GA * DA))[:, None] + rows[None, :], mask=here[:, None] & (rows < DA)[None, :], other=0.0
         )
         bt = tl.load(
-            b + ((tokens * (H // GB) + h // GB) * DA)[None, :] + rows[:, None],
-            mask=here[None, :] & (rows < DA)[:, None],
-            other=0.0,
+            b + (place * (H // GB * DA))[None, :] + rows[:, None], mask=here[None, :] & (rows < DA)[:, None], other=0.0
         )
-        cc = tl.load(c + ((tokens * (H // GC) + h // GC) * DC)[:, None] + cols[None, :], mask=here_c, other=0.0)
+        cc = tl.load(c + (place * (H // GC * DC))[:, None] + cols[None, :], mask=here_c, other=0.0)
         if SUMS:
-            at = ((tokens * (H // GP) + h // GP) * DC)[:, None] + cols[None, :]
-            pc = tl.load(partner + at, mask=here_c, other=0.0)
+            pc = tl.load(partner + (place * (H // GP * DC))[:, None] + cols[None, :], mask=here_c, other=0.0)
         if DECAY == NONE:
             p = tl.where(seen, tl.dot(ac, bt, input_precision=PRECISION), 0.0).to(dtype)
             yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
@@ -88,9 +89,9 @@ def _steps(
                 yc *= tl.exp2(g - 0.5 * end)[:, None]
                 x = tl.dot(bt, cc, x, input_precision=PRECISION) * tl.exp2(0.5 * end)
         yc *= scale
-        tl.store(y + ((tokens * H + h) * DC)[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
+        tl.store(y + (place * (H * DC))[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
         if SUMS:
-            tl.store(products + (block * TOKENS + tokens) * H + h, tl.sum(pc * yc, axis=1), mask=here)
+            tl.store(products + place * H, tl.sum(pc * yc, axis=1), mask=here)
     return x
 
 
