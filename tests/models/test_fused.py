@@ -16,11 +16,13 @@ from tests.models.helpers import assert_same, config, gradients, random_tokens, 
 @pytest.mark.parametrize("mixer", ["gated_delta_net", "retention"])
 def test_a_compiled_model_has_the_same_loss_and_gradients(monkeypatch, mixer):
     """With experts, with recomputation, and with a second length, for which shapes are compiled as variables."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    model = Decoder(replace(config(mixer, "LN"), num_experts=4, moe_every=2)).double()
+    device, backend = ("cuda", "inductor") if torch.cuda.is_available() else ("cpu", "aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    model = Decoder(replace(config(mixer, "LN"), num_experts=4, moe_every=2)).double().to(device)
     model.checkpoint_layers = True
     for tokens in (40, 56):
-        inputs, labels = (random_tokens(1, tokens), sequence(tokens)), random_tokens(1, tokens)
+        inputs = random_tokens(1, tokens).to(device), sequence(tokens)
+        labels = random_tokens(1, tokens).to(device)
         results, asked = [], []
         for worth_it in (lambda x: False, lambda x, asked=asked: asked.append(x) or True):
             monkeypatch.setattr(fused, "worth_compiling", worth_it)
