@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels import checks
-from lasp.kernels.fused import fused
+from lasp.kernels import checks, fused
 from lasp.kernels.segments import Segments
 
 
@@ -72,12 +71,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None
 
 def _depthwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[B, T + width - 1, D], weight [D, width] -> [B, T, D]."""
-    if rows.is_cuda:  # whose libraries want channels before tokens, and are slow with one filter for each channel
+    if fused.is_large(rows):  # GPUs' libraries want channels before tokens, and are slow with a filter for each channel
         return shifted_sum(rows, weight, bias)
     return F.conv1d(rows.mT, weight[:, None], bias, groups=rows.shape[2]).mT
 
 
-@fused
+@fused.fused
 def shifted_sum(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution as it is written, summed in float32 at least."""
     wide, tokens = torch.promote_types(rows.dtype, torch.float32), rows.shape[1] - weight.shape[1] + 1

@@ -12,13 +12,13 @@ Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
 
 
-def worth_compiling(x: Tensor) -> bool:
-    """On a GPU, and so large that launches cost more than to look up what was compiled."""
-    return x.is_cuda and x.numel() >= 2**20 and not torch.compiler.is_compiling()
+def is_large(x: Tensor) -> bool:
+    """On a GPU, and of so many numbers that memory takes longer than to look up what was compiled."""
+    return x.is_cuda and x.numel() >= 2**20
 
 
 def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
-    """`function`, a chain of tensor operations, compiled by PyTorch where that is worth it.
+    """`function`, a chain of tensor operations, compiled by PyTorch where its first argument is large.
 
     Kernel by kernel such a chain reads and writes memory at every step, and keeps what backward needs of each; fused it
     reads its inputs, writes its outputs, and keeps little but its inputs. It is compiled once for each dtype, and from
@@ -28,7 +28,8 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
 
     @wraps(function)
     def call(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        return (compiled() if worth_compiling(x) else function)(x, *args, **kwargs)
+        at_once = is_large(x) and not torch.compiler.is_compiling()
+        return (compiled() if at_once else function)(x, *args, **kwargs)
 
     return call
 

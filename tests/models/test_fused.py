@@ -24,8 +24,8 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(monkeypatch, mixer):
         inputs = random_tokens(1, tokens).to(device), sequence(tokens)
         labels = random_tokens(1, tokens).to(device)
         results, asked = [], []
-        for worth_it in (lambda x: False, lambda x, asked=asked: asked.append(x) or True):
-            monkeypatch.setattr(fused, "worth_compiling", worth_it)
+        for is_large in (lambda x: False, lambda x, asked=asked: asked.append(x) or True):
+            monkeypatch.setattr(fused, "is_large", is_large)
             loss, _ = model(*inputs, labels=labels)
             results.append((loss.detach(), gradients(model, loss)))
         (loss, grads), (compiled_loss, compiled_grads) = results
