@@ -25,8 +25,13 @@ def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProces
 
 def launch(script: str, options: str, ranks: int | None = 2) -> str:
     done = run(f"benchmarks/{script}.py", *options.split(), ranks=ranks)
-    assert done.returncode == 0, done.stderr
+    assert ended_well(done), done.stderr
     return done.stdout
+
+
+def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
+    """Python may end while a thread of PyTorch's gloo still frees the last collective's tensors; then gloo aborts."""
+    return done.returncode == 0 or "terminate called without an active exception" in done.stderr
 
 
 def test_exchanges_and_ops_are_timed():
@@ -117,8 +122,9 @@ dist.destroy_process_group()
 def test_a_point_without_room_on_one_rank_ends_the_run_which_goes_on_behind_it(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(output=str(tmp_path)))
-    outcomes = [run(str(script), ranks=2).returncode for _ in range(2)]
-    assert outcomes[0] != 0 and outcomes[1] == 0
+    first, second = (run(str(script), ranks=2) for _ in range(2))
+    assert first.returncode != 0
+    assert ended_well(second), second.stderr
     with (tmp_path / "points.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(row["case"], row["note"], bool(row["seconds"])) for row in table] == [
