@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lasp.config import ModelConfig
 from lasp.kernels.experts import RowOrder, swiglu_experts, tally
+from lasp.kernels.fused import fused
 from lasp.models.layers import SwiGLU
 from lasp.models.moe.router import Router, Routing
 from lasp.models.sequence import SequenceOps
@@ -56,6 +57,11 @@ class MixtureOfExperts(nn.Module):
         copies = chosen.shape[1]
         by_expert = RowOrder.sorting(chosen.flatten())
         y = self.experts(by_expert.apply(tokens, copies), tally(chosen.flatten(), self.router.experts))
-        y = by_expert.undo(y).unflatten(0, (-1, copies))
-        mixed = (y * weights[..., None].to(y.dtype)).sum(1).view_as(x)
+        mixed = _weighted_sum(by_expert.undo(y).unflatten(0, (-1, copies)), weights).view_as(x)
         return mixed if self.shared is None else mixed + self.shared(x), routing
+
+
+@fused
+def _weighted_sum(y: Tensor, weights: Tensor) -> Tensor:
+    """[N, k, D], [N, k] -> [N, D] in y's dtype."""
+    return (y * weights[..., None].to(y.dtype)).sum(1)
