@@ -5,9 +5,9 @@
     python benchmarks/kernels.py --tokens 512 1024 --in-all 65536  batches of short sequences
     python benchmarks/kernels.py --no-peer                         without flash-linear-attention (it tunes for minutes)
 
-Medians of CUDA events, in milliseconds; memory is the peak above the inputs, in GiB; errors are relative, by norm,
-against the float64 reference on the first 2048 tokens. The floor moves every input and output once at the copy
-bandwidth that is measured first.
+Medians of CUDA events, in milliseconds; "graph" is forward and backward in a CUDA graph, without host. Memory is the
+peak above the inputs, in GiB; errors are relative, by norm, against the float64 reference on the first 2048 tokens. The
+floor moves every input and output once at the copy bandwidth that is measured first.
 """
 
 import time
@@ -92,8 +92,9 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, **_: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
 
-def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    """Milliseconds forward and forward + backward, GiB at the peak, seconds until the first result."""
+def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor], graph: bool = False) -> list[str]:
+    """Milliseconds forward, forward + backward and, if wanted, that from a CUDA graph; GiB at the peak; seconds until
+    the first result."""
     leaves = {name: x.clone().requires_grad_(x.ndim > 1) for name, x in tensors.items()}
     wanted = [x for x in leaves.values() if x.requires_grad]
     do = torch.randn_like(tensors["v"])
@@ -111,7 +112,9 @@ def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     with torch.no_grad():
         forward = do_bench(lambda: function(**leaves), return_mode="median")
-    return [f"{forward:.3f}", f"{do_bench(both, return_mode='median'):.3f}", f"{peak:.2f}", f"{first:.1f}"]
+    eager = do_bench(both, return_mode="median")
+    replayed = f"{do_bench_cudagraph(both, return_mode='median'):.3f}" if graph else ""
+    return [f"{forward:.3f}", f"{eager:.3f}", replayed, f"{peak:.2f}", f"{first:.1f}"]
 
 
 def accuracy(op: Op, settings: Settings) -> str:
@@ -162,12 +165,12 @@ def main(settings: Settings) -> None:
     console = Console(width=120)
     console.print(f"{properties.name}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s, ", end="")
     console.print(f"{settings.heads} heads of {settings.head_dim}, bf16")
-    table = Table("op", "tokens", "by", "forward", "forward + backward", "peak GiB", "first call s", "error")
+    table = Table("op", "tokens", "by", "forward", "forward + backward", "graph", "peak GiB", "first call s", "error")
     for op in settings.ops:
         for tokens in settings.tokens:
             tensors = draw(op, tokens, settings)
             table.add_row(op, str(tokens), "floor", *floor(tensors, bandwidth))
-            table.add_row("", "", "lasp", *measure(ours(op, "triton"), tensors), accuracy(op, settings))
+            table.add_row("", "", "lasp", *measure(ours(op, "triton"), tensors, graph=True), accuracy(op, settings))
             if settings.peer and (peer := theirs(op)):
                 table.add_row("", "", "fla", *measure(peer, tensors))
     if settings.softmax:

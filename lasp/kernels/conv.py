@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels import checks
+from lasp.kernels import checks, fused
 from lasp.kernels.segments import Segments
 
 
@@ -54,18 +54,33 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, segments: Segments) -> Tensor:
     """The convolution over any segments; tail [N, width - 1, D] or None."""
-    channels = x.shape[2]
-    width = weight.shape[1]
+    channels, width = x.shape[2], weight.shape[1]
     if tail is None:
         tail = x.new_zeros(segments.count, width - 1, channels)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if segments.cu_seqlens is None:
-        rows = torch.cat([tail, x], dim=1)
-        return F.conv1d(rows.mT, weight[:, None], bias, groups=channels).mT
+        return _depthwise(torch.cat([tail, x], dim=1), weight, bias)
     # Every segment behind its tail, in one row: [tail, segment, tail, segment, …]. The output lacks the first tail, so
     # that segments' outputs come in order, and between them width - 1 windows that straddle two segments.
     lengths = segments.offsets.diff().tolist()
     pieces = [part for n, segment in enumerate(x[0].split(lengths)) for part in (tail[n], segment)]
-    row = F.conv1d(torch.cat(pieces).mT[None], weight[:, None], bias, groups=channels)[0].mT
+    row = _depthwise(torch.cat(pieces)[None], weight, bias)[0]
     return torch.cat(row.split([part for n in lengths for part in (n, width - 1)][:-1])[::2])[None]
+
+
+def _depthwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, T + width - 1, D], weight [D, width] -> [B, T, D]."""
+    if fused.is_large(rows):  # GPUs' libraries want channels before tokens, and are slow with a filter for each channel
+        return shifted_sum(rows, weight, bias)
+    return F.conv1d(rows.mT, weight[:, None], bias, groups=rows.shape[2]).mT
+
+
+@fused.fused
+def shifted_sum(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution as it is written, summed in float32 at least."""
+    wide, tokens = torch.promote_types(rows.dtype, torch.float32), rows.shape[1] - weight.shape[1] + 1
+    y = torch.zeros_like(rows[:, :tokens], dtype=wide) if bias is None else bias.to(wide)
+    for i, column in enumerate(weight.unbind(1)):
+        y = y + rows[:, i : i + tokens].to(wide) * column.to(wide)
+    return y.to(rows.dtype)

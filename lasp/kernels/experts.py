@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.kernels.fused import swiglu
+
 # torch 2.13 documents the first name; older versions have only the second.
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 _ALIGNMENT = 8  # channels: its rows begin at multiples of 16 bytes
@@ -20,8 +22,7 @@ def swiglu_experts(x: Tensor, counts: Tensor, gate_up: Tensor, out: Tensor) -> T
 
     x [N, D] in the experts' order, gate_up [E, D, 2 I], out [E, I, D] -> [N, D].
     """
-    gate, up = grouped_matmul(x, gate_up, counts).chunk(2, dim=-1)
-    return grouped_matmul(F.silu(gate) * up, out, counts)
+    return grouped_matmul(swiglu(grouped_matmul(x, gate_up, counts)), out, counts)
 
 
 def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:

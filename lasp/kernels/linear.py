@@ -94,14 +94,14 @@ def check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | N
     checks.shape("beta", beta, tuple(v.shape[:3]), "[B, T, H]")
 
 
-def choose_op(x: Inputs, causal: bool = True, backend: Backend = "auto") -> Op:
+def choose_op(x: Inputs, causal: bool, backend: Backend, wants_summary: bool) -> Op:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
     reference = ChunkedOp() if causal else NonCausalOp()
     if not _may_be_triton(x, backend):
         return reference
     from lasp.kernels.triton.dispatch import triton_op  # Triton is not there on every machine
 
-    op, refusal = triton_op(x, causal, asked=backend == "triton")
+    op, refusal = triton_op(x, causal, backend == "triton", wants_summary)
     if op is not None:
         return op
     checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
@@ -123,7 +123,7 @@ def run_op(
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The op between whatever boundary: one rank's or an exchange."""
-    return run(choose_op(x, causal, backend), boundary, x, initial_state, output_final_state)
+    return run(choose_op(x, causal, backend, boundary.wants_summary), boundary, x, initial_state, output_final_state)
 
 
 def _run(q, k, v, decay, beta, scale, causal, initial_state, output_final_state, cu_seqlens, backend):

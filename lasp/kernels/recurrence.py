@@ -120,9 +120,10 @@ def run(
     op: Op, boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H, V] in v's dtype and, if asked for, the final states."""
-    return _Recurrence.apply(
-        op, boundary, x.scale, x.segments, output_final_state, x.q, x.k, x.v, x.decay, x.beta, initial_state
-    )
+    with torch.cuda.device_of(x.v):
+        return _Recurrence.apply(
+            op, boundary, x.scale, x.segments, output_final_state, x.q, x.k, x.v, x.decay, x.beta, initial_state
+        )
 
 
 class _Recurrence(torch.autograd.Function):

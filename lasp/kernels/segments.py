@@ -41,6 +41,12 @@ class Segments:
             self._chunks[size, device] = Chunks(self.offsets, size, device)
         return self._chunks[size, device]
 
+    def first_chunks(self, size: int, chunk: int, device: torch.device) -> Tensor:
+        """[M]: for every tile of `size` tokens the first of the tiles of `chunk` tokens, which divides it, in it."""
+        if self.cu_seqlens is None:
+            return _row_first_chunks(self.batch, self.tokens, size, chunk, device)
+        return _first_chunks(self.tiles(size, device), self.tiles(chunk, device))
+
     def tiles(self, size: int, device: torch.device) -> "Tiles":
         if self.cu_seqlens is None:
             return _row_tiles(self.batch, self.tokens, size, device)
@@ -131,10 +137,28 @@ class Tiles:
         return cls(size, count, *(part.to(device, non_blocking=True) for part in parts))
 
 
+def _first_chunks(tiles: Tiles, chunks: Tiles) -> Tensor:
+    return torch.searchsorted(chunks.start.where(chunks.length > 0, 2**62), tiles.start)  # empty ones come last, at 0
+
+
+# Of rows without documents, such things are made once: short sequences take less time than making them.
+
+
 @lru_cache(maxsize=4096)
 def _row_tiles(batch: int, tokens: int, size: int, device: torch.device) -> Tiles:
-    """Of rows without documents: made once, for short sequences take less time than making these."""
     tiles = Tiles.cut(Segments(batch, tokens), size, device)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # so that other streams may read them
+    _settle(device)
     return tiles
+
+
+@lru_cache(maxsize=4096)
+def _row_first_chunks(batch: int, tokens: int, size: int, chunk: int, device: torch.device) -> Tensor:
+    first = _first_chunks(*(_row_tiles(batch, tokens, length, device) for length in (size, chunk)))
+    _settle(device)
+    return first
+
+
+def _settle(device: torch.device) -> None:
+    """So that other streams may read what was made."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.kernels.fused import fused, swiglu
 from lasp.models.sequence import SequenceOps
 
 Activation = Callable[[Tensor], Tensor]
@@ -30,9 +31,13 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
     exponents = torch.arange(half, device=x.device, dtype=torch.float64) / half
     angles = positions.to(x.device, torch.float64)[:, None, None] * theta**-exponents
-    wide = at_least_float32(x)
-    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
-    a, b = wide.chunk(2, dim=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _rotate_pairs(x, angles.cos().to(wide), angles.sin().to(wide))
+
+
+@fused
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = at_least_float32(x).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -44,7 +49,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution and SiLU: [B, T, D] -> [B, T, D]."""
+    """Causal depthwise convolution: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, channels: int, width: int, bias: bool = False):
         super().__init__()
@@ -58,7 +63,7 @@ class ShortConv(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        return F.silu(seq.causal_conv1d(x, self.weight, self.bias))
+        return seq.causal_conv1d(x, self.weight, self.bias)
 
 
 class GatedOutput(nn.Module):
@@ -72,10 +77,14 @@ class GatedOutput(nn.Module):
         self.out_proj = nn.Linear(heads * value_dim, hidden, bias=False)
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
-        o = self.norm(o).flatten(2)
-        if self.activation is not None and self.gate_proj is not None:
-            o = o * self.activation(self.gate_proj(x))
-        return self.out_proj(o)
+        if self.activation is None or self.gate_proj is None:
+            return self.out_proj(self.norm(o).flatten(2))
+        return self.out_proj(_norm_and_gate(o, self.gate_proj(x), self.norm.weight, self.activation, self.norm.eps))
+
+
+@fused
+def _norm_and_gate(o: Tensor, gate: Tensor, weight: Tensor, activation: Activation, eps: float | None) -> Tensor:
+    return F.rms_norm(o, o.shape[-1:], weight.to(o.dtype), eps).flatten(2) * activation(gate)
 
 
 class SwiGLU(nn.Module):
@@ -87,5 +96,4 @@ class SwiGLU(nn.Module):
         self.out_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(swiglu(self.gate_up_proj(x)))

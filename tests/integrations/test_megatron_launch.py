@@ -13,6 +13,7 @@ pytest.importorskip("megatron.core")
 
 from lasp.data import TokenFileWriter
 from lasp.integrations import megatron_weights
+from tests.parallel.test_benchmarks import ended_well
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def torchrun(*arguments: str) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert ended_well(done), done.stderr[-3000:]
     return done.stdout
 
 

@@ -18,7 +18,8 @@ SHAPES = {  # batch, tokens, q/k heads, heads, K, V, document offsets
     "documents": (1, 150, 1, 2, 32, 16, (0, 5, 5, 70, 150)),
     "odd sizes": (1, 63, 1, 1, 40, 24, None),
     "one token": (1, 1, 2, 2, 32, 16, None),
-    "wider than a block": (1, 70, 1, 1, 72, 16, None),
+    "keys wider than a block": (1, 70, 1, 1, 72, 16, None),
+    "values wider than a block": (1, 70, 1, 1, 32, 72, None),
 }
 
 

@@ -1,10 +1,13 @@
 """The benchmarks run, with tiny shapes on CPUs, and write what they say."""
 
+import csv
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from benchmarks import simulate
 from lasp.parallel.cost import Costs
@@ -12,26 +15,27 @@ from lasp.parallel.cost import Costs
 ROOT = Path(__file__).parents[2]
 
 
-def launch(script: str, options: str, ranks: int = 2) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [
-        sys.executable,
-        *torchrun,
-        f"benchmarks/{script}.py",
-        "--head-dim",
-        "8",
-        "--runs",
-        "1",
-        *options.split(),
-    ]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    """python with these arguments, or so many of them under torchrun."""
+    torchrun = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch(script: str, options: str, ranks: int | None = 2) -> str:
+    done = run(f"benchmarks/{script}.py", *options.split(), ranks=ranks)
+    assert ended_well(done), done.stderr
     return done.stdout
 
 
+def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
+    """Python may end while a thread of PyTorch's gloo still frees the last collective's tensors; then gloo aborts."""
+    return done.returncode == 0 or "terminate called without an active exception" in done.stderr
+
+
 def test_exchanges_and_ops_are_timed():
-    options = "--heads 2 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
+    options = "--heads 2 --head-dim 8 --runs 1 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
     output = launch("exchange", options)
     assert output.count("x bare all-gather") == 4 * 4
     assert output.count("x without") == 2 * 4
@@ -40,7 +44,7 @@ def test_exchanges_and_ops_are_timed():
 
 def test_calibration_is_what_the_simulator_reads(tmp_path):
     file = tmp_path / "links.json"
-    launch("exchange", f"--heads 2 --calibrate inside --sizes 1024 65536 --costs {file}")
+    launch("exchange", f"--heads 2 --runs 1 --calibrate inside --sizes 1024 65536 --costs {file}")
     costs = Costs.read(file)
     assert costs.inside != Costs().inside and costs.across == Costs().across
     picture = tmp_path / "curves.png"
@@ -49,10 +53,99 @@ def test_calibration_is_what_the_simulator_reads(tmp_path):
 
 
 def test_softmax_is_timed_over_ranks_and_emulated():
-    options = "--heads 4 --kv-heads 4 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4"
+    options = "--heads 4 --kv-heads 4 --head-dim 8 --runs 1 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4"
     output = launch("softmax", options)
     assert "2 ranks, 16 tokens each" in output and "2 ranks, 32 tokens each, 8 documents" in output
-    output = launch("softmax", options, ranks=1)
+    output = launch("softmax", options, ranks=None)
     assert "4 ranks, 16 tokens each, 8 documents" in output
     ratios = [float(ratio) for ratio in re.findall(r"\( *([\d.]+)\)", output)]
     assert len(ratios) == 2 * 3 * 4 and max(ratios) < 2  # few tokens; enough to see that all arrive
+
+
+def rows(table: str) -> list[dict[str, str]]:
+    """Of the Markdown table in a text."""
+    lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
+    names, *found = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(names, row, strict=True)) for row in found]
+
+
+def test_scaling_becomes_a_table_and_a_figure(tmp_path):
+    options = (
+        f"--output {tmp_path} --heads 2 --head-dim 8 --runs 1 --tokens 64 --sequence 128 "
+        "--ops scalar softmax --models LLLN --exchanges scan"
+    )
+    for ranks in (1, 2):
+        launch("scaling", options, ranks)
+    launch("scaling_report", f"--output {tmp_path}", ranks=None)
+    table = rows((tmp_path / "scaling.md").read_text())
+    assert len(table) == 2 * (3 + 4)
+    found = {(row["scaling"], row["case"], row["exchange"], row["ranks"]): row for row in table}
+
+    def ms(*key: str) -> float:
+        return float(found[key]["ms"])
+
+    for mode, share in (("weak", 1), ("strong", 2)):
+        op = found[mode, "scalar", "scan", "2"]
+        one, alone = ms(mode, "scalar", "without", "1"), ms(mode, "scalar", "without", "2")
+        assert float(op["efficiency"]) == pytest.approx(one / share / float(op["ms"]), abs=2e-3)
+        assert float(op["not hidden, ms"]) == pytest.approx(float(op["ms"]) - alone, abs=2e-3)
+        assert float(op["predicted, ms"]) > alone
+        softmax = found[mode, "softmax", "ring", "2"]
+        ideal = ms(mode, "softmax", "ring", "1") * 2 / share**2  # twice the keys for each query, or half the queries
+        assert float(softmax["efficiency"]) == pytest.approx(ideal / float(softmax["ms"]), abs=2e-3)
+        steps = [found[mode, "model LLLN", "auto", ranks] for ranks in ("1", "2")]
+        assert all(0 < float(step["softmax layers"].rstrip("%")) < 100 for step in steps)
+        assert float(steps[0]["efficiency"]) == 1
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+FAILING = """
+from pathlib import Path
+import torch, torch.distributed as dist
+from scaling import FewRuns, Point, Points, Settings
+from watch import Watched
+
+def make(fails):
+    if fails and dist.get_rank() == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return Watched(dist.barrier, torch.device("cpu"))
+
+dist.init_process_group("gloo")
+points = Points(Settings(output=Path({output!r})), FewRuns(torch.device("cpu"), runs=1, seconds=1.0))
+for case in ("too large", "small"):
+    point = Point(mode="weak", case=case, exchange="none", ranks=2, tokens=1, work=1.0)
+    points.measure(point, lambda: make(case == "too large"))
+dist.destroy_process_group()
+"""
+
+
+def test_a_point_without_room_on_one_rank_ends_the_run_which_goes_on_behind_it(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(output=str(tmp_path)))
+    first, second = (run(str(script), ranks=2) for _ in range(2))
+    assert first.returncode != 0
+    assert ended_well(second), second.stderr
+    with (tmp_path / "points.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["case"], row["note"], bool(row["seconds"])) for row in table] == [
+        ("too large", "no room", False),
+        ("small", "", True),
+    ]
+
+
+def test_training_steps_of_all_models_are_timed():
+    options = "--llama-tokens 64 --hybrid-tokens 128 --moe-tokens 128 --runs 1"
+    output = launch("training", options)
+    table = rows(output)
+    assert [row["model"].split(",")[0] for row in table] == 2 * ["pure"] + ["pure", "hybrid", "dense"] + 2 * ["mixture"]
+    for row in table:
+        assert int(row["tokens a rank"]) == 64
+        assert float(row["tokens/s"].replace(",", "")) == pytest.approx(2 * 64e3 / float(row["ms"]), rel=0.01)
+        assert bool(row["softmax layers"]) == (row["model"] == "hybrid")
+    dense, mixture = (next(r for r in table if r["model"].startswith(name)) for name in ("dense", "mixture"))
+    routers = 4 * 4 * 32  # layers, experts, hidden size
+    active = [int(row["active parameters"].replace(",", "")) for row in (dense, mixture)]
+    assert active[0] == active[1] - routers
+    split, apart = (float(row["ms"]) for row in table[:2])
+    (ratio,) = re.findall(r"SP at ([\d.]+)%", output)
+    assert float(ratio) == pytest.approx(100 * apart / split, rel=0.01)

@@ -20,7 +20,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from lasp.config import require
-from lasp.kernels.experts import RowOrder, swiglu_experts, tally
+from lasp.kernels.experts import swiglu_experts
+from lasp.models.moe import mix
 from lasp.parallel.experts import ExpertParallel
 
 
@@ -98,13 +99,9 @@ class GroupedMoELayer(MoELayer):
 
     def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         probabilities, routing_map = self.route(x, mask)
-        tokens, copies = x.flatten(0, 1), self.config.moe_router_topk
-        chosen = routing_map.view(torch.uint8).topk(copies, sorted=False).indices
+        chosen = routing_map.view(torch.uint8).topk(self.config.moe_router_topk, sorted=False).indices
         weights = probabilities.gather(-1, chosen)
-        by_expert = RowOrder.sorting(chosen.flatten())
-        y = self.experts(by_expert.apply(tokens, copies), tally(chosen.flatten(), self.config.num_moe_experts))
-        y = by_expert.undo(y).unflatten(0, (-1, copies))
-        mixed = (y * weights[..., None].to(y.dtype)).sum(1).view_as(x)
+        mixed = mix(x.flatten(0, 1), chosen, weights, self.experts, self.config.num_moe_experts).view_as(x)
         shared = self.shared_experts_compute(x)
         return mixed if shared is None else mixed + shared
 

@@ -93,6 +93,7 @@ class Run:
             "expert_tensor_parallel_size": self.expert_tensor_parallel,
             "sequence_parallel": self.tensor_parallel > 1,
             "moe_grouped_gemm": self.expert_tensor_parallel == 1,
+            "bias_activation_fusion": not cpu,
             "calculate_per_token_loss": True,
             "use_cpu_initialization": cpu,
             "bf16": not cpu,

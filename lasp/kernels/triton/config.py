@@ -9,7 +9,7 @@ from torch import Tensor
 
 MAX_HEAD = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LONGEST_TILE, SHORTEST_TILE = 4096, 64
+LONGEST_TILE, LONG_TILE, SHORTEST_TILE = 4096, 2048, 64
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,21 @@ class Config:
     precision: str = "tf32"  # of products in fp32, where states meet fp16 inputs
 
 
+# Triton's own two, made to work in kernels, too, take 5 µs of the host.
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def block_of(size: int) -> int:
     """The power of two that holds a head size, 32 at least: Triton 3.6 miscompiles products of 16 columns (Hopper)."""
-    return max(32, triton.next_power_of_2(size))
+    return max(32, next_power_of_2(size))
 
 
 def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
@@ -48,17 +60,25 @@ def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
 
 
 def tile_length(tokens: int, heads: int, device: torch.device) -> int:
-    """Tokens per tile: as many tiles as two programs for every multiprocessor can walk at once, and no more.
+    """Tokens per tile: as many tiles as the multiprocessors walk at once, each by one program or, if long, by two.
 
-    One tile more would be walked alone when all others are done.
+    One tile more would be walked alone when all others are done. Offsets within a tile fit into 32 bits.
     """
-    most = max(1, 2 * _multiprocessors(device) // heads)
-    return min(LONGEST_TILE, -(-tokens // (most * SHORTEST_TILE)) * SHORTEST_TILE)
+
+    def length(programs: int) -> int:
+        most = max(1, programs * multiprocessors(device) // heads)
+        return cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE
+
+    addressable = 2**31 // (heads * MAX_HEAD * SHORTEST_TILE) * SHORTEST_TILE
+    return min(LONGEST_TILE, addressable, max(length(2), min(length(1), LONG_TILE)))
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; "meta" stands for the current one."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device if device.type == "cuda" else None).multi_processor_count
 
 
 def unsupported(k: Tensor, v: Tensor) -> str | None:

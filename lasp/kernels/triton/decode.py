@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.recurrence import Inputs
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.gates import CONSTANT, DIAGONAL, SCALAR, decay_class
+from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.linear import contiguous
 
 COLUMNS = 32  # of the state that a program holds: 128 programs for 16 heads of 256, and loads of 128 bytes
@@ -74,7 +75,8 @@ def decode(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     (batch, _, heads, value_dim), (q_heads, key_dim) = x.v.shape, x.k.shape[2:]
     o, after = torch.empty_like(x.v), x.v.new_empty(x.state_shape, dtype=torch.float32)
     block_v = min(COLUMNS, block_of(value_dim))
-    _decode[batch, heads, triton.cdiv(value_dim, block_v)](
+    launch(
+        _decode, (batch, heads, cdiv(value_dim, block_v)),
         x.q, x.k, x.v, x.decay, x.beta, state, o, after, x.scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, DECAY=decay_class(x.decay), DELTA=x.beta is not None,
         num_warps=4,

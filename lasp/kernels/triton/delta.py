@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
+from lasp.kernels.triton.config import multiprocessors
 from lasp.kernels.triton.delta_config import DeltaConfig, delta_config
 from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
@@ -48,26 +48,28 @@ class Plan:
     @staticmethod
     def of(x: Inputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
-        config = delta_config(x.k, x.v, walk_class(x.decay) == DIAGONAL)
-        blocks = -(-value_dim // config.states.block)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        size = tile_length(x, max(1, 2 * processors // (blocks * min(heads, HEADS_AT_ONCE))))
+        config = delta_config(x.k, x.v, x.decay is not None, is_diagonal(x.decay))
+        walks = config.walk.at_once(value_dim, multiprocessors(device))
+        some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens)))
+        size = tile_length(x, max(1, walks // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         whole = x.segments.cu_seqlens is None and tokens <= size
-        start = chunks.start.where(chunks.length > 0, 2**62)  # empty chunks come last and start at 0
-        shared = {"first_chunk": torch.searchsorted(start, tiles.start), "decay": walk_class(x.decay)}
-        at_once = max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens), processors // (blocks * tiles.count))
-        return Plan(config, tiles, chunks, whole, shared, min(heads, at_once))
+        shared = {"first_chunk": x.segments.first_chunks(size, CHUNK, device), "decay": walk_class(x.decay)}
+        return Plan(config, tiles, chunks, whole, shared, min(heads, max(some, walks // tiles.count)))
 
 
-def walk_class(decay: Tensor | None) -> tl.constexpr:
-    """Of a decay in the walks: NONE, SCALAR (a constant one, too) or DIAGONAL."""
-    return NONE if decay is None else DIAGONAL if decay.ndim == 4 else SCALAR
+def walk_class(decay: Tensor | None) -> int:
+    """Of a decay in the walks: NONE, SCALAR (a constant one, too) or DIAGONAL, as a number."""
+    return (NONE if decay is None else DIAGONAL if is_diagonal(decay) else SCALAR).value
+
+
+def is_diagonal(decay: Tensor | None) -> bool:
+    return decay is not None and decay.ndim == 4
 
 
 def factors_of(x: Inputs, plan: Plan, with_scores: bool) -> tuple[Factors, Tensor | None, Tensor | None]:
     """What the walks read and write with, and for a diagonal decay, if asked for, P and the products for T."""
-    if plan.shared["decay"] != DIAGONAL:
+    if not is_diagonal(x.decay):
         return Factors(x.q, x.k, x.k), None, None
     assert x.decay is not None
     scale = x.scale if with_scores else None
@@ -151,12 +153,6 @@ class TritonDelta:
     def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, plan, factors, d), (wy, scores, gates, entering, transitions) = partial, kept
         assert x.beta is not None
-        last = d_outgoing.wait()
-        if plan.whole:
-            leaving = torch.zeros_like(entering) if last is None else last.contiguous()
-            end = d_incoming = torch.empty_like(entering)
-        else:
-            end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, last, backward=True)
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
         per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
         dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=per_head) for _ in range(2))
@@ -173,6 +169,13 @@ class TritonDelta:
                 STATES, plan.tiles, factors, x.v, gates, wy, None, plan.config,
                 entering=entering, u=u, states=chunk_states, **where,
             )  # fmt: skip
+            if first == 0:
+                last = d_outgoing.wait()
+                if plan.whole:
+                    leaving = torch.zeros_like(entering) if last is None else last.contiguous()
+                    end = d_incoming = torch.empty_like(entering)
+                else:
+                    end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, last, backward=True)
             walk_down(
                 STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,21 @@ class Launch:
     stages: int
     block_v: int = 128
 
+    def at_once(self, size: int, processors: int) -> int:
+        """How many walks of states with so many columns run at a time: what 8 warps hold fills a multiprocessor."""
+        return processors * (1 if self.warps == 8 else 2) // cdiv(size, self.block)
+
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """One launch per kernel. precision: of products of fp32 numbers.
+    """One launch per kernel; walk: upwards, but for outputs. precision: of products of fp32 numbers.
 
     For a diagonal decay: the block of `factors` is of K. reach: the largest decay within 16 tokens whose scores are
     products, bounded by the size of e^reach, in fp32 by rounding. sums_by_products: sums of gates on the matrix units.
     """
 
-    summary: Launch
-    transition: Launch
+    walk: Launch
     outputs: Launch
-    states: Launch
     down: Launch
     gradients: Launch
     factors: Launch
@@ -38,16 +40,15 @@ class DeltaConfig:
     sums_by_products: bool
 
 
-def delta_config(k: Tensor, v: Tensor, diagonal: bool) -> DeltaConfig:
+def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConfig:
     """From a table, never from the length of a sequence."""
     widest = block_of(max(k.shape[-1], v.shape[-1]))
     if v.dtype == torch.bfloat16:
-        ahead, walk = Launch(64, warps=4, stages=2 if diagonal else 3), Launch(64, warps=4, stages=2)
-        wide = Launch(128, warps=8, stages=2) if widest == 128 else walk
-        factors = Launch(32, warps=4, stages=2)
-        gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=2)
-        down = wide if diagonal else walk
-        return DeltaConfig(ahead, ahead, wide, ahead, down, gradients, factors, "tf32", 64.0, True)
+        stages = 2 if diagonal else 3
+        narrow, factors = Launch(64, warps=4, stages=stages), Launch(32, warps=4, stages=2)
+        wide = Launch(128, warps=8, stages=stages) if widest == 128 else narrow
+        gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=3 if gated else 2)
+        return DeltaConfig(narrow if diagonal else wide, wide, wide, gradients, factors, "tf32", 64.0, True)
     walk = Launch(64, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
-    return DeltaConfig(walk, walk, walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)
+    return DeltaConfig(walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)

@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_states import STATES
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -137,17 +138,18 @@ def walk_down(
     dr: Tensor | None = None,
     grads: Tensor | None = None,
     first_chunk: Tensor,
-    decay: tl.constexpr,
+    decay: int,
     head_range: range | None = None,
 ) -> None:
     """Runs the walk over every tile and head (of `head_range`): `mode` is SUMMARY or STATES."""
     (heads, value_dim), (q_heads, key_dim) = do.shape[2:], x.k.shape[2:]
-    launch = config.down
-    block_v = min(block_of(value_dim), launch.block)
+    how = config.down
+    block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
-    _walk_down[tiles.count, len(some), triton.cdiv(value_dim, block_v)](
+    launch(
+        _walk_down, (tiles.count, len(some), cdiv(value_dim, block_v)),
         x.q, x.k, x.written, x.totals, do, gates, wy, scores, leaving, end, dr, grads,
         tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAY=decay, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.diagonal_chunk import load_rows, store_rows
 from lasp.kernels.triton.diagonal_grads import weighted_sums
+from lasp.kernels.triton.launch import launch
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,12 @@ def diagonal_factors(
     if scale is not None:
         scores = decay.new_empty(*decay.shape[:3], chunks.size, dtype=dtype)
         products = torch.empty_like(scores, dtype=torch.float32)
-    launch = config.factors
-    _factors[chunks.count, heads](
+    how = config.factors
+    launch(
+        _factors, (chunks.count, heads),
         q, k, decay, read_q, read_k, written, totals, spread, scores, products, chunks.start, chunks.length,
-        scale or 1.0, heads, heads // q_heads, K=key_dim, BK=min(launch.block, block_of(key_dim)), C=chunks.size,
+        scale or 1.0, heads, heads // q_heads, K=key_dim, BK=min(how.block, block_of(key_dim)), C=chunks.size,
         SCORES=scale is not None, REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return Factors(read_q, read_k, written, totals, spread), scores, products

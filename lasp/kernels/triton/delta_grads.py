@@ -24,6 +24,7 @@ from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.diagonal_chunk import load_half, load_rows, store_rows
 from lasp.kernels.triton.diagonal_grads import gate_sums
 from lasp.kernels.triton.gates import DIAGONAL, SCALAR
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -208,18 +209,19 @@ def gradients(
     grads: Tensor,
     found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
     scale: float,
-    decay_kind: tl.constexpr,
+    decay_kind: int,
     config: DeltaConfig,
     head_range: range,
 ) -> None:
     """Fills `found` = dq, dk [B, T, H, K], dv, d_decay and d_beta for the heads of `head_range`."""
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
-    launch = config.gradients
-    block_k, block_v = min(block_of(key_dim), launch.block), min(block_of(value_dim), launch.block_v)
-    _gradients[chunks.count, len(head_range)](
+    how = config.gradients
+    block_k, block_v = min(block_of(key_dim), how.block), min(block_of(value_dim), how.block_v)
+    launch(
+        _gradients, (chunks.count, len(head_range)),
         q, k, v, do, decay, spread, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
         scale, heads, heads // q_heads, head_range.start,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=decay_kind, LEARNED=found[3] is not None,
         REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -70,7 +71,8 @@ def scan(
     segments = tiles.first.numel() - 1
     entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
     block_k = block_of(key_dim)
-    _scan[segments, heads, triton.cdiv(value_dim, 16)](
+    launch(
+        _scan, (segments, heads, cdiv(value_dim, 16)),
         states, transitions, start, entering, end, tiles.first, heads,
         K=key_dim, V=value_dim, BK=block_k, BV=16, BLOCK=block_k if block_k <= 128 else 32,
         BACKWARD=backward, STAGES=3 if block_k <= 128 else 1, num_warps=8,

@@ -13,23 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
+from lasp.kernels.triton.launch import launch
 
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-
-@triton.jit
-def fine_dot(x, y, acc, FINE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x y for fp32 x; FINE keeps what x loses when it is rounded to the type of y."""
-    high = x.to(y.dtype)
-    acc = tl.dot(high, y, acc, input_precision=PRECISION)
-    if FINE and y.dtype != tl.float32:
-        acc = tl.dot((x - high.to(tl.float32)).to(y.dtype), y, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -83,7 +74,6 @@ def _walk_up(
         o += (begin * H + h) * V
     if MODE == STATES:
         u += (begin * heads + row) * V
-    FINE: tl.constexpr = MODE == TRANSITION
     inside = in_v[:, None] & in_k[None, :]
     at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
     if MODE == TRANSITION:
@@ -124,7 +114,7 @@ def _walk_up(
                 x.to(states.dtype.element_ty),
                 mask=inside,
             )
-        r = fine_dot(x, tl.trans(kc), tl.zeros([BV, C], tl.float32), FINE, PRECISION)
+        r = tl.dot(x.to(work), tl.trans(kc), input_precision=PRECISION)
         here_v = here[None, :] if V % BV == 0 else in_v[:, None] & here[None, :]
         if DECAY == SCALAR:
             r *= from_start[None, :]
@@ -132,7 +122,7 @@ def _walk_up(
             r *= -betas[None, :]
         else:
             r = betas[None, :] * (vt.to(tl.float32) - r)
-        ut = fine_dot(r, tl.trans(tc), tl.zeros([BV, C], tl.float32), FINE, PRECISION)
+        ut = tl.dot(r.to(work), tl.trans(tc), input_precision=PRECISION)
         if MODE == OUTPUTS:
             qt = tl.trans(tl.load(q + at_k, mask=here_k, other=0.0).to(work))
             pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
@@ -147,7 +137,7 @@ def _walk_up(
             x *= total
         if DECAY == SCALAR:
             ut *= to_end[None, :]
-        x = fine_dot(ut, wc, x, FINE, PRECISION)
+        x = tl.dot(ut.to(work), wc, x, input_precision=PRECISION)
     if ENDS:
         tl.store(end + at_state, x, mask=inside)
 
@@ -169,20 +159,19 @@ def walk_up(
     u: Tensor | None = None,
     states: Tensor | None = None,
     first_chunk: Tensor,
-    decay: tl.constexpr,
+    decay: int,
     head_range: range | None = None,
 ) -> None:
     """Runs the walk over every tile and head (of `head_range`); `mode` says which of the tensors it fills."""
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], x.k.shape[2:]
-    value_dim = key_dim if mode == TRANSITION else value_dim
-    launch = {SUMMARY: config.summary, TRANSITION: config.transition, OUTPUTS: config.outputs, STATES: config.states}[
-        mode
-    ]
-    block_v = min(block_of(value_dim), launch.block)
+    value_dim = key_dim if mode is TRANSITION else value_dim
+    how = config.outputs if mode is OUTPUTS else config.walk
+    block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
-    _walk_up[tiles.count, len(some), triton.cdiv(value_dim, block_v)](
+    launch(
+        _walk_up, (tiles.count, len(some), cdiv(value_dim, block_v)),
         x.q, x.k, x.written, x.totals, v, gates, wy, scores, entering, end, o, u, states,
         tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAY=decay, PRECISION=config.precision, STAGES=launch.stages, num_warps=launch.warps,
+        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip

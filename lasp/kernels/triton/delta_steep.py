@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.config import cdiv
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.delta_diagonal import store_scores
 from lasp.kernels.triton.diagonal_chunk import add_rows, load_rows
+from lasp.kernels.triton.launch import launch
 
 SUB = tl.constexpr(16)
 CHUNKS = 8  # that one program looks at
@@ -280,7 +282,8 @@ def steep_scores(
 ) -> None:
     """Writes P and the products for T of steep chunks (see `delta_diagonal`)."""
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
-    _steep_scores[triton.cdiv(chunks.count, CHUNKS), heads](
+    launch(
+        _steep_scores, (cdiv(chunks.count, CHUNKS), heads),
         q, k, decay, spread, scores, products, chunks.start, chunks.length,
         scale, chunks.count, heads, heads // q_heads, K=key_dim, BK=32, C=chunks.size, N=CHUNKS, REACH=config.reach,
         WORK=tl.bfloat16 if scores.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
@@ -306,7 +309,8 @@ def steep_gradients(
     """Adds to dq, dk, d_decay and d_beta of `found` (see `delta_grads.gradients`)."""
     dq, dk, _, d_decay, d_beta = found
     (heads, value_dim), (q_heads, key_dim) = do.shape[2:], q.shape[2:]
-    _steep_gradients[triton.cdiv(chunks.count, CHUNKS), len(head_range)](
+    launch(
+        _steep_gradients, (cdiv(chunks.count, CHUNKS), len(head_range)),
         q, k, do, decay, gates, spread, u, dr, dq, dk, d_decay, d_beta, chunks.start, chunks.length,
         scale, chunks.count, heads, heads // q_heads, head_range.start,
         K=key_dim, V=value_dim, BK=32, BV=32, C=chunks.size,

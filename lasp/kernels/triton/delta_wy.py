@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, next_power_of_2
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR, decay_class, scalar_decay
+from lasp.kernels.triton.launch import launch
 
 CHUNK = 64
 SUB = tl.constexpr(16)
@@ -196,7 +197,8 @@ def wy_inverse(
     (batch, tokens, heads), (q_heads, key_dim) = beta.shape, k.shape[2:]
     wy = k.new_empty(batch, tokens, heads, CHUNK, dtype=dtype)
     gates = k.new_empty(chunks.count, heads, 4, CHUNK, dtype=torch.float32)
-    _wy[chunks.count, heads](
+    launch(
+        _wy, (chunks.count, heads),
         k, decay, beta, products, wy, gates, chunks.start, chunks.length, heads, heads // q_heads,
         K=key_dim, BK=min(64, block_of(key_dim)), DECAY=decay_class(decay),
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32", FINE="tf32x3", num_warps=1, num_stages=2,
@@ -245,14 +247,15 @@ def _scores(
 
 
 def chunk_scores(
-    chunks: Tiles, q: Tensor, k: Tensor, gates: Tensor, decay: tl.constexpr, wy: Tensor, scale: float, precision: str
+    chunks: Tiles, q: Tensor, k: Tensor, gates: Tensor, decay: int, wy: Tensor, scale: float, precision: str
 ) -> Tensor:
     """P [B, T, H, 64], scaled: what each token reads of those of its chunk up to itself."""
     heads, (q_heads, key_dim) = wy.shape[2], q.shape[2:]
     scores = torch.empty_like(wy)
-    _scores[chunks.count, heads](
+    launch(
+        _scores, (chunks.count, heads),
         q, k, gates, scores, chunks.start, chunks.length, scale, heads, heads // q_heads,
-        K=key_dim, BK=min(128, max(16, triton.next_power_of_2(key_dim))), C=CHUNK, DECAY=decay,
+        K=key_dim, BK=min(128, max(16, next_power_of_2(key_dim))), C=CHUNK, DECAY=decay,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
     return scores

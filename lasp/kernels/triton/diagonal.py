@@ -36,9 +36,9 @@ class TritonDiagonal:
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         x, tiles, config, referred, states, transitions = partial
-        entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
         assert x.decay is not None
         o = torch.empty_like(x.v)
+        entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
         outputs(tiles, referred, x.v, entering, o, config)
         steep_outputs(tiles, x.q, x.k, x.v, x.decay, referred.spread, o, x.scale, config)
         return o, outgoing, (entering, transitions)

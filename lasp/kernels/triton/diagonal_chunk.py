@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
+from lasp.kernels.triton.launch import launch
 
 REFER_WARPS = 4
 
@@ -72,16 +73,16 @@ def config_for(k: Tensor, v: Tensor) -> Config:
             gradients=Launch(columns=64, warps=4, stages=1),
         )
     half = v.dtype == torch.float16
-    launch = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
+    shared = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
     return Config(
         chunk=32,
         reach=128.0 if half else 32.0,
         operand=torch.float32,
         precision="tf32x3" if half else "ieee",
         sums_by_products=False,
-        states=launch,
-        outputs=launch,
-        gradients=launch,
+        states=shared,
+        outputs=shared,
+        gradients=shared,
     )
 
 
@@ -194,8 +195,9 @@ def refer(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, confi
     q_out, k_out = (torch.empty_like(decay, dtype=config.operand) for _ in range(2))
     ends = decay.new_empty(slots, heads, key_dim, dtype=torch.float32)
     spread = decay.new_empty(slots, heads, dtype=torch.float32)
-    chunks = triton.cdiv(tiles.size, config.chunk)
-    _refer[(chunks * heads * tiles.count,)](
+    chunks = cdiv(tiles.size, config.chunk)
+    launch(
+        _refer, (chunks * heads * tiles.count,),
         q, k, decay, q_out, k_out, ends, spread, tiles.start, tiles.length, scale, chunks, heads, heads // q_heads,
         K=key_dim, BK=block_of(key_dim), C=config.chunk, REACH=config.reach, num_warps=4 if key_dim <= 128 else 8,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import (
     Config,
     Referred,
@@ -24,6 +24,7 @@ from lasp.kernels.triton.diagonal_chunk import (
     load_rows,
     store_rows,
 )
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -161,8 +162,9 @@ def gradients(
 ) -> None:  # fmt: skip
     """Writes dv, dg and, into x.q and x.k, dq and dk, per value head; of steep chunks all but what is local to them."""
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
-    chunks = triton.cdiv(tiles.size, config.chunk)
-    _gradients[(chunks * heads * tiles.count,)](
+    chunks = cdiv(tiles.size, config.chunk)
+    launch(
+        _gradients, (chunks * heads * tiles.count,),
         x.q, x.k, v, do, decay, x.ends, x.spread, before, after, dv, dg, tiles.start, tiles.length, scale, chunks,
         heads,
         K=key_dim, V=value_dim, BK=min(64, block_of(key_dim)), BV=min(config.gradients.columns, block_of(value_dim)),

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import Config, Referred, load_end, load_half, load_rows, store_rows
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -61,7 +62,8 @@ def outputs(tiles: Tiles, x: Referred, v: Tensor, entering: Tensor, o: Tensor, c
     """Writes o [B, T, H, V], for steep chunks without what their tokens read of each other."""
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.outputs.columns)
-    _outputs[tiles.count, heads, triton.cdiv(value_dim, block_v)](
+    launch(
+        _outputs, (tiles.count, heads, cdiv(value_dim, block_v)),
         x.q, x.k, v, x.ends, x.spread, entering, o, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, REACH=config.reach,
         PRECISION=config.precision, STAGES=config.outputs.stages, num_warps=config.outputs.warps,

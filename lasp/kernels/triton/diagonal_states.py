@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import Config, Referred, load_end, load_half, load_rows
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -103,7 +104,8 @@ def _launch(
 ) -> None:  # fmt: skip
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.states.columns)
-    _walk[tiles.count, heads, triton.cdiv(value_dim, block_v)](
+    launch(
+        _walk, (tiles.count, heads, cdiv(value_dim, block_v)),
         k, v, x.ends, x.spread, states, transitions, chunk_states, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, BACKWARD=backward,
         EACH_CHUNK=chunk_states is not None, REACH=config.reach, PRECISION=config.precision,

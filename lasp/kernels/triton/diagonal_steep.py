@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import Config, add_rows, load_rows, operand
+from lasp.kernels.triton.launch import launch
 
 CHUNKS = 8  # that one program looks at; most often none of them is steep
 SUB = tl.constexpr(16)
@@ -232,7 +233,7 @@ def steep_outputs(
     config: Config,
 ) -> None:
     """Adds Σ_{j<=i, same chunk} P_ij v_j to the rows of o [B, T, H, V] that belong to steep chunks."""
-    _launch(_steep_outputs, tiles, (q, k, v, decay, spread, o), scale, config)
+    _walk_steep(_steep_outputs, tiles, (q, k, v, decay, spread, o), scale, config)
 
 
 def steep_gradients(
@@ -240,14 +241,15 @@ def steep_gradients(
     grads: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, config: Config,
 ) -> None:  # fmt: skip
     """Adds the gradients through the same sums to those rows of dq, dk, dv, dg."""
-    _launch(_steep_gradients, tiles, (q, k, v, do, decay, spread, *grads), scale, config)
+    _walk_steep(_steep_gradients, tiles, (q, k, v, do, decay, spread, *grads), scale, config)
 
 
-def _launch(kernel, tiles: Tiles, tensors: tuple[Tensor, ...], scale: float, config: Config) -> None:
+def _walk_steep(kernel, tiles: Tiles, tensors: tuple[Tensor, ...], scale: float, config: Config) -> None:
     q, _, v = tensors[:3]
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], q.shape[2:]
-    parts = triton.cdiv(triton.cdiv(tiles.size, config.chunk), CHUNKS)
-    kernel[tiles.count, parts, heads](
+    parts = cdiv(cdiv(tiles.size, config.chunk), CHUNKS)
+    launch(
+        kernel, (tiles.count, parts, heads),
         *tensors, tiles.start, tiles.length, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=min(32, block_of(key_dim)), BV=min(64, block_of(value_dim)), C=config.chunk,
         N=CHUNKS, REACH=config.reach, OPERAND=operand(config), PRECISION=config.precision, num_warps=8, num_stages=1,

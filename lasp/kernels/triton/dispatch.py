@@ -1,13 +1,18 @@
 """Which Triton kernels serve which inputs."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Inputs, Op
+from lasp.kernels.segments import Segments
 from lasp.kernels.triton.config import unsupported
 from lasp.kernels.triton.decode import decode
 from lasp.kernels.triton.delta import TritonDelta
 from lasp.kernels.triton.diagonal import TritonDiagonal
+from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.linear import TritonLinear
 
 MAX_DELTA_HEAD = 128
@@ -20,10 +25,14 @@ OPS: dict[str, type[Op]] = {
 CHECKED = {ONE_TOKEN, LINEAR, DIAGONAL, DELTA, DIAGONAL_DELTA}  # on a GPU: what "auto" takes, see _checked
 
 
-def triton_op(x: Inputs, causal: bool, asked: bool) -> tuple[Op | None, str]:
-    """The op, or None and what it is that Triton's ops do not serve.
+TENSORS = ("q", "k", "v", "decay", "beta")
+_ready: set[tuple] = set()
 
-    asked: the caller asked for Triton; what is not in CHECKED is taken only then.
+
+def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tuple[Op | None, str]:
+    """The op, its kernels compiled, or None and what it is that Triton's ops do not serve.
+
+    asked: the caller asked for Triton; what is not in CHECKED is taken only then. wants_summary: as in Op.summarize.
     """
     if refusal := unsupported(x.k, x.v):
         return None, refusal
@@ -38,7 +47,40 @@ def triton_op(x: Inputs, causal: bool, asked: bool) -> tuple[Op | None, str]:
         kind = DIAGONAL_DELTA if diagonal else DELTA
         if max(x.k.shape[-1], x.v.shape[-1]) > MAX_DELTA_HEAD:
             return None, f"the delta rule with heads of more than {MAX_DELTA_HEAD}"
-    return (OPS[kind]() if asked or _checked(kind, x) else None), kind
+    if not (asked or _checked(kind, x)):
+        return None, kind
+    op = OPS[kind]()
+    if x.v.is_cuda:
+        _make_ready(op, kind, x, wants_summary)
+    return op, kind
+
+
+def _make_ready(op: Op, kind: str, x: Inputs, wants_summary: bool) -> None:
+    """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
+    tensors = [(name, t) for name in TENSORS if (t := getattr(x, name)) is not None]
+    backward = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
+    kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors)
+    key = (kind, wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
+    if key in _ready:
+        return
+    _ready.add(key)
+    with torch.cuda.device(x.v.device):
+        compile_ahead(lambda: dry_run(op, x, wants_summary, backward))
+
+
+def dry_run(op: Op, x: Inputs, wants_summary: bool, backward: bool) -> None:
+    """All launches that `x` and its gradients need, with tensors that have a shape and no memory."""
+    offsets = x.segments.cu_seqlens
+    if offsets is not None and offsets.is_cuda:
+        offsets = offsets.to("meta")
+    segments = Segments(x.segments.batch, x.segments.tokens, offsets)
+    tensors = {name: t.detach().to("meta") for name in TENSORS if (t := getattr(x, name)) is not None}
+    x = replace(x, segments=segments, **tensors)
+    _, partial = op.summarize(x, wants_summary)
+    o, _, kept = op.finish(x, partial, Pending(lambda: None))
+    if backward:
+        _, partial = op.summarize_grad(x, kept, o, wants_summary)
+        op.finish_grad(x, kept, partial, o, Pending(lambda: None))
 
 
 def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:
@@ -49,7 +91,10 @@ def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, T
         t is not None and t.requires_grad for t in (x.q, x.k, x.v, x.decay, x.beta, state)
     ):
         return None
-    return decode(x, state) if asked or _checked(ONE_TOKEN, x) else None
+    if not (asked or _checked(ONE_TOKEN, x)):
+        return None
+    with torch.cuda.device_of(x.v):
+        return decode(x, state)
 
 
 def _checked(kind: str, x: Inputs) -> bool:

@@ -6,14 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.config import cdiv, next_power_of_2
+from lasp.kernels.triton.launch import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE, CONSTANT, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
-def decay_class(decay: Tensor | None) -> tl.constexpr:
-    """NONE, CONSTANT, SCALAR or DIAGONAL."""
-    return NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]
+def decay_class(decay: Tensor | None) -> int:
+    """NONE, CONSTANT, SCALAR or DIAGONAL, as a number."""
+    return (NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]).value
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def log2_rate(decay, h):
 def _gate_grads(
     q_dq,  # [QB, tokens, H]
     v_dv,  # [VB, tokens, H]
-    at_end,  # [QB, M, H]
+    at_end,  # [VB, M, H]
     dg,  # [tokens, H]
     start,
     length,
@@ -91,7 +93,7 @@ def _gate_grads(
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     carry = tl.zeros([BH], tl.float32)
-    for block in tl.static_range(QB):
+    for block in tl.static_range(VB):
         carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=3):
@@ -115,10 +117,11 @@ def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tenso
         return decay
     heads = decay.shape[-1]
     cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
-    block = min(16, triton.next_power_of_2(heads))
-    _cumulate[tiles.count, triton.cdiv(tiles.size, chunk), triton.cdiv(heads, block)](
-        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4
-    )
+    block = min(16, next_power_of_2(heads))
+    launch(
+        _cumulate, (tiles.count, cdiv(tiles.size, chunk), cdiv(heads, block)),
+        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4,
+    )  # fmt: skip
     return cumulated
 
 
@@ -127,12 +130,13 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
 
     The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
 
-    q_dq, v_dv: [blocks, B, T, H] partial products. at_end: [blocks, M, H].
+    q_dq, v_dv: [blocks, B, T, H] partial products, in blocks of K and of V. at_end: [blocks of V, M, H].
     """
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]
-    block = min(4, triton.next_power_of_2(heads))
-    _gate_grads[tiles.count, triton.cdiv(heads, block)](
+    block = min(4, next_power_of_2(heads))
+    launch(
+        _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
         BH=block, C=256, QB=len(q_dq), VB=len(v_dv), num_warps=4,
     )  # fmt: skip

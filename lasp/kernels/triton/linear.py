@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
@@ -47,12 +48,12 @@ class TritonLinear:
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, states), (entering, transitions, gates, steepest) = partial, kept
         assert entering is not None
-        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
         walk = Walk(tiles, x.v.shape[2], gates, steepest, x.scale, config)
         gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
-        sums_q, sums_v = (None, None) if gate is None else (x.q, x.v)
-        dv, v_dv, _ = walk(x.k, x.q, do, leaving, down=True, partner=sums_v)
-        dq, q_dq, at_end = walk(do, x.v, x.k, entering, transposed=True, partner=sums_q, far_states=leaving)
+        sums_q, sums_v, ends = (None, None, None) if gate is None else (x.q, x.v, torch.empty_like(entering))
+        dq, q_dq, _ = walk(do, x.v, x.k, entering, transposed=True, partner=sums_q, ends=ends)
+        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
+        dv, v_dv, at_end = walk(x.k, x.q, do, leaving, down=True, partner=sums_v, ends=ends)
         dk, _, _ = walk(x.v, do, x.q, leaving, down=True, transposed=True)
         dg = None
         if gate is not None:

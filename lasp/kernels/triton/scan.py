@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of
+from lasp.kernels.triton.config import block_of, cdiv, next_power_of_2
+from lasp.kernels.triton.launch import launch
 
 NONE, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -68,11 +69,12 @@ def scan(
     end = states.new_empty(segments, heads, key_dim, value_dim)
     entering = torch.empty_like(states) if write_entering else states
     classes = {None: NONE, 2: SCALAR, 3: DIAGONAL}
-    kind = classes[None if transitions is None else transitions.ndim]
-    block_k = min(32, triton.next_power_of_2(key_dim))
+    kind = classes[None if transitions is None else transitions.ndim].value
+    block_k = min(32, next_power_of_2(key_dim))
     block_v = min(64, block_of(value_dim))
-    grid = (segments, heads, triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v))
-    _scan[grid](
+    grid = (segments, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v))
+    launch(
+        _scan, grid,
         states, transitions, start, entering, end, tiles.first, heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, BACKWARD=backward,
         STARTS_FROM_ZERO=start is None, WRITES_ENTERING=write_entering, num_warps=4, num_stages=3,

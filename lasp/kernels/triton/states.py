@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import Config, block_of
+from lasp.kernels.triton.config import Config, block_of, cdiv
 from lasp.kernels.triton.gates import LOG2_E, NONE, decay_class, load_gates
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -93,8 +94,9 @@ def tile_states(
     none = gates is None or backward
     transitions, steepest = (None if none else states.new_empty(tiles.count, heads) for _ in range(2))
     block_k, block_v = min(128, block_of(key_dim)), min(128, block_of(value_dim))
-    grid = (tiles.count, heads, triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v))
-    _states[grid](
+    grid = (tiles.count, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v))
+    launch(
+        _states, grid,
         k, v, gates, states, transitions, steepest, tiles.start, tiles.length, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, DECAY=decay_class(gates), BACKWARD=backward,
         PRECISION=config.precision, num_warps=8 if block_k * block_v > 64 * 64 else 4, num_stages=config.state_stages,

@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import Config, block_of
+from lasp.kernels.triton.config import Config, block_of, cdiv
 from lasp.kernels.triton.gates import CONSTANT, NONE, decay_class, load_gates, log2_rate
+from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -42,27 +43,28 @@ def _steps(
     state_dtype = tl.float32 if dtype == tl.float16 else dtype  # a state may exceed what fp16 holds
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     seen = i_row <= i_col if DOWN else i_row >= i_col
+    a += (begin * (H // GA) + h // GA) * DA  # within a tile 32 bits are enough
+    b += (begin * (H // GB) + h // GB) * DA
+    c += (begin * (H // GC) + h // GC) * DC
+    y += (begin * H + h) * DC
+    if SUMS:
+        partner += (begin * (H // GP) + h // GP) * DC
+        products += (block * TOKENS + begin) * H + h
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = (chunks - 1 - step) if DOWN else step
         place = i * C + tl.arange(0, C)
         here = place < count
-        tokens = begin + place
         here_c = here[:, None] & (cols < DC)[None, :]
         ac = tl.load(
-            a + ((tokens * (H // GA) + h // GA) * DA)[:, None] + rows[None, :],
-            mask=here[:, None] & (rows < DA)[None, :],
-            other=0.0,
+            a + (place * (H // GA * DA))[:, None] + rows[None, :], mask=here[:, None] & (rows < DA)[None, :], other=0.0
         )
         bt = tl.load(
-            b + ((tokens * (H // GB) + h // GB) * DA)[None, :] + rows[:, None],
-            mask=here[None, :] & (rows < DA)[:, None],
-            other=0.0,
+            b + (place * (H // GB * DA))[None, :] + rows[:, None], mask=here[None, :] & (rows < DA)[:, None], other=0.0
         )
-        cc = tl.load(c + ((tokens * (H // GC) + h // GC) * DC)[:, None] + cols[None, :], mask=here_c, other=0.0)
+        cc = tl.load(c + (place * (H // GC * DC))[:, None] + cols[None, :], mask=here_c, other=0.0)
         if SUMS:
-            at = ((tokens * (H // GP) + h // GP) * DC)[:, None] + cols[None, :]
-            pc = tl.load(partner + at, mask=here_c, other=0.0)
+            pc = tl.load(partner + (place * (H // GP * DC))[:, None] + cols[None, :], mask=here_c, other=0.0)
         if DECAY == NONE:
             p = tl.where(seen, tl.dot(ac, bt, input_precision=PRECISION), 0.0).to(dtype)
             yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
@@ -87,9 +89,9 @@ def _steps(
                 yc *= tl.exp2(g - 0.5 * end)[:, None]
                 x = tl.dot(bt, cc, x, input_precision=PRECISION) * tl.exp2(0.5 * end)
         yc *= scale
-        tl.store(y + ((tokens * H + h) * DC)[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
+        tl.store(y + (place * (H * DC))[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
         if SUMS:
-            tl.store(products + (block * TOKENS + tokens) * H + h, tl.sum(pc * yc, axis=1), mask=here)
+            tl.store(products + place * H, tl.sum(pc * yc, axis=1), mask=here)
     return x
 
 
@@ -104,8 +106,8 @@ def _walk(
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC]: for sums of partner · y, if SUMS
     products,  # [blocks, tokens, H]: those sums
-    far_states,  # like states: for their product with X after the walk, if SUMS and not DOWN
-    at_end,  # [blocks, M, H]: those products
+    ends,  # like states: the state at the tiles' ends, written up and read down, if SUMS
+    at_end,  # [blocks, M, H]: its product with the state's gradient there, written down, if SUMS
     start,
     length,
     scale,
@@ -137,7 +139,11 @@ def _walk(
     state_at = (tile * H + h) * DA * DC
     state_at += cols[None, :] * DA + rows[:, None] if TRANSPOSED else rows[:, None] * DC + cols[None, :]
     inside = (rows < DA)[:, None] & (cols < DC)[None, :]
-    x = tl.load(states + state_at, mask=inside, other=0.0) * state_scale
+    x = tl.load(states + state_at, mask=inside, other=0.0)
+    if SUMS and DOWN:
+        end = tl.load(ends + state_at, mask=inside, other=0.0)
+        tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * end, axis=1), axis=0))
+    x *= state_scale
     steep = False
     if DECAY != NONE:
         steep = tl.load(steepest + tile * H + h) > REACH
@@ -152,8 +158,7 @@ def _walk(
             DA, DC, BA, BC, C, C, DECAY, DOWN, SUMS, False, PRECISION, STAGES,
         )  # fmt: skip
     if SUMS and not DOWN:
-        far = tl.load(far_states + state_at, mask=inside, other=0.0)
-        tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * far, axis=1), axis=0))
+        tl.store(ends + state_at, x, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -180,20 +185,25 @@ class Walk:
         down: bool = False,
         transposed: bool = False,
         partner: Tensor | None = None,
-        far_states: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """y [B, T, H, DC]; with a partner also partner · y [blocks, B, T, H] and, up, <X, far state> at tiles' ends."""
+        """y [B, T, H, DC]; with a partner also partner · y [blocks, B, T, H].
+
+        A walk up with a partner fills `ends` [M, H, K, V] with the states at the tiles' ends, one down reads them and
+        gives their products with the states' gradients there, [blocks, M, H].
+        """
         (batch, tokens), (size_a, size_c) = c.shape[:2], (a.shape[3], c.shape[3])
         width = min(block_of(size_c), self.config.widest)
-        blocks = triton.cdiv(size_c, width)
+        blocks = cdiv(size_c, width)
         y = c.new_empty(batch, tokens, self.heads, size_c)
         products = at_end = None
         if partner is not None:
             products = states.new_empty(blocks, batch, tokens, self.heads)
-            at_end = None if down else states.new_empty(blocks, self.tiles.count, self.heads)
+            at_end = states.new_empty(blocks, self.tiles.count, self.heads) if down else None
         groups = (1 if t is None else self.heads // t.shape[2] for t in (a, b, c, partner))
-        _walk[self.tiles.count * blocks, self.heads](
-            a, b, c, self.gates, self.steepest, states, y, partner, products, far_states, at_end,
+        launch(
+            _walk, (self.tiles.count * blocks, self.heads),
+            a, b, c, self.gates, self.steepest, states, y, partner, products, ends, at_end,
             self.tiles.start, self.tiles.length, self.scale, 1 / self.scale if down else 1.0,
             batch * tokens, self.heads, *groups,
             DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=self.config.chunk,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig
+from lasp.kernels.fused import fused
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, unit_length
 from lasp.models.sequence import SequenceOps
@@ -50,9 +51,15 @@ class DeltaMixer(nn.Module):
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        qkv = self.conv(self.qkv_proj(x), seq)
-        q, k, v = qkv.unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
+        q, k, v = _activated(self.conv(self.qkv_proj(x), seq), self.heads, self.sizes)
         beta = at_least_float32(self.beta_proj(x)).sigmoid()
         decay = self.decay(x) if self.decay is not None else None
-        o, _ = seq.delta_rule(unit_length(q), unit_length(k), v, beta, decay)
+        o, _ = seq.delta_rule(q, k, v, beta, decay)
         return self.output(o, x)
+
+
+@fused
+def _activated(qkv: Tensor, heads: int, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU of [B, T, H (2 K + V)], head by head -> q and k of unit length, and v."""
+    q, k, v = F.silu(qkv).unflatten(-1, (heads, -1)).split(sizes, dim=-1)
+    return unit_length(q), unit_length(k), v.contiguous()

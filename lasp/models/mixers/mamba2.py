@@ -33,7 +33,7 @@ class Mamba2Mixer(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, hidden: Tensor, seq: SequenceOps) -> Tensor:
-        x, b, c = self.conv(self.xbc_proj(hidden), seq).split(self.sizes, dim=-1)
+        x, b, c = F.silu(self.conv(self.xbc_proj(hidden), seq)).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.heads, -1))
         dt = self.decay.dt(hidden)
         v = (x * dt[..., None]).to(x.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lasp.config import ModelConfig
 from lasp.kernels.experts import RowOrder, swiglu_experts, tally
+from lasp.kernels.fused import fused
 from lasp.models.layers import SwiGLU
 from lasp.models.moe.router import Router, Routing
 from lasp.models.sequence import SequenceOps
@@ -53,9 +54,22 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)
         valid = seq.valid.to(x.device).expand(x.shape[:2]).flatten()
         chosen, weights, routing = self.router(tokens, valid)
-        copies = chosen.shape[1]
-        by_expert = RowOrder.sorting(chosen.flatten())
-        y = self.experts(by_expert.apply(tokens, copies), tally(chosen.flatten(), self.router.experts))
-        y = by_expert.undo(y).unflatten(0, (-1, copies))
-        mixed = (y * weights[..., None].to(y.dtype)).sum(1).view_as(x)
+        mixed = mix(tokens, chosen, weights, self.experts, self.router.experts).view_as(x)
         return mixed if self.shared is None else mixed + self.shared(x), routing
+
+
+def mix(x: Tensor, chosen: Tensor, weights: Tensor, experts: Callable[[Tensor, Tensor], Tensor], number: int) -> Tensor:
+    """Σ over the k experts [N, k] int64 that x's rows [N, D] chose of weight [N, k] · expert(x): [N, D].
+
+    experts: of which there are `number`; called as `Experts` is.
+    """
+    copies = chosen.shape[1]
+    by_expert = RowOrder.sorting(chosen.flatten())
+    y = experts(by_expert.apply(x, copies), tally(chosen.flatten(), number))
+    return _weighted_sum(by_expert.undo(y).unflatten(0, (-1, copies)), weights)
+
+
+@fused
+def _weighted_sum(y: Tensor, weights: Tensor) -> Tensor:
+    """[N, k, D], [N, k] -> [N, D] in y's dtype."""
+    return (y * weights[..., None].to(y.dtype)).sum(1)

@@ -1,0 +1,135 @@
+"""Makes a Markdown table and a figure of what benchmarks/scaling.py wrote.
+
+    python benchmarks/scaling_report.py --output runs/scaling
+
+Efficiency compares the FLOP/s of a rank with those of a rank where there is the fewest of them that had room (one, as a
+rule), without any exchange of states: t(1) / t(W) for weak scaling, t(1) / (W t(W)) for strong scaling, but for softmax
+attention, whose FLOPs per token grow with the sequence. Not hidden is what a call takes above the same op on the same
+local tokens, of a model above the same FLOPs at that other speed (so that it holds all communication, and what else is
+slower). Predicted is the same without exchanges and the simulator's time for all of these, as if none were hidden.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from scaling import ALONE, Point, read
+
+COLUMNS = (
+    "scaling",
+    "case",
+    "exchange",
+    "ranks",
+    "tokens a rank",
+    "ms",
+    "tokens/s",
+    "efficiency",
+    "not hidden, ms",
+    "predicted, ms",
+    "peak GiB",
+    "softmax layers",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    output: Path = Path("runs/scaling")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The points, and what follows from several of them; None where one of those is missing."""
+
+    points: list[Point]
+
+    def base(self, point: Point) -> Point | None:
+        """What efficiency is measured against."""
+        own = [p for p in self.points if (p.mode, p.case) == (point.mode, point.case) and p.seconds is not None]
+        alone = [p for p in own if p.exchange == ALONE] or own
+        return min(alone, key=lambda p: p.ranks, default=None)
+
+    def efficiency(self, point: Point) -> float | None:
+        base = self.base(point)
+        if base is None or base.seconds is None or point.seconds is None:
+            return None
+        return (point.work / point.seconds) / (base.work / base.seconds)
+
+    def without(self, point: Point) -> float | None:
+        """Seconds of the same work if nothing were exchanged."""
+        alone = [p.seconds for p in self.points if p.key == (point.mode, point.case, ALONE, point.ranks, point.tokens)]
+        if alone:
+            return alone[0]
+        base = self.base(point)
+        return None if base is None or base.seconds is None else base.seconds * point.work / base.work
+
+    def row(self, point: Point) -> list[str]:
+        seconds, without, predicted = point.seconds, self.without(point), point.predicted_exchange
+        rate = extra = None
+        if seconds is not None:
+            rate = point.tokens * point.ranks / seconds
+            extra = (
+                None if without is None or point is self.base(point) or point.exchange == ALONE else seconds - without
+            )
+        return [
+            point.mode,
+            point.case,
+            point.exchange,
+            str(point.ranks),
+            f"{point.tokens:,}",
+            point.note or cell(seconds, ".3f", 1e3),
+            cell(rate, ",.0f"),
+            cell(self.efficiency(point), ".3f"),
+            cell(extra, ".3f", 1e3),
+            cell(None if without is None or predicted is None else without + predicted, ".3f", 1e3),
+            cell(point.peak_bytes, ".2f", 2**-30),
+            cell(point.softmax_share, ".1%"),
+        ]
+
+
+def cell(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "" if value is None else format(factor * value, form)
+
+
+def table(scaling: Scaling) -> str:
+    order = sorted(scaling.points, key=lambda p: (p.mode == "strong", p.case.startswith("model"), p.case, p.ranks))
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(scaling.row(point) for point in order)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def draw(scaling: Scaling, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    modes = [mode for mode in ("weak", "strong") if any(p.mode == mode for p in scaling.points)]
+    figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 4.5), squeeze=False)
+    for ax, mode in zip(axes[0], modes, strict=True):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for point in scaling.points:
+            if point.mode == mode and point.seconds is not None and point.exchange != ALONE:
+                rate = point.tokens * point.ranks / point.seconds
+                curves.setdefault(f"{point.case}, {point.exchange}", []).append((point.ranks, rate))
+        for name, places in sorted(curves.items()):
+            ax.plot(*zip(*sorted(places), strict=True), marker="o", markersize=3, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set(yscale="log", xlabel="ranks", ylabel="tokens/s", title=f"{mode} scaling")
+        ax.grid(alpha=0.3)
+        if curves:
+            ax.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main(settings: Settings) -> None:
+    scaling = Scaling(read(settings.output / "points.csv"))
+    (settings.output / "scaling.md").write_text(table(scaling))
+    print(table(scaling))
+    try:
+        draw(scaling, settings.output / "scaling.png")
+    except ImportError as error:
+        print(f"no figure: {error}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,75 @@
+"""How kernels start. Triton looks at every argument anew in each call, and compiles a kernel when it first comes; here
+the first is remembered for each kind of arguments, and all kernels of an op are compiled side by side."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+COMPILERS = 16  # at once
+INTERPRETED = triton.knobs.runtime.interpret
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled ahead", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, **constants: Any) -> None:
+    """kernel[grid](*args, **constants), on the current device, where the tensors must be.
+
+    args: all parameters of the kernel that are not constants, in its order. constants: those that are, and options.
+    """
+    if (ahead := _ahead.get()) is not None:
+        ahead.append(kernel.warmup(*args, grid=grid, **constants))
+        return
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+    device = driver.active.get_current_device()
+    key: list[Any] = [id(kernel), device]  # Triton makes one kernel for all arguments of which this is the same
+    values: list[int | float | None] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            values.append(address)
+            key.append(arg.dtype if address % 16 == 0 else (arg.dtype, "unaligned"))
+        else:
+            values.append(arg)
+            key.append((arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg))
+    found = _compiled.get(full := (*key, *constants.values()))
+    if found is None:
+        compiled = kernel[grid](*args, **constants)
+        _compiled[full] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, rest = found
+    stream = driver.active.get_current_stream(device)
+    size = (*grid, 1, 1)[:3]
+    compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
+
+
+def run_dry(work: Callable[[], None]) -> list[Any]:
+    """Compiles the kernels that `work` launches, but starts none; its tensors need no memory (device "meta")."""
+    ahead: list[Any] = []
+    token = _ahead.set(ahead)
+    try:
+        work()
+    finally:
+        _ahead.reset(token)
+    return ahead
+
+
+def compile_ahead(work: Callable[[], None]) -> None:
+    """Compiles the kernels that `work` launches (see run_dry) side by side, on other threads."""
+    device = torch.cuda.current_device()
+
+    def make_host_code(kernel: Any) -> None:
+        with torch.cuda.device(device):
+            _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
+
+    with ThreadPoolExecutor(COMPILERS) as executor:
+        with triton.AsyncCompileMode(executor):
+            kernels = run_dry(work)
+        list(executor.map(make_host_code, kernels))
