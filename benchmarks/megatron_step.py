@@ -150,6 +150,7 @@ def measure(path: AbstractContextManager[Step], clock: Clock) -> Measured:
         last = step()
     del step
     gc.collect()
+    torch.compiler.reset()  # or what is compiled next would have to serve the shapes of both
     if cuda:
         torch.cuda.empty_cache()
     return Measured(seconds, memory, first, last)
