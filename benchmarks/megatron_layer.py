@@ -63,7 +63,7 @@ class Sent:
     backward: int
 
     def __str__(self) -> str:
-        return f"{self.forward / MIB:9.3f}, {self.backward / MIB:.3f}"
+        return f"{self.forward / MIB:9.3f} {self.backward / MIB:9.3f}"
 
 
 def configure(settings: Settings, cuda: bool) -> TransformerConfig:
@@ -207,12 +207,14 @@ def compare(tokens: int, layers: dict[str, nn.Module], settings: Settings, clock
     seconds = clock.medians(calls)
     best = min(time for name, time in seconds.items() if name != "megatron")
     say(f"{tokens} tokens over {dist.get_world_size()} ranks, forward and backward")
-    say(f"  {'':18} {'ms':>9} {'of lasp':>8} {'GiB':>6}   sent, MiB: computed; counted (forward, backward)")
+    say(f"  {'':18} {'ms':>9} {'of lasp':>8} {'GiB':>6}")
+    for name, time in seconds.items():
+        say(f"  {name:18} {time * 1e3:9.3f} {time / best:8.3f} {memory[name]:6.2f}")
+    say("  MiB sent in forward and backward, computed and counted")
     for name, layer in layers.items():
         theirs = name == "megatron"
         computed = their_bytes(settings, tokens, x.itemsize) if theirs else our_bytes(settings, x.itemsize)
-        row = f"{seconds[name] * 1e3:9.3f} {seconds[name] / best:8.3f} {memory[name]:6.2f}"
-        say(f"  {name:18} {row}   {computed}; {count(layer, x)}")
+        say(f"  {name:18} {computed} {count(layer, x)}")
     if "megatron" in layers:
         say(f"  difference {difference(next(iter(layers.values())), layers['megatron'], x):.2e}")
 
