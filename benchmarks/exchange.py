@@ -74,7 +74,7 @@ def exchanges(settings: Settings, clock: Clock) -> None:
         transitions = None if shape is None else -torch.rand(1, 1, *shape, device=device) / size
         calls: dict[str, Callable[[], object]] = {"bare all-gather": lambda: comm.replicate(states, dist.group.WORLD)}
         for name, exchange in made.items():
-            start = functools.partial(exchange.forward, states, transitions, [False] * ranks)
+            start = functools.partial(exchange.forward, states, transitions, (False,) * ranks)
             calls[name] = lambda start=start: start().wait()
         title = f"exchange and combine, {states.nbytes / 2**20:g} MiB a rank, transition {kind}: microseconds"
         table(title, clock.medians(calls, times=20), 1e-6, "bare all-gather")
@@ -134,7 +134,7 @@ def ops(settings: Settings, clock: Clock) -> None:
 
 
 def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Clock) -> None:
-    """Fits the links to all-gathers, messages from rank to rank, and peer reads; rank 0 writes the file."""
+    """Fits the links to all-gathers, messages from rank to rank, and peer writes; rank 0 writes the file."""
     group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     x = {size: torch.zeros(size // 4, device=clock.device) for size in settings.sizes}
 
@@ -150,15 +150,15 @@ def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Cloc
         elif rank % 2:
             comm.send_receive(None, (x, rank - 1), group).wait()
 
-    peer_read = None
+    peer_write = None
     exchange = parallel("symmetric_memory", "contiguous").exchange
     if side == "inside" and hasattr(exchange, "library"):
 
-        def read(x: Tensor) -> None:
-            exchange.forward(x.view(1, 1, 1, -1, 64), None, [False] * ranks).wait()
+        def write(x: Tensor) -> None:
+            exchange.forward(x.view(1, 1, 1, -1, 64), None, (False,) * ranks).wait()
 
-        peer_read = fit(read, ranks - 1)
-    links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_read)
+        peer_write = fit(write, ranks - 1)
+    links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_write)
     if rank == 0:
         replace(Costs.read(settings.costs), **{side: links}).save(settings.costs)
     say(f"{side}: {links}\nwritten to {settings.costs} on {socket.gethostname()}")

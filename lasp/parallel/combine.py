@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lasp.kernels.summary import apply, apply_transposed
 
+Breaks = tuple[bool, ...]  # of every unit of the sequence, whether nothing passes through it
 
-def combine(
-    states: Tensor, transitions: Tensor | None, breaks: list[bool], units: list[int], *, backward: bool
-) -> Tensor:
+
+def combine(states: Tensor, transitions: Tensor | None, breaks: Breaks, units: list[int], *, backward: bool) -> Tensor:
     """[len(units), ...]: X or, if `backward`, G of the given units, which are ascending."""
     by_matrix = transitions is not None and transitions.ndim == states.ndim
     arrived: dict[int, Tensor | None] = {}
@@ -34,15 +34,13 @@ def pass_unit(x: Tensor, state: Tensor, transition: Tensor | None, breaks: bool,
     return state if breaks else (apply_transposed if backward else apply)(transition, x) + state
 
 
-def reach(breaks: list[bool], unit: int, *, backward: bool) -> int:
+def reach(breaks: Breaks, unit: int, *, backward: bool) -> int:
     """How many units before (backward: behind) `unit` reach it: up to the nearest through which nothing passes."""
     beyond = breaks[unit + 1 :] if backward else breaks[:unit][::-1]
     return beyond.index(True) + 1 if True in beyond else len(beyond)
 
 
-def _weighted(
-    states: Tensor, transitions: Tensor | None, breaks: list[bool], unit: int, backward: bool
-) -> Tensor | None:
+def _weighted(states: Tensor, transitions: Tensor | None, breaks: Breaks, unit: int, backward: bool) -> Tensor | None:
     """A sum with weights, for transitions that commute. The logarithms are summed from the unit outwards, and never
     differenced (math §8)."""
     count = reach(breaks, unit, backward=backward)
@@ -63,7 +61,7 @@ def _weighted(
 def _chained(
     states: Tensor,
     transitions: Tensor,
-    breaks: list[bool],
+    breaks: Breaks,
     unit: int,
     arrived: dict[int, Tensor | None],
     backward: bool,

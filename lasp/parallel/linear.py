@@ -20,6 +20,7 @@ from lasp.kernels.recurrence import Kept
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary, apply, apply_transposed
 from lasp.parallel import comm
+from lasp.parallel.combine import Breaks
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
 from lasp.parallel.layout import PADDING, Partition
@@ -80,7 +81,7 @@ class Side:
     A fragment is closed if its document begins in it (backward: ends in it), else what arrives at its unit enters it.
     """
 
-    breaks: list[bool]  # for every unit of the sequence: it has a closed fragment, so that nothing passes through it
+    breaks: Breaks  # a unit with a closed fragment lets nothing pass
     exit: Places  # the fragment through which each local unit is left
     open_units: Places  # local units that something enters …
     open_fragments: Places  # … and the fragments it enters
@@ -98,7 +99,7 @@ class Side:
         through = [j for j, i in enumerate(exit) if i in closed]
         open_units = [j for j, i in enumerate(entry) if not is_closed[i]]
         return cls(
-            breaks=[any(getattr(fragment, edge) for fragment in unit) for unit in partition.units],
+            breaks=tuple(any(getattr(fragment, edge) for fragment in unit) for unit in partition.units),
             exit=Places(exit),
             open_units=Places(open_units),
             open_fragments=Places([entry[j] for j in open_units]),

@@ -25,7 +25,7 @@ made = []
 for name in names:
     group = dist.new_group(timeout=timeout)
     exchange = SequenceParallel(group, layout="zigzag", state_exchange=name).exchange
-    assert exchange.forward(states, None, [False] * 4).wait()[0].isfinite().all()
+    assert exchange.forward(states, None, (False,) * 4).wait()[0].isfinite().all()
     made.append(exchange)
 dist.barrier()
 if dist.get_rank() == 1:
@@ -33,7 +33,7 @@ if dist.get_rank() == 1:
 for name, exchange in zip(names, made):
     start = time.monotonic()
     try:
-        exchange.forward(states, None, [False] * 4).wait()
+        exchange.forward(states, None, (False,) * 4).wait()
     except RuntimeError as error:
         print(f"{name}: {time.monotonic() - start:.1f} s: {str(error).splitlines()[0]}", flush=True)
 os._exit(0)

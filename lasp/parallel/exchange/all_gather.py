@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
-from lasp.parallel.combine import combine
+from lasp.parallel.combine import Breaks, combine
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
 
@@ -18,7 +18,7 @@ class AllGather:
         self.owned = list(layout.owned(comm.rank(group)))
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         shapes = [states.shape[1:]] if transitions is None else [states.shape[1:], transitions.shape[1:]]
         sizes = [shape.numel() for shape in shapes]
@@ -35,7 +35,7 @@ class AllGather:
 
         return comm.all_gather(message, self.group).then(arrive)
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         def arrive(gathered: Tensor) -> Tensor:
             in_order = self._in_unit_order(gathered)
             return combine(in_order, transitions, breaks, self.owned, backward=True)

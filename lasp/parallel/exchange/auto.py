@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
+from lasp.parallel.combine import Breaks
 from lasp.parallel.cost import Costs, Message, choose
 
 
@@ -16,11 +17,11 @@ class Auto:
         self.exchanges, self.costs, self.ranks, self.one_node = exchanges, costs, ranks, one_node
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         return self.chosen(states, transitions).forward(states, transitions, breaks)
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         return self.chosen(d, transitions).backward(d, transitions, breaks)
 
     def chosen(self, states: Tensor, transitions: Tensor | None) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
-from lasp.parallel.combine import pass_unit
+from lasp.parallel.combine import Breaks, pass_unit
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
 
@@ -30,16 +30,16 @@ class Scan:
         self.layout, self.group, self.rank, self.blocks = layout, group, comm.rank(group), blocks
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         steps = self._walk(states, transitions, breaks, backward=False)
         return comm.start(steps, states, transitions).then(lambda arrived: (arrived, transitions))
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         return comm.start(self._walk(d, transitions, breaks, backward=True), d, transitions)
 
     def _walk(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool], backward: bool
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
     ) -> Generator[None, None, Tensor]:
         """What arrives at each local unit when the state walks over all units, upwards or (backward) downwards."""
         step = -1 if backward else 1
