@@ -1,6 +1,7 @@
 """Takes for every size of message the exchange that costs least (lasp.parallel.cost)."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class Auto:
     """exchanges: those to choose from, by name; the first of equals is taken. All ranks must hold the same costs."""
 
     def __init__(self, exchanges: Mapping[str, Any], costs: Costs, ranks: int, one_node: bool):
-        self.exchanges, self.costs, self.ranks, self.one_node = exchanges, costs, ranks, one_node
+        names = tuple(exchanges)
+        self._fastest = cache(lambda message: exchanges[choose(costs, message, ranks, one_node, names)])
 
     def forward(
         self, states: Tensor, transitions: Tensor | None, breaks: Breaks
@@ -27,6 +29,5 @@ class Auto:
     def chosen(self, states: Tensor, transitions: Tensor | None) -> Any:
         """The same in backward as in forward: it depends on the sizes of one unit's state and transition alone."""
         units = states.shape[0]
-        transition = 0 if transitions is None else transitions[0].numel() * transitions.element_size()
-        message = Message(states.nbytes, units * transition, ways=units)
-        return self.exchanges[choose(self.costs, message, self.ranks, self.one_node, tuple(self.exchanges))]
+        transition = 0 if transitions is None else transitions[0].nbytes
+        return self._fastest(Message(states.nbytes, units * transition, ways=units))
