@@ -55,7 +55,7 @@ class SymmetricMemory:
         self.layout, self.group, self.rank = layout, group, comm.rank(group)
         self.device = comm.message_device(group)
         self.library, self.patience = native.load(self.device), comm.timeout(group)
-        self.error = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.error = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
         self._late = ctypes.c_int32.from_address(self.error.data_ptr())
         self._shared: dict[int, Shared] = {}
         self._call = lru_cache(maxsize=1024)(self._prepare)
@@ -186,7 +186,8 @@ def _share_pages(size: int, device: torch.device, group: dist.ProcessGroup) -> S
         buffers = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
         comm.gather_objects(None, group)
     table = (ctypes.c_void_p * len(buffers))(*(buffer.data_ptr() for buffer in buffers))
-    return Shared(ctypes.addressof(table), torch.zeros(native.PARTS + 1, dtype=torch.int32), (table, buffers))
+    local = torch.zeros(native.PARTS + 1, dtype=torch.int32, device=device)
+    return Shared(ctypes.addressof(table), local, (table, buffers))
 
 
 def _share_gpu_memory(size: int, device: torch.device, group: dist.ProcessGroup) -> Shared:
