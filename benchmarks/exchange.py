@@ -5,12 +5,14 @@
     torchrun --nproc-per-node 2 benchmarks/exchange.py --calibrate inside   writes what links inside a node cost, for
                                                                             state_exchange="auto" (or across: nodes)
 
-Runs are interleaved; of every run the slower rank counts, and the median of the runs is told. Exchanges: microseconds
-for each rank's one unit, combining included, beside the bare all-gather. Ops: milliseconds, forward and backward,
-zigzag; "without" is the same op on the same local tokens.
+Runs are interleaved; of every run the slower rank counts, and the median of the runs is told, for several calls in a
+row: as the host starts them ("eager"), and replayed from CUDA graphs, where only the GPU's time counts ("graph").
+Exchanges: microseconds, combining included, beside the bare all-gather of as many bytes. Ops: milliseconds, forward and
+backward, zigzag; "without" is the same op on the same local tokens.
 """
 
 import functools
+import itertools
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,6 +43,7 @@ class Settings:
     heads: int = 16
     head_dim: int = 128
     runs: int = 30
+    graphs: tuple[Exchange, ...] = get_args(Exchange)  # those of the exchanges that are captured, too
     peer: bool = True  # flash-linear-attention's context parallelism, if it is installed
     calibrate: Literal["inside", "across"] | None = None
     sizes: tuple[int, ...] = tuple(2**power for power in range(12, 25, 3))  # bytes of calibration's messages
@@ -52,10 +55,20 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
-def table(title: str, times: dict[str, float], unit: float, beside: str) -> None:
-    say(title)
-    for name, seconds in times.items():
-        say(f"  {name:28} {seconds / unit:10.3f}   {seconds / times[beside]:6.3f} x {beside}")
+def compare(
+    title: str, calls: dict[str, Callable[[], object]], capturable: set[str], clock: Clock, unit: float, times: int
+) -> None:
+    """A row for each of the calls, beside the first."""
+    eager = clock.medians(calls, times)
+    captured = {name: call for name, call in calls.items() if name in capturable and clock.device.type == "cuda"}
+    graph = clock.medians(captured, times, graphs=True) if captured else {}
+    say(f"{title}, x {next(iter(calls))}")
+    for name in calls:
+        row = f"  {name:28}"
+        for kind, seconds in (("eager", eager), ("graph", graph)):
+            if name in seconds:
+                row += f"   {kind} {seconds[name] / unit:10.3f} {seconds[name] / next(iter(seconds.values())):6.3f} x"
+        say(row)
 
 
 @functools.cache
@@ -64,20 +77,24 @@ def parallel(exchange: str, layout: Literal["contiguous", "zigzag"] = "zigzag") 
 
 
 def exchanges(settings: Settings, clock: Clock) -> None:
-    """One unit a rank: 1 MiB with the default heads."""
+    """Of one unit a rank (contiguous), 1 MiB with the default heads, and of two (zigzag)."""
     heads, size, device = settings.heads, settings.head_dim, clock.device
-    states = torch.randn(1, 1, heads, size, size, device=device)
     kinds = {"none": None, "scalar": (heads,), "diagonal": (heads, size), "matrix": (heads, size, size)}
-    made = {name: parallel(name, "contiguous").exchange for name in settings.exchanges}
-    ranks = dist.get_world_size()
-    for kind, shape in kinds.items():
-        transitions = None if shape is None else -torch.rand(1, 1, *shape, device=device) / size
-        calls: dict[str, Callable[[], object]] = {"bare all-gather": lambda: comm.replicate(states, dist.group.WORLD)}
-        for name, exchange in made.items():
-            start = functools.partial(exchange.forward, states, transitions, [False] * ranks)
+    layouts: tuple[Literal["contiguous", "zigzag"], ...] = ("contiguous", "zigzag")
+    for layout, (kind, shape) in itertools.product(layouts, kinds.items()):
+        made = {name: parallel(name, layout) for name in settings.exchanges}
+        units = next(iter(made.values())).layout.units_per_rank
+        states = torch.randn(units, 1, heads, size, size, device=device)
+        transitions = None if shape is None else -torch.rand(units, 1, *shape, device=device) / size
+        calls: dict[str, Callable[[], object]] = {
+            "bare all-gather": functools.partial(comm.replicate, states, dist.group.WORLD)
+        }
+        for name, sequences in made.items():
+            breaks = (False,) * sequences.layout.units
+            start = functools.partial(sequences.exchange.forward, states, transitions, breaks)
             calls[name] = lambda start=start: start().wait()
-        title = f"exchange and combine, {states.nbytes / 2**20:g} MiB a rank, transition {kind}: microseconds"
-        table(title, clock.medians(calls, times=20), 1e-6, "bare all-gather")
+        title = f"{layout}, {states.nbytes / 2**20:g} MiB of states a rank, transition {kind}: microseconds"
+        compare(title, calls, {"bare all-gather", *settings.graphs}, clock, 1e-6, times=20)
 
 
 def draw(op: Op, tokens: int, settings: Settings, device: torch.device) -> dict[str, Tensor]:
@@ -130,11 +147,12 @@ def ops(settings: Settings, clock: Clock) -> None:
             if op == "gated delta" and settings.peer and clock.device.type == "cuda" and (function := peer(tokens)):
                 calls["flash-linear-attention"] = forward_backward(function, tensors)
             title = f"{op}, {tokens} tokens a rank, forward and backward: milliseconds"
-            table(title, clock.medians(calls), 1e-3, next(iter(calls)))
+            capturable = set() if op == "softmax" else {"without", *settings.graphs}
+            compare(title, calls, capturable, clock, 1e-3, times=5)
 
 
 def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Clock) -> None:
-    """Fits the links to all-gathers, messages from rank to rank, and peer reads; rank 0 writes the file."""
+    """Fits the links to all-gathers, messages from rank to rank, and peer writes; rank 0 writes the file."""
     group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     x = {size: torch.zeros(size // 4, device=clock.device) for size in settings.sizes}
 
@@ -150,15 +168,15 @@ def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Cloc
         elif rank % 2:
             comm.send_receive(None, (x, rank - 1), group).wait()
 
-    peer_read = None
+    peer_write = None
     exchange = parallel("symmetric_memory", "contiguous").exchange
     if side == "inside" and hasattr(exchange, "library"):
 
-        def read(x: Tensor) -> None:
-            exchange.forward(x.view(1, 1, 1, -1, 64), None, [False] * ranks).wait()
+        def write(x: Tensor) -> None:
+            exchange.forward(x.view(1, 1, 1, -1, 64), None, (False,) * ranks).wait()
 
-        peer_read = fit(read, ranks - 1)
-    links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_read)
+        peer_write = fit(write, ranks - 1)
+    links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_write)
     if rank == 0:
         replace(Costs.read(settings.costs), **{side: links}).save(settings.costs)
     say(f"{side}: {links}\nwritten to {settings.costs} on {socket.gethostname()}")
@@ -166,10 +184,10 @@ def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Cloc
 
 def main(settings: Settings) -> None:
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     clock = Clock(device, settings.runs)
     with torch.cuda.device(device) if cuda else nullcontext():
         if settings.calibrate:

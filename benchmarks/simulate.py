@@ -67,9 +67,9 @@ def ring(costs: Costs, message: Message, ranks: int, node: int) -> float:
     return scan(costs, message, ranks, node, count=1)
 
 
-def peer_reads(costs: Costs, message: Message, ranks: int, node: int) -> float:
-    """Each rank reads the others' messages one after the other; not a number beyond one node."""
-    link = costs.inside.peer_read
+def peer_writes(costs: Costs, message: Message, ranks: int, node: int) -> float:
+    """Each rank writes its message to one after the other; not a number beyond one node."""
+    link = costs.inside.peer_write
     if ranks > node or link is None:
         return float("nan")
     return link.latency + sum((message.state + message.transition) / link.bandwidth for _ in range(ranks - 1))
@@ -79,7 +79,7 @@ SCHEDULES: dict[str, Schedule] = {
     "all_gather": all_gather,
     "ring": ring,
     "scan": scan,
-    "symmetric_memory": peer_reads,
+    "symmetric_memory": peer_writes,
 }
 
 

@@ -252,11 +252,11 @@ def emulated(case: Case, tensors: tuple[Tensor, ...], shares: int) -> list[Tenso
 
 def main(settings: Settings) -> None:
     cuda, together = torch.cuda.is_available(), dist.is_torchelastic_launched()
-    if together:
-        dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank() if together else 0) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if together:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     clock = Clock(device, settings.runs)
     machine = torch.cuda.get_device_name() if cuda else "CPU"
     heads = f"{settings.heads} heads and {settings.kv_heads} of keys and values, of {settings.head_dim}"

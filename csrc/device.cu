@@ -1,83 +1,307 @@
-// The exchange on GPUs whose memory all peers can read. Two kernels, one after the other: since `publish` waits for
-// nobody and `collect` for the publishing of others alone, no number of resident blocks is needed for progress.
+// The exchange on GPUs whose memory all peers can write: `publish` sends, `weigh` or `chain` collects (channel.h).
+#include <cuda_pipeline.h>
+
 #include "channel.h"
 
 using namespace lasp;
 
 namespace {
 
-constexpr int THREADS = 256, PUBLISHERS = 32, MOST_SHARED = 48 * 1024;
+constexpr int SENDERS = 512, THREADS = 256;  // threads of a block of publish, and of the others
+constexpr int64_t MOST_BLOCKS = 512;         // of weigh: each of them waits for all signals
 
-template <class T>
-__global__ void publish(Channel c, const T* states, const T* transitions) {
-  const uint32_t epoch = c.local[0] + 1;  // the last block to end changes it, when all have read it
-  const int n = c.layout.units_per_rank;
-  const int64_t state_size = n * c.shape.state_size(), size = state_size + n * c.shape.transition_size();
-  T* message = (T*)c.slot(c.rank, epoch);
-  for (int64_t i = blockIdx.x * THREADS + threadIdx.x; i < size; i += gridDim.x * THREADS)
-    message[i] = i < state_size ? states[i] : transitions[i - state_size];
-  __threadfence_system();
-  __syncthreads();
-  __shared__ bool last;
-  if (threadIdx.x == 0) last = atomicAdd(c.local + 1, 1) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  if (threadIdx.x == 0) {
-    c.local[0] = epoch;
-    c.local[1] = 0;
-  }
-  __threadfence_system();
-  for (int r = threadIdx.x; r < c.layout.ranks; r += THREADS) signal(c, r, epoch);
+// N numbers that are loaded and stored at once.
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T at[N];
+};
+
+template <class T, int N>
+__device__ void store(T* to, const Pack<T, N>& x) {
+  if constexpr (sizeof(x) == 16)
+    __stcg((int4*)to, *(const int4*)&x);  // a plain assignment is compiled to four
+  else
+    *(Pack<T, N>*)to = x;
 }
 
-// One block for each unit of this rank, head, and `width` columns of the state.
 template <class T>
-__global__ void collect(Channel c, T* arrived, int width) {
-  extern __shared__ char memory[];
-  const uint32_t epoch = c.local[0];
-  bool here = true;
-  for (int r = threadIdx.x; r < c.layout.ranks; r += THREADS) here = came(c, r, epoch) && here;
-  const bool all = __syncthreads_and(here);
+constexpr int WIDE = 16 / sizeof(T);
 
-  const int K = c.shape.K, V = c.shape.V, step = c.backward ? -1 : 1, place = blockIdx.z;
-  const int64_t h = blockIdx.y, head = h * K * V, first_column = (int64_t)blockIdx.x * width;
-  const int size = K * width, reach = c.reach[place], unit = c.layout.unit(c.rank, place);
-  T *x = (T*)memory, *y = x + size;
-  for (int e = threadIdx.x; e < size; e += THREADS) x[e] = all ? T(0) : T(NAN);
-  for (int i = all ? reach : 0; i > 0; --i) {
-    const int from = unit - i * step;
-    const T *state = state_of<T>(c, from, epoch) + head, *a = transition_of<T>(c, from, epoch);
-    __syncthreads();
-    for (int e = threadIdx.x; e < size; e += THREADS) {
-      const int k = e / width, v = e % width;
-      if (first_column + v < V)
-        y[e] = state[k * V + first_column + v] + (i == reach ? T(0) : through(c.shape, a, x, h, k, v, width, c.backward));
+template <class T>
+__host__ __device__ bool aligned(const T* x) {
+  return (uintptr_t)x % 16 == 0;
+}
+
+// This part's share of a copy. `from` may lie anywhere; `to` is aligned.
+template <class T>
+__device__ void copy(T* to, const T* from, int64_t count, int part) {
+  constexpr int AT_ONCE = 4, STRIDE = PARTS * SENDERS;
+  const int64_t first = part * SENDERS + threadIdx.x, packs = aligned(from) ? count / WIDE<T> : 0;
+  const auto* source = (const Pack<T, WIDE<T>>*)from;
+  auto* target = (Pack<T, WIDE<T>>*)to;
+  for (int64_t i = first; i < packs; i += AT_ONCE * STRIDE) {
+    Pack<T, WIDE<T>> some[AT_ONCE];
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n)
+      if (i + n * STRIDE < packs) some[n] = source[i + n * STRIDE];
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n)
+      if (i + n * STRIDE < packs) target[i + n * STRIDE] = some[n];
+  }
+  for (int64_t i = packs * WIDE<T> + first; i < count; i += STRIDE) to[i] = from[i];
+}
+
+// PARTS blocks.
+template <class T>
+__global__ void __launch_bounds__(SENDERS, 1)
+    publish(const __grid_constant__ Channel c, const T* states, const T* transitions) {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // lets what collects be made ready meanwhile
+#endif
+  const int part = blockIdx.x;
+  const uint32_t epoch = c.local[part] + 1;
+  const int64_t state_size = c.shape.state_size(), transition_size = c.shape.transition_size();
+  for (int i = 1; i <= c.layout.ranks; ++i) {
+    const int to = (c.rank + i) % c.layout.ranks;  // not all to the same rank at the same time
+    const Slot<T> slot(c, to, epoch);
+    for (int place = 0; place < c.layout.units_per_rank; ++place) {
+      if (!c.reaches(place, to)) continue;
+      const int unit = c.layout.unit(c.rank, place);
+      copy(slot.state(unit), states + place * state_size, state_size, part);
+      if (transition_size && c.passes[place])
+        copy(slot.transition(unit), transitions + place * transition_size, transition_size, part);
     }
-    T* swapped = x;
-    x = y;
-    y = swapped;
   }
-  T* out = arrived + place * c.shape.state_size() + head;
-  for (int e = threadIdx.x; e < size; e += THREADS)
-    if (first_column + e % width < V) out[(e / width) * V + first_column + e % width] = x[e];
+  __syncthreads();  // what a thread releases includes what came before this in the others
+  if (threadIdx.x == 0) c.local[part] = epoch;
+  for (int to = threadIdx.x; to < c.layout.ranks; to += SENDERS) store_release(c.signals(to, c.rank) + part, epoch);
+}
+
+// Whether all parts of all ranks' messages are here; the same for all threads of a block.
+__device__ bool all_came(const Channel& c, uint32_t epoch) {
+  bool here = true;
+  for (int i = threadIdx.x; i < c.layout.ranks * PARTS; i += THREADS) here = came(c, i, epoch) && here;
+  return __syncthreads_and(here);
+}
+
+__device__ void await_publish() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Where transitions are no matrices: a sum with weights. N divides V; blockIdx.y is the unit's place.
+template <class T, int N>
+__global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_constant__ Channel c, T* arrived) {
+  await_publish();
+  const uint32_t epoch = c.epoch();
+  const bool all = all_came(c, epoch);
+  const Slot<T> slot(c, c.rank, epoch);
+  const int place = blockIdx.y, reach = all ? c.reach[place] : 0, unit = c.layout.unit(c.rank, place);
+  const int64_t size = c.shape.state_size();
+  const int64_t first = N * ((int64_t)blockIdx.x * THREADS + threadIdx.x), stride = N * (int64_t)gridDim.x * THREADS;
+  for (int64_t e = first; e < size; e += stride) {
+    const int row = (uint32_t)e / (uint32_t)c.shape.V;
+    Pack<T, N> x;
+    for (int n = 0; n < N; ++n) x.at[n] = all ? T(0) : T(NAN);
+    if (reach > 0) x = *(const Pack<T, N>*)(slot.state(unit - reach * c.step()) + e);
+#pragma unroll 4
+    for (int i = reach - 1; i > 0; --i) {
+      const int from = unit - i * c.step();
+      const auto state = *(const Pack<T, N>*)(slot.state(from) + e);
+      const T w = weight(c.shape, slot.transition(from), row);
+      for (int n = 0; n < N; ++n) x.at[n] = state.at[n] + w * x.at[n];
+    }
+    store(arrived + place * size + e, x);
+  }
+}
+
+// Where transitions are matrices: unit by unit, x becomes S + A x (backward S + A^T x). A block has one head and up to
+// COLUMNS columns of the state, for all of K. It walks through A in pieces, STAGES of which are in shared memory: ROWS
+// rows of the result, DEPTH rows of x. Its threads have 4 rows times 2 columns each.
+constexpr int COLUMNS = 16, ROWS = 128, DEPTH = 32, STAGES = 4, PAIRS = COLUMNS / 2, GROUPS = THREADS / PAIRS;
+static_assert(4 * GROUPS == ROWS);
+
+// A piece as it lies in A, row by row: [ROWS, DEPTH] or, of the transposed, [DEPTH, ROWS]. The rows are padded so that
+// threads side by side read from different banks.
+template <class T, bool TRANSPOSED>
+struct Piece {
+  static constexpr int HEIGHT = TRANSPOSED ? DEPTH : ROWS, LENGTH = TRANSPOSED ? ROWS : DEPTH;
+  static constexpr int PITCH = LENGTH + WIDE<T>, SIZE = HEIGHT * PITCH;
+
+  // Starts to load the piece for the rows of the result from k on and the rows of x from j on; zeros beyond A's edges.
+  // N numbers at once, which divides K.
+  template <int N>
+  static __device__ void fetch(T* piece, const T* a, int K, int k, int j) {
+    const int top = TRANSPOSED ? j : k, left = TRANSPOSED ? k : j;
+    for (int i = threadIdx.x; i < HEIGHT * LENGTH / N; i += THREADS) {
+      const int row = i / (LENGTH / N), column = i % (LENGTH / N) * N;
+      const bool inside = top + row < K && left + column < K;
+      const T* from = inside ? a + (int64_t)(top + row) * K + left + column : a;
+      __pipeline_memcpy_async(piece + row * PITCH + column, from, N * sizeof(T), inside ? 0 : N * sizeof(T));
+    }
+  }
+
+  // Which row of the piece's result a thread's r-th is.
+  static __device__ int row(int r) {
+    const int group = threadIdx.x / PAIRS;
+    return TRANSPOSED ? 4 * group + r : group + GROUPS * r;
+  }
+
+  // sum += piece x; x points to the first row and the thread's columns.
+  static __device__ void multiply(const T* piece, const T* x, int width, T (&sum)[4][2]) {
+#pragma unroll
+    for (int j = 0; j < DEPTH; j += 4) {
+      Pack<T, 4> a[4];  // of the thread's rows, columns j to j + 3; of the transposed, the other way round
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[i] = *(const Pack<T, 4>*)(piece + (TRANSPOSED ? (j + i) * PITCH + row(0) : row(i) * PITCH + j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto y = *(const Pack<T, 2>*)(x + (j + i) * width);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const T factor = TRANSPOSED ? a[i].at[r] : a[r].at[i];
+          sum[r][0] += factor * y.at[0];
+          sum[r][1] += factor * y.at[1];
+        }
+      }
+    }
+  }
+};
+
+__host__ __device__ int cut(int length, int size) { return (length + size - 1) / size; }
+
+// blockIdx.x is head * blocks per head + the block of `width` columns, blockIdx.y the unit's place.
+template <class T, bool TRANSPOSED, int N>
+__global__ void __launch_bounds__(THREADS, 1) chain(const __grid_constant__ Channel c, T* arrived, int width) {
+  using Piece = Piece<T, TRANSPOSED>;
+  extern __shared__ __align__(16) char memory[];
+  await_publish();
+  const uint32_t epoch = c.epoch();
+  const bool all = all_came(c, epoch);
+
+  const int K = c.shape.K, V = c.shape.V, place = blockIdx.y, reach = all ? c.reach[place] : 0;
+  const int unit = c.layout.unit(c.rank, place), depths = cut(K, DEPTH), passes = cut(K, ROWS);
+  const int64_t h = blockIdx.x / cut(V, width), first = blockIdx.x % cut(V, width) * width;
+  const int column = threadIdx.x % PAIRS * 2;
+  T *pieces = (T*)memory, *x = pieces + STAGES * Piece::SIZE, *y = x + depths * DEPTH * width;
+  const Slot<T> slot(c, c.rank, epoch);
+  const auto state = [&](int i) { return slot.state(unit - i * c.step()) + h * K * V + first; };
+
+  const int total = (reach - 1) * passes * depths;  // pieces: of one unit after the other, then of k, then of j
+  const auto fetch = [&](int n) {
+    if (n < total) {
+      const int i = reach - 1 - n / (passes * depths), k = n / depths % passes * ROWS, j = n % depths * DEPTH;
+      const T* a = slot.transition(unit - i * c.step()) + h * K * K;
+      Piece::template fetch<N>(pieces + n % STAGES * Piece::SIZE, a, K, k, j);
+    }
+    __pipeline_commit();
+  };
+  for (int n = 0; n < STAGES - 1; ++n) fetch(n);
+
+  for (int e = threadIdx.x; e < depths * DEPTH * width; e += THREADS) {
+    const bool inside = e < K * width && first + e % width < V;
+    x[e] = all ? T(0) : T(NAN);
+    if (reach > 0 && inside) x[e] = state(reach)[(int64_t)(e / width) * V + e % width];
+    y[e] = T(0);
+  }
+  T sum[4][2], own[4][2];
+  for (int n = 0; n < total; ++n) {
+    const int i = reach - 1 - n / (passes * depths), k = n / depths % passes * ROWS, j = n % depths * DEPTH;
+    const auto each = [&](auto&& act) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+          if (const int row = k + Piece::row(r); row < K && column + s < width && first + column + s < V)
+            act(row, column + s, sum[r][s], own[r][s]);
+    };
+    if (j == 0) {
+      for (auto& pair : sum) pair[0] = pair[1] = T(0);
+      each([&](int row, int s, T&, T& own) { own = state(i)[(int64_t)row * V + s]; });
+    }
+    __pipeline_wait_prior(STAGES - 2);
+    __syncthreads();
+    fetch(n + STAGES - 1);
+    if (column < width) Piece::multiply(pieces + n % STAGES * Piece::SIZE, x + j * width + column, width, sum);
+    if (j / DEPTH == depths - 1) {
+      each([&](int row, int s, T& sum, T& own) { y[row * width + s] = own + sum; });
+      if (k / ROWS == passes - 1) {
+        T* swapped = x;
+        x = y;
+        y = swapped;
+      }
+    }
+  }
+  __syncthreads();
+  T* out = arrived + place * c.shape.state_size() + h * K * V + first;
+  for (int e = threadIdx.x; e < K * width; e += THREADS)
+    if (first + e % width < V) out[(int64_t)(e / width) * V + e % width] = x[e];
+}
+
+// After publish, which lets it be made ready while it runs itself.
+template <class... Arguments>
+int launch(void (*kernel)(Arguments...), dim3 blocks, size_t shared, void* stream, Arguments... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = THREADS;
+  config.dynamicSmemBytes = shared;
+  config.stream = (cudaStream_t)stream;
+#if __CUDA_ARCH_LIST__ >= 900
+  config.attrs = &early;
+  config.numAttrs = 1;
+#endif
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class T, bool TRANSPOSED, int N>
+int launch_chain(const Channel& c, T* arrived, void* stream) {
+  int device, most, width = COLUMNS;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto shared = [&] {
+    return (int)sizeof(T) * (STAGES * Piece<T, TRANSPOSED>::SIZE + 2 * cut(c.shape.K, DEPTH) * DEPTH * width);
+  };
+  while (width > 2 && shared() > most) width /= 2;
+  const auto kernel = chain<T, TRANSPOSED, N>;
+  if (const int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared())) return code;
+  const dim3 blocks(c.shape.H * cut(c.shape.V, width), c.layout.units_per_rank);
+  return launch(kernel, blocks, shared(), stream, c, arrived, width);
+}
+
+template <class T, int N>
+int launch_weigh(const Channel& c, T* arrived, void* stream) {
+  const int64_t size = c.shape.state_size(), blocks = (size / N + THREADS - 1) / THREADS;
+  if (size >= int64_t(1) << 32) return cudaErrorInvalidValue;
+  const dim3 grid(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS, c.layout.units_per_rank);
+  return launch(weigh<T, N>, grid, 0, stream, c, arrived);
 }
 
 template <class T>
-int exchange(const Channel& c, const T* states, const T* transitions, T* arrived, cudaStream_t stream) {
-  int width = 32;
-  while (width > 1 && 2 * c.shape.K * width * (int)sizeof(T) > MOST_SHARED) width /= 2;
-  const int shared = 2 * c.shape.K * width * (int)sizeof(T);
-  const dim3 blocks((c.shape.V + width - 1) / width, c.shape.H, c.layout.units_per_rank);
-  publish<T><<<PUBLISHERS, THREADS, 0, stream>>>(c, states, transitions);
-  collect<T><<<blocks, THREADS, shared, stream>>>(c, arrived, width);
-  return cudaGetLastError();
+int collect(const Channel& c, T* arrived, void* stream) {
+  constexpr int N = WIDE<T>;
+  const bool matrix = c.shape.transition == MATRIX;
+  const bool wide = matrix ? c.shape.K % N == 0 : c.shape.V % N == 0 && aligned(arrived);
+  const auto launch = !matrix      ? (wide ? launch_weigh<T, N> : launch_weigh<T, 1>)
+                      : c.backward ? (wide ? launch_chain<T, true, N> : launch_chain<T, true, 1>)
+                                   : (wide ? launch_chain<T, false, N> : launch_chain<T, false, 1>);
+  return launch(c, arrived, stream);
 }
 
 }  // namespace
 
-extern "C" int lasp_exchange(const Channel* c, int doubles, const void* states, const void* transitions, void* arrived,
-                             void* stream) {
+extern "C" int lasp_publish(const Channel* c, int doubles, const void* states, const void* transitions, void* stream) {
   if (doubles)
-    return exchange(*c, (const double*)states, (const double*)transitions, (double*)arrived, (cudaStream_t)stream);
-  return exchange(*c, (const float*)states, (const float*)transitions, (float*)arrived, (cudaStream_t)stream);
+    publish<<<PARTS, SENDERS, 0, (cudaStream_t)stream>>>(*c, (const double*)states, (const double*)transitions);
+  else
+    publish<<<PARTS, SENDERS, 0, (cudaStream_t)stream>>>(*c, (const float*)states, (const float*)transitions);
+  return cudaGetLastError();
+}
+
+extern "C" int lasp_collect(const Channel* c, int doubles, void* arrived, void* stream) {
+  return doubles ? collect(*c, (double*)arrived, stream) : collect(*c, (float*)arrived, stream);
 }

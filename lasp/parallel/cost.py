@@ -1,7 +1,7 @@
 """What an exchange costs, from latency and bandwidth: how `auto` chooses, and how a scan is cut (math §3).
 
     all_gather         α + (W - 1) X / β
-    symmetric_memory   α + (W - 1) X / β        of peer reads; the ranks of one machine only
+    symmetric_memory   α + (W - 1) X / β        of peer writes; the ranks of one machine only
     scan               (W + P - 2) (α + X / (P β))        P blocks of the state; zigzag: once up and once down
 
 X is what one rank sends: its units' states, and for the first two the transitions, too. Seconds, bytes, bytes a second.
@@ -39,11 +39,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Links:
-    """One kind of link: how its all-gather, its messages from rank to rank, and (inside a node) its peer reads go."""
+    """One kind of link: how its all-gather, its messages from rank to rank, and (inside a node) its peer writes go."""
 
     all_gather: Link
     message: Link
-    peer_read: Link | None = None
+    peer_write: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def seconds(name: str, links: Links, message: Message, ranks: int) -> float:
         return 0.0
     if name == "scan":
         return scan_seconds(links.message, message, ranks, blocks(links.message, message, ranks))
-    link = links.all_gather if name == "all_gather" else links.peer_read
+    link = links.all_gather if name == "all_gather" else links.peer_write
     if link is None:
         return math.inf
     return link.seconds((ranks - 1) * (message.state + message.transition))

@@ -20,6 +20,7 @@ from lasp.kernels.recurrence import Kept
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary, apply, apply_transposed
 from lasp.parallel import comm
+from lasp.parallel.combine import Breaks
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
 from lasp.parallel.layout import PADDING, Partition
@@ -59,6 +60,10 @@ class Places:
         self._slice = slice(start, stop, step) if even else None
         self._on: dict[torch.device, Tensor] = {}
 
+    def are_all(self, count: int) -> bool:
+        """Whether these are the places 0 to count - 1."""
+        return self._slice == slice(0, count, 1)
+
     def on(self, device: torch.device) -> slice | Tensor:
         if self._slice is not None:
             return self._slice
@@ -80,7 +85,7 @@ class Side:
     A fragment is closed if its document begins in it (backward: ends in it), else what arrives at its unit enters it.
     """
 
-    breaks: list[bool]  # for every unit of the sequence: it has a closed fragment, so that nothing passes through it
+    breaks: Breaks  # a unit with a closed fragment lets nothing pass
     exit: Places  # the fragment through which each local unit is left
     open_units: Places  # local units that something enters …
     open_fragments: Places  # … and the fragments it enters
@@ -89,6 +94,7 @@ class Side:
     through_units: Places  # local units left through a closed fragment …
     through_fragments: Places
     through_documents: Places  # … whose document's own state therefore leaves the unit, too
+    as_it_arrives: bool  # units are fragments, and nothing reaches those that are closed
 
     @classmethod
     def of(cls, partition: Partition, entry: list[int], exit: list[int], edge: Literal["begins", "ends"]) -> "Side":
@@ -97,8 +103,10 @@ class Side:
         closed = [i for i, f in enumerate(fragments) if is_closed[i] and f.document != PADDING]
         through = [j for j, i in enumerate(exit) if i in closed]
         open_units = [j for j, i in enumerate(entry) if not is_closed[i]]
+        outermost = 0 if edge == "begins" else partition.layout.units - 1
+        unreached = [unit == outermost for unit in partition.owned]
         return cls(
-            breaks=[any(getattr(fragment, edge) for fragment in unit) for unit in partition.units],
+            breaks=tuple(any(getattr(fragment, edge) for fragment in unit) for unit in partition.units),
             exit=Places(exit),
             open_units=Places(open_units),
             open_fragments=Places([entry[j] for j in open_units]),
@@ -107,6 +115,7 @@ class Side:
             through_units=Places(through),
             through_fragments=Places([exit[j] for j in through]),
             through_documents=Places([fragments[exit[j]].document for j in through]),
+            as_it_arrives=is_closed == unreached,
         )
 
 
@@ -161,9 +170,12 @@ class AcrossUnits:
     def _entering(self, side: Side, units: Tensor, documents: Tensor | None) -> Tensor:
         """[N, H, K, V]: what enters every fragment, given what enters every unit."""
         device = units.device
-        states = units.new_zeros(*self.fragments, *units.shape[2:])
-        states[:, side.open_fragments.on(device)] = units[side.open_units.on(device)].transpose(0, 1)
-        if documents is not None:
+        if side.as_it_arrives:
+            states = units.transpose(0, 1)
+        else:
+            states = units.new_zeros(*self.fragments, *units.shape[2:])
+            states[:, side.open_fragments.on(device)] = units[side.open_units.on(device)].transpose(0, 1)
+        if documents is not None and side.closed.count:
             states[:, side.closed.on(device)] = self._at(documents, self.documents, side.closed_documents)
         return states.flatten(0, 1)
 
@@ -174,7 +186,8 @@ class AcrossUnits:
     @staticmethod
     def _at(x: Tensor, rows: tuple[int, int], places: Places) -> Tensor:
         """[N, ...] -> [B, len(places), ...], N being B rows of fragments or documents."""
-        return x.unflatten(0, rows)[:, places.on(x.device)]
+        x = x.view(*rows, *x.shape[1:])
+        return x if places.are_all(rows[1]) else x[:, places.on(x.device)]
 
     def _of_documents(self, side: Side, states: Tensor) -> Tensor:
         """[N, ...] -> [documents, ...] on every rank: that of the document's closed fragment, which one rank has."""

@@ -14,6 +14,9 @@ import torch
 LASP = Path(__file__).parents[1]
 SOURCES = LASP / "csrc" if (LASP / "csrc").is_dir() else LASP.parent / "csrc"  # installed, or in a checkout
 BUILDS = Path.home() / ".cache" / "lasp"
+PARTS = 32  # of csrc/channel.h
+NONE = 0  # of csrc/combine.h; the others follow
+Pair = ctypes.c_int32 * 2
 
 
 class Unavailable(RuntimeError):
@@ -21,7 +24,14 @@ class Unavailable(RuntimeError):
 
 
 class Shape(ctypes.Structure):
+    """csrc/combine.h explains the fields."""
+
     _fields_ = [("H", ctypes.c_int64), *((name, ctypes.c_int32) for name in ("K", "V", "transition"))]
+
+    def unit_bytes(self, itemsize: int) -> int:
+        """What a unit takes in a slot: its state and its transition, each padded to 16 bytes."""
+        transition = (0, 1, self.K, self.K * self.K)[self.transition]
+        return sum(-(-self.H * numbers * itemsize // 16) * 16 for numbers in (self.K * self.V, transition))
 
 
 class Layout(ctypes.Structure):
@@ -41,7 +51,9 @@ class Channel(ctypes.Structure):
         ("layout", Layout),
         ("shape", Shape),
         ("backward", ctypes.c_int32),
-        ("reach", ctypes.c_int32 * 2),
+        ("reach", Pair),
+        ("spread", Pair),
+        ("passes", Pair),
     ]
 
 
@@ -85,7 +97,8 @@ def build(source: str, command: list[str]) -> Path:
 
 @cache
 def load(device: torch.device) -> ctypes.CDLL:
-    """The library for this device, with `lasp_exchange`. Raises Unavailable."""
+    """The library for this device, with `lasp_publish` and `lasp_collect`. Raises Unavailable."""
     library = ctypes.CDLL(str(build("host.cpp" if device.type == "cpu" else "device.cu", compiler(device))))
-    library.lasp_exchange.argtypes = [ctypes.POINTER(Channel), ctypes.c_int, *[ctypes.c_void_p] * 4]
+    library.lasp_publish.argtypes = [ctypes.POINTER(Channel), ctypes.c_int, *[ctypes.c_void_p] * 3]
+    library.lasp_collect.argtypes = [ctypes.POINTER(Channel), ctypes.c_int, *[ctypes.c_void_p] * 2]
     return library

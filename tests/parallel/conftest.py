@@ -17,13 +17,16 @@ OUTCOMES = (Exception, pytest.fail.Exception, pytest.skip.Exception)
 
 def pytest_configure(config: pytest.Config) -> None:
     if launched():
-        config.stash[RANKS] = Ranks(config.getoption("collective_timeout"))
+        config.stash[RANKS] = Ranks(config.getoption("collective_timeout"), config.getoption("gpu"))
     if config.getoption("zero_exchange"):
         zero_exchange()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under --zero-exchange a test must fail, and by an assertion, unless it says that it exchanges nothing."""
+    for item in items:
+        if (marker := item.get_closest_marker("cpu_only")) and config.getoption("gpu"):
+            item.add_marker(pytest.mark.skip(reason=marker.args[0]))
     if not config.getoption("zero_exchange"):
         return
     for item in items:

@@ -8,6 +8,7 @@ import os
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 
@@ -20,11 +21,18 @@ class ErrorOnSomeRank(RuntimeError):
 
 
 class Ranks:
-    """Started by mpirun or torchrun; `rank` of `size`. `groups` maps a name to the group of it that this rank is in."""
+    """Started by mpirun or torchrun; `rank` of `size`. `groups` maps a name to the group of it that this rank is in.
 
-    def __init__(self, timeout: float) -> None:
+    gpu: the ranks, of one machine, have a GPU each, on which tensors are made, and NCCL groups.
+    """
+
+    def __init__(self, timeout: float, gpu: bool = False) -> None:
         self.timeout = timedelta(seconds=timeout)
         self.rank, self.size, self.store = _connect()
+        self.device = torch.device("cuda", self.rank) if gpu else None
+        if gpu:
+            torch.cuda.set_device(self.device)
+            torch.set_default_device(self.device)
         self.store.set_timeout(2 * self.timeout)  # longer than a collective takes to give up
         self.broken = False
         self.generation = 0
@@ -34,7 +42,14 @@ class Ranks:
     def open_groups(self) -> None:
         """The world, and from three ranks on subgroups in which rank and group rank differ, all working at once."""
         store = dist.PrefixStore(f"generation {self.generation}", self.store)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout)
+        dist.init_process_group(
+            "nccl" if self.device else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=self.timeout,
+            device_id=self.device,
+        )
         self.groups = {"world": dist.group.WORLD}
         if self.size >= 3:
             everyone = range(self.size)

@@ -47,6 +47,11 @@ class Case:
         return linear_attention(tensors["q"], tensors["k"], tensors["v"], decay, **options)
 
 
+def generator(seed: int) -> torch.Generator:
+    """On the device that tensors are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def draw(
     gen: torch.Generator,
     kind: str,

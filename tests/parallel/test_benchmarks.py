@@ -37,8 +37,9 @@ def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
 def test_exchanges_and_ops_are_timed():
     options = "--heads 2 --head-dim 8 --runs 1 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
     output = launch("exchange", options)
-    assert output.count("x bare all-gather") == 4 * 4
-    assert output.count("x without") == 2 * 4
+    rows = re.findall(r"^  \S.*\S +eager +[\d.]+ +[\d.]+ x$", output, re.MULTILINE)
+    assert len(rows) == 2 * 4 * 4 + 2 * 4 + 1
+    assert output.count("x bare all-gather") == 2 * 4 and output.count("x without") == 2
     assert "softmax, 16 tokens a rank" in output
 
 

@@ -90,6 +90,7 @@ def refusals(parallel: SequenceParallel):
 
 @pytest.mark.mpi
 @pytest.mark.no_exchange
+@pytest.mark.cpu_only("on NCCL groups each rank checks its own arguments")
 def test_every_rank_refuses_what_one_refuses(group: dist.ProcessGroup):
     check_refusals(SequenceParallel(group))
 

@@ -22,7 +22,7 @@ def test_schedules_take_what_the_closed_forms_say(ranks: int, ways: int):
         assert simulate.scan(COSTS, message, ranks, 8, count) == pytest.approx(expected)
     if ranks <= 8:
         expected = seconds("symmetric_memory", LINKS, message, ranks)
-        assert simulate.peer_reads(COSTS, message, ranks, 8) == pytest.approx(expected)
+        assert simulate.peer_writes(COSTS, message, ranks, 8) == pytest.approx(expected)
 
 
 def test_links_of_two_kinds_cost_more_than_all_of_the_faster_and_less_than_all_of_the_slower():

@@ -6,10 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import pytest
+import torch
 
 TIMEOUT = 4.0
 
-RANK = """
+START = """
 import os, signal, sys, time
 from datetime import timedelta
 import torch
@@ -18,6 +23,14 @@ from lasp.parallel import SequenceParallel
 
 torch.set_num_threads(1)
 timeout = timedelta(seconds=float(sys.argv[1]))
+rank = int(os.environ["RANK"])
+breaks = (False,) * 4
+
+def tell(name, start, error):
+    print(f"{name}: {time.monotonic() - start:.1f} s: {str(error).splitlines()[0]}", flush=True)
+"""
+
+ON_CPUS = """
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 names = "all_gather", "ring", "scan", "symmetric_memory"
 states = torch.randn(2, 1, 2, 8, 8)
@@ -25,29 +38,54 @@ made = []
 for name in names:
     group = dist.new_group(timeout=timeout)
     exchange = SequenceParallel(group, layout="zigzag", state_exchange=name).exchange
-    assert exchange.forward(states, None, [False] * 4).wait()[0].isfinite().all()
+    assert exchange.forward(states, None, breaks).wait()[0].isfinite().all()
     made.append(exchange)
 dist.barrier()
-if dist.get_rank() == 1:
+if rank == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 for name, exchange in zip(names, made):
     start = time.monotonic()
     try:
-        exchange.forward(states, None, [False] * 4).wait()
+        exchange.forward(states, None, breaks).wait()
     except RuntimeError as error:
-        print(f"{name}: {time.monotonic() - start:.1f} s: {str(error).splitlines()[0]}", flush=True)
+        tell(name, start, error)
+os._exit(0)
+"""
+
+ON_GPUS = """
+device = torch.device("cuda", rank)
+torch.cuda.set_device(device)
+dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=device)
+group = dist.new_group(timeout=timeout)
+exchange = SequenceParallel(group, layout="zigzag", state_exchange="symmetric_memory").exchange
+states, matrices = torch.randn(2, 1, 2, 8, 8, device=device), torch.randn(2, 1, 2, 8, 8, device=device)
+for transitions in None, matrices:
+    assert exchange.forward(states, transitions, breaks).wait()[0].isfinite().all()
+dist.barrier()
+torch.cuda.synchronize()
+if rank == 1:
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+start = time.monotonic()
+late = [exchange.forward(states, transitions, breaks).wait()[0] for transitions in (None, matrices)]
+assert all(x.isnan().all() for x in late)  # waits for the GPU
+try:
+    exchange.forward(states, None, breaks)
+except RuntimeError as error:
+    tell("symmetric_memory", start, error)
 os._exit(0)
 """
 
 
-def test_every_exchange_notices_a_dead_peer():
+@contextmanager
+def two_ranks(script: str, *arguments: str) -> Generator[list[subprocess.Popen], None, None]:
+    """Runs the script on two ranks; whatever is left of them in the end is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(TIMEOUT)],
+            [sys.executable, "-c", START + script, str(TIMEOUT), *arguments],
             env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -56,16 +94,35 @@ def test_every_exchange_notices_a_dead_peer():
         for rank in range(2)
     ]
     try:
-        output, _ = processes[0].communicate(timeout=150)
-        found = dict(line.split(": ", 1) for line in output.splitlines() if " s: " in line)
-        assert set(found) == {"all_gather", "ring", "scan", "symmetric_memory"}, output
-        for story in found.values():
-            assert float(story.split(" s: ")[0]) < TIMEOUT + 5, output
-        if shutil.which("c++"):  # else it is an all-gather
-            assert "rank 1 of the group did not come" in found["symmetric_memory"], output
-        assert processes[1].poll() is None
+        yield processes
     finally:
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
             process.stdout.close()
+
+
+def stories(process: subprocess.Popen) -> dict[str, str]:
+    """What a rank told of each exchange's end, which came in time."""
+    output, _ = process.communicate(timeout=150)
+    found = dict(line.split(": ", 1) for line in output.splitlines() if " s: " in line)
+    assert found, output
+    for story in found.values():
+        assert float(story.split(" s: ")[0]) < TIMEOUT + 5, output
+    return found
+
+
+def test_every_exchange_notices_a_dead_peer():
+    with two_ranks(ON_CPUS) as (one, other):
+        found = stories(one)
+        assert set(found) == {"all_gather", "ring", "scan", "symmetric_memory"}
+        if shutil.which("c++"):  # else it is an all-gather
+            assert "rank 1 of the group did not come" in found["symmetric_memory"]
+        assert other.poll() is None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2 or shutil.which("nvcc") is None, reason="wants two GPUs and nvcc")
+@pytest.mark.parametrize("end", ["SIGSTOP", "SIGKILL"])
+def test_peer_writes_notice_a_dead_gpu(end: str):
+    with two_ranks(ON_GPUS, end) as (one, _):
+        assert "rank 1 of the group did not come" in stories(one)["symmetric_memory"]

@@ -20,7 +20,7 @@ from tests.parallel.test_training import alone
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 
 native_config = test_training.config
 

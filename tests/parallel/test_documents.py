@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from lasp.parallel import SequenceParallel
 from lasp.parallel.documents import DocumentSequence
+from tests.parallel.inputs import generator
 
 TOLERANCE = 1e-10
 HEADS, KEY, VALUE, WIDTH = 2, 6, 5, 4
@@ -67,7 +68,7 @@ def test_op_equals_one_rank(gen, group, layout, op):
     for sequence, tensors in ((one, whole), (seq, {name: seq.shard(x) for name, x in whole.items()})):
         leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
         o = op(sequence, leaves, weight)
-        d = torch.randn(1, tokens, *o.shape[2:], generator=torch.Generator().manual_seed(5), dtype=o.dtype)
+        d = torch.randn(1, tokens, *o.shape[2:], generator=generator(5), dtype=o.dtype)
         grads = torch.autograd.grad(o, [*leaves.values(), weight], sequence.shard(d), allow_unused=True)
         results.append((o.detach(), dict(zip([*leaves, "weight"], grads, strict=True))))
     (wanted, wanted_grads), (got, got_grads) = results

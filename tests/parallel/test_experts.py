@@ -19,7 +19,7 @@ from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.optimizer import build_optimizer, clip_gradients
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 TOLERANCE = 1e-9
 STEPS = 3
 TOKENS = 53  # not divisible by two or more: there is padding

@@ -14,7 +14,7 @@ from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.scan import Scan
 from lasp.parallel.exchange.symmetric_memory import SymmetricMemory
-from tests.parallel.inputs import KINDS, Case, draw, error, expected, share_of_the_past
+from tests.parallel.inputs import KINDS, Case, draw, error, expected, generator, share_of_the_past
 
 TOLERANCE = 1e-10
 SHAPES = {  # tokens, document offsets, batch, whether there is an initial state
@@ -35,7 +35,7 @@ EXCHANGES = ("all_gather", "ring", "scan", "symmetric_memory")
 @cache
 def _case(seed: int, kind: str, shape: str) -> tuple[Case, dict[str, Tensor]]:
     tokens, documents, batch, state = SHAPES[shape]
-    gen = torch.Generator().manual_seed(seed + 1000 * KINDS.index(kind) + list(SHAPES).index(shape))
+    gen = generator(seed + 1000 * KINDS.index(kind) + list(SHAPES).index(shape))
     case = draw(gen, kind, tokens, documents, batch, state)
     return case, expected(case)
 
@@ -73,7 +73,8 @@ def made(group: dist.ProcessGroup, layout: str, exchange: str) -> SequenceParall
     parallel = SequenceParallel(group, layout=layout, state_exchange=exchange)
     if exchange == "scan":
         parallel.exchange = Scan(parallel.layout, group, blocks=lambda size: 4)
-    if exchange == "symmetric_memory" and parallel.size > 1 and shutil.which("c++"):
+    compiler = "c++" if parallel.device.type == "cpu" else "nvcc"
+    if exchange == "symmetric_memory" and parallel.size > 1 and shutil.which(compiler):
         assert isinstance(parallel.exchange, SymmetricMemory)
     return parallel
 

@@ -9,6 +9,7 @@ from lasp.config import MIXERS, ModelConfig
 from lasp.models import Decoder
 from lasp.parallel import SequenceParallel
 from lasp.parallel.apply import parallelize, reduce_gradients
+from tests.parallel.inputs import generator
 
 TOLERANCE = 1e-9
 STEPS = 5
@@ -35,11 +36,11 @@ def build(mixer: str, recompute: bool) -> Decoder:
     torch.manual_seed(0)
     model = Decoder(config(mixer)).double()
     model.checkpoint_layers = recompute
-    generator = torch.Generator().manual_seed(1)
+    numbers = generator(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.2, generator=generator)
+                parameter.normal_(std=0.2, generator=numbers)
     return model
 
 
@@ -68,7 +69,9 @@ def draw_batches(gen: torch.Generator):
 @pytest.fixture(scope="module")
 def mesh():
     """The world as one sequence-parallel group; module-scoped, since making it makes process groups."""
-    return lambda: init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "sp"))
+    return lambda: init_device_mesh(
+        torch.get_default_device().type, (1, dist.get_world_size()), mesh_dim_names=("dp", "sp")
+    )
 
 
 @pytest.mark.mpi
@@ -96,7 +99,7 @@ def test_data_and_sequence_parallel_ranks_together(gen):
     """DP x SP = 2 x 2: two contexts, each over two ranks, give the gradient of one rank that sees both."""
     if dist.get_world_size() != 4:
         pytest.skip("wants 4 ranks")
-    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    world = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("dp", "sp"))
     batches = list(draw_batches(gen))[:2]
     alone, one = build("gated_delta_net", False), SequenceParallel(None)
     count = sum(int((labels != -100).sum()) for _, labels in batches)

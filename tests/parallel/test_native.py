@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lasp.parallel import native
-from lasp.parallel.combine import combine, reach
+from lasp.parallel.combine import combine, factors_of, reach
 from lasp.parallel.layout import Layout
 
 B, HEADS, K, V = 1, 2, 5, 3
@@ -22,15 +22,21 @@ class Threads:
     def __init__(self, layout: Layout, dtype: torch.dtype, slot_bytes: int, patience: float):
         self.layout, self.dtype, self.slot_bytes, self.patience = layout, dtype, slot_bytes, patience
         self.library = native.load(torch.device("cpu"))
-        self.buffers = [torch.zeros(2 * slot_bytes + 4 * layout.ranks, dtype=torch.uint8) for _ in range(layout.ranks)]
+        size = 2 * slot_bytes + 4 * layout.ranks * native.PARTS
+        self.buffers = [torch.full((size,), 255, dtype=torch.uint8) for _ in range(layout.ranks)]  # NaN
+        for buffer in self.buffers:
+            buffer[2 * slot_bytes :] = 0
         self.table = (ctypes.c_void_p * layout.ranks)(*(buffer.data_ptr() for buffer in self.buffers))
-        self.locals = torch.zeros(layout.ranks, 3, dtype=torch.int32)
+        self.locals = torch.zeros(layout.ranks, native.PARTS + 1, dtype=torch.int32)
         self.errors = torch.zeros(layout.ranks, dtype=torch.int32)
 
-    def exchange(self, rank: int, states, transitions, breaks: list[bool], backward: bool) -> torch.Tensor:
+    def exchange(self, rank: int, states, transitions, breaks: tuple[bool, ...], backward: bool) -> torch.Tensor:
         owned = list(self.layout.owned(rank))
         own, arrived = states[owned].contiguous(), torch.empty_like(states[owned])
         a = None if transitions is None else transitions[owned].contiguous()
+        first = self.layout.units - 1 if backward else 0
+        kind = native.Shape(B * HEADS, *states.shape[3:], 0 if a is None else a.ndim - states.ndim + 3)
+        assert self.layout.units * kind.unit_bytes(self.dtype.itemsize) <= self.slot_bytes
         channel = native.Channel(
             buffers=ctypes.addressof(self.table),
             local=self.locals[rank].data_ptr(),
@@ -39,12 +45,16 @@ class Threads:
             patience_ns=int(self.patience * 1e9),
             rank=rank,
             layout=native.Layout(self.layout.ranks, self.layout.units_per_rank),
-            shape=native.Shape(B * HEADS, K, V, 0 if a is None else a.ndim - states.ndim + 3),
+            shape=kind,
             backward=backward,
-            reach=(ctypes.c_int32 * 2)(*(reach(breaks, unit, backward=backward) for unit in owned)),
+            reach=native.Pair(*(reach(breaks, unit, backward=backward) for unit in owned)),
+            spread=native.Pair(*(reach(breaks, unit, backward=not backward) for unit in owned)),
+            passes=native.Pair(*(unit != first and not breaks[unit] for unit in owned)),
         )
-        pointers = own.data_ptr(), None if a is None else a.data_ptr(), arrived.data_ptr(), None
-        assert self.library.lasp_exchange(ctypes.byref(channel), self.dtype == torch.float64, *pointers) == 0
+        call, doubles = ctypes.byref(channel), self.dtype == torch.float64
+        sent = None if a is None else a.data_ptr()
+        assert self.library.lasp_publish(call, doubles, own.data_ptr(), sent, None) == 0
+        assert self.library.lasp_collect(call, doubles, arrived.data_ptr(), None) == 0
         return arrived
 
 
@@ -61,9 +71,9 @@ def test_native_combine_equals_the_python_one(gen: torch.Generator, name: str, d
         if shape is not None:
             transitions = torch.randn(layout.units, B, *shape, generator=gen, dtype=dtype) / 2
             transitions = -transitions.abs() if len(shape) < 3 else transitions
-        breaks = (torch.rand(layout.units, generator=gen) < 0.2).tolist()
+        breaks = tuple((torch.rand(layout.units, generator=gen) < 0.2).tolist())
         calls.append((states, transitions, breaks, bool(kind // 4 % 2)))
-    ranks = Threads(layout, dtype, slot_bytes=2 * 8 * HEADS * K * (V + K), patience=30)
+    ranks = Threads(layout, dtype, slot_bytes=8192, patience=30)
 
     def work(rank: int) -> list[torch.Tensor]:
         return [ranks.exchange(rank, *call) for call in calls]
@@ -72,7 +82,8 @@ def test_native_combine_equals_the_python_one(gen: torch.Generator, name: str, d
         found = list(pool.map(work, range(layout.ranks)))
     for number, (states, transitions, breaks, backward) in enumerate(calls):
         for rank in range(layout.ranks):
-            wanted = combine(states, transitions, breaks, list(layout.owned(rank)), backward=backward)
+            factors = factors_of(transitions, states)
+            wanted = combine(states, factors, breaks, layout.owned(rank), backward=backward)
             torch.testing.assert_close(found[rank][number], wanted, rtol=0, atol=1000 * torch.finfo(dtype).eps)
     assert not ranks.errors.any()
 
@@ -83,10 +94,10 @@ def test_a_rank_that_does_not_come_is_named(gen: torch.Generator):
     ranks = Threads(layout, torch.float32, slot_bytes=1024, patience=0.2)
     states = torch.randn(layout.units, B, HEADS, K, V, generator=gen)
     with ThreadPoolExecutor(2) as pool:
-        arrived = list(pool.map(lambda rank: ranks.exchange(rank, states, None, [False] * 3, False), (0, 1)))
+        arrived = list(pool.map(lambda rank: ranks.exchange(rank, states, None, (False,) * 3, False), (0, 1)))
     assert ranks.errors.tolist() == [3, 3, 0]  # 1 + the rank
     assert all(x.isnan().all() for x in arrived)
-    later = ranks.exchange(0, states, None, [False] * 3, False)
+    later = ranks.exchange(0, states, None, (False,) * 3, False)
     assert later.isnan().all()
 
 

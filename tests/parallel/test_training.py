@@ -15,7 +15,7 @@ from lasp.training.metrics import read_metrics
 from lasp.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lasp.training.train import train
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 VOCAB, STEPS = 257, 3
 
 

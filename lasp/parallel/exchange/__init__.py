@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
+from lasp.parallel.combine import Breaks
 from lasp.parallel.comm import Group
 from lasp.parallel.cost import Message, blocks
 from lasp.parallel.exchange.all_gather import AllGather
@@ -21,15 +22,16 @@ class StateExchange(Protocol):
     """Moves states between the units of a layout.
 
     states, d: [units of this rank, B, H, K, V]; transitions likewise, or None (see `lasp.kernels.summary`);
-    breaks: for every unit of the sequence, whether it lets nothing pass in that direction.
+    breaks: for every unit of the sequence, whether it lets nothing pass in that direction. What arrives is the caller's
+    to change.
     """
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         """The states that enter this rank's units, and the transitions that `backward` will need."""
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         """The gradients of the states that leave this rank's units."""
 
 

@@ -5,45 +5,46 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
-from lasp.parallel.combine import combine
+from lasp.parallel.combine import Breaks, combine, factors_of
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
 
 
 class AllGather:
-    """States and transitions travel in one message; backward sends D alone, the transitions having been kept."""
+    """States and transitions travel in one message; backward sends D alone, all units' factors having been kept."""
 
     def __init__(self, layout: Layout, group: Group):
         self.layout, self.group = layout, group
-        self.owned = list(layout.owned(comm.rank(group)))
+        self.owned = layout.owned(comm.rank(group))
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
-        shapes = [states.shape[1:]] if transitions is None else [states.shape[1:], transitions.shape[1:]]
-        sizes = [shape.numel() for shape in shapes]
-        parts = [states] if transitions is None else [states, transitions]
-        message = torch.cat([part.flatten(1) for part in parts], dim=1)
-
         def arrive(gathered: Tensor) -> tuple[Tensor, Tensor | None]:
-            parts = [
-                self._in_unit_order(part.unflatten(2, shape))
-                for part, shape in zip(gathered.split(sizes, dim=2), shapes, strict=True)
-            ]
-            all_transitions = parts[1].contiguous() if transitions is not None else None
-            return combine(parts[0], all_transitions, breaks, self.owned, backward=False), all_transitions
+            rows, factors = gathered.flatten(0, 1), None
+            if transitions is not None:
+                of_states, of_transitions = rows.split([states[0].numel(), transitions[0].numel()], dim=1)
+                rows = of_states.unflatten(1, states.shape[1:])
+                factors = factors_of(of_transitions.unflatten(1, transitions.shape[1:]), rows)
+            return self._combine(rows, factors, breaks, backward=False), factors
 
+        message = states if transitions is None else torch.cat([states.flatten(1), transitions.flatten(1)], dim=1)
         return comm.all_gather(message, self.group).then(arrive)
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
-        def arrive(gathered: Tensor) -> Tensor:
-            in_order = self._in_unit_order(gathered)
-            return combine(in_order, transitions, breaks, self.owned, backward=True)
+    def backward(self, d: Tensor, factors: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
+        gathered = comm.all_gather(d, self.group)
+        return gathered.then(lambda d: self._combine(d.flatten(0, 1), factors, breaks, backward=True))
 
-        return comm.all_gather(d, self.group).then(arrive)
+    def _combine(self, states: Tensor, factors: Tensor | None, breaks: Breaks, backward: bool) -> Tensor:
+        return combine(
+            self._by_unit(states),
+            None if factors is None else self._by_unit(factors),
+            breaks,
+            self.owned,
+            backward=backward,
+        )
 
-    def _in_unit_order(self, gathered: Tensor) -> Tensor:
-        """[R, units per rank, ...] -> [U, ...]."""
-        if self.layout.units_per_rank == 1:
-            return gathered[:, 0]
-        return torch.cat([gathered[:, 0], gathered[:, 1].flip(0)])
+    def _by_unit(self, x: Tensor) -> list[Tensor]:
+        """The rows of x, which are in the order of ranks."""
+        rows = x.unbind()
+        return [rows[place] for place in self.layout.rank_order]

@@ -1,11 +1,13 @@
 """Takes for every size of message the exchange that costs least (lasp.parallel.cost)."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
+from lasp.parallel.combine import Breaks
 from lasp.parallel.cost import Costs, Message, choose
 
 
@@ -13,19 +15,19 @@ class Auto:
     """exchanges: those to choose from, by name; the first of equals is taken. All ranks must hold the same costs."""
 
     def __init__(self, exchanges: Mapping[str, Any], costs: Costs, ranks: int, one_node: bool):
-        self.exchanges, self.costs, self.ranks, self.one_node = exchanges, costs, ranks, one_node
+        names = tuple(exchanges)
+        self._fastest = cache(lambda message: exchanges[choose(costs, message, ranks, one_node, names)])
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         return self.chosen(states, transitions).forward(states, transitions, breaks)
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         return self.chosen(d, transitions).backward(d, transitions, breaks)
 
     def chosen(self, states: Tensor, transitions: Tensor | None) -> Any:
         """The same in backward as in forward: it depends on the sizes of one unit's state and transition alone."""
         units = states.shape[0]
-        transition = 0 if transitions is None else transitions[0].numel() * transitions.element_size()
-        message = Message(states.nbytes, units * transition, ways=units)
-        return self.exchanges[choose(self.costs, message, self.ranks, self.one_node, tuple(self.exchanges))]
+        transition = 0 if transitions is None else transitions[0].nbytes
+        return self._fastest(Message(states.nbytes, units * transition, ways=units))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
-from lasp.parallel.combine import pass_unit
+from lasp.parallel.combine import Breaks, factors_of, pass_unit
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
 
@@ -30,25 +30,25 @@ class Scan:
         self.layout, self.group, self.rank, self.blocks = layout, group, comm.rank(group), blocks
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         steps = self._walk(states, transitions, breaks, backward=False)
         return comm.start(steps, states, transitions).then(lambda arrived: (arrived, transitions))
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         return comm.start(self._walk(d, transitions, breaks, backward=True), d, transitions)
 
     def _walk(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool], backward: bool
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
     ) -> Generator[None, None, Tensor]:
         """What arrives at each local unit when the state walks over all units, upwards or (backward) downwards."""
-        step = -1 if backward else 1
+        step, factors = -1 if backward else 1, factors_of(transitions, states)
         arrived, sent = torch.empty_like(states), []
         left: list[Tensor] = []  # the blocks as they left the unit before, if this rank has that, too
         for index, unit in list(enumerate(self.layout.owned(self.rank)))[::step]:
             source, target = self._owner(unit - step), self._owner(unit + step)
-            transition = None if transitions is None else transitions[index]
-            ways, blocks, places = self._cut(transition, states[index], arrived[index])
+            factor = None if factors is None else factors[index]
+            ways, blocks, places = self._cut(factor, states[index], arrived[index])
             before, left, coming = left, [], None
             remote = None if source == self.rank else source
             if remote is not None:
@@ -73,15 +73,15 @@ class Scan:
             message.wait()
         return arrived
 
-    def _cut(self, transition: Tensor | None, *states: Tensor) -> list[tuple]:
-        """Blocks of the transition and of each state, as many of all."""
-        by_matrix = transition is not None and transition.ndim == states[0].ndim
+    def _cut(self, factor: Tensor | None, *states: Tensor) -> list[tuple]:
+        """Blocks of the transition's factor and of each state, as many of all."""
+        by_matrix = factor is not None and factor.shape[-1] > 1
         dim = -1 if by_matrix else -2
         count = self.blocks(states[0].numel() * states[0].element_size())
         cut = [state.chunk(count, dim) for state in states]
-        if transition is None or by_matrix or transition.ndim == states[0].ndim - 2:
-            return [(transition,) * len(cut[0]), *cut]
-        return [transition.chunk(count, -1), *cut]
+        if factor is None or by_matrix or factor.shape[-2] == 1:
+            return [(factor,) * len(cut[0]), *cut]
+        return [factor.chunk(count, -2), *cut]
 
     def _owner(self, unit: int) -> int | None:
         return self.layout.owner(unit) if 0 <= unit < self.layout.units else None

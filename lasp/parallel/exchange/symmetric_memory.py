@@ -1,15 +1,21 @@
-"""Every rank reads its peers' summaries out of memory that all of them see, weights and adds them: csrc/channel.h.
+"""Every rank writes its summaries into memory of those that they reach, where these weigh and add them: csrc/channel.h.
 
-On GPUs that is symmetric memory, read through NVLink; in processes on a CPU, pages that they share. Only for the ranks
-of one machine, and only where the native code compiles: all ranks decide together, once, and take the all-gather if it
-cannot be.
+On GPUs that is symmetric memory, written through NVLink; in processes on a CPU, pages that they share. Only for the
+ranks of one machine, and only where the native code compiles: all ranks decide together, once, and take the all-gather
+if it cannot be.
+
+An exchange is two kernels on the current stream, and what its caller computes between start and wait runs between them,
+while the others' summaries come in. There is no stream beside it: the second kernel reads what is near, in a few
+microseconds, and the events that would tie another stream to this one take longer, on the host several times as long.
 """
 
 import ctypes
 import logging
 import socket
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +25,14 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm, native
-from lasp.parallel.combine import reach
+from lasp.parallel.combine import Breaks, reach
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.layout import Layout
 
 LOG = logging.getLogger("lasp")
 SHARED_PAGES = Path("/dev/shm")
+SMALLEST_SLOT = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -38,72 +45,106 @@ class Shared:
 
 
 class SymmetricMemory:
-    """Transitions are sent again in backward rather than kept: they weigh no more than the state, and are read once."""
+    """Transitions are sent again in backward rather than kept: they weigh no more than the state.
+
+    Calls follow one another, as every rank must make them in the same order. One that starts while another has not been
+    waited for collects that first, and one on another stream than the last goes on behind that.
+    """
 
     def __init__(self, layout: Layout, group: dist.ProcessGroup):
         self.layout, self.group, self.rank = layout, group, comm.rank(group)
         self.device = comm.message_device(group)
         self.library, self.patience = native.load(self.device), comm.timeout(group)
-        self.error = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.error = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
+        self._late = ctypes.c_int32.from_address(self.error.data_ptr())
         self._shared: dict[int, Shared] = {}
+        self._call = lru_cache(maxsize=1024)(self._prepare)
+        self._under_way: Callable[[], Tensor] | None = None
+        self._last_stream: tuple[int, torch.cuda.Stream] | None = None
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool]
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         return self._exchange(states, transitions, breaks, backward=False).then(lambda x: (x, transitions))
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: list[bool]) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
         return self._exchange(d, transitions, breaks, backward=True)
 
     def check(self) -> None:
         """Raises RuntimeError if a rank did not come. Reads a word of the host's memory and does not wait for the GPU:
         on a GPU, what a call that failed returns is NaN, and one of the next calls raises."""
-        if late := int(self.error[0]):
+        if late := self._late.value:
             raise RuntimeError(f"state_exchange: rank {late - 1} of the group did not come within {self.patience:g} s")
 
-    def _exchange(
-        self, states: Tensor, transitions: Tensor | None, breaks: list[bool], backward: bool
-    ) -> Pending[Tensor]:
+    def _exchange(self, states: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool) -> Pending[Tensor]:
         self.check()
+        if self._under_way is not None:
+            self._under_way()
         states = states.contiguous()
         transitions = None if transitions is None else transitions.contiguous()
-        size = states.nbytes + (0 if transitions is None else transitions.nbytes)
-        size = -(-size // 256) * 256
-        if size not in self._shared:
+        kind = native.NONE if transitions is None else transitions.ndim - states.ndim + 3
+        call = self._call(states.shape, kind, states.dtype, breaks, backward)
+        sent = None if transitions is None else transitions.data_ptr()
+        self._run(self.library.lasp_publish, *call, states.data_ptr(), sent)
+        arrived: list[Tensor] = []
+
+        def collect() -> Tensor:
+            if not arrived:
+                self._under_way = None
+                arrived.append(torch.empty_like(states))
+                self._run(self.library.lasp_collect, *call, arrived[0].data_ptr())
+            if self.device.type == "cpu":
+                self.check()
+            return arrived[0]
+
+        self._under_way = collect
+        return Pending(collect)
+
+    def _run(self, function: Callable[..., int], *arguments: Any) -> None:
+        if code := function(*arguments, self._stream()):
+            raise RuntimeError(f"state_exchange: CUDA error {code} at launch")
+
+    def _stream(self) -> int | None:
+        """The current stream, behind what the call before has put on its own."""
+        if self.device.type == "cpu":
+            return None
+        current = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if self._last_stream is None or self._last_stream[0] != current:
+            stream = torch.cuda.current_stream(self.device)
+            # What is captured cannot wait for what is not; before a capture begins, the device has been waited for.
+            if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
+                stream.wait_stream(self._last_stream[1])
+            self._last_stream = current, stream
+        return current
+
+    def _prepare(
+        self, shape: torch.Size, transition: int, dtype: torch.dtype, breaks: Breaks, backward: bool
+    ) -> tuple[Any, bool]:
+        """What csrc/channel.h needs to know of such calls, and whether they are in float64; collective where memory for
+        states so large is not there yet."""
+        (units, batch, heads, key_dim, value_dim), ranks, owned = shape, self.layout.ranks, self.layout.owned(self.rank)
+        kind = native.Shape(batch * heads, key_dim, value_dim, transition)
+        size = self.layout.units * kind.unit_bytes(dtype.itemsize)
+        slot = max(SMALLEST_SLOT, 1 << (size - 1).bit_length())  # few sizes, however many shapes there are
+        if slot not in self._shared:
             share = _share_pages if self.device.type == "cpu" else _share_gpu_memory
-            self._shared[size] = share(2 * size + 4 * self.layout.ranks, self.device, self.group)
-        shared, (units, batch, heads, key_dim, value_dim) = self._shared[size], states.shape
-        reaches = [reach(breaks, unit, backward=backward) for unit in self.layout.owned(self.rank)]
+            self._shared[slot] = share(2 * slot + 4 * ranks * native.PARTS, self.device, self.group)
+        shared, first = self._shared[slot], self.layout.units - 1 if backward else 0
         channel = native.Channel(
             buffers=shared.table,
             local=shared.local.data_ptr(),
             error=self.error.data_ptr(),
-            slot_bytes=size,
+            slot_bytes=slot,
             patience_ns=int(self.patience * 1e9),
             rank=self.rank,
-            layout=native.Layout(self.layout.ranks, units),
-            shape=native.Shape(
-                batch * heads, key_dim, value_dim, 0 if transitions is None else transitions.ndim - states.ndim + 3
-            ),
+            layout=native.Layout(ranks, units),
+            shape=kind,
             backward=backward,
-            reach=(ctypes.c_int32 * 2)(*reaches),
+            reach=native.Pair(*(reach(breaks, unit, backward=backward) for unit in owned)),
+            spread=native.Pair(*(reach(breaks, unit, backward=not backward) for unit in owned)),
+            passes=native.Pair(*(unit != first and not breaks[unit] for unit in owned)),
         )
-
-        def launch() -> Tensor:
-            arrived = torch.empty_like(states)
-            stream = torch.cuda.current_stream().cuda_stream if states.is_cuda else None
-            sent = None if transitions is None else transitions.data_ptr()
-            pointers = states.data_ptr(), sent, arrived.data_ptr(), stream
-            code = self.library.lasp_exchange(ctypes.byref(channel), states.dtype == torch.float64, *pointers)
-            if code:
-                raise RuntimeError(f"state_exchange: CUDA error {code} at launch")
-            return arrived
-
-        if states.is_cuda:
-            return comm.on_stream(launch, states, transitions)
-        arrived = launch()
-        self.check()
-        return Pending(lambda: arrived)
+        return ctypes.byref(channel), dtype == torch.float64
 
 
 def symmetric_memory(layout: Layout, group: Group) -> SymmetricMemory | AllGather:
@@ -145,7 +186,8 @@ def _share_pages(size: int, device: torch.device, group: dist.ProcessGroup) -> S
         buffers = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
         comm.gather_objects(None, group)
     table = (ctypes.c_void_p * len(buffers))(*(buffer.data_ptr() for buffer in buffers))
-    return Shared(ctypes.addressof(table), torch.zeros(3, dtype=torch.int32), (table, buffers))
+    local = torch.zeros(native.PARTS + 1, dtype=torch.int32, device=device)
+    return Shared(ctypes.addressof(table), local, (table, buffers))
 
 
 def _share_gpu_memory(size: int, device: torch.device, group: dist.ProcessGroup) -> Shared:
@@ -154,7 +196,7 @@ def _share_gpu_memory(size: int, device: torch.device, group: dist.ProcessGroup)
 
     buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
     handle = symmetric.rendezvous(buffer, group.group_name)
-    local = torch.zeros(3, dtype=torch.int32, device=device)
+    local = torch.zeros(native.PARTS + 1, dtype=torch.int32, device=device)
     buffer.zero_()
     torch.cuda.synchronize(device)
     comm.gather_objects(None, group)
