@@ -44,7 +44,7 @@ class Clock:
                 call()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL has threads of its own
             for _ in range(times):
                 call()
         return graph

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from clock import Clock
+from peers import allow_wrong_gradients
 from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
@@ -124,6 +125,8 @@ def peer(tokens: int) -> Callable[..., Tensor] | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
         return None
+    if allow_wrong_gradients():
+        say("flash-linear-attention's gradients are wrong with this version of Triton: for its speed only")
     offsets = torch.tensor([0, tokens * dist.get_world_size()], device="cuda")
     context = build_cp_context(offsets, group=dist.group.WORLD, cu_seqlens_cpu=offsets.cpu())
     return lambda q, k, v, beta, decay: chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, cp_context=context)[0]

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from clock import Clock
+from peers import allow_wrong_gradients
 from torch import Tensor, nn
 from traffic import Traffic
 
@@ -108,7 +108,8 @@ def their_layer(config: TransformerConfig, ours: LinearSelfAttention) -> nn.Modu
 
     parts = GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=Norm, out_proj=RowParallelLinear)
     layer = GatedDeltaNet(config, parts, 1, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-    _allow_wrong_gradients()
+    if allow_wrong_gradients():
+        say("Megatron's gradients are wrong with this version of Triton: for its speed only")
     torch._dynamo.config.suppress_errors = True  # it compiles parts of itself, or runs them as they are
     mixer: Any = ours.mixer
     gates = [mixer.output.gate_proj.weight, mixer.beta_proj.weight, mixer.decay.proj.weight]
@@ -130,17 +131,6 @@ def _kind_by_kind(rows: Tensor, mixer: Any) -> Tensor:
     """Rows of all heads' q, then k, then v, which lasp keeps head by head."""
     kinds = rows.unflatten(0, (mixer.heads, -1)).split(mixer.sizes, dim=1)
     return torch.cat([kind.flatten(0, 1) for kind in kinds])
-
-
-def _allow_wrong_gradients() -> None:
-    """flash-linear-attention refuses versions of Triton that miscompile its backward pass on Hopper GPUs (its issue
-    640), unless tilelang is there. Its speed can be told all the same."""
-    from fla.ops.common import chunk_o
-
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if hopper and not getattr(chunk_o, "TRITON_ABOVE_3_7_1", True) and find_spec("tilelang") is None:
-        chunk_o.TRITON_ABOVE_3_7_1 = True
-        say("Megatron's gradients are wrong with this version of Triton: for its speed only")
 
 
 def our_bytes(settings: Settings, item: int) -> Sent:
