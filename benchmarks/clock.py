@@ -44,7 +44,9 @@ class Clock:
                 call()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL has threads of its own
+        with torch.cuda.graph(
+            graph, pool=pool, capture_error_mode="thread_local"
+        ):  # NCCL looks at its streams from another thread
             for _ in range(times):
                 call()
         return graph

@@ -228,12 +228,12 @@ def main(settings: Settings) -> None:
     machine = torch.cuda.get_device_name() if cuda else "CPU"
     say(f"{dist.get_world_size()} ranks, {machine}, torch {torch.__version__}, {settings}")
     config = configure(settings, cuda)
-    ours = [our_layer(config, name) for name in settings.exchanges]
+    ours = [our_layer(config, name).to(device) for name in settings.exchanges]
     names = [f"lasp, {name}" for name in settings.exchanges]
     layers: dict[str, nn.Module] = dict(zip(names, ours, strict=True))
     if settings.peer:
         try:
-            layers["megatron"] = their_layer(config, ours[0])
+            layers["megatron"] = their_layer(config, ours[0]).to(device)
         except ImportError as missing:
             say(f"without Megatron's layer: {missing}")
     for tokens in settings.tokens:

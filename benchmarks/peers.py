@@ -6,8 +6,8 @@ import torch
 
 
 def allow_wrong_gradients() -> bool:
-    """flash-linear-attention refuses versions of Triton that miscompile its backward pass with gates on Hopper GPUs, its
-    issue 640, unless tilelang is there. Its speed can be told all the same: True where its gradients are wrong."""
+    """flash-linear-attention refuses versions of Triton that miscompile its gates' backward pass on Hopper GPUs (its
+    issue 640), unless tilelang is there. Its speed can be told all the same: True where its gradients are wrong."""
     from fla.ops.common import chunk_o
 
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from lasp.kernels import linear_attention
+from lasp.kernels.pending import Pending
+from lasp.kernels.recurrence import Inputs
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from tests.parallel.inputs import error
 
-pytest.importorskip("triton")
+linear = pytest.importorskip("lasp.kernels.triton.linear")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Twice the rounding of the dtype, as same-dtype PyTorch: inputs and outputs are rounded, sums are fp32. The interpreter
 # has no bf16 arithmetic.
@@ -38,6 +40,12 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(empty))
     monkeypatch.setattr(torch, "empty_like", poison(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(new_empty))
+
+
+@pytest.fixture(autouse=True)
+def short_tiles(monkeypatch):
+    """So that segments have several."""
+    monkeypatch.setattr(linear, "tile_length", lambda tokens, heads, device: 64)
 
 
 def draw(gen, decay, shape, dtype, strength=0.05):
@@ -105,6 +113,26 @@ def test_gates_that_do_nothing_or_close(gen, strength):
     gate = found.pop("ddecay")
     assert max(found.values()) < (5e-5 if strength else 2e-6), found
     assert gate < (5e-3 if strength else 2e-5), gate
+
+
+@pytest.mark.parametrize("shape", ["grouped heads", "documents", "values wider than a block"])
+@pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
+def test_the_summary_says_what_the_tokens_do_to_a_state(gen, decay, shape):
+    """Forward S and A, backward D."""
+    tensors, cu_seqlens = draw(gen, decay, shape, torch.float32)
+    state, v = tensors.pop("initial_state"), tensors["v"]
+    x = Inputs(**tensors, beta=None, scale=0.3, segments=Segments(*v.shape[:2], cu_seqlens))
+    op = linear.TritonLinear()
+    summary, partial = op.summarize(x, True)
+    _, outgoing, kept = op.finish(x, partial, Pending(lambda: state))
+    carried = state if summary.transition is None else summary.transition.exp()[..., None, None] * state
+    assert error(carried.double() + summary.state.double(), outgoing.double()) < 2e-6
+
+    do, d_outgoing = torch.rand_like(v), torch.rand_like(state)
+    d, partial = op.summarize_grad(x, kept, do, True)
+    found = op.finish_grad(x, kept, partial, do, Pending(lambda: d_outgoing)).incoming
+    carried = d_outgoing if summary.transition is None else summary.transition.exp()[..., None, None] * d_outgoing
+    assert error(carried.double() + d.double(), found.double()) < 2e-6
 
 
 def test_what_triton_does_not_take_is_refused():

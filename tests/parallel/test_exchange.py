@@ -100,7 +100,7 @@ def test_graphs_replay_with_new_numbers(group: dist.ProcessGroup, gen, exchange:
     with torch.cuda.stream(side):
         call()
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL looks at its streams from another thread
         replayed = call()
     for _ in range(3):
         case = draw(gen, units, kind)

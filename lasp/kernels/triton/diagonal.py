@@ -14,7 +14,7 @@ from lasp.kernels.triton.diagonal_outputs import outputs
 from lasp.kernels.triton.diagonal_states import chunk_states, chunk_states_grad, tile_states, tile_states_grad
 from lasp.kernels.triton.diagonal_steep import steep_gradients, steep_outputs
 from lasp.kernels.triton.linear import contiguous, per_q_head, tiles_of
-from lasp.kernels.triton.scan import scan, total_decay
+from lasp.kernels.triton.scan import scan, whole_summary
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ class TritonDiagonal:
         assert x.decay is not None
         referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
         states, transitions = tile_states(tiles, referred, x.v, config)
-        summary = None
-        if wanted:
-            _, end = scan(tiles, states, transitions, None, backward=False, write_entering=False)
-            summary = Summary(end, total_decay(tiles, transitions))
+        summary = Summary(*whole_summary(tiles, states, transitions, backward=False)) if wanted else None
         return summary, (x, tiles, config, referred, states, transitions)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
@@ -48,7 +45,7 @@ class TritonDiagonal:
         assert x.decay is not None
         referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
         states = tile_states_grad(tiles, referred, do, config)
-        d = scan(tiles, states, kept[1], None, backward=True, write_entering=False)[1] if wanted else None
+        d = whole_summary(tiles, states, kept[1], backward=True)[0] if wanted else None
         return d, (x, tiles, config, referred, states)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:

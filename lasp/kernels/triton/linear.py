@@ -11,7 +11,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.config import Config, config_for, tile_length
 from lasp.kernels.triton.gates import cumulate, gate_grads
-from lasp.kernels.triton.scan import scan, total_decay
+from lasp.kernels.triton.scan import scan, whole_summary
 from lasp.kernels.triton.states import tile_states
 from lasp.kernels.triton.walk import Walk
 
@@ -26,10 +26,7 @@ class TritonLinear:
         x, tiles, config = self._prepare(x)
         gates = cumulate(tiles, x.decay, x.v, config.chunk)
         states, transitions, steepest = tile_states(tiles, x.k, x.v, gates, config)
-        summary = None
-        if wanted:
-            _, end = scan(tiles, states, transitions, None, backward=False, write_entering=False)
-            summary = Summary(end, total_decay(tiles, transitions))
+        summary = Summary(*whole_summary(tiles, states, transitions, backward=False)) if wanted else None
         return summary, (x, tiles, config, gates, steepest, states, transitions)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
@@ -42,7 +39,7 @@ class TritonLinear:
         x, tiles, config = self._prepare(x)
         _, transitions, gates, _ = kept
         states, _, _ = tile_states(tiles, x.q, do, gates, config, backward=True, scale=x.scale)
-        d = scan(tiles, states, transitions, None, backward=True, write_entering=False)[1] if wanted else None
+        d = whole_summary(tiles, states, transitions, backward=True)[0] if wanted else None
         return d, (x, tiles, config, states)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
