@@ -37,7 +37,7 @@ from watch import Watched
 from lasp.config import SOFTMAX
 from lasp.kernels import delta_rule, linear_attention
 from lasp.models import flops_per_token, linear_llama3_1b, tiny
-from lasp.parallel.cost import Message, choose
+from lasp.parallel.cost import Message
 from lasp.parallel.exchange import Auto
 from lasp.parallel.topology import topology
 
@@ -183,11 +183,10 @@ class Exchanges:
         """Of so many exchanges; None for one rank, or for what is not simulated."""
         ranks, unit = dist.get_world_size(), 2 * 4 * self.heads
         state, transition = unit * self.key_dim * self.value_dim, unit * self.transition
-        costs, one_node = _topology()
+        costs, _ = _topology()
         if name == "auto":
             there = ops.parallel("auto").exchange
-            names = tuple(there.exchanges) if isinstance(there, Auto) else ("all_gather",)
-            name = choose(costs, Message(state, transition, ways=2), ranks, one_node, names)
+            name = there.fastest(Message(state, transition, ways=2)) if isinstance(there, Auto) else "all_gather"
         if ranks == 1 or name not in simulate.SCHEDULES:
             return None
         play, node = simulate.SCHEDULES[name], int(os.environ["LOCAL_WORLD_SIZE"])

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from benchmarks import simulate
 from lasp.parallel.cost import Costs, Link, Links, Message, blocks, choose, scan_seconds, seconds
+from lasp.parallel.exchange.auto import Auto
 
 LINKS = Links(Link(20e-6, 200e9), Link(40e-6, 300e9), Link(10e-6, 370e9))
 COSTS = Costs(LINKS, LINKS)  # no node boundary is felt
@@ -64,3 +66,12 @@ def test_a_link_is_fitted_to_times():
     fitted = Link.fit(sizes, [link.seconds(size) for size in sizes])
     assert fitted.latency == pytest.approx(link.latency, rel=1e-3)
     assert fitted.bandwidth == pytest.approx(link.bandwidth, rel=1e-3)
+
+
+def test_auto_takes_the_fastest_and_tells_its_name():
+    exchanges = {"all_gather": object(), "scan": object()}
+    for heads in (1, 4096):
+        states = torch.empty(2, 1, heads, 64, 64, device="meta")
+        auto, message = Auto(exchanges, COSTS, 64, True), Message(states.nbytes, ways=2)
+        assert auto.fastest(message) == choose(COSTS, message, 64, True, tuple(exchanges))
+        assert auto.chosen(states, None) is exchanges[auto.fastest(message)]

@@ -15,8 +15,8 @@ class Auto:
     """exchanges: those to choose from, by name; the first of equals is taken. All ranks must hold the same costs."""
 
     def __init__(self, exchanges: Mapping[str, Any], costs: Costs, ranks: int, one_node: bool):
-        names = tuple(exchanges)
-        self._fastest = cache(lambda message: exchanges[choose(costs, message, ranks, one_node, names)])
+        self.exchanges, names = exchanges, tuple(exchanges)
+        self.fastest = cache(lambda message: choose(costs, message, ranks, one_node, names))
 
     def forward(
         self, states: Tensor, transitions: Tensor | None, breaks: Breaks
@@ -30,4 +30,4 @@ class Auto:
         """The same in backward as in forward: it depends on the sizes of one unit's state and transition alone."""
         units = states.shape[0]
         transition = 0 if transitions is None else transitions[0].nbytes
-        return self._fastest(Message(states.nbytes, units * transition, ways=units))
+        return self.exchanges[self.fastest(Message(states.nbytes, units * transition, ways=units))]
