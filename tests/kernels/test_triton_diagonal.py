@@ -17,8 +17,11 @@ DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":  # the interpreter's bf16 is wrong
     DTYPES.append(torch.bfloat16)
 NAMES = ("o", "final_state", "dq", "dk", "dv", "ddecay", "dstate")
-# fp32: of a sum of gates of hundreds; bf16: states and scores are operands in bf16
+# bf16: states and scores are operands in bf16
 FLOOR = {torch.float32: 5e-6, torch.float16: 5e-6, torch.bfloat16: 4e-3}
+# Of gates that open and close within a chunk: their sums reach hundreds, where fp32 numbers lie 3e-5 apart, and weights
+# that are not small are differences of such sums.
+CLOSING_FLOOR = 1.5e-5
 GATES = {
     "open": lambda u: 0 * u,
     "weak": lambda u: -0.1 * u,
@@ -75,10 +78,12 @@ def check(tensors: list[Tensor], offsets=None, scale=0.7) -> None:
     plain = through(by(ChunkedOp(), cu_seqlens, scale), tensors)
     got = through(by(TritonDiagonal(), cu_seqlens, scale), tensors)
     dtype = tensors[0].dtype
+    closes = bool((tensors[3] < -10).any() and (tensors[3] > -1).any())
+    least = max(FLOOR[dtype], CLOSING_FLOOR if closes else 0.0)
     query_terms = (tensors[0].double() * wanted[2]).norm()  # of the two sums whose difference the gates' gradient is
     for name, x, y, z in zip(NAMES, got, plain, wanted, strict=True):
         assert x.dtype == y.dtype and bool(x.isfinite().all()), name
-        floor = FLOOR[dtype] * (max(1.0, (query_terms / z.norm().clamp(min=1e-3)).item()) if name == "ddecay" else 1.0)
+        floor = least * (max(1.0, (query_terms / z.norm().clamp(min=1e-3)).item()) if name == "ddecay" else 1.0)
         assert error(x.double(), z) <= 2 * error(y.double(), z) + floor, name
 
 
