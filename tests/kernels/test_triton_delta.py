@@ -97,9 +97,10 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["tiles", "whole segments"])
 def whole(request, monkeypatch):
-    """Either tiles with transitions, or walks over whole segments."""
+    """Either tiles of 64 tokens with transitions, or walks over whole segments."""
     monkeypatch.setattr(delta, "ENOUGH_WALKS", 1 if request.param else 10**9)
-    monkeypatch.setattr(delta, "SHORTEST_TILE", 128)
+    monkeypatch.setattr(delta, "SHORTEST_TILE", 64)
+    monkeypatch.setattr(delta, "multiprocessors", lambda device: 64)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -187,7 +188,13 @@ def test_twice_the_same_gives_the_same_bits(gen):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_public_function_takes_a_diagonal_decay_and_refuses_large_heads(gen):
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_large_heads(gen, whole, decay):
+    found = errors(gen, decay, (1, 70, 1, 1, 160, 136))
+    assert max(found.values()) < EXACT, found
+
+
+def test_the_public_function_takes_a_diagonal_decay_and_refuses_larger_heads(gen):
     given = inputs(gen, "diagonal", (1, 20, 1, 2, 32, 16, 1), 0.1, torch.float32)
     tensors = [given[name] for name in ("q", "k", "v", "beta", "decay")]
     found, wanted = (
@@ -195,6 +202,6 @@ def test_the_public_function_takes_a_diagonal_decay_and_refuses_large_heads(gen)
         for backend in ("triton", "reference")
     )
     assert max(error(x, y) for x, y in zip(found, wanted, strict=True)) < EXACT
-    x = torch.zeros(1, 2, 1, 129, device=DEVICE)
-    with pytest.raises(ValueError, match="heads of more than 128"):
+    x = torch.zeros(1, 2, 1, 257, device=DEVICE)
+    with pytest.raises(ValueError, match="at most 256"):
         delta_rule(x, x, x, x[..., 0], backend="triton")

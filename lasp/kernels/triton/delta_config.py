@@ -48,7 +48,10 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
         narrow, factors = Launch(64, warps=4, stages=stages), Launch(32, warps=4, stages=2)
         wide = Launch(128, warps=8, stages=stages) if widest == 128 else narrow
         gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=3 if gated else 2)
+        if widest > 128:
+            narrow = wide = Launch(64, warps=8, stages=1)
+            gradients = Launch(gradients.block, warps=4, stages=1)
         return DeltaConfig(narrow if diagonal else wide, wide, wide, gradients, factors, "tf32", 64.0, True)
-    walk = Launch(64, warps=4 if widest <= 64 else 8, stages=1)
+    walk = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
     return DeltaConfig(walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)

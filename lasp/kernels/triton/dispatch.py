@@ -15,12 +15,14 @@ from lasp.kernels.triton.diagonal import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.linear import TritonLinear
 
-MAX_DELTA_HEAD = 128
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
 ONE_TOKEN, LINEAR, DIAGONAL = "one token", "linear attention", "a decay [B, T, H, K]"
 DELTA, DIAGONAL_DELTA = "the delta rule", "the delta rule with a decay [B, T, H, K]"
 OPS: dict[str, type[Op]] = {
     LINEAR: TritonLinear, DIAGONAL: TritonDiagonal, DELTA: TritonDelta, DIAGONAL_DELTA: TritonDelta
+}  # fmt: skip
+KINDS = {  # whether there is a beta, and a decay for every channel
+    (False, False): LINEAR, (False, True): DIAGONAL, (True, False): DELTA, (True, True): DIAGONAL_DELTA
 }  # fmt: skip
 CHECKED = {ONE_TOKEN, LINEAR, DIAGONAL, DELTA, DIAGONAL_DELTA}  # on a GPU: what "auto" takes, see _checked
 
@@ -41,12 +43,7 @@ def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tupl
     if x.k.shape[-1] < MIN_KEY and x.v.is_cuda:
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
     diagonal = x.decay is not None and x.decay.ndim == 4
-    if x.beta is None:
-        kind = DIAGONAL if diagonal else LINEAR
-    else:
-        kind = DIAGONAL_DELTA if diagonal else DELTA
-        if max(x.k.shape[-1], x.v.shape[-1]) > MAX_DELTA_HEAD:
-            return None, f"the delta rule with heads of more than {MAX_DELTA_HEAD}"
+    kind = KINDS[x.beta is not None, diagonal]
     if not (asked or _checked(kind, x)):
         return None, kind
     op = OPS[kind]()
