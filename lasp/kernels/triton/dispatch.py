@@ -16,17 +16,9 @@ from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.linear import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
-ONE_TOKEN, LINEAR, DIAGONAL = "one token", "linear attention", "a decay [B, T, H, K]"
-DELTA, DIAGONAL_DELTA = "the delta rule", "the delta rule with a decay [B, T, H, K]"
-OPS: dict[str, type[Op]] = {
-    LINEAR: TritonLinear, DIAGONAL: TritonDiagonal, DELTA: TritonDelta, DIAGONAL_DELTA: TritonDelta
+OPS: dict[tuple[bool, bool], type[Op]] = {  # whether there is a beta, and a decay for every channel
+    (False, False): TritonLinear, (False, True): TritonDiagonal, (True, False): TritonDelta, (True, True): TritonDelta
 }  # fmt: skip
-KINDS = {  # whether there is a beta, and a decay for every channel
-    (False, False): LINEAR, (False, True): DIAGONAL, (True, False): DELTA, (True, True): DIAGONAL_DELTA
-}  # fmt: skip
-CHECKED = {ONE_TOKEN, LINEAR, DIAGONAL, DELTA, DIAGONAL_DELTA}  # on a GPU: what "auto" takes, see _checked
-
-
 TENSORS = ("q", "k", "v", "decay", "beta")
 _ready: set[tuple] = set()
 
@@ -34,7 +26,7 @@ _ready: set[tuple] = set()
 def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tuple[Op | None, str]:
     """The op, its kernels compiled, or None and what it is that Triton's ops do not serve.
 
-    asked: the caller asked for Triton; what is not in CHECKED is taken only then. wants_summary: as in Op.summarize.
+    asked: the caller asked for Triton; what is not checked is taken only then. wants_summary: as in Op.summarize.
     """
     if refusal := unsupported(x.k, x.v):
         return None, refusal
@@ -42,22 +34,20 @@ def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tupl
         return None, "causal=False"
     if x.k.shape[-1] < MIN_KEY and x.v.is_cuda:
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
-    diagonal = x.decay is not None and x.decay.ndim == 4
-    kind = KINDS[x.beta is not None, diagonal]
-    if not (asked or _checked(kind, x)):
-        return None, kind
-    op = OPS[kind]()
+    if not (asked or _checked(x)):
+        return None, "what has not been checked on a GPU"
+    op = OPS[x.beta is not None, x.decay is not None and x.decay.ndim == 4]()
     if x.v.is_cuda:
-        _make_ready(op, kind, x, wants_summary)
-    return op, kind
+        _make_ready(op, x, wants_summary)
+    return op, ""
 
 
-def _make_ready(op: Op, kind: str, x: Inputs, wants_summary: bool) -> None:
+def _make_ready(op: Op, x: Inputs, wants_summary: bool) -> None:
     """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
     tensors = [(name, t) for name in TENSORS if (t := getattr(x, name)) is not None]
     backward = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
     kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors)
-    key = (kind, wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
+    key = (type(op), wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
     if key in _ready:
         return
     _ready.add(key)
@@ -88,13 +78,12 @@ def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, T
         t is not None and t.requires_grad for t in (x.q, x.k, x.v, x.decay, x.beta, state)
     ):
         return None
-    if not (asked or _checked(ONE_TOKEN, x)):
+    if not (asked or _checked(x)):
         return None
     with torch.cuda.device_of(x.v):
         return decode(x, state)
 
 
-def _checked(kind: str, x: Inputs) -> bool:
-    """Whether it has been compared with float64 on a GPU in its present form, for this dtype and size of heads."""
-    sizes = max(x.k.shape[-1], x.v.shape[-1]) <= 128
-    return kind in CHECKED and x.v.is_cuda and x.v.dtype == torch.bfloat16 and sizes
+def _checked(x: Inputs) -> bool:
+    """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size."""
+    return x.v.is_cuda and x.v.dtype == torch.bfloat16 and max(x.k.shape[-1], x.v.shape[-1]) <= 128
