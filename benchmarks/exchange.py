@@ -15,7 +15,6 @@ import functools
 import itertools
 import socket
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 import tyro
 from clock import Clock
 from peers import allow_wrong_gradients
+from ranks import join, machine, say
 from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
@@ -49,11 +49,6 @@ class Settings:
     calibrate: Literal["inside", "across"] | None = None
     sizes: tuple[int, ...] = tuple(2**power for power in range(12, 25, 3))  # bytes of calibration's messages
     costs: Path = CALIBRATION  # the file that it writes
-
-
-def say(*words: object) -> None:
-    if dist.get_rank() == 0:
-        print(*words, flush=True)
 
 
 def compare(
@@ -186,21 +181,13 @@ def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Cloc
 
 
 def main(settings: Settings) -> None:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    clock = Clock(device, settings.runs)
-    with torch.cuda.device(device) if cuda else nullcontext():
-        if settings.calibrate:
-            calibrate(settings.calibrate, settings, clock)
-        else:
-            say(
-                f"{dist.get_world_size()} ranks, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}"
-            )
-            exchanges(settings, clock)
-            ops(settings, clock)
+    clock = Clock(join(), settings.runs)
+    if settings.calibrate:
+        calibrate(settings.calibrate, settings, clock)
+    else:
+        say(machine())
+        exchanges(settings, clock)
+        ops(settings, clock)
     dist.destroy_process_group()
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import tyro
 from clock import Clock
 from peers import allow_wrong_gradients
+from ranks import machine, say
 from torch import Tensor, nn
 from traffic import Traffic
 
@@ -209,11 +210,6 @@ def compare(tokens: int, layers: dict[str, nn.Module], settings: Settings, clock
         say(f"  difference {difference(next(iter(layers.values())), layers['megatron'], x):.2e}")
 
 
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 def main(settings: Settings) -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
@@ -225,8 +221,7 @@ def main(settings: Settings) -> None:
     parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
     if cuda:
         model_parallel_cuda_manual_seed(0)
-    machine = torch.cuda.get_device_name() if cuda else "CPU"
-    say(f"{dist.get_world_size()} ranks, {machine}, torch {torch.__version__}, {settings}")
+    say(f"{machine()}, {settings}")
     config = configure(settings, cuda)
     ours = [our_layer(config, name).to(device) for name in settings.exchanges]
     names = [f"lasp, {name}" for name in settings.exchanges]

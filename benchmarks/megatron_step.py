@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from clock import Clock
+from ranks import machine, say
 from torch import Tensor
 
 from lasp.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -174,19 +175,13 @@ def vocabulary(preset: str) -> int:
     return PRESETS[name]().vocab_size if (name := f"linear_{preset}") in PRESETS else 256
 
 
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 def main(settings: Settings) -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
     clock = Clock(device, settings.runs)
     join_mesh(megatron_run(settings.cases[0], settings))
-    machine = torch.cuda.get_device_name() if cuda else "CPU"
-    say(f"{dist.get_world_size()} ranks, {machine}, torch {torch.__version__}, {settings}")
+    say(f"{machine()}, {settings}")
     for case in settings.cases:
         run = megatron_run(case, settings)
         shape = run.shape(run.transformer_config(cpu=not cuda), vocabulary(run.preset))

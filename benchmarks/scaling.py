@@ -17,9 +17,7 @@ import os
 import statistics
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
@@ -30,6 +28,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from clock import Clock
+from ranks import join
 from steps import Trainer
 from torch import Tensor
 from watch import Watched
@@ -253,21 +252,13 @@ def measure_model(pattern: str, points: Points, lengths: dict[Mode, int]) -> Non
 
 
 def main(settings: Settings) -> None:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(minutes=5), device_id=device if cuda else None
-    )
-    points = Points(settings, FewRuns(device, settings.runs, settings.seconds))
+    points = Points(settings, FewRuns(join(), settings.runs, settings.seconds))
     whole: dict[Mode, int] = {"weak": settings.tokens, "strong": settings.sequence // points.ranks}
     lengths = {mode: whole[mode] for mode in settings.modes}
-    with torch.cuda.device(device) if cuda else nullcontext():
-        for (mode, tokens), op in product(lengths.items(), settings.ops):
-            measure_op(settings, points, mode, op, tokens)
-        for pattern in settings.models:
-            measure_model(pattern, points, lengths)
+    for (mode, tokens), op in product(lengths.items(), settings.ops):
+        measure_op(settings, points, mode, op, tokens)
+    for pattern in settings.models:
+        measure_model(pattern, points, lengths)
     dist.destroy_process_group()
 
 

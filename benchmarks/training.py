@@ -16,13 +16,13 @@ backward, against the dense bf16 peak that the GPU's vendor states. On a CPU mod
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 import tyro
 from clock import Clock
+from ranks import join, machine, say
 from steps import Trainer, Way
 
 from lasp.config import ModelConfig
@@ -116,28 +116,16 @@ def kernels(step: Callable[[], object], count: int) -> str:
     return profile.key_averages().table(sort_by=order, row_limit=count, max_name_column_width=100)
 
 
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 def say_row(*cells: str) -> None:
     say(f"| {' | '.join(cells)} |")
 
 
 def main(settings: Settings) -> None:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(minutes=5), device_id=device if cuda else None
-    )
-    machine = torch.cuda.get_device_name() if cuda else "CPU"
-    say(f"{dist.get_world_size()} x {machine}, torch {torch.__version__}\n")
+    clock = Clock(join(), settings.runs)
+    say(f"{machine()}\n")
     say_row(*COLUMNS)
     say_row(*["---"] * len(COLUMNS))
-    benchmark = Benchmark(settings, Clock(device, settings.runs))
+    benchmark = Benchmark(settings, clock)
     for case in settings.cases:
         getattr(benchmark, case)()
     dist.destroy_process_group()
