@@ -48,10 +48,10 @@ class Links:
 
 @dataclass(frozen=True)
 class Costs:
-    """The links inside a node and across nodes. The defaults inside a node were measured on two H200 (NVLink, NCCL);
-    those across nodes stand for one 400 Gb/s port a GPU and were not measured."""
+    """The links inside a node and across nodes. The defaults inside a node were measured on two H200 (NVLink, NCCL), most
+    in CUDA graphs; those across nodes stand for one 400 Gb/s port a GPU and were not measured."""
 
-    inside: Links = Links(Link(21e-6, 245e9), Link(45e-6, 320e9), Link(10e-6, 370e9))
+    inside: Links = Links(Link(21e-6, 245e9), Link(21e-6, 320e9), Link(6e-6, 262e9))
     across: Links = Links(Link(60e-6, 40e9), Link(50e-6, 45e9))
 
     def save(self, path: Path = CALIBRATION) -> None:
