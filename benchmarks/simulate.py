@@ -75,10 +75,19 @@ def peer_writes(costs: Costs, message: Message, ranks: int, node: int) -> float:
     return link.latency + sum((message.state + message.transition) / link.bandwidth for _ in range(ranks - 1))
 
 
+def hierarchical(costs: Costs, message: Message, ranks: int, node: int) -> float:
+    """All-gathers in the nodes, and a scan across them of each rank's share."""
+    node = min(node, ranks)
+    share = Message(message.state // node, ways=message.ways)
+    inside = sum(all_gather(costs, part, node, node) for part in (message, share)) if node > 1 else 0.0
+    return inside + (scan(costs, share, ranks // node, 1) if ranks > node else 0.0)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "all_gather": all_gather,
     "ring": ring,
     "scan": scan,
+    "hierarchical": hierarchical,
     "symmetric_memory": peer_writes,
 }
 

@@ -5,6 +5,7 @@ changed before that.
 """
 
 from collections.abc import Callable, Generator
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -40,6 +41,21 @@ def message_device(group: Group) -> torch.device:
 def timeout(group: dist.ProcessGroup) -> float:
     """Seconds after which a message of this group has failed."""
     return group._get_backend(message_device(group)).options._timeout.total_seconds()
+
+
+def split(group: Group, size: int) -> tuple[Group, Group]:
+    """Groups of this rank with the others of its run of `size` consecutive ranks, and with those at its place in other
+    runs; None for itself alone. Collective."""
+    if group is None:
+        return None, None
+    ranks, place = dist.get_process_group_ranks(group), dist.get_rank(group)
+    first = place // size * size
+    members = ranks[first : first + size], ranks[place % size :: size]
+    patience = timedelta(seconds=timeout(group))
+    near, far = (
+        None if len(own) == 1 else dist.new_group(own, patience, use_local_synchronization=True) for own in members
+    )
+    return near, far
 
 
 def gather_objects(x: Any, group: dist.ProcessGroup) -> list[Any]:

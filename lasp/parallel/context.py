@@ -30,7 +30,8 @@ class SequenceParallel:
         layout: "contiguous" (rank r holds the r-th part) or "zigzag" (parts r and 2R - 1 - r of 2R, which balances
             causal softmax attention).
         state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2), "ring" (LASP-1), "scan" (ZeCO's
-            All-Scan, pipelined) or "symmetric_memory" (peer writes; a group of one machine, else "all_gather").
+            All-Scan, pipelined), "hierarchical" (all-gather in each machine, scan across them) or "symmetric_memory"
+            (peer writes; a group of one machine, else "all_gather").
         softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values), "ulysses" (heads are
             split instead) or "ulysses_ring" (heads as far as they divide, a ring for the rest).
         device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.

@@ -3,6 +3,7 @@
     all_gather         α + (W - 1) X / β
     symmetric_memory   α + (W - 1) X / β        of peer writes; the ranks of one machine only
     scan               (W + P - 2) (α + X / (P β))        P blocks of the state; zigzag: once up and once down
+    hierarchical       an all-gather in each node of n ranks, a scan of X / n across nodes, an all-gather of X / n
 
 X is what one rank sends: its units' states, and for the first two the transitions, too. Seconds, bytes, bytes a second.
 """
@@ -48,11 +49,15 @@ class Links:
 
 @dataclass(frozen=True)
 class Costs:
-    """The links inside a node and across nodes. The defaults inside a node were measured on two H200 (NVLink, NCCL), most
-    in CUDA graphs; those across nodes stand for one 400 Gb/s port a GPU and were not measured."""
+    """The links inside a node and across nodes. Inside, the defaults were measured on two H200 (NVLink, NCCL), most of
+    them in CUDA graphs; across, they stand for one 400 Gb/s port a GPU and were not measured."""
 
     inside: Links = Links(Link(21e-6, 245e9), Link(21e-6, 320e9), Link(6e-6, 262e9))
     across: Links = Links(Link(60e-6, 40e9), Link(50e-6, 45e9))
+
+    def links(self, ranks: int, node: int) -> Links:
+        """Those that bind so many ranks, of which `node` share a machine."""
+        return self.inside if ranks == node else self.across
 
     def save(self, path: Path = CALIBRATION) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,19 @@ def blocks(link: Link, message: Message, ranks: int, most: int = 64) -> int:
     return min(around, key=lambda p: scan_seconds(link, message, ranks, p))
 
 
-def choose(costs: Costs, message: Message, ranks: int, one_node: bool, names: tuple[str, ...]) -> str:
-    """The fastest of the exchanges; the first of equals."""
-    links = costs.inside if one_node else costs.across
-    return min(names, key=lambda name: seconds(name, links, message, ranks))
+def hierarchical_seconds(costs: Costs, message: Message, ranks: int, node: int) -> float:
+    """All-gather in the node, scan of a share of the state across nodes, all-gather of the shares."""
+    share, nodes = Message(message.state // node, ways=message.ways), ranks // node
+    inside = sum(seconds("all_gather", costs.inside, part, node) for part in (message, share))
+    return inside + seconds("scan", costs.across, share, nodes)
+
+
+def choose(costs: Costs, message: Message, ranks: int, node: int, names: tuple[str, ...]) -> str:
+    """The fastest of the exchanges, given how many ranks share a machine; the first of equals."""
+
+    def cost(name: str) -> float:
+        if name == "hierarchical":
+            return hierarchical_seconds(costs, message, ranks, node)
+        return seconds(name, costs.links(ranks, node), message, ranks)
+
+    return min(names, key=cost)

@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from benchmarks import simulate
-from lasp.parallel.cost import Costs, Link, Links, Message, blocks, choose, scan_seconds, seconds
+from lasp.parallel.cost import (
+    Costs,
+    Link,
+    Links,
+    Message,
+    blocks,
+    choose,
+    hierarchical_seconds,
+    scan_seconds,
+    seconds,
+)
 from lasp.parallel.exchange.auto import Auto
+from lasp.parallel.topology import ranks_per_node
 
 LINKS = Links(Link(20e-6, 200e9), Link(40e-6, 300e9), Link(10e-6, 370e9))
 COSTS = Costs(LINKS, LINKS)  # no node boundary is felt
@@ -22,6 +33,9 @@ def test_schedules_take_what_the_closed_forms_say(ranks: int, ways: int):
     for count in (1, 5, 64):
         expected = scan_seconds(LINKS.message, message, ranks, count)
         assert simulate.scan(COSTS, message, ranks, 8, count) == pytest.approx(expected)
+    if ranks % 8 == 0:
+        expected = hierarchical_seconds(COSTS, message, ranks, 8)
+        assert simulate.hierarchical(COSTS, message, ranks, 8) == pytest.approx(expected)
     if ranks <= 8:
         expected = seconds("symmetric_memory", LINKS, message, ranks)
         assert simulate.peer_writes(COSTS, message, ranks, 8) == pytest.approx(expected)
@@ -44,9 +58,9 @@ def test_blocks_are_the_best_number_of_them(ranks: int):
 
 def test_the_cheapest_exchange_is_chosen():
     names = ("symmetric_memory", "all_gather", "scan")
-    assert choose(Costs(), Message(1 << 20), 2, True, names) == "symmetric_memory"
-    assert choose(Costs(), Message(1 << 20), 16, False, names) == "all_gather"
-    assert choose(Costs(), Message(16 << 20), 128, False, names) == "scan"
+    assert choose(Costs(), Message(1 << 20), 2, 2, names) == "symmetric_memory"
+    assert choose(Costs(), Message(1 << 20), 16, 1, names) == "all_gather"
+    assert choose(Costs(), Message(16 << 20), 128, 1, names) == "scan"
     assert seconds("symmetric_memory", Costs().across, Message(1), 2) == math.inf
 
 
@@ -72,6 +86,20 @@ def test_auto_takes_the_fastest_and_tells_its_name():
     exchanges = {"all_gather": object(), "scan": object()}
     for heads in (1, 4096):
         states = torch.empty(2, 1, heads, 64, 64, device="meta")
-        auto, message = Auto(exchanges, COSTS, 64, True), Message(states.nbytes, ways=2)
-        assert auto.fastest(message) == choose(COSTS, message, 64, True, tuple(exchanges))
+        auto, message = Auto(exchanges, COSTS, 64, 8), Message(states.nbytes, ways=2)
+        assert auto.fastest(message) == choose(COSTS, message, 64, 8, tuple(exchanges))
         assert auto.chosen(states, None) is exchanges[auto.fastest(message)]
+
+
+def test_nodes_are_hierarchical_where_their_links_are_slow():
+    """64 ranks of eight nodes: a state of 8 MiB is gathered in each node sooner than by all, or passed on by all."""
+    names = ("all_gather", "scan", "hierarchical")
+    assert choose(Costs(), Message(8 << 20), 64, 8, names) == "hierarchical"
+    assert choose(COSTS, Message(1 << 12), 2, 2, names) != "hierarchical"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"), [("aabb", 2), ("aaaa", 4), ("abcd", 1), ("abab", 1), ("aaab", 1), ("aabbaa", 1), ("a", 1)]
+)
+def test_machines_must_have_as_many_consecutive_ranks(hosts: str, expected: int):
+    assert ranks_per_node(list(hosts)) == expected

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lasp.parallel import SequenceParallel
 from lasp.parallel.combine import combine, factors_of
+from lasp.parallel.exchange.hierarchical import Hierarchical
 from tests.parallel.inputs import F64, error
 
 HEADS = 2
@@ -66,6 +67,25 @@ def test_what_arrives(group: dist.ProcessGroup, gen, layout: str, exchange: str,
         found[f"forward, batch {batch}"] = error(arrived.double(), case.combined(owned))
         arrived = parallel.exchange.backward(case.of(owned)[0], kept, case.breaks).wait()
         found[f"backward, batch {batch}"] = error(arrived.double(), case.combined(owned, backward=True))
+    assert max(found.values()) < SIZES[size][-1], found
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("size", ["odd", "even"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_what_arrives_from_other_nodes(group: dist.ProcessGroup, gen, layout: str, kind: str, size: str):
+    """As if every run of `node` ranks were a machine; columns are shared by its ranks where they divide."""
+    parallel = SequenceParallel(group, layout=layout)
+    owned, found = list(parallel.layout.owned(parallel.rank)), {}
+    for node in (n for n in range(1, parallel.size + 1) if parallel.size % n == 0):
+        exchange = Hierarchical(parallel.layout, group, node, blocks=lambda size: 3)
+        for batch in (1, 2):
+            case = draw(gen, parallel.layout.units, kind, size, batch)
+            arrived, kept = exchange.forward(*case.of(owned), case.breaks).wait()
+            found[f"forward, {node} ranks a node, batch {batch}"] = error(arrived, case.combined(owned))
+            arrived = exchange.backward(case.of(owned)[0], kept, case.breaks).wait()
+            found[f"backward, {node} ranks a node, batch {batch}"] = error(arrived, case.combined(owned, backward=True))
     assert max(found.values()) < SIZES[size][-1], found
 
 

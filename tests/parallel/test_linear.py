@@ -133,7 +133,10 @@ def test_auto_takes_the_cheapest_for_each_size(group: dist.ProcessGroup, run_see
     scan = made(group, "zigzag", "scan").exchange
     for links in (Links(slow, fast), Links(fast, slow)):
         parallel.exchange = Auto(
-            {"all_gather": AllGather(parallel.layout, group), "scan": scan}, Costs(links, links), parallel.size, True
+            {"all_gather": AllGather(parallel.layout, group), "scan": scan},
+            Costs(links, links),
+            parallel.size,
+            parallel.size,
         )
         found = errors(parallel, run_seed, "gated delta")
         assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}

@@ -9,9 +9,10 @@ from lasp.kernels.pending import Pending
 from lasp.parallel import comm
 from lasp.parallel.combine import Breaks
 from lasp.parallel.comm import Group
-from lasp.parallel.cost import Message, blocks
+from lasp.parallel.cost import Link, Message, blocks
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
+from lasp.parallel.exchange.hierarchical import Hierarchical
 from lasp.parallel.exchange.scan import Scan
 from lasp.parallel.exchange.symmetric_memory import SymmetricMemory, symmetric_memory
 from lasp.parallel.layout import Layout
@@ -40,20 +41,31 @@ def _ring(layout: Layout, group: Group) -> StateExchange:
 
 
 def _scan(layout: Layout, group: Group) -> StateExchange:
-    costs, one_node = topology(group)
-    link, ways = (costs.inside if one_node else costs.across).message, layout.units_per_rank
-    return Scan(layout, group, blocks=lambda size: blocks(link, Message(size * ways, ways=ways), layout.ranks))
+    costs, node = topology(group)
+    return Scan(layout, group, _blocks(costs.links(layout.ranks, node).message, layout.ranks, layout.units_per_rank))
+
+
+def _hierarchical(layout: Layout, group: Group) -> StateExchange:
+    costs, node = topology(group)
+    across = _blocks(costs.across.message, layout.ranks // node, layout.units_per_rank)
+    return Hierarchical(layout, group, node, across)
+
+
+def _blocks(link: Link, ranks: int, ways: int) -> Callable[[int], int]:
+    return lambda size: blocks(link, Message(size * ways, ways=ways), ranks)
 
 
 def _auto(layout: Layout, group: Group) -> StateExchange:
     """On GPUs whichever costs least; on CPUs the all-gather."""
     if comm.message_device(group).type == "cpu":
         return AllGather(layout, group)
-    costs, one_node = topology(group)
-    exchanges = {"all_gather": AllGather(layout, group), "scan": _scan(layout, group)}
-    if one_node and isinstance(fastest := symmetric_memory(layout, group), SymmetricMemory):
+    costs, node = topology(group)
+    exchanges: dict[str, StateExchange] = {"all_gather": AllGather(layout, group), "scan": _scan(layout, group)}
+    if 1 < node < layout.ranks:
+        exchanges["hierarchical"] = _hierarchical(layout, group)
+    if node == layout.ranks and isinstance(fastest := symmetric_memory(layout, group), SymmetricMemory):
         exchanges = {"symmetric_memory": fastest, **exchanges}
-    return Auto(exchanges, costs, layout.ranks, one_node)
+    return Auto(exchanges, costs, layout.ranks, node)
 
 
 EXCHANGES: dict[str, Callable[[Layout, Group], StateExchange]] = {
@@ -61,6 +73,7 @@ EXCHANGES: dict[str, Callable[[Layout, Group], StateExchange]] = {
     "all_gather": AllGather,
     "ring": _ring,
     "scan": _scan,
+    "hierarchical": _hierarchical,
     "symmetric_memory": symmetric_memory,
 }
 

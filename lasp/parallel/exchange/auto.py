@@ -12,11 +12,12 @@ from lasp.parallel.cost import Costs, Message, choose
 
 
 class Auto:
-    """exchanges: those to choose from, by name; the first of equals is taken. All ranks must hold the same costs."""
+    """exchanges: those to choose from, by name; the first of equals is taken. node: how many ranks share a machine. All
+    ranks must hold the same costs."""
 
-    def __init__(self, exchanges: Mapping[str, Any], costs: Costs, ranks: int, one_node: bool):
+    def __init__(self, exchanges: Mapping[str, Any], costs: Costs, ranks: int, node: int):
         self.exchanges, names = exchanges, tuple(exchanges)
-        self.fastest = cache(lambda message: choose(costs, message, ranks, one_node, names))
+        self.fastest = cache(lambda message: choose(costs, message, ranks, node, names))
 
     def forward(
         self, states: Tensor, transitions: Tensor | None, breaks: Breaks

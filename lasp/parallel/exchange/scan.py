@@ -32,16 +32,17 @@ class Scan:
     def forward(
         self, states: Tensor, transitions: Tensor | None, breaks: Breaks
     ) -> Pending[tuple[Tensor, Tensor | None]]:
-        steps = self._walk(states, transitions, breaks, backward=False)
+        steps = self.walk(states, transitions, breaks, backward=False)
         return comm.start(steps, states, transitions).then(lambda arrived: (arrived, transitions))
 
     def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
-        return comm.start(self._walk(d, transitions, breaks, backward=True), d, transitions)
+        return comm.start(self.walk(d, transitions, breaks, backward=True), d, transitions)
 
-    def _walk(
+    def walk(
         self, states: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
     ) -> Generator[None, None, Tensor]:
-        """What arrives at each local unit when the state walks over all units, upwards or (backward) downwards."""
+        """What arrives at each local unit when the state walks over all units, upwards or (backward) downwards; see
+        `comm.start`."""
         step, factors = -1 if backward else 1, factors_of(transitions, states)
         arrived, sent = torch.empty_like(states), []
         left: list[Tensor] = []  # the blocks as they left the unit before, if this rank has that, too

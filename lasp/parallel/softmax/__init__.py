@@ -33,10 +33,10 @@ class SoftmaxStrategy:
     def __init__(self, name: str, group: Group):
         checks.require(name in STRATEGIES, "softmax", repr(name), f"one of {', '.join(STRATEGIES)}")
         self.name, self.group = name, group
-        costs, one_node = Costs(), True
+        self.links = Costs().inside
         if name == "auto" and comm.message_device(group).type == "cuda":
-            costs, one_node = topology(group)
-        self.links = costs.inside if one_node else costs.across
+            costs, node = topology(group)
+            self.links = costs.links(comm.size(group), node)
 
     def check(self, q: Tensor, k: Tensor, partition: Partition) -> None:
         """Raises ValueError for heads that the strategy cannot split, or tokens that it cannot put together."""

@@ -1,0 +1,109 @@
+"""For many nodes: inside each an all-gather, across nodes a scan.
+
+The units that a node's ranks hold are runs of neighbours (zigzag: two), and each run sums itself up as one unit would.
+So nodes are to runs what ranks are to units: the layout is the same one level up, and what enters a run comes from a
+scan among the ranks that have the same place in their nodes. Each of them carries its share of the state's columns, so
+that a node's network cards work together. What enters a rank's units then follows from what enters their run.
+"""
+
+from collections.abc import Callable, Generator
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.pending import Pending
+from lasp.parallel import comm
+from lasp.parallel.combine import Breaks, factors_of, pass_unit
+from lasp.parallel.comm import Group
+from lasp.parallel.exchange.scan import Scan
+from lasp.parallel.layout import Layout
+
+
+class Hierarchical:
+    """node: how many consecutive ranks share a machine, of which all have as many. blocks: as of `Scan`, across nodes.
+
+    Collective: it makes groups of its own. Backward sends gradients alone, the node's transitions having been kept.
+    """
+
+    def __init__(self, layout: Layout, group: Group, node: int, blocks: Callable[[int], int]):
+        self.layout, self.node, self.rank = layout, node, comm.rank(group)
+        self.neighbours, peers = comm.split(group, node)
+        runs = Layout(layout.name, layout.ranks // node)
+        self.scan = Scan(runs, peers, blocks)
+        self.inside = Layout(layout.name, node).rank_order  # of the node's units, the runs one after the other
+        self.runs = runs.owned(self.rank // node)
+
+    def forward(
+        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
+    ) -> Pending[tuple[Tensor, Tensor | None]]:
+        kept: list[Tensor | None] = []
+
+        def steps() -> Generator[None, None, Tensor]:
+            a = None if transitions is None else (yield from self._gather(transitions))
+            kept.append(a)
+            return (yield from self._walk(states, a, breaks, backward=False))
+
+        return comm.start(steps(), states, transitions).then(lambda arrived: (arrived, kept[0]))
+
+    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
+        return comm.start(self._walk(d, transitions, breaks, backward=True), d, transitions)
+
+    def _gather(self, x: Tensor) -> Generator[None, None, Tensor]:
+        """[units of a rank, ...] -> [units of the node, ...], run by run."""
+        coming = comm.all_gather(x, self.neighbours)
+        yield
+        return coming.wait().flatten(0, 1)[self.inside]
+
+    def _walk(
+        self, own: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
+    ) -> Generator[None, None, Tensor]:
+        """What arrives at each local unit; transitions are the node's, run by run."""
+        gathered = yield from self._gather(own)
+        factors = factors_of(transitions, gathered)
+        of_runs = None if transitions is None else torch.stack([_composed(a) for a in transitions.split(self.node)])
+
+        def passed(run: int, x: Tensor | None, until: int | None = None) -> Tensor:
+            """x, or nothing, behind the units of a local run, up to (backward: down to) but not through `until`."""
+            units = self._units(self.runs[run])
+            for unit in units[::-1] if backward else units:
+                if unit == until:
+                    break
+                row = run * self.node + unit - units.start
+                factor = None if factors is None else factors[row]
+                state = gathered[row]
+                x = state if x is None else pass_unit(x, state, factor, breaks[unit], backward=backward)
+            assert x is not None
+            return x
+
+        summaries = torch.stack([passed(run, None) for run in range(len(self.runs))])
+        closed = tuple(any(breaks[unit] for unit in self._units(run)) for run in range(self.scan.layout.units))
+        entering = yield from self._across(summaries, of_runs, closed, backward)
+        owned = self.layout.owned(self.rank)
+        return torch.stack([passed(run, x, unit) for run, (x, unit) in enumerate(zip(entering, owned, strict=True))])
+
+    def _units(self, run: int) -> range:
+        return range(run * self.node, (run + 1) * self.node)
+
+    def _across(
+        self, summaries: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
+    ) -> Generator[None, None, Tensor]:
+        """What enters each run: every rank of the node scans its share of the columns, if they can be shared evenly."""
+        columns = summaries.shape[-1]
+        if columns % self.node:
+            return (yield from self.scan.walk(summaries, transitions, breaks, backward))
+        share = columns // self.node
+        mine = summaries[..., self.rank % self.node * share :][..., :share].contiguous()
+        arrived = yield from self.scan.walk(mine, transitions, breaks, backward)
+        coming = comm.all_gather(arrived, self.neighbours)
+        yield
+        return torch.cat(coming.wait().unbind(), dim=-1)
+
+
+def _composed(transitions: Tensor) -> Tensor:
+    """The transition of neighbouring units [units, B, H, ...], together."""
+    if transitions.ndim < 5:
+        return transitions.sum(0)
+    whole = transitions[0]
+    for transition in transitions[1:]:
+        whole = transition @ whole
+    return whole
