@@ -167,7 +167,7 @@ class ParallelConfig:
     sequence_parallel: int = 1
     data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
     layout: Literal["contiguous", "zigzag"] = "contiguous"
-    state_exchange: Literal["auto", "all_gather", "ring", "scan", "symmetric_memory"] = "auto"
+    state_exchange: Literal["auto", "all_gather", "ring", "scan", "hierarchical", "symmetric_memory"] = "auto"
     softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
     expert_parallel: int = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
