@@ -24,6 +24,6 @@ def machine() -> str:
 
 
 def say(*words: object) -> None:
-    """On rank 0."""
-    if dist.get_rank() == 0:
+    """On rank 0, or in the one process there is."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(*words, flush=True)

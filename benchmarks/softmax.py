@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from clock import Clock
+from ranks import join, say
 from torch import Tensor
 
 from lasp.kernels import softmax_attention
@@ -187,11 +188,6 @@ def report(case: Case, calls: dict[str, Callable[[], object]], settings: Setting
         say(f"  {name:28} {s * 1e3:10.2f} {case.tflops(s, settings):9.1f} {speed:11.1f} {first_call[name]:15.2f}")
 
 
-def say(text: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 def time_emulated(case: Case, settings: Settings, clock: Clock) -> None:
     calls = {"alone": alone(case, settings, clock.device)}
     for name, (inner, shares) in emulated_strategies(case).items():
@@ -252,11 +248,7 @@ def emulated(case: Case, tensors: tuple[Tensor, ...], shares: int) -> list[Tenso
 
 def main(settings: Settings) -> None:
     cuda, together = torch.cuda.is_available(), dist.is_torchelastic_launched()
-    device = torch.device("cuda", dist.get_node_local_rank() if together else 0) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if together:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    device = join() if together else torch.device("cuda", 0) if cuda else torch.device("cpu")
     clock = Clock(device, settings.runs)
     machine = torch.cuda.get_device_name() if cuda else "CPU"
     heads = f"{settings.heads} heads and {settings.kv_heads} of keys and values, of {settings.head_dim}"

@@ -10,7 +10,7 @@ from lasp.kernels.recurrence import Inputs, Op
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.config import unsupported
 from lasp.kernels.triton.decode import decode
-from lasp.kernels.triton.delta import TritonDelta
+from lasp.kernels.triton.delta import TritonDelta, is_diagonal
 from lasp.kernels.triton.diagonal import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.linear import TritonLinear
@@ -36,7 +36,7 @@ def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tupl
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
     if not (asked or _checked(x)):
         return None, "what has not been checked on a GPU"
-    op = OPS[x.beta is not None, x.decay is not None and x.decay.ndim == 4]()
+    op = OPS[x.beta is not None, is_diagonal(x.decay)]()
     if x.v.is_cuda:
         _make_ready(op, x, wants_summary)
     return op, ""
