@@ -39,26 +39,29 @@ class Hierarchical:
         kept: list[Tensor | None] = []
 
         def steps() -> Generator[None, None, Tensor]:
-            a = None if transitions is None else (yield from self._gather(transitions))
-            kept.append(a)
-            return (yield from self._walk(states, a, breaks, backward=False))
+            gathered, *rest = yield from self._gather(*(x for x in (states, transitions) if x is not None))
+            kept.append(rest[0] if rest else None)
+            return (yield from self._walk(gathered, kept[0], breaks, backward=False))
 
         return comm.start(steps(), states, transitions).then(lambda arrived: (arrived, kept[0]))
 
     def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
-        return comm.start(self._walk(d, transitions, breaks, backward=True), d, transitions)
+        def steps() -> Generator[None, None, Tensor]:
+            (gathered,) = yield from self._gather(d)
+            return (yield from self._walk(gathered, transitions, breaks, backward=True))
 
-    def _gather(self, x: Tensor) -> Generator[None, None, Tensor]:
-        """[units of a rank, ...] -> [units of the node, ...], run by run."""
-        coming = comm.all_gather(x, self.neighbours)
+        return comm.start(steps(), d, transitions)
+
+    def _gather(self, *xs: Tensor) -> Generator[None, None, list[Tensor]]:
+        """[units of a rank, ...] -> [units of the node, ...], run by run; all under way at the same time."""
+        coming = [comm.all_gather(x, self.neighbours) for x in xs]
         yield
-        return coming.wait().flatten(0, 1)[self.inside]
+        return [pending.wait().flatten(0, 1)[self.inside] for pending in coming]
 
     def _walk(
-        self, own: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
+        self, gathered: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
     ) -> Generator[None, None, Tensor]:
-        """What arrives at each local unit; transitions are the node's, run by run."""
-        gathered = yield from self._gather(own)
+        """What arrives at each local unit, given what the node's sum up to, run by run."""
         factors = factors_of(transitions, gathered)
         of_runs = None if transitions is None else torch.stack([_composed(a) for a in transitions.split(self.node)])
 
