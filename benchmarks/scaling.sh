@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 [ ! -e .venv ] || . .venv/bin/activate
 
+for option in "$@"; do
+    case $option in -h | --help) exec python benchmarks/scaling.py --help ;; esac
+done
 output=runs/scaling
 for ((i = 1; i < $#; i++)); do
     [ "${!i}" != --output ] || { next=$((i + 1)) && output=${!next}; }

@@ -9,6 +9,7 @@ local tokens, of a model above the same FLOPs at that other speed (so that it ho
 slower). Predicted is the same without exchanges and the simulator's time for all of these, as if none were hidden.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,9 +123,14 @@ def draw(scaling: Scaling, file: Path) -> None:
 
 
 def main(settings: Settings) -> None:
-    scaling = Scaling(read(settings.output / "points.csv"))
+    file = settings.output / "points.csv"
+    scaling = Scaling(read(file))
+    if not scaling.points:
+        sys.exit(f"{file} has no points: nothing was measured")
     (settings.output / "scaling.md").write_text(table(scaling))
     print(table(scaling))
+    if all(point.seconds is None for point in scaling.points):
+        sys.exit(f"no point of {file} has a time: no figure")
     try:
         draw(scaling, settings.output / "scaling.png")
     except ImportError as error:

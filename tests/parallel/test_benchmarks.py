@@ -100,6 +100,15 @@ def test_scaling_becomes_a_table_and_a_figure(tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
+def test_a_report_of_nothing_says_so(tmp_path):
+    done = run("benchmarks/scaling_report.py", "--output", str(tmp_path))
+    assert done.returncode == 1 and done.stderr == f"{tmp_path}/points.csv has no points: nothing was measured\n"
+    header, row = "mode,case,exchange,ranks,tokens,work,note", "weak,scalar,ring,2,64,1.0,no room"
+    (tmp_path / "points.csv").write_text(f"{header}\n{row}\n")
+    done = run("benchmarks/scaling_report.py", "--output", str(tmp_path))
+    assert "no room" in done.stdout and done.stderr == f"no point of {tmp_path}/points.csv has a time: no figure\n"
+
+
 FAILING = """
 from pathlib import Path
 import torch, torch.distributed as dist
