@@ -30,7 +30,7 @@ from lasp.parallel.exchange import make_exchange
 from lasp.parallel.layout import Layout
 
 try:
-    from megatron.core import parallel_state
+    from megatron.core import __version__, parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -40,6 +40,8 @@ try:
     from lasp.integrations.megatron.sequence import context_parallel
 except ImportError as missing:
     sys.exit(f"this benchmark needs megatron-core 0.19: {missing}")
+if __version__ < "0.19":
+    sys.exit(f"this benchmark needs megatron-core 0.19: {__version__}'s Gated DeltaNet knows no context parallelism")
 
 WIDTH = 4  # of the short convolution
 MIB = 2**20
@@ -154,6 +156,7 @@ def their_bytes(settings: Settings, tokens: int, item: int) -> Sent:
     return Sent(both, both)
 
 
+@torch.compiler.set_stance("force_eager")
 def count(layer: nn.Module, x: Tensor) -> Sent:
     with Traffic() as forward:
         y = layer(x, None)[0]

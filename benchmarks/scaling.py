@@ -4,10 +4,11 @@
     torchrun --nproc-per-node 2 benchmarks/scaling.py --output runs/scaling --ops scalar --models --modes weak
 
 Weak scaling keeps the tokens of a rank, strong scaling those of the sequence. Forward and backward, zigzag; a training
-step is that of `lasp train`, FSDP and recomputation of layers included. Of every run the slowest rank counts, and the
-median of the runs is told. A row is added to points.csv as soon as it is measured, and points that are there are not
-measured again. What fails leaves a row without a time and ends its rank, since the others may be waiting for it, so
-that torchrun ends them all: the same command goes on with the next point.
+step is that of `lasp train`, FSDP and recomputation of layers included. A run is one call, or as many in a row as take
+50 ms, so that hosts' uneven starts do not count; of every run the slowest rank counts, and the median of the runs is
+told. A row is added to points.csv as soon as it is measured, and points that are there are not measured again. What
+fails leaves a row without a time and ends its rank, since the others may be waiting for it, so that torchrun ends them
+all: the same command goes on with the next point.
 """
 
 import csv
@@ -111,6 +112,8 @@ def append(file: Path, point: Point) -> None:
 class FewRuns(Clock):
     """Takes its time with calls that are short, and little of it with those that are long."""
 
+    RUN = 0.05  # seconds of a run, if calls are shorter than that
+
     def __init__(self, device: torch.device, runs: int, seconds: float):
         super().__init__(device, runs)
         self.seconds = seconds
@@ -119,11 +122,13 @@ class FewRuns(Clock):
         """Seconds of a call: it is made twice, and then as often as fits; the second counts if none does."""
         self._slowest(call)
         second = self._slowest(call)
-        times = min(self.runs, int(self.seconds / second))
-        return statistics.median([self._slowest(call) for _ in range(times)] or [second])
+        times = max(1, int(self.RUN / second))
+        runs = min(self.runs, int(self.seconds / (second * times)))
+        return statistics.median([self._slowest(call, times) for _ in range(runs)] or [second])
 
-    def _slowest(self, call: Callable[[], object]) -> float:
-        seconds = torch.tensor(self._once(call, 1), device=self.device)
+    def _slowest(self, call: Callable[[], object], times: int = 1) -> float:
+        """Seconds of a call, of so many in a row."""
+        seconds = torch.tensor(self._once(call, times) / times, device=self.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds.item())
 

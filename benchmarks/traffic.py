@@ -11,7 +11,9 @@ class Traffic(TorchDispatchMode):
     """Within it, `sent` adds up the bytes of collectives over all of the world's ranks.
 
     Who gathers sends to every other rank; what stays on a rank does not count, nor do integers, with which ranks agree
-    on what they are about to do. Memory that peers read is not seen.
+    on what they are about to do. Memory that peers read is not seen. Use it under
+    `torch.compiler.set_stance("force_eager")`: what PyTorch is to compile and meets under a dispatch mode, it leaves
+    uncompiled from then on, for every shape that it has not seen.
     """
 
     def __init__(self) -> None:

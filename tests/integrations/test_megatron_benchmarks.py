@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-pytest.importorskip("megatron.core")
+megatron = pytest.importorskip("megatron.core")
 
 from tests.integrations.test_megatron_launch import torchrun
 
@@ -18,6 +18,7 @@ def test_steps_are_timed_beside_lasps_own():
     assert float(rows[0][1]) == pytest.approx(float(rows[1][1]), abs=0.1)
 
 
+@pytest.mark.skipif(megatron.__version__ < "0.19", reason="its Gated DeltaNet knows no context parallelism")
 def test_layers_are_timed_and_their_messages_counted():
     options = "--tokens 64 128 --hidden 32 --heads 4 --head-dim 8 --runs 1 --exchanges all_gather"
     output = torchrun("benchmarks/megatron_layer.py", *options.split())
