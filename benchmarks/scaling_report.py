@@ -9,6 +9,7 @@ local tokens, of a model above the same FLOPs at that other speed (so that it ho
 slower). Predicted is the same without exchanges and the simulator's time for all of these, as if none were hidden.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,8 @@ class Scaling:
 
     def row(self, point: Point) -> list[str]:
         seconds, without, predicted = point.seconds, self.without(point), point.predicted_exchange
-        rate = extra = None
+        extra = None
         if seconds is not None:
-            rate = point.tokens * point.ranks / seconds
             extra = (
                 None if without is None or point is self.base(point) or point.exchange == ALONE else seconds - without
             )
@@ -78,7 +78,7 @@ class Scaling:
             str(point.ranks),
             f"{point.tokens:,}",
             point.note or cell(seconds, ".3f", 1e3),
-            cell(rate, ",.0f"),
+            cell(None if seconds is None else rate(point)[1], ",.0f"),
             cell(self.efficiency(point), ".3f"),
             cell(extra, ".3f", 1e3),
             cell(None if without is None or predicted is None else without + predicted, ".3f", 1e3),
@@ -97,6 +97,11 @@ def table(scaling: Scaling) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def rate(point: Point) -> tuple[int, float]:
+    """Ranks, and tokens a second of all of them."""
+    return point.ranks, point.tokens * point.ranks / (point.seconds or math.nan)
+
+
 def draw(scaling: Scaling, file: Path) -> None:
     import matplotlib
 
@@ -106,14 +111,17 @@ def draw(scaling: Scaling, file: Path) -> None:
     modes = [mode for mode in ("weak", "strong") if any(p.mode == mode for p in scaling.points)]
     figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 4.5), squeeze=False)
     for ax, mode in zip(axes[0], modes, strict=True):
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for point in scaling.points:
-            if point.mode == mode and point.seconds is not None and point.exchange != ALONE:
-                rate = point.tokens * point.ranks / point.seconds
-                curves.setdefault(f"{point.case}, {point.exchange}", []).append((point.ranks, rate))
-        for name, places in sorted(curves.items()):
-            ax.plot(*zip(*sorted(places), strict=True), marker="o", markersize=3, label=name)
+        timed = [p for p in scaling.points if p.mode == mode and p.seconds is not None]
+        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for point in timed:
+            if point.exchange != ALONE:
+                curves.setdefault((point.case, point.exchange), []).append(rate(point))
+        ax.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
+        for (case, exchange), places in sorted(curves.items()):
+            start = [rate(p) for p in timed if (p.case, p.exchange, p.ranks) == (case, ALONE, 1)]  # exchanges nothing
+            ax.plot(*zip(*sorted(start + places), strict=True), marker="o", markersize=3, label=f"{case}, {exchange}")
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda ranks, _: f"{ranks:g}")
         ax.set(yscale="log", xlabel="ranks", ylabel="tokens/s", title=f"{mode} scaling")
         ax.grid(alpha=0.3)
         if curves:
