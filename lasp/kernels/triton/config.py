@@ -9,6 +9,8 @@ from torch import Tensor
 
 MAX_HEAD = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HOPPER_HEAD = 128  # the size of heads that the walks for Hopper serve
+GLUON = triton.__version__.startswith("3.6.")  # they are in its experimental language, and have run with this version
 LONGEST_TILE, LONG_TILE, SHORTEST_TILE = 4096, 2048, 64
 
 
@@ -57,6 +59,12 @@ def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
     if widest > 64 and not gated:
         return Config(chunk=128, warps=8, stages=2, widest=128)
     return Config(chunk=64, warps=4, stages=2, widest=64, reach=reach)
+
+
+def for_hopper(k: Tensor, v: Tensor) -> bool:
+    """Whether walks of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
+    served = k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
+    return GLUON and served and v.device.type != "cpu" and torch.cuda.get_device_capability() == (9, 0)
 
 
 def tile_length(tokens: int, heads: int, device: torch.device) -> int:

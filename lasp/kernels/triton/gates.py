@@ -78,7 +78,7 @@ def log2_rate(decay, h):
 def _gate_grads(
     q_dq,  # [QB, tokens, H]
     v_dv,  # [VB, tokens, H]
-    at_end,  # [VB, M, H]
+    at_end,  # [EB, M, H]
     dg,  # [tokens, H]
     start,
     length,
@@ -88,12 +88,13 @@ def _gate_grads(
     C: tl.constexpr,
     QB: tl.constexpr,
     VB: tl.constexpr,
+    EB: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     carry = tl.zeros([BH], tl.float32)
-    for block in tl.static_range(VB):
+    for block in tl.static_range(EB):
         carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=3):
@@ -130,7 +131,7 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
 
     The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
 
-    q_dq, v_dv: [blocks, B, T, H] partial products, in blocks of K and of V. at_end: [blocks of V, M, H].
+    q_dq, v_dv: [blocks, B, T, H], at_end: [blocks, M, H] partial products, each in as many blocks as there are.
     """
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]
@@ -138,6 +139,6 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     launch(
         _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
-        BH=block, C=256, QB=len(q_dq), VB=len(v_dv), num_warps=4,
+        BH=block, C=256, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), num_warps=4,
     )  # fmt: skip
     return dg

@@ -17,10 +17,11 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 _ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled ahead", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants), on the current device, where the tensors must be.
 
-    args: all parameters of the kernel that are not constants, in its order. constants: those that are, and options.
+    args: all parameters of the kernel that are not constants, in its order: tensors, their descriptors, numbers and
+    None. constants: those that are, and options.
     """
     if (ahead := _ahead.get()) is not None:
         ahead.append(kernel.warmup(*args, grid=grid, **constants))
@@ -30,12 +31,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | Non
         return
     device = driver.active.get_current_device()
     key: list[Any] = [id(kernel), device]  # Triton makes one kernel for all arguments of which this is the same
-    values: list[int | float | None] = []
+    values: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
             address = arg.data_ptr()
             values.append(address)
             key.append(arg.dtype if address % 16 == 0 else (arg.dtype, "unaligned"))
+        elif hasattr(arg, "block_shape"):
+            values.append(arg)
+            key.append((arg.base.dtype, *arg.block_shape))
         else:
             values.append(arg)
             key.append((arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg))

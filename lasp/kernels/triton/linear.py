@@ -9,11 +9,11 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.config import Config, config_for, tile_length
+from lasp.kernels.triton.config import Config, config_for, for_hopper, tile_length
 from lasp.kernels.triton.gates import cumulate, gate_grads
 from lasp.kernels.triton.scan import scan, whole_summary
 from lasp.kernels.triton.states import tile_states
-from lasp.kernels.triton.walk import Walk
+from lasp.kernels.triton.walks import Walks
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TritonLinear:
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         x, tiles, config, gates, steepest, states, transitions = partial
         entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
-        o, _, _ = Walk(tiles, x.v.shape[2], gates, steepest, x.scale, config)(x.q, x.k, x.v, entering)
+        o = self._walks(x, tiles, gates, steepest, config).outputs(x.q, x.k, x.v, entering)
         return o, outgoing, (entering, transitions, gates, steepest)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
@@ -45,18 +45,21 @@ class TritonLinear:
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, states), (entering, transitions, gates, steepest) = partial, kept
         assert entering is not None
-        walk = Walk(tiles, x.v.shape[2], gates, steepest, x.scale, config)
+        walks = self._walks(x, tiles, gates, steepest, config)
         gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
-        sums_q, sums_v, ends = (None, None, None) if gate is None else (x.q, x.v, torch.empty_like(entering))
-        dq, q_dq, _ = walk(do, x.v, x.k, entering, transposed=True, partner=sums_q, ends=ends)
+        ends = None if gate is None else torch.empty_like(entering)
+        dq, q_dq = walks.query_grads(x.q, x.k, x.v, do, entering, ends)
         leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
-        dv, v_dv, at_end = walk(x.k, x.q, do, leaving, down=True, partner=sums_v, ends=ends)
-        dk, _, _ = walk(x.v, do, x.q, leaving, down=True, transposed=True)
+        dk, dv, v_dv, at_end = walks.key_value_grads(x.q, x.k, x.v, do, leaving, ends)
         dg = None
         if gate is not None:
             assert q_dq is not None and v_dv is not None and at_end is not None
             dg = gate_grads(tiles, gate, q_dq, v_dv, at_end)
         return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, dg, None, d_incoming)
+
+    @staticmethod
+    def _walks(x: Inputs, tiles: Tiles, gates: Tensor | None, steepest: Tensor | None, config: Config) -> Walks:
+        return Walks(tiles, gates, steepest, x.scale, config, for_hopper(x.k, x.v))
 
     def _prepare(self, x: Inputs) -> tuple[Inputs, Tiles, Config]:
         return contiguous(x), tiles_of(x), self.config or config_for(x.k, x.v, x.decay is not None)

@@ -18,8 +18,6 @@ are w_i = e^{g_i}, w_ij = e^{g_i - g_j}, w_j = e^{e - g_j}. They are products, s
 which is exact as long as e^{e/2} is in range. A tile with a chunk too steep for that takes its weights one by one.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -161,54 +159,42 @@ def _walk(
         tl.store(ends + state_at, x, mask=inside)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """What every walk over the same tiles shares.
+def walk(
+    tiles: Tiles,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    gates: Tensor | None,
+    steepest: Tensor | None,
+    states: Tensor,
+    scale: float,
+    config: Config,
+    *,
+    down: bool = False,
+    transposed: bool = False,
+    partner: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [B, T, H, DC], for as many heads as the states have; with a partner also partner · y [blocks, B, T, H].
 
-    heads: H, the value heads. gates: see gates.cumulate. steepest: see states.tile_states.
+    A walk up with a partner fills `ends` [M, H, K, V] with the states at the tiles' ends, one down reads them and
+    gives their products with the states' gradients there, [blocks, M, H].
     """
-
-    tiles: Tiles
-    heads: int
-    gates: Tensor | None
-    steepest: Tensor | None
-    scale: float
-    config: Config
-
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        states: Tensor,
-        *,
-        down: bool = False,
-        transposed: bool = False,
-        partner: Tensor | None = None,
-        ends: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """y [B, T, H, DC]; with a partner also partner · y [blocks, B, T, H].
-
-        A walk up with a partner fills `ends` [M, H, K, V] with the states at the tiles' ends, one down reads them and
-        gives their products with the states' gradients there, [blocks, M, H].
-        """
-        (batch, tokens), (size_a, size_c) = c.shape[:2], (a.shape[3], c.shape[3])
-        width = min(block_of(size_c), self.config.widest)
-        blocks = cdiv(size_c, width)
-        y = c.new_empty(batch, tokens, self.heads, size_c)
-        products = at_end = None
-        if partner is not None:
-            products = states.new_empty(blocks, batch, tokens, self.heads)
-            at_end = states.new_empty(blocks, self.tiles.count, self.heads) if down else None
-        groups = (1 if t is None else self.heads // t.shape[2] for t in (a, b, c, partner))
-        launch(
-            _walk, (self.tiles.count * blocks, self.heads),
-            a, b, c, self.gates, self.steepest, states, y, partner, products, ends, at_end,
-            self.tiles.start, self.tiles.length, self.scale, 1 / self.scale if down else 1.0,
-            batch * tokens, self.heads, *groups,
-            DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=self.config.chunk,
-            DECAY=decay_class(self.gates), DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
-            PRECISION=self.config.precision, REACH=self.config.reach, STAGES=self.config.stages,
-            num_warps=self.config.warps,
-        )  # fmt: skip
-        return y, products, at_end
+    (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), states.shape[1]
+    width = min(block_of(size_c), config.widest)
+    blocks = cdiv(size_c, width)
+    y = c.new_empty(batch, tokens, heads, size_c)
+    products = at_end = None
+    if partner is not None:
+        products = states.new_empty(blocks, batch, tokens, heads)
+        at_end = states.new_empty(blocks, tiles.count, heads) if down else None
+    groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
+    launch(
+        _walk, (tiles.count * blocks, heads),
+        a, b, c, gates, steepest, states, y, partner, products, ends, at_end,
+        tiles.start, tiles.length, scale, 1 / scale if down else 1.0, batch * tokens, heads, *groups,
+        DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk,
+        DECAY=decay_class(gates), DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
+        PRECISION=config.precision, REACH=config.reach, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return y, products, at_end

@@ -1,0 +1,65 @@
+"""What the walks for Hopper share (hopper_up, hopper_down): walk's equations, for heads of 128 in bf16, in Gluon.
+
+A program is three groups of warps. One fetches chunks by the tensor-memory accelerator, into a ring of buffers, while
+two groups of four warps consume them, each with half of a state in registers and its rounding to bf16 in shared memory,
+where products read it. What one group waits for, the other fills with products. A group issues a chunk's products as
+soon as their operands are there, and waits for each only when it reads it.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lasp.kernels.triton.config import HOPPER_HEAD
+from lasp.kernels.triton.gates import CONSTANT, LOG2_E
+
+SIZE, HALF = gl.constexpr(HOPPER_HEAD), gl.constexpr(HOPPER_HEAD // 2)
+C = gl.constexpr(64)  # tokens of a chunk
+REGISTERS = gl.constexpr(240)  # of a thread that computes
+
+SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+GATES_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # products of 64 columns
+WIDE_MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # rows of 64, as memory likes them
+WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Triton 3.7, and before
+
+
+def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
+    """How chunks of x [B, T, heads, 128] are fetched, so many columns of a head at a time."""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
+    return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
+
+
+@gluon.jit
+def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
+    """Those of chunk i, [C], and its whole decay: see gates.load_gates."""
+    place = gl.arange(0, C, layout=LINE)
+    here = gl.minimum(C, count - i * C)
+    if DECAY == CONSTANT:
+        rate = gl.load(gates + h).to(gl.float32) * LOG2_E
+        return rate * gl.minimum(place + 1, here).to(gl.float32), rate * here.to(gl.float32)
+    else:
+        end = gl.load(gates + (begin + i * C + here - 1) * H + h, mask=here > 0, other=0.0)
+        passed = gl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
+        return gl.where(place < here, passed, end), end
+
+
+@gluon.jit
+def clear_tail(buffer, i, count, LAYOUT: gl.constexpr):
+    """Zeroes the rows of chunk i that are no tokens of this tile."""
+    place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))
+    buffer.store(gl.where((place < count)[:, None], buffer.load(LAYOUT), 0.0))
+
+
+@gluon.jit
+def store_rows(y, buffer, i, count, stride, LAYOUT: gl.constexpr):
+    """Writes chunk i's rows, of the buffer's width, those that are tokens."""
+    place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    gl.store(y + (place * stride)[:, None] + cols[None, :], buffer.load(LAYOUT), mask=(place < count)[:, None])

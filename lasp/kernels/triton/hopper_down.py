@@ -1,0 +1,232 @@
+"""The walk down a tile, for dk and dv at once (see walk): one group of warps computes dv, the other dk.
+
+    dv_i = scale · (w_i k_iᵀ X + Σ_{j>=i} w_ij (k_i·q_j) do_j)          X <- w X + Σ_j w_j q_j do_jᵀ
+    dk_i = scale · (w_i X v_i  + Σ_{j>=i} w_ij (v_i·do_j) q_j)
+
+X is the gradient of the state / scale. Each group holds half of its rows, and tells the other when they are ready.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.gates import NONE, decay_class
+from lasp.kernels.triton.hopper import (
+    GATES_SHARED,
+    HALF,
+    MMA,
+    REGISTERS,
+    SHARED,
+    SIZE,
+    WIDE_MMA,
+    WIDE_ROWS,
+    C,
+    barrier,
+    clear_tail,
+    load_gates,
+    rows_of,
+    store_rows,
+)
+from lasp.kernels.triton.launch import launch
+
+LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))  # a product's first operand, in registers
+
+
+@gluon.jit
+def _fetch(q, k, v, do, buffers, full, empty, begin, count, h, G):
+    q_rows, k_rows, v_rows, do_rows = buffers
+    STAGES: gl.constexpr = full.shape[0]
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        row = begin.to(gl.int32) + (chunks - 1 - step) * C
+        stage = step % STAGES
+        filled = full.index(stage)
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(filled, 2 * C * SIZE * 4)
+        tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, k_rows.index(stage))
+        tma.async_copy_global_to_shared(q, [row, h // G * SIZE], filled, q_rows.index(stage))
+        tma.async_copy_global_to_shared(v, [row, h * SIZE], filled, v_rows.index(stage))
+        tma.async_copy_global_to_shared(do, [row, h * SIZE], filled, do_rows.index(stage))
+
+
+@gluon.jit
+def _compute(
+    shared,
+    tensors,
+    y,
+    numbers,
+    PART: gl.constexpr,  # the group of warps: 0 for dv, 1 for dk
+    DECAY: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    buffers, x_copies, outputs, gates_copies, full, empty, ready = shared
+    gates, states, v_dv, ends, at_end = tensors
+    begin, count, h, scale, H = numbers
+    q_rows, k_rows, v_rows, do_rows = buffers
+    out, gs = outputs.index(PART), gates_copies.index(PART)
+    STAGES: gl.constexpr = full.shape[0]
+    dtype: gl.constexpr = out.dtype
+    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
+    seen = row[:, None] <= col[None, :]
+    state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))
+    state_col = gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
+    tile = gl.program_id(0).to(gl.int64)
+    at = (tile * H + h) * SIZE * SIZE + state_row[:, None] * SIZE + state_col[None, :]
+    y += (begin * H + h) * SIZE
+    chunks = gl.cdiv(count, C)
+    x = gl.load(states + at)
+    if SUMS:
+        v_dv += begin * H + h
+        end_product = gl.sum(gl.sum(x * gl.load(ends + at), axis=1), axis=0)
+        gl.store(at_end + (PART * gl.num_programs(0) + tile) * H + h, end_product)
+    x = x / scale
+    x_copies.index(0).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
+    if DECAY != NONE:
+        g, end = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
+        gs.store(g)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(ready, count=1)
+    for step in range(chunks):
+        i = chunks - 1 - step
+        stage = step % STAGES
+        qc, kc, vc, doc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage), do_rows.index(stage)
+        mbarrier.wait(ready, step & 1)
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        if count - i * C < C:  # both groups write the same zeros
+            clear_tail(qc, i, count, WIDE_ROWS)
+            clear_tail(kc, i, count, WIDE_ROWS)
+            clear_tail(vc, i, count, WIDE_ROWS)
+            clear_tail(doc, i, count, WIDE_ROWS)
+            fence_async_shared()
+            barrier()
+        if DECAY != NONE:
+            x *= gl.exp2(end)
+        if PART == 0:
+            left, right, summed, xs = kc, qc, doc, x_copies.index(step % 2)
+        else:
+            left, right, summed, xs = vc, doc, qc, x_copies.index(step % 2).permute((1, 0))
+        scores = warpgroup_mma(
+            left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
+        )
+        yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
+        queries = qc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
+        if DECAY == NONE:
+            x = warpgroup_mma(queries, doc, x, is_async=True)
+            scores = warpgroup_mma_wait(2, deps=(scores,))
+            scores = gl.where(seen, scores, 0.0)
+        else:
+            written = gl.exp2(gs.load(gl.SliceLayout(0, LEFT)))
+            x = warpgroup_mma((queries.load(LEFT) * written[None, :]).to(dtype), doc, x, is_async=True)
+            g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
+            weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
+            read = gl.exp2(end - gs.load(gl.SliceLayout(1, WIDE_MMA)))
+            g, end = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
+            scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
+            yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
+        yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), summed, yc, is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        x_copies.index((step + 1) % 2).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
+        if DECAY != NONE:
+            gs.store(g)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready, count=1)
+        yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
+        if SUMS and PART == 0:
+            place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, WIDE_MMA))
+            sums = gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
+            gl.store(v_dv + place * H, sums, mask=place < count)
+        out.store(yc.to(dtype))
+        barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        store_rows(y, out, i, count, H * SIZE, WIDE_ROWS)
+
+
+@gluon.jit
+def _walk_down(
+    q,  # rows of [tokens, H // G, SIZE]
+    k,
+    v,  # rows of [tokens, H, SIZE]
+    do,
+    gates,  # see gates.cumulate
+    states,  # [M, H, SIZE, SIZE]: X · scale before the walk
+    dk,  # [tokens, H, SIZE]
+    dv,
+    v_dv,  # [tokens, H]: v · dv, if SUMS
+    ends,  # like states: the state at the tiles' ends, if SUMS
+    at_end,  # [2, M, H]: the sums of its products with the gradient there, each over half of the rows, if SUMS
+    start,
+    length,
+    scale,
+    H,
+    G,
+    DECAY: gl.constexpr,
+    SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    tile, h = gl.program_id(0), gl.program_id(1)
+    begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    dtype: gl.constexpr = q.dtype
+    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, SIZE], SHARED)  # one is read while the next is written
+    outputs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
+    gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    mbarrier.init(ready, count=2)
+    buffers = (q_rows, k_rows, v_rows, do_rows)
+    shared = (buffers, x_copies, outputs, gates_copies, full, empty, ready)
+    tensors = (gates, states, v_dv, ends, at_end)
+    numbers = (begin, count, h, scale, H)
+    gl.warp_specialize(
+        [
+            (_compute, (shared, tensors, dv, numbers, 0, DECAY, SUMS)),
+            (_compute, (shared, tensors, dk, numbers, 1, DECAY, SUMS)),
+            (_fetch, (q, k, v, do, buffers, full, empty, begin, count, h, G)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+def walk_down(
+    tiles: Tiles,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    gates: Tensor | None,
+    states: Tensor,
+    scale: float,
+    ends: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dk and dv [B, T, H, SIZE]. With `ends`, the states at the tiles' ends, also v · dv [1, B, T, H] and the products
+    of those states with their gradients, [2, M, H]."""
+    batch, tokens, heads = v.shape[:3]
+    dk, dv = (v.new_empty(batch, tokens, heads, SIZE.value) for _ in range(2))
+    v_dv, at_end = (
+        (None, None) if ends is None else (states.new_empty(1, *v.shape[:3]), states.new_empty(2, tiles.count, heads))
+    )
+    launch(
+        _walk_down, (tiles.count, heads),
+        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, states, dk, dv, v_dv, ends, at_end,
+        tiles.start, tiles.length, scale, heads, heads // q.shape[2],
+        DECAY=decay_class(gates), SUMS=ends is not None, STAGES=2, num_warps=4,
+    )  # fmt: skip
+    return dk, dv, v_dv, at_end

@@ -1,0 +1,60 @@
+"""Phase 3 of linear attention without gates or with scalar ones: which kernels walk the tiles, for what."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.config import GLUON, Config
+from lasp.kernels.triton.walk import walk
+
+if GLUON:
+    from lasp.kernels.triton.hopper_down import walk_down
+    from lasp.kernels.triton.hopper_up import walk_up
+
+
+@dataclass(frozen=True)
+class Walks:
+    """What all walks over the same tiles share.
+
+    gates: see gates.cumulate. steepest: see states.tile_states. hopper: by the kernels for it, see config.for_hopper.
+    """
+
+    tiles: Tiles
+    gates: Tensor | None
+    steepest: Tensor | None
+    scale: float
+    config: Config
+    hopper: bool
+
+    def outputs(self, q: Tensor, k: Tensor, v: Tensor, entering: Tensor) -> Tensor:
+        """o [B, T, H, V], given the states that enter the tiles [M, H, K, V]."""
+        return self._up(q, k, v, entering, False, None, None)[0]
+
+    def query_grads(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, entering: Tensor, ends: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """dq [B, T, H, K] for every value head. `ends` [M, H, K, V] asks for what a gate's gradient needs, too: it is
+        filled with the states at the tiles' ends, and q · dq is given, [blocks, B, T, H]."""
+        return self._up(do, v, k, entering, True, None if ends is None else q, ends)
+
+    def key_value_grads(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, leaving: Tensor, ends: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dk and dv [B, T, H, K or V], given the gradients of the states that leave the tiles; with `ends` also v · dv
+        [blocks, B, T, H] and the products of those states with their gradients [blocks, M, H]."""
+        if self.hopper:
+            return walk_down(self.tiles, q, k, v, do, self.gates, leaving, self.scale, ends)
+        shared = self.gates, self.steepest, leaving, self.scale, self.config
+        partner = None if ends is None else v
+        dv, v_dv, at_end = walk(self.tiles, k, q, do, *shared, down=True, partner=partner, ends=ends)
+        dk, _, _ = walk(self.tiles, v, do, q, *shared, down=True, transposed=True)
+        return dk, dv, v_dv, at_end
+
+    def _up(
+        self, a: Tensor, b: Tensor, c: Tensor, states: Tensor, transposed: bool, partner: Tensor | None, ends
+    ) -> tuple[Tensor, Tensor | None]:
+        how = {"transposed": transposed, "partner": partner, "ends": ends}
+        if self.hopper:
+            return walk_up(self.tiles, a, b, c, self.gates, states, self.scale, **how)
+        return walk(self.tiles, a, b, c, self.gates, self.steepest, states, self.scale, self.config, **how)[:2]

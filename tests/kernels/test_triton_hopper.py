@@ -1,0 +1,116 @@
+"""The walks for Hopper: against the token-by-token form in float64 on such a GPU, elsewhere that they compile."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lasp.kernels import linear_attention
+from lasp.kernels.reference.recurrent import recurrent
+from tests.parallel.inputs import error
+
+config = pytest.importorskip("lasp.kernels.triton.config")
+pytest.importorskip("triton.experimental.gluon")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and config.GLUON
+HEADS, SIZE, TILE = 4, config.HOPPER_HEAD, 192
+SHAPES = {  # batch, tokens, q/k heads, document offsets
+    "one chunk": (1, 64, 4, None),
+    "odd length, two sequences": (2, 701, 4, None),
+    "grouped heads": (1, 500, 2, None),
+    "documents, one of them empty": (1, 901, 4, (0, 5, 5, 70, 640, 901)),
+}
+DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0}
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from lasp.kernels.triton.hopper import SHARED
+from lasp.kernels.triton.hopper_down import _walk_down
+from lasp.kernels.triton.hopper_up import _walk_up
+
+ROWS, HALVES = (f"tensordesc<bf16[64, {width}],{SHARED.value!r}>" for width in (128, 64))
+DESCRIPTORS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do")} | {"c": HALVES, "partner": HALVES}
+KINDS = DESCRIPTORS | {"start": "*i64", "length": "*i64", "scale": "fp32", "TOKENS": "i64", "H": "i32"}
+KINDS |= {name: "*bf16" for name in ("y", "dk", "dv")} | {name: "i32" for name in ("GA", "GB", "GC", "GP", "G")}
+kernel, decay, sums = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
+kernel = {"up": _walk_up, "down": _walk_down}[kernel]
+constants = {"DECAY": decay, "SUMS": sums, "STAGES": 2}
+if kernel is _walk_up:
+    constants["TRANSPOSED"] = sums
+constants |= {} if decay else {"gates": None}
+constants |= {} if sums else {name: None for name in ("partner", "products", "v_dv", "ends", "at_end")}
+names = kernel.arg_names
+constants = {(names.index(name),): value for name, value in constants.items() if name in names}
+signature = {n: "constexpr" if (i,) in constants else KINDS.get(n, "*fp32") for i, n in enumerate(names)}
+source, target = GluonASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32)
+compiled = compile(source, target=target, options={"num_warps": 4})
+assert "wgmma" in compiled.asm["ptx"] and len(compiled.asm["cubin"])
+assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "decay", "sums"), [(k, d, s) for k in ("up", "down") for d, s in ((0, False), (1, False), (2, True))]
+)
+def test_compiles_without_a_gpu(kernel, decay, sums):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, kernel, str(decay), str(sums)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that these kernels run with")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_equals_the_definition(gen, monkeypatch, shape, decay):
+    """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
+    from lasp.kernels.triton import linear, walks
+
+    monkeypatch.setattr(walks, "walk", None)  # nobody else serves
+    monkeypatch.setattr(linear, "tile_length", lambda *_: TILE)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: new_empty(*a, **o).fill_(torch.nan))
+    batch, tokens, q_heads, offsets = SHAPES[shape]
+    strength = DECAYS[decay]
+    rows = None if strength is None else (HEADS,) if decay == "constant" else (batch, tokens, HEADS)
+
+    def normal(*size):
+        return torch.randn(*size, generator=gen).to("cuda", torch.bfloat16)
+
+    tensors = {
+        "q": normal(batch, tokens, q_heads, SIZE),
+        "k": normal(batch, tokens, q_heads, SIZE) / SIZE**0.5,
+        "v": normal(batch, tokens, HEADS, SIZE),
+        "decay": None if rows is None else (-torch.rand(*rows, generator=gen) * strength).cuda(),
+        "initial_state": normal(batch if offsets is None else len(offsets) - 1, HEADS, SIZE, SIZE).float(),
+    }
+    options = {"cu_seqlens": None if offsets is None else torch.tensor(offsets, device="cuda")}
+    do, d_final = normal(batch, tokens, HEADS, SIZE), torch.randn_like(tensors["initial_state"])
+
+    def run(function, tensors, do, d_final, **options):
+        leaves = {
+            name: x.detach().clone().requires_grad_()
+            for name, x in tensors.items()
+            if x is not None and not (name == "decay" and x.ndim == 1)
+        }
+        o, state = function(**(tensors | leaves), **options)
+        grads = torch.autograd.grad([o, state], list(leaves.values()), [do, d_final])
+        return {"o": o, "state": state} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+    on_gpu = options | {"backend": "triton", "output_final_state": True}
+    got, again = (run(linear_attention, tensors, do, d_final, **on_gpu) for _ in range(2))
+    assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"
+    exact = {name: x if x is None else x.double() for name, x in tensors.items()}
+    wanted = run(recurrent, exact, do.double(), d_final.double(), **options)
+    found = {name: error(got[name].detach().double(), wanted[name].detach()) for name in wanted}
+    off, eps = found.pop("ddecay", 0.0), torch.finfo(torch.bfloat16).eps
+    assert max(found.values()) < 2 * eps, found
+    if off and strength == 0.05:
+        assert off < 5e-2
+    elif off:  # what is left of sums of rounded numbers over a tile, which nearly cancel
+        terms = (tensors["q"].double() * wanted["dq"]).sum(-1).norm()
+        assert off * wanted["ddecay"].norm() < 2 * eps * TILE**0.5 * terms
