@@ -1,5 +1,6 @@
 """The walks for Hopper: against the token-by-token form in float64 on such a GPU, elsewhere that they compile."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lasp.kernels import linear_attention
+from lasp.kernels import delta_rule, linear_attention
 from lasp.kernels.reference.recurrent import recurrent
 from tests.parallel.inputs import error
 
@@ -22,26 +23,38 @@ SHAPES = {  # batch, tokens, q/k heads, document offsets
     "documents, one of them empty": (1, 901, 4, (0, 5, 5, 70, 640, 901)),
 }
 DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0}
+KERNELS = {  # module and kernel, and the constants that it is compiled with
+    "up": [{"DECAY": decay, "SUMS": sums, "TRANSPOSED": sums} for decay, sums in ((0, False), (1, False), (2, True))],
+    "down": [{"DECAY": decay, "SUMS": sums} for decay, sums in ((0, False), (1, False), (2, True))],
+    "delta_up": [{"DECAY": decay, "MODE": mode, "ENDS": mode < 2} for decay in (0, 2) for mode in range(4)],
+    "delta_down": [{"DECAY": decay, "MODE": mode, "ENDS": mode == 0} for decay in (0, 2) for mode in (0, 3)],
+}
 COMPILE = """
+import importlib
+import json
 import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from lasp.kernels.triton.hopper import SHARED
-from lasp.kernels.triton.hopper_down import _walk_down
-from lasp.kernels.triton.hopper_up import _walk_up
 
 ROWS, HALVES = (f"tensordesc<bf16[64, {width}],{SHARED.value!r}>" for width in (128, 64))
-DESCRIPTORS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do")} | {"c": HALVES, "partner": HALVES}
-KINDS = DESCRIPTORS | {"start": "*i64", "length": "*i64", "scale": "fp32", "TOKENS": "i64", "H": "i32"}
-KINDS |= {name: "*bf16" for name in ("y", "dk", "dv")} | {name: "i32" for name in ("GA", "GB", "GC", "GP", "G")}
-kernel, decay, sums = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
-kernel = {"up": _walk_up, "down": _walk_down}[kernel]
-constants = {"DECAY": decay, "SUMS": sums, "STAGES": 2}
-if kernel is _walk_up:
-    constants["TRANSPOSED"] = sums
-constants |= {} if decay else {"gates": None}
-constants |= {} if sums else {name: None for name in ("partner", "products", "v_dv", "ends", "at_end")}
+KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do")} | {name: "*bf16" for name in ("y", "dk", "dv", "dr")}
+KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores")} | {"scale": "fp32", "TOKENS": "i64"}
+KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
+KINDS |= {name: "*i64" for name in ("start", "length", "first_chunk")}
+name, constants = sys.argv[1], json.loads(sys.argv[2]) | {"STAGES": 2}
+mode = constants.get("MODE")
+if mode is not None:
+    KINDS |= {"v": HALVES, "do": HALVES, "states": "*bf16", "grads": "*bf16"}
+    absent = {0: ("entering", "leaving", "y", "dr"), 1: ("v", "entering", "y"), 2: ("end",), 3: ("end",)}[mode]
+    absent += () if mode == 3 else ("states", "grads")
+    absent += ("q", "scores") if name == "delta_up" and mode != 2 else ()
+else:
+    absent = () if constants["SUMS"] else ("partner", "products", "v_dv", "ends", "at_end")
+    absent += () if constants["DECAY"] else ("gates",)
+kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper_{name}"), "_walk_" + name.split("_")[-1])
+constants |= dict.fromkeys(absent)
 names = kernel.arg_names
 constants = {(names.index(name),): value for name, value in constants.items() if name in names}
 signature = {n: "constexpr" if (i,) in constants else KINDS.get(n, "*fp32") for i, n in enumerate(names)}
@@ -52,13 +65,11 @@ assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 """
 
 
-@pytest.mark.parametrize(
-    ("kernel", "decay", "sums"), [(k, d, s) for k in ("up", "down") for d, s in ((0, False), (1, False), (2, True))]
-)
-def test_compiles_without_a_gpu(kernel, decay, sums):
+@pytest.mark.parametrize(("kernel", "constants"), [(name, each) for name, all_ in KERNELS.items() for each in all_])
+def test_compiles_without_a_gpu(kernel, constants):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, kernel, str(decay), str(sums)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", COMPILE, kernel, json.dumps(constants)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -66,12 +77,16 @@ def test_compiles_without_a_gpu(kernel, decay, sums):
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that these kernels run with")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decay", DECAYS)
-def test_equals_the_definition(gen, monkeypatch, shape, decay):
+@pytest.mark.parametrize("op", [linear_attention, delta_rule])
+def test_equals_the_definition(gen, monkeypatch, op, shape, decay):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
-    from lasp.kernels.triton import linear, walks
+    from lasp.kernels.triton import delta, delta_costates, delta_states, linear, walks
 
     monkeypatch.setattr(walks, "walk", None)  # nobody else serves
+    monkeypatch.setattr(delta_states, "_walk_up", None)
+    monkeypatch.setattr(delta_costates, "_walk_down", None)
     monkeypatch.setattr(linear, "tile_length", lambda *_: TILE)
+    monkeypatch.setattr(delta, "tile_length", lambda *_: TILE)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: new_empty(*a, **o).fill_(torch.nan))
     batch, tokens, q_heads, offsets = SHAPES[shape]
@@ -86,8 +101,13 @@ def test_equals_the_definition(gen, monkeypatch, shape, decay):
         "k": normal(batch, tokens, q_heads, SIZE) / SIZE**0.5,
         "v": normal(batch, tokens, HEADS, SIZE),
         "decay": None if rows is None else (-torch.rand(*rows, generator=gen) * strength).cuda(),
+        "beta": torch.rand(batch, tokens, HEADS, generator=gen).to("cuda", torch.bfloat16),
         "initial_state": normal(batch if offsets is None else len(offsets) - 1, HEADS, SIZE, SIZE).float(),
     }
+    if op is linear_attention:
+        del tensors["beta"]
+    else:
+        tensors["k"] = torch.nn.functional.normalize(tensors["k"].float(), dim=-1).bfloat16()
     options = {"cu_seqlens": None if offsets is None else torch.tensor(offsets, device="cuda")}
     do, d_final = normal(batch, tokens, HEADS, SIZE), torch.randn_like(tensors["initial_state"])
 
@@ -102,7 +122,7 @@ def test_equals_the_definition(gen, monkeypatch, shape, decay):
         return {"o": o, "state": state} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
     on_gpu = options | {"backend": "triton", "output_final_state": True}
-    got, again = (run(linear_attention, tensors, do, d_final, **on_gpu) for _ in range(2))
+    got, again = (run(op, tensors, do, d_final, **on_gpu) for _ in range(2))
     assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"
     exact = {name: x if x is None else x.double() for name, x in tensors.items()}
     wanted = run(recurrent, exact, do.double(), d_final.double(), **options)

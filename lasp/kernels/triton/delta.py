@@ -17,12 +17,12 @@ from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.config import multiprocessors
-from lasp.kernels.triton.delta_config import DeltaConfig, delta_config
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, delta_config
 from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import scan
-from lasp.kernels.triton.delta_states import OUTPUTS, STATES, SUMMARY, TRANSITION, walk_up
+from lasp.kernels.triton.delta_states import walk_up
 from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.triton.config import block_of, cdiv
+
+# What the walks are for.
+SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @dataclass(frozen=True)

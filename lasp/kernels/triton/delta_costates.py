@@ -10,13 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of, cdiv
-from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.config import GLUON, block_of, cdiv, for_hopper
+from lasp.kernels.triton.delta_config import STATES, DeltaConfig
 from lasp.kernels.triton.delta_diagonal import Factors
-from lasp.kernels.triton.delta_states import STATES
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.launch import launch
+
+if GLUON:
+    from lasp.kernels.triton.hopper_delta_down import walk_down as walk_down_on_hopper
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -146,6 +148,12 @@ def walk_down(
     how = config.down
     block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
+    if for_hopper(x.k, do) and decay != DIAGONAL:
+        assert scores is not None
+        walk_down_on_hopper(
+            mode.value, tiles, x.q, x.k, do, gates, wy, scores, scale, leaving, end, dr, grads, first_chunk, decay, some
+        )
+        return
     launch(
         _walk_down, (tiles.count, len(some), cdiv(value_dim, block_v)),
         x.q, x.k, x.written, x.totals, do, gates, wy, scores, leaving, end, dr, grads,

@@ -13,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of, cdiv
-from lasp.kernels.triton.delta_config import DeltaConfig
+from lasp.kernels.triton.config import GLUON, block_of, cdiv, for_hopper
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.launch import launch
 
-SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+if GLUON:
+    from lasp.kernels.triton.hopper_delta_up import walk_up as walk_up_on_hopper
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -168,6 +169,12 @@ def walk_up(
     how = config.outputs if mode is OUTPUTS else config.walk
     block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
+    if for_hopper(x.k, v) and decay != DIAGONAL:
+        y = o if u is None else u
+        walk_up_on_hopper(
+            mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, y, states, first_chunk, decay, some
+        )
+        return
     launch(
         _walk_up, (tiles.count, len(some), cdiv(value_dim, block_v)),
         x.q, x.k, x.written, x.totals, v, gates, wy, scores, entering, end, o, u, states,

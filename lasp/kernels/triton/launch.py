@@ -1,6 +1,7 @@
 """How kernels start. Triton looks at every argument anew in each call, and compiles a kernel when it first comes; here
 the first is remembered for each kind of arguments, and all kernels of an op are compiled side by side."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from triton.runtime import driver
 COMPILERS = 16  # at once
 INTERPRETED = triton.knobs.runtime.interpret
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
+_thread = threading.local()
 _ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled ahead", default=None)
 
 
@@ -38,6 +40,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             values.append(address)
             key.append(arg.dtype if address % 16 == 0 else (arg.dtype, "unaligned"))
         elif hasattr(arg, "block_shape"):
+            _enter_context()
             values.append(arg)
             key.append((arg.base.dtype, *arg.block_shape))
         else:
@@ -52,6 +55,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     stream = driver.active.get_current_stream(device)
     size = (*grid, 1, 1)[:3]
     compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
+
+
+def _enter_context() -> None:
+    """Descriptors are made by the driver, in the thread's context, which autograd's threads do not have at first."""
+    if not hasattr(_thread, "entered"):
+        _thread.entered = torch.cuda.mem_get_info()
 
 
 def run_dry(work: Callable[[], None]) -> list[Any]:

@@ -1,0 +1,243 @@
+"""The delta rule's walk up a tile for Hopper (see delta_states): each of two groups of warps has half of V's columns.
+
+    r = beta (V - e^b K X)        u = T r        o = e^b Q X + P u        X <- e^{b_C} X + (K e^{b_C - b})ᵀ u
+
+All is transposed, so that what one product yields is the next one's first operand, in registers, and the groups have
+nothing to tell each other.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION
+from lasp.kernels.triton.gates import NONE
+from lasp.kernels.triton.hopper import (
+    GATES_SHARED,
+    HALF,
+    MMA,
+    REGISTERS,
+    ROWS,
+    SHARED,
+    SIZE,
+    WIDE_MMA,
+    WIDE_ROWS,
+    C,
+    barrier,
+    clear_tail,
+    rows_of,
+    store_rows,
+)
+from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_line, load_total
+from lasp.kernels.triton.launch import launch
+
+
+@gluon.jit
+def _compute(
+    shared,
+    tensors,
+    numbers,
+    PART: gl.constexpr,  # the group of warps
+    MODE: gl.constexpr,
+    ENDS: gl.constexpr,
+    DECAY: gl.constexpr,
+):
+    buffers, outputs, x_outputs, gates_copies, full, empty = shared
+    q_rows, k_rows, v_rows, wy_rows, scores_rows = buffers
+    gates, entering, end, y, states = tensors
+    begin, count, chunk, h, row, scale, H, HEADS = numbers
+    betas = gates_copies.index(3 * PART)
+    from_starts, to_ends = gates_copies.index(3 * PART + 1), gates_copies.index(3 * PART + 2)
+    STAGES: gl.constexpr = full.shape[0]
+    dtype: gl.constexpr = k_rows.dtype
+    state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))  # of V
+    state_col = gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
+    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE + state_col[None, :] * SIZE + state_row[:, None]
+    if MODE == TRANSITION:
+        x = gl.where(state_row[:, None] == state_col[None, :], 1.0, 0.0)
+    elif MODE == SUMMARY:
+        x = gl.zeros([HALF, SIZE], gl.float32, WIDE_MMA)
+    else:
+        x = gl.load(entering + at)
+    if MODE == OUTPUTS:
+        y += (begin * H + h) * SIZE + PART * HALF
+        stride = H * SIZE
+    if MODE == STATES:
+        y += (begin * HEADS + row) * SIZE + PART * HALF
+        stride = HEADS * SIZE
+        states += (chunk * HEADS + row) * SIZE * SIZE + PART * HALF * SIZE
+    chunks = gl.cdiv(count, C)
+    last = gl.maximum(chunks - 1, 0)
+    beta = load_line(gates, chunk, h, H, 0)
+    if DECAY != NONE:
+        from_start, to_end = load_line(gates, chunk, h, H, 2), load_line(gates, chunk, h, H, 3)
+        total = load_total(gates, chunk, h, H)
+    for i in range(chunks):
+        stage = i % STAGES
+        kc, tc = k_rows.index(stage), wy_rows.index(stage)
+        betas.store(beta)
+        ahead = chunk + gl.minimum(i + 1, last)
+        beta = load_line(gates, ahead, h, H, 0)
+        if DECAY != NONE:
+            from_starts.store(from_start)
+            to_ends.store(to_end)
+            from_start, to_end = load_line(gates, ahead, h, H, 2), load_line(gates, ahead, h, H, 3)
+        before = x.to(dtype)
+        if MODE == STATES:
+            x_outputs.index(PART).store(before)
+        if DECAY != NONE:
+            x *= total
+            total = load_total(gates, ahead, h, H)
+        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        if count - i * C < C:  # both groups write the same zeros
+            clear_tail(kc, i, count, WIDE_ROWS)
+            clear_tail(tc, i, count, ROWS)
+            if MODE != TRANSITION:
+                clear_tail(v_rows.index(2 * stage + PART), i, count, ROWS)
+            if MODE == OUTPUTS:
+                clear_tail(q_rows.index(stage), i, count, WIDE_ROWS)
+                clear_tail(scores_rows.index(stage), i, count, ROWS)
+            fence_async_shared()
+        barrier()
+        xl = gl.convert_layout(before, LEFT)
+        nothing = gl.zeros([HALF, C], gl.float32, MMA)
+        r = warpgroup_mma(xl, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if MODE == OUTPUTS:
+            yc = warpgroup_mma(xl, q_rows.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if MODE == STATES:
+            store_rows(states, x_outputs.index(PART), 0, C, SIZE, WIDE_ROWS)
+            states += HEADS * SIZE * SIZE
+        if MODE != TRANSITION:
+            vc = v_rows.index(2 * stage + PART).permute((1, 0)).load(MMA).to(gl.float32)
+        bc = betas.load(gl.SliceLayout(0, MMA))
+        r = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(r,))
+        if DECAY != NONE:
+            read = from_starts.load(gl.SliceLayout(0, MMA))
+            r *= read[None, :]
+        if MODE == TRANSITION:
+            r *= -bc[None, :]
+        else:
+            r = bc[None, :] * (vc - r)
+        u = warpgroup_mma(
+            gl.convert_layout(r.to(dtype), LEFT), tc.permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        if MODE == OUTPUTS:
+            yc = warpgroup_mma_wait(1, deps=(yc,)) * scale
+            if DECAY != NONE:
+                yc *= read[None, :]
+        u = warpgroup_mma_wait(0, deps=(u,))
+        if MODE == OUTPUTS:
+            ul = gl.convert_layout(u.to(dtype), LEFT)
+            yc = warpgroup_mma(ul, scores_rows.index(stage).permute((1, 0)), yc, is_async=True)
+        written = u
+        if DECAY != NONE:
+            written = u * to_ends.load(gl.SliceLayout(0, MMA))[None, :]
+        x = warpgroup_mma(gl.convert_layout(written.to(dtype), WIDE_LEFT), kc, x, is_async=True)
+        if MODE == OUTPUTS:
+            yc = warpgroup_mma_wait(1, deps=(yc,))
+            outputs.index(PART).permute((1, 0)).store(yc.to(dtype))
+        if MODE == STATES:
+            outputs.index(PART).permute((1, 0)).store(u.to(dtype))
+        x = warpgroup_mma_wait(0, deps=(x,))
+        barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        if MODE >= OUTPUTS:
+            store_rows(y, outputs.index(PART), i, count, stride, ROWS)
+    if ENDS:
+        gl.store(end + at, x)
+
+
+@gluon.jit(do_not_specialize=["FIRST_HEAD"])
+def _walk_up(
+    q,  # rows of [tokens, H // G, SIZE], for OUTPUTS
+    k,
+    v,  # half rows of [tokens, H, SIZE], but for TRANSITION
+    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    wy,  # rows of [tokens, H, C]: T
+    scores,  # rows of [tokens, H, C]: P, for OUTPUTS
+    entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES
+    end,  # likewise, the state at the tile's end, if ENDS
+    y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
+    states,  # [chunks, HEADS, V, K], for STATES: the state that enters each chunk, transposed
+    start,
+    length,
+    first_chunk,  # [M]
+    scale,
+    H,
+    G,
+    FIRST_HEAD,
+    MODE: gl.constexpr,
+    ENDS: gl.constexpr,
+    DECAY: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
+    h = FIRST_HEAD + row
+    begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    chunk = gl.load(first_chunk + tile)
+    dtype: gl.constexpr = k.dtype
+    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    wy_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
+    v_rows = wy_rows if MODE == TRANSITION else gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
+    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED) if MODE == OUTPUTS else k_rows
+    scores_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED) if MODE == OUTPUTS else wy_rows
+    writes: gl.constexpr = MODE >= OUTPUTS
+    outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED) if writes else wy_rows
+    x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
+    gates_copies = gl.allocate_shared_memory(gl.float32, [6, C], GATES_SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    rows: gl.constexpr = SIZE + C + (SIZE if MODE != TRANSITION else 0) + (SIZE + C if MODE == OUTPUTS else 0)
+    buffers = (q_rows, k_rows, v_rows, wy_rows, scores_rows)
+    shared = (buffers, outputs, x_outputs, gates_copies, full, empty)
+    tensors = (gates, entering, end, y, states)
+    numbers = (begin, count, chunk, h, row, scale, H, HEADS)
+    gl.warp_specialize(
+        [
+            (_compute, (shared, tensors, numbers, 0, MODE, ENDS, DECAY)),
+            (_compute, (shared, tensors, numbers, 1, MODE, ENDS, DECAY)),
+            (fetch, (q, k, v, wy, scores, buffers, full, empty, begin, count, h, G, True, 2 * C * rows)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+def walk_up(
+    mode: int,
+    tiles: Tiles,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    wy: Tensor,
+    scores: Tensor | None,
+    scale: float,
+    entering: Tensor | None,
+    end: Tensor | None,
+    y: Tensor | None,
+    states: Tensor | None,
+    first_chunk: Tensor,
+    decay: int,
+    heads: range,
+) -> None:
+    """See delta_states.walk_up; y is o or u."""
+    outputs = mode == OUTPUTS.value
+    launch(
+        _walk_up, (tiles.count, len(heads)),
+        rows_of(q, SIZE.value) if outputs else None, rows_of(k, SIZE.value),
+        None if mode == TRANSITION.value else rows_of(v, HALF.value), gates, rows_of(wy, C.value),
+        rows_of(scores, C.value) if outputs and scores is not None else None, entering, end, y, states,
+        tiles.start, tiles.length, first_chunk, scale, v.shape[2], v.shape[2] // k.shape[2], heads.start,
+        MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=3, num_warps=4,
+    )  # fmt: skip
