@@ -53,6 +53,7 @@ for constants in every:
         absent += () if constants["DECAY"] else ("gates",)
     else:
         KINDS |= {"v": HALVES, "do": HALVES, "states": "*bf16", "grads": "*bf16"}
+        KINDS["scores"] = "*bf16" if module == "delta_up" else HALVES
         absent = (("entering", "leaving", "y", "dr"), ("v", "entering", "y"), ("end",), ("end",))[mode]
         absent += () if mode == 3 else ("states", "grads")
         absent += ("q", "scores") if module == "delta_up" and mode != 2 else ()

@@ -22,7 +22,7 @@ from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import scan
-from lasp.kernels.triton.delta_states import walk_up
+from lasp.kernels.triton.delta_states import fills_scores, walk_up
 from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -121,7 +121,9 @@ class TritonDelta:
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
         x, plan, factors, scores, wy, gates, states, transitions = partial
-        if scores is None:
+        if fills_scores(x.k, x.v, plan.shared["decay"]):
+            scores = torch.empty_like(wy)
+        elif scores is None:
             scores = chunk_scores(
                 plan.chunks, x.q, x.k, gates, plan.shared["decay"], wy, x.scale, plan.config.precision
             )

@@ -143,6 +143,11 @@ def _walk_up(
         tl.store(end + at_state, x, mask=inside)
 
 
+def fills_scores(k: Tensor, v: Tensor, decay: int) -> bool:
+    """Whether OUTPUTS writes P rather than reads it."""
+    return for_hopper(k, v) and decay != DIAGONAL
+
+
 def walk_up(
     mode: tl.constexpr,
     tiles: Tiles,
@@ -169,7 +174,7 @@ def walk_up(
     how = config.outputs if mode is OUTPUTS else config.walk
     block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
-    if for_hopper(x.k, v) and decay != DIAGONAL:
+    if fills_scores(x.k, v, decay):
         y = o if u is None else u
         walk_up_on_hopper(
             mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, y, states, first_chunk, decay, some

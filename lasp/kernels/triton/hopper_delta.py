@@ -29,6 +29,7 @@ def fetch(q, k, v, wy, scores, buffers, full, empty, begin, count, h, G, UP: gl.
             tma.async_copy_global_to_shared(v, [row, h * SIZE + HALF], filled, v_rows.index(2 * stage + 1))
         if q is not None:
             tma.async_copy_global_to_shared(q, [row, h // G * SIZE], filled, q_rows.index(stage))
+        if scores is not None:
             tma.async_copy_global_to_shared(scores, [row, h * C], filled, scores_rows.index(stage))
 
 
@@ -36,6 +37,12 @@ def fetch(q, k, v, wy, scores, buffers, full, empty, begin, count, h, G, UP: gl.
 def load_line(gates, chunk, h, H, WHICH: gl.constexpr):
     """One of beta, b, e^b and e^{b_C - b} of a chunk, [C]."""
     return gl.load(gates + ((chunk * H + h) * 4 + WHICH) * C + gl.arange(0, C, layout=LINE))
+
+
+@gluon.jit
+def load_gates(gates, chunk, h, H):
+    """b, e^b and e^{b_C - b}"""
+    return load_line(gates, chunk, h, H, 1), load_line(gates, chunk, h, H, 2), load_line(gates, chunk, h, H, 3)
 
 
 @gluon.jit

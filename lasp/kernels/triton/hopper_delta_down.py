@@ -32,7 +32,7 @@ from lasp.kernels.triton.hopper import (
     rows_of,
     store_rows,
 )
-from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_line, load_total
+from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
 from lasp.kernels.triton.launch import launch
 
 
@@ -66,7 +66,7 @@ def _compute(
         grads += ((chunk + last) * HEADS + row) * SIZE * SIZE + PART * HALF * SIZE
     beta = load_line(gates, chunk + last, h, H, 0)
     if DECAY != NONE:
-        from_start, to_end = load_line(gates, chunk + last, h, H, 2), load_line(gates, chunk + last, h, H, 3)
+        _, from_start, to_end = load_gates(gates, chunk + last, h, H)
         total = load_total(gates, chunk + last, h, H)
     for step in range(chunks):
         i = chunks - 1 - step
@@ -80,7 +80,7 @@ def _compute(
             forgets.store(beta * from_start)
             from_starts.store(from_start)
             to_ends.store(to_end)
-            from_start, to_end = load_line(gates, ahead, h, H, 2), load_line(gates, ahead, h, H, 3)
+            _, from_start, to_end = load_gates(gates, ahead, h, H)
         beta = load_line(gates, ahead, h, H, 0)
         before = grad.to(dtype)
         if MODE == STATES:

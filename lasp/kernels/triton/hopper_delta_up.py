@@ -3,7 +3,7 @@
     r = beta (V - e^b K X)        u = T r        o = e^b Q X + P u        X <- e^{b_C} X + (K e^{b_C - b})ᵀ u
 
 All is transposed, so that what one product yields is the next one's first operand, in registers, and the groups have
-nothing to tell each other.
+nothing to tell each other. Outputs compute P on their way, for themselves and for backward.
 """
 
 from torch import Tensor
@@ -35,7 +35,7 @@ from lasp.kernels.triton.hopper import (
     rows_of,
     store_rows,
 )
-from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_line, load_total
+from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
 from lasp.kernels.triton.launch import launch
 
 
@@ -49,12 +49,12 @@ def _compute(
     ENDS: gl.constexpr,
     DECAY: gl.constexpr,
 ):
-    buffers, outputs, x_outputs, gates_copies, full, empty = shared
-    q_rows, k_rows, v_rows, wy_rows, scores_rows = buffers
-    gates, entering, end, y, states = tensors
+    buffers, outputs, x_outputs, scores_copies, gates_copies, full, empty = shared
+    q_rows, k_rows, v_rows, wy_rows, _ = buffers
+    gates, entering, end, y, states, scores = tensors
     begin, count, chunk, h, row, scale, H, HEADS = numbers
-    betas = gates_copies.index(3 * PART)
-    from_starts, to_ends = gates_copies.index(3 * PART + 1), gates_copies.index(3 * PART + 2)
+    betas, passed = gates_copies.index(4 * PART), gates_copies.index(4 * PART + 1)
+    from_starts, to_ends = gates_copies.index(4 * PART + 2), gates_copies.index(4 * PART + 3)
     STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
     state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))  # of V
@@ -69,6 +69,9 @@ def _compute(
     if MODE == OUTPUTS:
         y += (begin * H + h) * SIZE + PART * HALF
         stride = H * SIZE
+        scores += (begin * H + h) * C
+        mine = scores_copies.index(PART)
+        token, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     if MODE == STATES:
         y += (begin * HEADS + row) * SIZE + PART * HALF
         stride = HEADS * SIZE
@@ -77,7 +80,7 @@ def _compute(
     last = gl.maximum(chunks - 1, 0)
     beta = load_line(gates, chunk, h, H, 0)
     if DECAY != NONE:
-        from_start, to_end = load_line(gates, chunk, h, H, 2), load_line(gates, chunk, h, H, 3)
+        b, from_start, to_end = load_gates(gates, chunk, h, H)
         total = load_total(gates, chunk, h, H)
     for i in range(chunks):
         stage = i % STAGES
@@ -86,9 +89,11 @@ def _compute(
         ahead = chunk + gl.minimum(i + 1, last)
         beta = load_line(gates, ahead, h, H, 0)
         if DECAY != NONE:
+            if MODE == OUTPUTS:
+                passed.store(b)
             from_starts.store(from_start)
             to_ends.store(to_end)
-            from_start, to_end = load_line(gates, ahead, h, H, 2), load_line(gates, ahead, h, H, 3)
+            b, from_start, to_end = load_gates(gates, ahead, h, H)
         before = x.to(dtype)
         if MODE == STATES:
             x_outputs.index(PART).store(before)
@@ -103,19 +108,17 @@ def _compute(
                 clear_tail(v_rows.index(2 * stage + PART), i, count, ROWS)
             if MODE == OUTPUTS:
                 clear_tail(q_rows.index(stage), i, count, WIDE_ROWS)
-                clear_tail(scores_rows.index(stage), i, count, ROWS)
             fence_async_shared()
         barrier()
         xl = gl.convert_layout(before, LEFT)
         nothing = gl.zeros([HALF, C], gl.float32, MMA)
         r = warpgroup_mma(xl, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == OUTPUTS:
-            yc = warpgroup_mma(xl, q_rows.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            qc = q_rows.index(stage)
+            p = warpgroup_mma(qc, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == STATES:
             store_rows(states, x_outputs.index(PART), 0, C, SIZE, WIDE_ROWS)
             states += HEADS * SIZE * SIZE
-        if MODE != TRANSITION:
-            vc = v_rows.index(2 * stage + PART).permute((1, 0)).load(MMA).to(gl.float32)
         bc = betas.load(gl.SliceLayout(0, MMA))
         r = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(r,))
         if DECAY != NONE:
@@ -124,30 +127,40 @@ def _compute(
         if MODE == TRANSITION:
             r *= -bc[None, :]
         else:
-            r = bc[None, :] * (vc - r)
+            r = bc[None, :] * (v_rows.index(2 * stage + PART).permute((1, 0)).load(MMA).to(gl.float32) - r)
         u = warpgroup_mma(
             gl.convert_layout(r.to(dtype), LEFT), tc.permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         if MODE == OUTPUTS:
-            yc = warpgroup_mma_wait(1, deps=(yc,)) * scale
+            p = warpgroup_mma_wait(1, deps=(p,)) * scale
             if DECAY != NONE:
-                yc *= read[None, :]
-        u = warpgroup_mma_wait(0, deps=(u,))
-        if MODE == OUTPUTS:
-            ul = gl.convert_layout(u.to(dtype), LEFT)
-            yc = warpgroup_mma(ul, scores_rows.index(stage).permute((1, 0)), yc, is_async=True)
+                down = passed.load(gl.SliceLayout(1, MMA))[:, None] - passed.load(gl.SliceLayout(0, MMA))[None, :]
+                p *= gl.exp(gl.minimum(down, 0.0))
+            mine.store(gl.where(token[:, None] >= col[None, :], p, 0.0).to(dtype))
+            fence_async_shared()
+            barrier()
+            yc = warpgroup_mma(xl, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
         written = u
         if DECAY != NONE:
             written = u * to_ends.load(gl.SliceLayout(0, MMA))[None, :]
         x = warpgroup_mma(gl.convert_layout(written.to(dtype), WIDE_LEFT), kc, x, is_async=True)
         if MODE == OUTPUTS:
-            yc = warpgroup_mma_wait(1, deps=(yc,))
+            yc = warpgroup_mma_wait(1, deps=(yc,)) * scale
+            if DECAY != NONE:
+                yc *= read[None, :]
+            yc = warpgroup_mma(gl.convert_layout(u.to(dtype), LEFT), mine.permute((1, 0)), yc, is_async=True)
+            x = warpgroup_mma_wait(1, deps=(x,))
+            yc = warpgroup_mma_wait(0, deps=(yc,))
             outputs.index(PART).permute((1, 0)).store(yc.to(dtype))
+        else:
+            x = warpgroup_mma_wait(0, deps=(x,))
         if MODE == STATES:
             outputs.index(PART).permute((1, 0)).store(u.to(dtype))
-        x = warpgroup_mma_wait(0, deps=(x,))
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
+        if MODE == OUTPUTS and PART == 0:
+            store_rows(scores, mine, i, count, H * C, ROWS)
         if MODE >= OUTPUTS:
             store_rows(y, outputs.index(PART), i, count, stride, ROWS)
     if ENDS:
@@ -161,7 +174,7 @@ def _walk_up(
     v,  # half rows of [tokens, H, SIZE], but for TRANSITION
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     wy,  # rows of [tokens, H, C]: T
-    scores,  # rows of [tokens, H, C]: P, for OUTPUTS
+    scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
     entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES
     end,  # likewise, the state at the tile's end, if ENDS
     y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
@@ -187,26 +200,26 @@ def _walk_up(
     wy_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
     v_rows = wy_rows if MODE == TRANSITION else gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
     q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED) if MODE == OUTPUTS else k_rows
-    scores_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED) if MODE == OUTPUTS else wy_rows
+    scores_copies = gl.allocate_shared_memory(dtype, [2, C, C], SHARED) if MODE == OUTPUTS else wy_rows
     writes: gl.constexpr = MODE >= OUTPUTS
     outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED) if writes else wy_rows
     x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
-    gates_copies = gl.allocate_shared_memory(gl.float32, [6, C], GATES_SHARED)
+    gates_copies = gl.allocate_shared_memory(gl.float32, [8, C], GATES_SHARED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    rows: gl.constexpr = SIZE + C + (SIZE if MODE != TRANSITION else 0) + (SIZE + C if MODE == OUTPUTS else 0)
-    buffers = (q_rows, k_rows, v_rows, wy_rows, scores_rows)
-    shared = (buffers, outputs, x_outputs, gates_copies, full, empty)
-    tensors = (gates, entering, end, y, states)
+    rows: gl.constexpr = SIZE + C + (SIZE if MODE != TRANSITION else 0) + (SIZE if MODE == OUTPUTS else 0)
+    buffers = (q_rows, k_rows, v_rows, wy_rows, wy_rows)
+    shared = (buffers, outputs, x_outputs, scores_copies, gates_copies, full, empty)
+    tensors = (gates, entering, end, y, states, scores)
     numbers = (begin, count, chunk, h, row, scale, H, HEADS)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, numbers, 0, MODE, ENDS, DECAY)),
             (_compute, (shared, tensors, numbers, 1, MODE, ENDS, DECAY)),
-            (fetch, (q, k, v, wy, scores, buffers, full, empty, begin, count, h, G, True, 2 * C * rows)),
+            (fetch, (q, k, v, wy, None, buffers, full, empty, begin, count, h, G, True, 2 * C * rows)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -231,13 +244,13 @@ def walk_up(
     decay: int,
     heads: range,
 ) -> None:
-    """See delta_states.walk_up; y is o or u."""
+    """See delta_states.walk_up; y is o or u. `scores` is filled."""
     outputs = mode == OUTPUTS.value
     launch(
         _walk_up, (tiles.count, len(heads)),
         rows_of(q, SIZE.value) if outputs else None, rows_of(k, SIZE.value),
         None if mode == TRANSITION.value else rows_of(v, HALF.value), gates, rows_of(wy, C.value),
-        rows_of(scores, C.value) if outputs and scores is not None else None, entering, end, y, states,
+        scores if outputs else None, entering, end, y, states,
         tiles.start, tiles.length, first_chunk, scale, v.shape[2], v.shape[2] // k.shape[2], heads.start,
         MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=3, num_warps=4,
     )  # fmt: skip
