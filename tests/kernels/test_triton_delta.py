@@ -10,6 +10,7 @@ from lasp.kernels.recurrence import Alone, Inputs, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import delta
+from lasp.kernels.triton.config import cdiv
 from tests.parallel.inputs import error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,6 +178,14 @@ def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
     d_outgoing = torch.randn(state.shape, generator=gen).to(DEVICE)
     wanted = d + summary.transition.mT @ d_outgoing
     assert error(op.finish_grad(x, kept, partial, do, Pending(lambda: d_outgoing)).incoming, wanted) < EXACT
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_all_sequences_together_have_no_more_tiles_than_wanted(batch):
+    q = torch.empty(batch, 131072, 4, 128, device="meta")
+    x = Inputs(q, q, q, None, q[..., 0], 1.0, Segments(batch, 131072))
+    for wanted in (33, 66):
+        assert 0.9 * wanted < batch * cdiv(131072, delta.tile_length(x, wanted)) <= wanted
 
 
 def test_twice_the_same_gives_the_same_bits(gen):

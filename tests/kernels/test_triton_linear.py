@@ -10,7 +10,7 @@ from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from tests.parallel.inputs import error
 
-linear = pytest.importorskip("lasp.kernels.triton.linear")
+config, linear = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("config", "linear"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Twice the rounding of the dtype, as same-dtype PyTorch: inputs and outputs are rounded, sums are fp32. The interpreter
 # has no bf16 arithmetic.
@@ -45,7 +45,7 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def short_tiles(monkeypatch):
     """So that segments have several."""
-    monkeypatch.setattr(linear, "tile_length", lambda tokens, heads, device: 64)
+    monkeypatch.setattr(linear, "tile_length", lambda *_: 64)
 
 
 def draw(gen, decay, shape, dtype, strength=0.05):
@@ -133,6 +133,15 @@ def test_the_summary_says_what_the_tokens_do_to_a_state(gen, decay, shape):
     found = op.finish_grad(x, kept, partial, do, Pending(lambda: d_outgoing)).incoming
     carried = d_outgoing if summary.transition is None else summary.transition.exp()[..., None, None] * d_outgoing
     assert error(carried.double() + d.double(), found.double()) < 2e-6
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_all_sequences_together_have_no_more_tiles_than_are_walked_at_once(monkeypatch, batch):
+    monkeypatch.setattr(config, "multiprocessors", lambda device: 132)
+    for tokens in (1024, 8192):
+        tiles = batch * config.cdiv(tokens, config.tile_length(batch, tokens, 8, torch.device(DEVICE)))
+        assert tiles <= 2 * 132 // 8
+        assert tokens == 1024 or tiles > 132 // 8 - batch
 
 
 def test_what_triton_does_not_take_is_refused():

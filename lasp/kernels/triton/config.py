@@ -67,14 +67,15 @@ def for_hopper(k: Tensor, v: Tensor) -> bool:
     return GLUON and served and v.device.type != "cpu" and torch.cuda.get_device_capability() == (9, 0)
 
 
-def tile_length(tokens: int, heads: int, device: torch.device) -> int:
+def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -> int:
     """Tokens per tile: as many tiles as the multiprocessors walk at once, each by one program or, if long, by two.
 
-    One tile more would be walked alone when all others are done. Offsets within a tile fit into 32 bits.
+    One tile more would be walked alone when all others are done. Sequences of so many tokens share no tiles. Offsets
+    within a tile fit into 32 bits.
     """
 
     def length(programs: int) -> int:
-        most = max(1, programs * multiprocessors(device) // heads)
+        most = max(1, programs * multiprocessors(device) // heads // sequences)
         return cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE
 
     addressable = 2**31 // (heads * MAX_HEAD * SHORTEST_TILE) * SHORTEST_TILE

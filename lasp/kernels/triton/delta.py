@@ -16,7 +16,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.config import multiprocessors
+from lasp.kernels.triton.config import cdiv, multiprocessors
 from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, delta_config
 from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
@@ -86,14 +86,14 @@ def work_dtype(x: Inputs) -> torch.dtype:
 
 
 def tile_length(x: Inputs, wanted: int) -> int:
-    """Tokens per tile: whole segments if there are many, else what makes `wanted` tiles, if they are not too short."""
+    """Tokens per tile: whole segments if there are many, else what makes at most `wanted` tiles, if not too short."""
     batch, tokens, heads, value_dim = x.v.shape
     longest = (
         2**31 // (heads * max(x.k.shape[-1], value_dim, CHUNK)) // CHUNK * CHUNK - CHUNK
     )  # 32-bit offsets within a tile
     whole = x.segments.cu_seqlens is None and batch * heads >= ENOUGH_WALKS
-    length = tokens if whole else max(SHORTEST_TILE, -(-batch * tokens // wanted))
-    return min(-(-length // CHUNK) * CHUNK, longest)
+    length = tokens if whole else max(SHORTEST_TILE, cdiv(tokens, max(1, wanted // batch)))
+    return min(cdiv(length, CHUNK) * CHUNK, longest)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def contiguous(x: Inputs) -> Inputs:
 
 def tiles_of(x: Inputs) -> Tiles:
     batch, tokens, heads = x.v.shape[:3]
-    return x.segments.tiles(tile_length(batch * tokens, heads, x.v.device), x.v.device)
+    return x.segments.tiles(tile_length(batch, tokens, heads, x.v.device), x.v.device)
 
 
 def per_q_head(d: Tensor, q: Tensor) -> Tensor:
