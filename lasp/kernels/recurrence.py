@@ -48,14 +48,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the inputs, and of the state that came in ([N, H, K, V], through outputs and outgoing state)."""
+    """Gradients of the inputs, and, for whoever asks, of the state that came in ([N, H, K, V], through outputs and
+    outgoing state)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor | None
     beta: Tensor | None
-    incoming: Tensor
+    incoming: Pending[Tensor]
 
 
 class Op(Protocol):
@@ -68,8 +69,8 @@ class Op(Protocol):
     def summarize(self, x: Inputs, wanted: bool) -> tuple[Summary | None, Any]:
         """A and S of every segment: what others need to know, early and cheap."""
 
-    def finish(self, x: Inputs, partial: Any, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
-        """o [B, T, H, V] and the outgoing states [N, H, K, V], given the incoming ones."""
+    def finish(self, x: Inputs, partial: Any, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+        """o [B, T, H, V] and, for whoever asks, the outgoing states [N, H, K, V], given the incoming ones."""
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
         """D [N, H, K, V]: the gradient of the incoming states through the outputs alone."""
@@ -142,7 +143,7 @@ class _Recurrence(torch.autograd.Function):
         ctx.op, ctx.boundary, ctx.scale, ctx.segments, ctx.num_kept = op, boundary, scale, segments, len(kept)
         ctx.save_for_backward(q, k, v, decay, beta, *kept, *link)
         ctx.set_materialize_grads(False)
-        return o, boundary.leave(outgoing, initial_state) if output_final_state else None
+        return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None
 
     @staticmethod
     @once_differentiable
@@ -154,5 +155,5 @@ class _Recurrence(torch.autograd.Function):
         d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
         arriving = ctx.boundary.enter_grad(link, d_summary, d_final)
         grads = ctx.op.finish_grad(x, kept, partial, do, arriving)
-        d_initial = ctx.boundary.leave_grad(grads.incoming, d_final) if ctx.needs_input_grad[10] else None
+        d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.needs_input_grad[10] else None
         return None, None, None, None, None, grads.q, grads.k, grads.v, grads.decay, grads.beta, d_initial

@@ -105,16 +105,17 @@ class Chunks:
 class Tiles:
     """The segments cut into tiles of at most `size` tokens: one program of a device kernel walks one tile.
 
-    start: [M] int64, a tile's first token in flat order.  length: [M] int32.  first: [N + 1] int32, the tiles of
-    segment n are first[n] … first[n + 1] - 1.  With cu_seqlens on the device M is an upper bound, so that nothing
-    has to be copied to the host; the tiles beyond first[N] are empty. Nobody has looked at the offsets then: wrong ones
-    are made to decrease nowhere and to stay within the tokens, so that kernels do.
+    start: [M] int64, a tile's first token in flat order.  length: [M] int32.  owner: [M] int32, its segment.  first:
+    [N + 1] int32, the tiles of segment n are first[n] … first[n + 1] - 1.  With cu_seqlens on the device M is an upper
+    bound, so that nothing has to be copied to the host; the tiles beyond first[N] are empty. Nobody has looked at the
+    offsets then: wrong ones are made to decrease nowhere and to stay within the tokens, so that kernels do.
     """
 
     size: int
     count: int
     start: Tensor
     length: Tensor
+    owner: Tensor
     first: Tensor
 
     @classmethod
@@ -133,7 +134,7 @@ class Tiles:
         owner = torch.searchsorted(first[1:], tile, right=True).clamp(max=segments.count - 1)
         start = offsets[owner] + (tile - first[owner]) * size
         length = (offsets[owner + 1] - start).clamp(0, size)
-        parts = start.where(length > 0, 0), length.int(), first.int()
+        parts = start.where(length > 0, 0), length.int(), owner.int(), first.int()
         return cls(size, count, *(part.to(device, non_blocking=True) for part in parts))
 
 

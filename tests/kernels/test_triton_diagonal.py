@@ -10,6 +10,7 @@ from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import config
 from lasp.kernels.triton.diagonal import TritonDiagonal
+from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,14 +61,14 @@ def through(call, tensors: list[Tensor]) -> list[Tensor]:
     return [*found, *torch.autograd.grad(found, leaves, tensors[5:])]
 
 
-def by(op, cu_seqlens=None, scale=0.7):
+def by(op, cu_seqlens=None, scale=0.7, boundary=Alone):
     def call(q, k, v, g, state):
-        return run(op, Alone(), Inputs(q, k, v, g, None, scale, Segments(*v.shape[:2], cu_seqlens)), state, True)
+        return run(op, boundary(), Inputs(q, k, v, g, None, scale, Segments(*v.shape[:2], cu_seqlens)), state, True)
 
     return call
 
 
-def check(tensors: list[Tensor], offsets=None, scale=0.7) -> None:
+def check(tensors: list[Tensor], offsets=None, scale=0.7, boundary=Alone) -> None:
     """Errors of at most twice those of PyTorch in the same dtype, plus a floor."""
     cu_seqlens = None if offsets is None else torch.tensor(offsets, device=DEVICE)
 
@@ -76,7 +77,7 @@ def check(tensors: list[Tensor], offsets=None, scale=0.7) -> None:
 
     wanted = through(definition, [x.double() for x in tensors])
     plain = through(by(ChunkedOp(), cu_seqlens, scale), tensors)
-    got = through(by(TritonDiagonal(), cu_seqlens, scale), tensors)
+    got = through(by(TritonDiagonal(), cu_seqlens, scale, boundary), tensors)
     dtype = tensors[0].dtype
     closes = bool((tensors[3] < -10).any() and (tensors[3] > -1).any())
     least = max(FLOOR[dtype], CLOSING_FLOOR if closes else 0.0)
@@ -98,10 +99,17 @@ def test_any_length(gen, dtype, tokens):
     check(draw(gen, dtype, "weak", tokens))
 
 
+@pytest.mark.parametrize("boundary", [Alone, Asked])
 @pytest.mark.parametrize("gate", ["weak", "closing"])
-def test_packed_documents(gen, gate):
-    offsets = [0, 1, 1, 70, 134, 150]
-    check(draw(gen, torch.float32, gate, 150, states=5), offsets)
+def test_packed_documents(gen, gate, boundary):
+    """Of several tiles, some of them."""
+    offsets = [0, 1, 1, 70, 204, 220]
+    check(draw(gen, torch.float32, gate, 220, states=5), offsets, boundary=boundary)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_summaries_that_are_wanted_change_nothing(gen, dtype):
+    check(draw(gen, dtype, "weak", 150, batch=2, k=40, v=24), boundary=Asked)
 
 
 @pytest.mark.parametrize("gate", ["weak", "closing"])

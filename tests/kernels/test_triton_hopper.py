@@ -8,8 +8,11 @@ import sys
 import pytest
 import torch
 
-from lasp.kernels import delta_rule, linear_attention
+from lasp.kernels.linear import run_op
+from lasp.kernels.recurrence import Alone, Inputs
 from lasp.kernels.reference.recurrent import recurrent
+from lasp.kernels.segments import Segments
+from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
 config = pytest.importorskip("lasp.kernels.triton.config")
@@ -23,9 +26,14 @@ SHAPES = {  # batch, tokens, q/k heads, document offsets
     "documents, one of them empty": (1, 901, 4, (0, 5, 5, 70, 640, 901)),
 }
 DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0}
+LINEAR = [  # without gates or with scalar ones; what comes in is added or not
+    {"DECAY": 0, "SUMS": False, "TRANSPOSED": False, "passed": None},
+    {"DECAY": 2, "SUMS": True, "TRANSPOSED": True},
+]
+LINEAR += [constants | {"incoming": None, "passed": None} for constants in LINEAR]
 KERNELS = {  # by module: the constants that its kernel is compiled with
-    "up": [{"DECAY": 0, "SUMS": False, "TRANSPOSED": False}, {"DECAY": 2, "SUMS": True, "TRANSPOSED": True}],
-    "down": [{"DECAY": 0, "SUMS": False}, {"DECAY": 2, "SUMS": True}],
+    "up": LINEAR,
+    "down": LINEAR,
     "delta_up": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in range(4)],
     "delta_down": [{"DECAY": 2, "MODE": mode, "ENDS": mode == 0} for mode in (0, 3)],
 }
@@ -42,7 +50,7 @@ ROWS, HALVES = (f"tensordesc<bf16[64, {width}],{SHARED.value!r}>" for width in (
 KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do")} | {name: "*bf16" for name in ("y", "dk", "dv", "dr")}
 KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores")} | {"scale": "fp32", "TOKENS": "i64"}
 KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
-KINDS |= {name: "*i64" for name in ("start", "length", "first_chunk")}
+KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
 module, every = sys.argv[1], json.loads(sys.argv[2])
 kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper_{module}"), "_walk_" + module.split("_")[-1])
 names = kernel.arg_names
@@ -80,10 +88,11 @@ def test_compiles_without_a_gpu(module):
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that these kernels run with")
+@pytest.mark.parametrize("boundary", [Alone, Asked])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("op", [linear_attention, delta_rule])
-def test_equals_the_definition(gen, monkeypatch, op, shape, decay):
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
     from lasp.kernels.triton import delta, delta_costates, delta_states, linear, walks
 
@@ -109,12 +118,16 @@ def test_equals_the_definition(gen, monkeypatch, op, shape, decay):
         "beta": torch.rand(batch, tokens, HEADS, generator=gen).to("cuda", torch.bfloat16),
         "initial_state": normal(batch if offsets is None else len(offsets) - 1, HEADS, SIZE, SIZE).float(),
     }
-    if op is linear_attention:
+    if kind == "linear":
         del tensors["beta"]
     else:
         tensors["k"] = torch.nn.functional.normalize(tensors["k"].float(), dim=-1).bfloat16()
-    options = {"cu_seqlens": None if offsets is None else torch.tensor(offsets, device="cuda")}
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, device="cuda")
     do, d_final = normal(batch, tokens, HEADS, SIZE), torch.randn_like(tensors["initial_state"])
+
+    def by_kernels(q, k, v, decay, initial_state, beta=None):
+        x = Inputs(q, k, v, decay, beta, SIZE**-0.5, Segments(batch, tokens, cu_seqlens))
+        return run_op(x, boundary(), initial_state=initial_state, output_final_state=True, backend="triton")
 
     def run(function, tensors, do, d_final, **options):
         leaves = {
@@ -126,11 +139,10 @@ def test_equals_the_definition(gen, monkeypatch, op, shape, decay):
         grads = torch.autograd.grad([o, state], list(leaves.values()), [do, d_final])
         return {"o": o, "state": state} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
-    on_gpu = options | {"backend": "triton", "output_final_state": True}
-    got, again = (run(op, tensors, do, d_final, **on_gpu) for _ in range(2))
+    got, again = (run(by_kernels, tensors, do, d_final) for _ in range(2))
     assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"
     exact = {name: x if x is None else x.double() for name, x in tensors.items()}
-    wanted = run(recurrent, exact, do.double(), d_final.double(), **options)
+    wanted = run(recurrent, exact, do.double(), d_final.double(), cu_seqlens=cu_seqlens)
     found = {name: error(got[name].detach().double(), wanted[name].detach()) for name in wanted}
     off, eps = found.pop("ddecay", 0.0), torch.finfo(torch.bfloat16).eps
     assert max(found.values()) < 2 * eps, found

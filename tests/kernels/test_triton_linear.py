@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from lasp.kernels import linear_attention
-from lasp.kernels.pending import Pending
+from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Inputs
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
+from lasp.kernels.summary import apply
+from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
 config, linear = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("config", "linear"))
@@ -115,24 +117,27 @@ def test_gates_that_do_nothing_or_close(gen, strength):
     assert gate < (5e-3 if strength else 2e-5), gate
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 @pytest.mark.parametrize("shape", ["grouped heads", "documents", "values wider than a block"])
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
-def test_the_summary_says_what_the_tokens_do_to_a_state(gen, decay, shape):
-    """Forward S and A, backward D."""
+def test_equals_the_definition_where_summaries_are_wanted(gen, decay, shape):
+    """What comes in after them is part of outputs and gradients; forward S and A, backward D say what becomes of it."""
     tensors, cu_seqlens = draw(gen, decay, shape, torch.float32)
-    state, v = tensors.pop("initial_state"), tensors["v"]
-    x = Inputs(**tensors, beta=None, scale=0.3, segments=Segments(*v.shape[:2], cu_seqlens))
-    op = linear.TritonLinear()
-    summary, partial = op.summarize(x, True)
-    _, outgoing, kept = op.finish(x, partial, Pending(lambda: state))
-    carried = state if summary.transition is None else summary.transition.exp()[..., None, None] * state
-    assert error(carried.double() + summary.state.double(), outgoing.double()) < 2e-6
+    state, v, asked = tensors["initial_state"], tensors["v"], Asked()
+    do, d_final = (torch.randn(x.shape, generator=gen).to(DEVICE) for x in (v, state))
 
-    do, d_outgoing = torch.rand_like(v), torch.rand_like(state)
-    d, partial = op.summarize_grad(x, kept, do, True)
-    found = op.finish_grad(x, kept, partial, do, Pending(lambda: d_outgoing)).incoming
-    carried = d_outgoing if summary.transition is None else summary.transition.exp()[..., None, None] * d_outgoing
-    assert error(carried.double() + d.double(), found.double()) < 2e-6
+    def told(q, k, v, decay, initial_state):
+        x = Inputs(q, k, v, decay, None, k.shape[-1] ** -0.5, Segments(*v.shape[:2], cu_seqlens))
+        return run_op(x, asked, initial_state=initial_state, output_final_state=True, backend="triton")
+
+    got = run(told, tensors, do, d_final)
+    exact = {name: x if x is None else x.double() for name, x in tensors.items()}
+    wanted = run(recurrent, exact, do.double(), d_final.double(), cu_seqlens=cu_seqlens)
+    got["A X + S"] = apply(asked.summary.transition, state) + asked.summary.state
+    got["A G + D"] = apply(asked.summary.transition, d_final) + asked.d_summary
+    wanted |= {"A X + S": wanted["state"], "A G + D": wanted["dinitial_state"]}
+    found = {name: error(got[name].detach().double(), wanted[name].detach()) for name in wanted}
+    assert max(found.values()) < 2e-6, found
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])

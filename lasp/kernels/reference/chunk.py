@@ -34,13 +34,13 @@ class ChunkedOp:
         summary = Summary(_scan(chunks, a, s, _zero(x))[1], _total(chunks, a, _zero(x))) if wanted else None
         return summary, (chunks, a, s, (q, k, b, u, w))
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
         chunks, a, s, local = partial
         r, y = read(*local)
         start = incoming.wait()
         start = _zero(x) if start is None else start
         entering, outgoing = _scan(chunks, a, s, start)
-        return chunks.join(r @ entering + y, x.v.shape[0]).to(x.v.dtype), outgoing, (start,)
+        return chunks.join(r @ entering + y, x.v.shape[0]).to(x.v.dtype), Pending(lambda: outgoing), (start,)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
@@ -70,7 +70,7 @@ class ChunkedOp:
         wanted = {name: leaf for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
         found = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
         whole = {name: chunks.join(d, x.v.shape[0]).to(getattr(x, name).dtype) for name, d in found.items()}
-        return Gradients(**({"decay": None, "beta": None} | whole), incoming=d_incoming)
+        return Gradients(**({"decay": None, "beta": None} | whole), incoming=Pending(lambda: d_incoming))
 
 
 class NonCausalOp:
@@ -82,11 +82,11 @@ class NonCausalOp:
         s = _sum_over_chunks(chunks, k.mT @ v, x)
         return Summary(s), (chunks, q, s)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
         chunks, q, s = partial
         others = incoming.wait()
         state = s if others is None else s + others
-        return chunks.join(q @ state[chunks.owner], x.v.shape[0]).to(x.v.dtype), state, (state,)
+        return chunks.join(q @ state[chunks.owner], x.v.shape[0]).to(x.v.dtype), Pending(lambda: state), (state,)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
@@ -106,7 +106,7 @@ class NonCausalOp:
         dq = (do @ state.mT * x.scale).unflatten(1, groups).sum(2)
         dk = (v @ d_state.mT).unflatten(1, groups).sum(2)
         dq, dk, dv = (chunks.join(t, x.v.shape[0]).to(x.v.dtype) for t in (dq, dk, k @ d_state))
-        return Gradients(dq, dk, dv, None, None, d)
+        return Gradients(dq, dk, dv, None, None, Pending(lambda: d))
 
 
 def write(k: Tensor, v: Tensor, b: Tensor | None, beta: Tensor | None):

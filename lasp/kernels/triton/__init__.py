@@ -2,7 +2,7 @@
 
 Three phases serve one rank and many (math §1): `states` walks every tile of tokens for its summary, `scan` passes the
 state from tile to tile, and outputs (or gradients) walk the tiles again with the state that enters them in registers.
-What a rank tells others comes out of the second phase, and what it is told enters a repetition of that (small) phase.
+What a rank tells others comes out of the second phase, and what it is told is added to what enters its tiles (scan).
 
 `decode` alone needs none of that: one token, one launch.
 

@@ -119,7 +119,7 @@ class TritonDelta:
             summary = Summary(end, self._total(plan, transitions, x))
         return summary, (x, plan, factors, scores, wy, gates, states, transitions)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
         x, plan, factors, scores, wy, gates, states, transitions = partial
         if fills_scores(x.k, x.v, plan.shared["decay"]):
             scores = torch.empty_like(wy)
@@ -138,7 +138,7 @@ class TritonDelta:
             OUTPUTS, plan.tiles, factors, x.v, gates, wy, scores, plan.config,
             scale=x.scale, entering=entering, end=end, o=o, **plan.shared,
         )  # fmt: skip
-        return o, outgoing, (wy, scores, gates, entering, transitions)
+        return o, Pending(lambda: outgoing), (wy, scores, gates, entering, transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
         x, plan, (wy, scores, gates, entering, transitions) = contiguous(x), Plan.of(x), kept
@@ -191,7 +191,7 @@ class TritonDelta:
                 steep_gradients(
                     plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
                 )
-        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
+        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], Pending(lambda: d_incoming))
 
     @staticmethod
     def _total(plan: Plan, transitions: Tensor, x: Inputs) -> Tensor:

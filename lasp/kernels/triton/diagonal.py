@@ -7,19 +7,18 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
-from lasp.kernels.summary import Summary
 from lasp.kernels.triton.diagonal_chunk import Config, config_for, refer
 from lasp.kernels.triton.diagonal_grads import gradients
 from lasp.kernels.triton.diagonal_outputs import outputs
 from lasp.kernels.triton.diagonal_states import chunk_states, chunk_states_grad, tile_states, tile_states_grad
 from lasp.kernels.triton.diagonal_steep import steep_gradients, steep_outputs
 from lasp.kernels.triton.linear import contiguous, per_q_head, tiles_of
-from lasp.kernels.triton.scan import scan, whole_summary
+from lasp.kernels.triton.scan import Entering, Scan
 
 
 @dataclass(frozen=True)
 class TritonDiagonal:
-    """decay [B, T, H, K]. Kept for backward: the state that enters each tile, and the tiles' decays."""
+    """decay [B, T, H, K]. Kept for backward: what enters the tiles, and the tiles' decays."""
 
     config: Config | None = None  # None takes it from the table
 
@@ -28,31 +27,31 @@ class TritonDiagonal:
         assert x.decay is not None
         referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
         states, transitions = tile_states(tiles, referred, x.v, config)
-        summary = Summary(*whole_summary(tiles, states, transitions, backward=False)) if wanted else None
-        return summary, (x, tiles, config, referred, states, transitions)
+        scan = Scan(tiles, states, transitions, down=False, ahead=wanted)
+        return scan.summary, (x, tiles, config, referred, transitions, scan)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
-        x, tiles, config, referred, states, transitions = partial
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+        x, tiles, config, referred, transitions, scan = partial
         assert x.decay is not None
         o = torch.empty_like(x.v)
-        entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
+        entering, outgoing = scan.enter(incoming.wait())
         outputs(tiles, referred, x.v, entering, o, config)
         steep_outputs(tiles, x.q, x.k, x.v, x.decay, referred.spread, o, x.scale, config)
-        return o, outgoing, (entering, transitions)
+        return o, outgoing, (transitions, *entering)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         x, tiles, config = self._prepare(x)
         assert x.decay is not None
         referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
         states = tile_states_grad(tiles, referred, do, config)
-        d = whole_summary(tiles, states, kept[1], backward=True)[0] if wanted else None
-        return d, (x, tiles, config, referred, states)
+        scan = Scan(tiles, states, kept[0], down=True, ahead=wanted)
+        return scan.summary and scan.summary.state, (x, tiles, config, referred, scan)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, referred, states), (entering, transitions) = partial, kept
-        assert entering is not None and x.decay is not None
-        before = chunk_states(tiles, referred, x.v, entering, config)
-        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
+        (x, tiles, config, referred, scan), (_, local, *came) = partial, kept
+        assert local is not None and x.decay is not None
+        before = chunk_states(tiles, referred, x.v, Entering(local, *came), config)
+        leaving, d_incoming = scan.enter(d_outgoing.wait())
         after = chunk_states_grad(tiles, referred, do, leaving, config)
         dq, dk, dv, dg = referred.q, referred.k, torch.empty_like(x.v), torch.empty_like(x.decay)
         gradients(tiles, referred, x.v, x.decay, do, before, after, dv, dg, x.scale, config)

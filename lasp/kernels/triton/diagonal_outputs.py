@@ -11,6 +11,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import Config, Referred, load_end, load_half, load_rows, store_rows
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.scan import Entering, load_entering
 
 
 @triton.jit
@@ -20,8 +21,11 @@ def _outputs(
     v,  # [tokens, H, V]
     ends,  # [slots, H, K] fp32
     spread,  # [slots, H] fp32
-    entering,  # [M, H, K, V] fp32
+    local,  # [M, H, K, V] fp32: see scan.Entering
+    incoming,
+    passed,
     o,  # [tokens, H, V]; without the second term in steep chunks
+    owner,
     start,
     length,
     H,
@@ -38,7 +42,8 @@ def _outputs(
     rows, cols = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     inside = (rows < K)[:, None] & (cols < V)[None, :]
-    state = tl.load((entering + (tile * H + h) * K * V) + (rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
+    at = rows[:, None] * V + cols[None, :]
+    state = load_entering(local, incoming, passed, owner, tile, h, H, at, inside, rows, K, V)
     operand: tl.constexpr = k.dtype.element_ty
     for i in tl.range(0, tl.cdiv(count, C), num_stages=STAGES):
         place = i * C + tl.arange(0, C)
@@ -58,13 +63,13 @@ def _outputs(
         state = tl.dot(tl.trans(kc), vc, state, input_precision=PRECISION) * tl.exp(half * end)
 
 
-def outputs(tiles: Tiles, x: Referred, v: Tensor, entering: Tensor, o: Tensor, config: Config) -> None:
+def outputs(tiles: Tiles, x: Referred, v: Tensor, entering: Entering, o: Tensor, config: Config) -> None:
     """Writes o [B, T, H, V], for steep chunks without what their tokens read of each other."""
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.outputs.columns)
     launch(
         _outputs, (tiles.count, heads, cdiv(value_dim, block_v)),
-        x.q, x.k, v, x.ends, x.spread, entering, o, tiles.start, tiles.length, heads,
+        x.q, x.k, v, x.ends, x.spread, *entering, o, tiles.owner, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, REACH=config.reach,
         PRECISION=config.precision, STAGES=config.outputs.stages, num_warps=config.outputs.warps,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import Config, Referred, load_end, load_half, load_rows
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.scan import Entering, load_entering
 
 
 @triton.jit
@@ -21,9 +22,12 @@ def _walk(
     v,  # [tokens, H, V]: v, or do backward
     ends,  # [slots, H, K] fp32
     spread,  # [slots, H] fp32
-    states,  # [M, H, K, V] fp32: the tiles' summaries, written; or, EACH_CHUNK, what the walk starts from
+    states,  # [M, H, K, V] fp32: the tiles' summaries, written; or, EACH_CHUNK, with the next two, see scan.Entering
+    incoming,
+    passed,
     transitions,  # [M, H, K] fp32: the tiles' log decays, written forward
     chunk_states,  # [slots, H, K, V]: X̃ (backward G̃) of every chunk, written if EACH_CHUNK
+    owner,
     start,
     length,
     H,
@@ -44,7 +48,7 @@ def _walk(
     inside = (rows < K)[:, None] & (cols < V)[None, :]
     place = rows[:, None] * V + cols[None, :]
     if EACH_CHUNK:
-        state = tl.load((states + (tile * H + h) * K * V) + place, mask=inside, other=0.0)
+        state = load_entering(states, incoming, passed, owner, tile, h, H, place, inside, rows, K, V)
     else:
         state = tl.zeros([BK, BV], tl.float32)
     total = tl.zeros([BK, 1], tl.float32)
@@ -73,25 +77,25 @@ def tile_states(tiles: Tiles, x: Referred, v: Tensor, config: Config) -> tuple[T
     """S [M, H, K, V] and log A [M, H, K] of every tile."""
     transitions = x.ends.new_empty(tiles.count, *x.k.shape[2:])
     states = x.ends.new_empty(*transitions.shape, v.shape[3])
-    _launch(tiles, x.k, v, x, states, transitions, None, config, backward=False)
+    _launch(tiles, x.k, v, x, Entering(states), transitions, None, config, backward=False)
     return states, transitions
 
 
 def tile_states_grad(tiles: Tiles, x: Referred, do: Tensor, config: Config) -> Tensor:
     """D [M, H, K, V] of every tile."""
     states = x.ends.new_empty(tiles.count, *x.q.shape[2:], do.shape[3])
-    _launch(tiles, x.q, do, x, states, None, None, config, backward=True)
+    _launch(tiles, x.q, do, x, Entering(states), None, None, config, backward=True)
     return states
 
 
-def chunk_states(tiles: Tiles, x: Referred, v: Tensor, entering: Tensor, config: Config) -> Tensor:
+def chunk_states(tiles: Tiles, x: Referred, v: Tensor, entering: Entering, config: Config) -> Tensor:
     """X̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
     states = x.k.new_empty(*x.ends.shape, v.shape[3])
     _launch(tiles, x.k, v, x, entering, None, states, config, backward=False)
     return states
 
 
-def chunk_states_grad(tiles: Tiles, x: Referred, do: Tensor, leaving: Tensor, config: Config) -> Tensor:
+def chunk_states_grad(tiles: Tiles, x: Referred, do: Tensor, leaving: Entering, config: Config) -> Tensor:
     """G̃ of every chunk, likewise, from the gradients of the states that leave the tiles."""
     states = x.q.new_empty(*x.ends.shape, do.shape[3])
     _launch(tiles, x.q, do, x, leaving, None, states, config, backward=True)
@@ -99,14 +103,14 @@ def chunk_states_grad(tiles: Tiles, x: Referred, do: Tensor, leaving: Tensor, co
 
 
 def _launch(
-    tiles: Tiles, k: Tensor, v: Tensor, x: Referred, states: Tensor, transitions: Tensor | None,
+    tiles: Tiles, k: Tensor, v: Tensor, x: Referred, states: Entering, transitions: Tensor | None,
     chunk_states: Tensor | None, config: Config, *, backward: bool,
 ) -> None:  # fmt: skip
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.states.columns)
     launch(
         _walk, (tiles.count, heads, cdiv(value_dim, block_v)),
-        k, v, x.ends, x.spread, states, transitions, chunk_states, tiles.start, tiles.length, heads,
+        k, v, x.ends, x.spread, *states, transitions, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, BACKWARD=backward,
         EACH_CHUNK=chunk_states is not None, REACH=config.reach, PRECISION=config.precision,
         STAGES=config.states.stages, num_warps=config.states.warps,

@@ -64,10 +64,11 @@ def dry_run(op: Op, x: Inputs, wants_summary: bool, backward: bool) -> None:
     tensors = {name: t.detach().to("meta") for name in TENSORS if (t := getattr(x, name)) is not None}
     x = replace(x, segments=segments, **tensors)
     _, partial = op.summarize(x, wants_summary)
-    o, _, kept = op.finish(x, partial, Pending(lambda: None))
+    comes = x.v.new_empty(x.state_shape, dtype=x.state_dtype) if wants_summary else None
+    o, _, kept = op.finish(x, partial, Pending(lambda: comes))
     if backward:
         _, partial = op.summarize_grad(x, kept, o, wants_summary)
-        op.finish_grad(x, kept, partial, o, Pending(lambda: None))
+        op.finish_grad(x, kept, partial, o, Pending(lambda: comes))
 
 
 def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:

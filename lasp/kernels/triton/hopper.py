@@ -51,6 +51,19 @@ def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
 
 
 @gluon.jit
+def load_entering(entering, at, tile, h, H):
+    """What enters a tile, at some places of the state: see scan.load_entering."""
+    local, incoming, passed, owner = entering
+    x = gl.load(local + (tile * H + h) * SIZE * SIZE + at)
+    if incoming is not None:
+        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)
+        if passed is not None:
+            came *= gl.exp(gl.load(passed + tile * H + h))
+        x += came
+    return x
+
+
+@gluon.jit
 def clear_tail(buffer, i, count, LAYOUT: gl.constexpr):
     """Zeroes the rows of chunk i that are no tokens of this tile."""
     place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))

@@ -31,11 +31,13 @@ from lasp.kernels.triton.hopper import (
     C,
     barrier,
     clear_tail,
+    load_entering,
     load_gates,
     rows_of,
     store_rows,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.scan import Entering
 
 LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))  # a product's first operand, in registers
 
@@ -68,7 +70,7 @@ def _compute(
     SUMS: gl.constexpr,
 ):
     buffers, x_copies, outputs, gates_copies, full, empty, ready = shared
-    gates, states, v_dv, ends, at_end = tensors
+    gates, entering, v_dv, ends, at_end = tensors
     begin, count, h, scale, H = numbers
     q_rows, k_rows, v_rows, do_rows = buffers
     out, gs = outputs.index(PART), gates_copies.index(PART)
@@ -79,13 +81,14 @@ def _compute(
     state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))
     state_col = gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
     tile = gl.program_id(0).to(gl.int64)
-    at = (tile * H + h) * SIZE * SIZE + state_row[:, None] * SIZE + state_col[None, :]
+    state_at = state_row[:, None] * SIZE + state_col[None, :]
     y += (begin * H + h) * SIZE
     chunks = gl.cdiv(count, C)
-    x = gl.load(states + at)
+    x = load_entering(entering, state_at, tile, h, H)
     if SUMS:
         v_dv += begin * H + h
-        end_product = gl.sum(gl.sum(x * gl.load(ends + at), axis=1), axis=0)
+        end_state = gl.load(ends + (tile * H + h) * SIZE * SIZE + state_at)
+        end_product = gl.sum(gl.sum(x * end_state, axis=1), axis=0)
         gl.store(at_end + (PART * gl.num_programs(0) + tile) * H + h, end_product)
     x = x / scale
     x_copies.index(0).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
@@ -158,12 +161,15 @@ def _walk_down(
     v,  # rows of [tokens, H, SIZE]
     do,
     gates,  # see gates.cumulate
-    states,  # [M, H, SIZE, SIZE]: X · scale before the walk
+    local,  # [M, H, SIZE, SIZE]: X · scale before the walk, with the next two: see scan.Entering
+    incoming,  # [N, H, SIZE, SIZE]
+    passed,  # [M, H]
     dk,  # [tokens, H, SIZE]
     dv,
     v_dv,  # [tokens, H]: v · dv, if SUMS
-    ends,  # like states: the state at the tiles' ends, if SUMS
+    ends,  # like local: the state at the tiles' ends, if SUMS
     at_end,  # [2, M, H]: the sums of its products with the gradient there, each over half of the rows, if SUMS
+    owner,
     start,
     length,
     scale,
@@ -192,7 +198,7 @@ def _walk_down(
     mbarrier.init(ready, count=2)
     buffers = (q_rows, k_rows, v_rows, do_rows)
     shared = (buffers, x_copies, outputs, gates_copies, full, empty, ready)
-    tensors = (gates, states, v_dv, ends, at_end)
+    tensors = (gates, (local, incoming, passed, owner), v_dv, ends, at_end)
     numbers = (begin, count, h, scale, H)
     gl.warp_specialize(
         [
@@ -212,7 +218,7 @@ def walk_down(
     v: Tensor,
     do: Tensor,
     gates: Tensor | None,
-    states: Tensor,
+    entering: Entering,
     scale: float,
     ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -220,13 +226,13 @@ def walk_down(
     of those states with their gradients, [2, M, H]."""
     batch, tokens, heads = v.shape[:3]
     dk, dv = (v.new_empty(batch, tokens, heads, SIZE.value) for _ in range(2))
-    v_dv, at_end = (
-        (None, None) if ends is None else (states.new_empty(1, *v.shape[:3]), states.new_empty(2, tiles.count, heads))
-    )
+    v_dv = at_end = None
+    if ends is not None:
+        v_dv, at_end = ends.new_empty(1, batch, tokens, heads), ends.new_empty(2, tiles.count, heads)
     launch(
         _walk_down, (tiles.count, heads),
-        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, states, dk, dv, v_dv, ends, at_end,
-        tiles.start, tiles.length, scale, heads, heads // q.shape[2],
+        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *entering, dk, dv, v_dv, ends, at_end,
+        tiles.owner, tiles.start, tiles.length, scale, heads, heads // q.shape[2],
         DECAY=decay_class(gates), SUMS=ends is not None, STAGES=2, num_warps=4,
     )  # fmt: skip
     return dk, dv, v_dv, at_end

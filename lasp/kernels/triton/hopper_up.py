@@ -30,11 +30,13 @@ from lasp.kernels.triton.hopper import (
     C,
     barrier,
     clear_tail,
+    load_entering,
     load_gates,
     rows_of,
     store_rows,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.scan import Entering
 
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand, in registers
 
@@ -70,7 +72,7 @@ def _compute(
     SUMS: gl.constexpr,
 ):
     buffers, x_halves, gates_copies, full, empty = shared
-    gates, states, y, products, ends = tensors
+    gates, entering, y, products, ends = tensors
     begin, count, h, scale, TOKENS, H = numbers
     a_rows, b_rows, c_rows, partner_rows = buffers
     xs, gs = x_halves.index(PART), gates_copies.index(PART)
@@ -80,16 +82,16 @@ def _compute(
     seen = row[:, None] >= col[None, :]
     state_row = gl.arange(0, SIZE, layout=gl.SliceLayout(1, MMA))
     state_col = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))
-    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE
+    tile = gl.program_id(0).to(gl.int64)
     if TRANSPOSED:
-        at += state_col[None, :] * SIZE + state_row[:, None]
+        state_at = state_col[None, :] * SIZE + state_row[:, None]
     else:
-        at += state_row[:, None] * SIZE + state_col[None, :]
+        state_at = state_row[:, None] * SIZE + state_col[None, :]
     y += (begin * H + h) * SIZE + PART * HALF
     if SUMS:
         products += (PART * TOKENS + begin) * H + h
     chunks = gl.cdiv(count, C)
-    x = gl.load(states + at)
+    x = load_entering(entering, state_at, tile, h, H)
     xs.store(x.to(dtype))
     if DECAY != NONE:
         g, end = load_gates(gates, begin, 0, count, h, H, DECAY)
@@ -142,7 +144,7 @@ def _compute(
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
     if SUMS:
-        gl.store(ends + at, x)
+        gl.store(ends + (tile * H + h) * SIZE * SIZE + state_at, x)
 
 
 @gluon.jit
@@ -152,10 +154,13 @@ def _walk_up(
     c,  # half rows of [tokens, H // GC, SIZE]
     partner,  # half rows of [tokens, H // GP, SIZE]: for sums of partner · y, if SUMS
     gates,  # see gates.cumulate
-    states,  # [M, H, SIZE, SIZE]: X before the walk, or its transpose if TRANSPOSED
+    local,  # [M, H, SIZE, SIZE]: X before the walk, its transpose if TRANSPOSED, with the next two: see scan.Entering
+    incoming,  # [N, H, SIZE, SIZE]
+    passed,  # [M, H]
     y,  # [tokens, H, SIZE]
     products,  # [2, tokens, H]: those sums, each over half a row
-    ends,  # like states: X after the walk, if SUMS
+    ends,  # like local: X after the walk, if SUMS
+    owner,
     start,
     length,
     scale,
@@ -186,7 +191,7 @@ def _walk_up(
         mbarrier.init(empty.index(stage), count=2)
     buffers = (a_rows, b_rows, c_rows, partner_rows)
     shared = (buffers, x_halves, gates_copies, full, empty)
-    tensors = (gates, states, y, products, ends)
+    tensors = (gates, (local, incoming, passed, owner), y, products, ends)
     numbers = (begin, count, h, scale, TOKENS, H)
     gl.warp_specialize(
         [
@@ -205,7 +210,7 @@ def walk_up(
     b: Tensor,
     c: Tensor,
     gates: Tensor | None,
-    states: Tensor,
+    entering: Entering,
     scale: float,
     *,
     transposed: bool = False,
@@ -214,17 +219,17 @@ def walk_up(
 ) -> tuple[Tensor, Tensor | None]:
     """y [B, T, H, SIZE], for as many heads as the states have; with a partner also partner · y [2, B, T, H].
 
-    `ends` (like states) is then filled with the states at the tiles' ends.
+    `ends` (like a state for every tile) is then filled with the states at the tiles' ends.
     """
-    (batch, tokens), heads = c.shape[:2], states.shape[1]
+    (batch, tokens), heads = c.shape[:2], entering.local.shape[1]
     y = c.new_empty(batch, tokens, heads, SIZE.value)
-    products = None if partner is None else states.new_empty(2, batch, tokens, heads)
+    products = None if partner is None else entering.local.new_empty(2, batch, tokens, heads)
     groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
     launch(
         _walk_up, (tiles.count, heads),
         rows_of(a, SIZE.value), rows_of(b, SIZE.value), rows_of(c, HALF.value),
-        None if partner is None else rows_of(partner, HALF.value), gates, states, y, products, ends,
-        tiles.start, tiles.length, scale, batch * tokens, heads, *groups,
+        None if partner is None else rows_of(partner, HALF.value), gates, *entering, y, products, ends,
+        tiles.owner, tiles.start, tiles.length, scale, batch * tokens, heads, *groups,
         DECAY=decay_class(gates), TRANSPOSED=transposed, SUMS=partner is not None, STAGES=2, num_warps=4,
     )  # fmt: skip
     return y, products

@@ -8,17 +8,16 @@ from torch import Tensor
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
-from lasp.kernels.summary import Summary
 from lasp.kernels.triton.config import Config, config_for, for_hopper, tile_length
 from lasp.kernels.triton.gates import cumulate, gate_grads
-from lasp.kernels.triton.scan import scan, whole_summary
+from lasp.kernels.triton.scan import Entering, Scan
 from lasp.kernels.triton.states import tile_states
 from lasp.kernels.triton.walks import Walks
 
 
 @dataclass(frozen=True)
 class TritonLinear:
-    """decay None, [H] or [B, T, H]. Kept for backward: the states that enter tiles, and what walks read of gates."""
+    """decay None, [H] or [B, T, H]. Kept for backward: what enters the tiles, and what walks read of gates."""
 
     config: Config | None = None  # None takes it from the table
 
@@ -26,30 +25,31 @@ class TritonLinear:
         x, tiles, config = self._prepare(x)
         gates = cumulate(tiles, x.decay, x.v, config.chunk)
         states, transitions, steepest = tile_states(tiles, x.k, x.v, gates, config)
-        summary = Summary(*whole_summary(tiles, states, transitions, backward=False)) if wanted else None
-        return summary, (x, tiles, config, gates, steepest, states, transitions)
+        scan = Scan(tiles, states, transitions, down=False, ahead=wanted)
+        return scan.summary, (x, tiles, config, gates, steepest, transitions, scan)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Tensor, Kept]:
-        x, tiles, config, gates, steepest, states, transitions = partial
-        entering, outgoing = scan(tiles, states, transitions, incoming.wait(), backward=False)
+    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+        x, tiles, config, gates, steepest, transitions, scan = partial
+        entering, outgoing = scan.enter(incoming.wait())
         o = self._walks(x, tiles, gates, steepest, config).outputs(x.q, x.k, x.v, entering)
-        return o, outgoing, (entering, transitions, gates, steepest)
+        return o, outgoing, (transitions, gates, steepest, *entering)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         x, tiles, config = self._prepare(x)
-        _, transitions, gates, _ = kept
+        transitions, gates, *_ = kept
         states, _, _ = tile_states(tiles, x.q, do, gates, config, backward=True, scale=x.scale)
-        d = whole_summary(tiles, states, transitions, backward=True)[0] if wanted else None
-        return d, (x, tiles, config, states)
+        scan = Scan(tiles, states, transitions, down=True, ahead=wanted)
+        return scan.summary and scan.summary.state, (x, tiles, config, scan)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, states), (entering, transitions, gates, steepest) = partial, kept
-        assert entering is not None
+        (x, tiles, config, scan), (_, gates, steepest, local, *came) = partial, kept
+        assert local is not None
+        entering = Entering(local, *came)
         walks = self._walks(x, tiles, gates, steepest, config)
         gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
-        ends = None if gate is None else torch.empty_like(entering)
+        ends = None if gate is None else torch.empty_like(entering.local)
         dq, q_dq = walks.query_grads(x.q, x.k, x.v, do, entering, ends)
-        leaving, d_incoming = scan(tiles, states, transitions, d_outgoing.wait(), backward=True)
+        leaving, d_incoming = scan.enter(d_outgoing.wait())
         dk, dv, v_dv, at_end = walks.key_value_grads(x.q, x.k, x.v, do, leaving, ends)
         dg = None
         if gate is not None:

@@ -26,6 +26,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import Config, block_of, cdiv
 from lasp.kernels.triton.gates import CONSTANT, NONE, decay_class, load_gates, log2_rate
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.scan import Entering, load_entering
 
 
 @triton.jit
@@ -100,12 +101,15 @@ def _walk(
     c,  # [tokens, H // GC, DC]
     gates,  # see gates.cumulate
     steepest,  # [M, H]: the largest log2 decay of a tile's chunks, negated
-    states,  # [M, H, DA, DC], or [M, H, DC, DA] if TRANSPOSED: X before the walk
+    local,  # [M, H, DA, DC], or [M, H, DC, DA] if TRANSPOSED: X before the walk, with the next two: see scan.Entering
+    incoming,  # [N, H, DA, DC], likewise
+    passed,  # [M, H]
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC]: for sums of partner · y, if SUMS
     products,  # [blocks, tokens, H]: those sums
-    ends,  # like states: the state at the tiles' ends, written up and read down, if SUMS
+    ends,  # like local: the state at the tiles' ends, written up and read down, if SUMS
     at_end,  # [blocks, M, H]: its product with the state's gradient there, written down, if SUMS
+    owner,
     start,
     length,
     scale,
@@ -134,10 +138,10 @@ def _walk(
     h, tiles = tl.program_id(1), tl.num_programs(0) // blocks
     rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     begin, count = tl.load(start + tile), tl.load(length + tile)
-    state_at = (tile * H + h) * DA * DC
-    state_at += cols[None, :] * DA + rows[:, None] if TRANSPOSED else rows[:, None] * DC + cols[None, :]
+    state_place = cols[None, :] * DA + rows[:, None] if TRANSPOSED else rows[:, None] * DC + cols[None, :]
+    state_at = (tile * H + h) * DA * DC + state_place
     inside = (rows < DA)[:, None] & (cols < DC)[None, :]
-    x = tl.load(states + state_at, mask=inside, other=0.0)
+    x = load_entering(local, incoming, passed, owner, tile, h, H, state_place, inside, None, DA, DC)
     if SUMS and DOWN:
         end = tl.load(ends + state_at, mask=inside, other=0.0)
         tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * end, axis=1), axis=0))
@@ -166,7 +170,7 @@ def walk(
     c: Tensor,
     gates: Tensor | None,
     steepest: Tensor | None,
-    states: Tensor,
+    entering: Entering,
     scale: float,
     config: Config,
     *,
@@ -177,22 +181,22 @@ def walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [B, T, H, DC], for as many heads as the states have; with a partner also partner · y [blocks, B, T, H].
 
-    A walk up with a partner fills `ends` [M, H, K, V] with the states at the tiles' ends, one down reads them and
-    gives their products with the states' gradients there, [blocks, M, H].
+    entering: X before the walk, of every tile. A walk up with a partner fills `ends` [M, H, K, V] with the states at
+    the tiles' ends, one down reads them and gives their products with the states' gradients there, [blocks, M, H].
     """
-    (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), states.shape[1]
+    (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), entering.local.shape[1]
     width = min(block_of(size_c), config.widest)
     blocks = cdiv(size_c, width)
     y = c.new_empty(batch, tokens, heads, size_c)
     products = at_end = None
     if partner is not None:
-        products = states.new_empty(blocks, batch, tokens, heads)
-        at_end = states.new_empty(blocks, tiles.count, heads) if down else None
+        products = entering.local.new_empty(blocks, batch, tokens, heads)
+        at_end = products.new_empty(blocks, tiles.count, heads) if down else None
     groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
     launch(
         _walk, (tiles.count * blocks, heads),
-        a, b, c, gates, steepest, states, y, partner, products, ends, at_end,
-        tiles.start, tiles.length, scale, 1 / scale if down else 1.0, batch * tokens, heads, *groups,
+        a, b, c, gates, steepest, *entering, y, partner, products, ends, at_end,
+        tiles.owner, tiles.start, tiles.length, scale, 1 / scale if down else 1.0, batch * tokens, heads, *groups,
         DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk,
         DECAY=decay_class(gates), DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
         PRECISION=config.precision, REACH=config.reach, STAGES=config.stages, num_warps=config.warps,

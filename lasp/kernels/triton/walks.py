@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import GLUON, Config
+from lasp.kernels.triton.scan import Entering
 from lasp.kernels.triton.walk import walk
 
 if GLUON:
@@ -27,19 +28,19 @@ class Walks:
     config: Config
     hopper: bool
 
-    def outputs(self, q: Tensor, k: Tensor, v: Tensor, entering: Tensor) -> Tensor:
-        """o [B, T, H, V], given the states that enter the tiles [M, H, K, V]."""
+    def outputs(self, q: Tensor, k: Tensor, v: Tensor, entering: Entering) -> Tensor:
+        """o [B, T, H, V], given the states that enter the tiles."""
         return self._up(q, k, v, entering, False, None, None)[0]
 
     def query_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, entering: Tensor, ends: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, entering: Entering, ends: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """dq [B, T, H, K] for every value head. `ends` [M, H, K, V] asks for what a gate's gradient needs, too: it is
         filled with the states at the tiles' ends, and q · dq is given, [blocks, B, T, H]."""
         return self._up(do, v, k, entering, True, None if ends is None else q, ends)
 
     def key_value_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, leaving: Tensor, ends: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, leaving: Entering, ends: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """dk and dv [B, T, H, K or V], given the gradients of the states that leave the tiles; with `ends` also v · dv
         [blocks, B, T, H] and the products of those states with their gradients [blocks, M, H]."""
@@ -52,9 +53,9 @@ class Walks:
         return dk, dv, v_dv, at_end
 
     def _up(
-        self, a: Tensor, b: Tensor, c: Tensor, states: Tensor, transposed: bool, partner: Tensor | None, ends
+        self, a: Tensor, b: Tensor, c: Tensor, entering: Entering, transposed: bool, partner: Tensor | None, ends
     ) -> tuple[Tensor, Tensor | None]:
         how = {"transposed": transposed, "partner": partner, "ends": ends}
         if self.hopper:
-            return walk_up(self.tiles, a, b, c, self.gates, states, self.scale, **how)
-        return walk(self.tiles, a, b, c, self.gates, self.steepest, states, self.scale, self.config, **how)[:2]
+            return walk_up(self.tiles, a, b, c, self.gates, entering, self.scale, **how)
+        return walk(self.tiles, a, b, c, self.gates, self.steepest, entering, self.scale, self.config, **how)[:2]
