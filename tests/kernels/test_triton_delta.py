@@ -11,6 +11,7 @@ from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import delta
 from lasp.kernels.triton.config import cdiv
+from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +46,9 @@ def inputs(gen, decay: str, shape: tuple[int, ...], strength: float, dtype: torc
     return rounded | {"state": normal(count, heads, key_dim, value_dim).to(DEVICE)}
 
 
-def errors(gen, decay: str, shape, offsets=None, strength: float = 0.1, dtype=torch.float32, state=True):
+def errors(
+    gen, decay: str, shape, offsets=None, strength: float = 0.1, dtype=torch.float32, state=True, boundary=Alone
+):
     """The relative errors, by norm, of the outputs, the final state and every gradient."""
     batch, tokens = shape[:2]
     given = inputs(gen, decay, (*shape, batch if offsets is None else len(offsets) - 1), strength, dtype)
@@ -67,7 +70,7 @@ def errors(gen, decay: str, shape, offsets=None, strength: float = 0.1, dtype=to
     def kernels(q, k, v, decay, beta, state):
         return run(
             delta.TritonDelta(),
-            Alone(),
+            boundary(),
             Inputs(q, k, v, decay, beta, 0.3, Segments(batch, tokens, cu_seqlens)),
             state,
             True,
@@ -188,6 +191,20 @@ def test_all_sequences_together_have_no_more_tiles_than_wanted(batch):
         assert 0.9 * wanted < batch * cdiv(131072, delta.tile_length(x, wanted)) <= wanted
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_equals_the_recurrent_form_where_summaries_are_wanted(gen, whole, decay):
+    """What comes in after them is part of outputs and gradients."""
+    found = errors(gen, decay, (2, 150, 1, 2, 40, 16), boundary=Asked)
+    assert max(found.values()) < EXACT, found
+
+
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_packed_documents_where_summaries_are_wanted(gen, whole, decay):
+    """Of several tiles, one of them."""
+    found = errors(gen, decay, (1, 220, 1, 1, 32, 24), offsets=[0, 1, 1, 180, 220], boundary=Asked)
+    assert max(found.values()) < EXACT, found
+
+
 def test_twice_the_same_gives_the_same_bits(gen):
     given = inputs(gen, "scalar", (1, 130, 1, 2, 32, 16, 1), 0.1, torch.float32)
     state = given.pop("state")
@@ -197,9 +214,9 @@ def test_twice_the_same_gives_the_same_bits(gen):
     assert torch.equal(o, o_again) and torch.equal(outgoing.wait(), again.wait())
 
 
-@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
-def test_large_heads(gen, whole, decay):
-    found = errors(gen, decay, (1, 70, 1, 1, 160, 136))
+@pytest.mark.parametrize(("decay", "boundary"), [("scalar", Alone), ("diagonal", Alone), ("scalar", Asked)])
+def test_large_heads(gen, whole, decay, boundary):
+    found = errors(gen, decay, (1, 140, 1, 1, 160, 136), boundary=boundary)
     assert max(found.values()) < EXACT, found
 
 

@@ -1,14 +1,16 @@
 """Sequence-parallel linear attention and delta rule against the token-by-token definition, in float64."""
 
 import shutil
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.parallel import SequenceParallel
+from lasp.kernels.linear import run_op
+from lasp.parallel import SequenceParallel, context
 from lasp.parallel.cost import Costs, Link, Links
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
@@ -105,6 +107,31 @@ def test_equals_the_definition(group: dist.ProcessGroup, run_seed: int, layout: 
 def test_one_rank_equals_the_definition(run_seed: int, layout: str, kind: str):
     found = errors(SequenceParallel(None, layout=layout), run_seed, kind)
     assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.mpi
+@pytest.mark.cpu_only("there Triton's kernels take no keys that are so small")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "not causal"])
+@pytest.mark.parametrize("documents", [None, (0, 2, 2, 130, 590, 600)], ids=["one document", "documents"])
+def test_kernels_equal_the_definition(
+    group: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
+    run_seed: int,
+    documents: tuple[int, ...] | None,
+    kind: str,
+):
+    """Triton's, in fp32, where units have several tiles."""
+    config, delta = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("config", "delta"))
+    monkeypatch.setattr(context, "run_op", partial(run_op, backend="triton"))
+    monkeypatch.setattr(config, "LONGEST_TILE", 64)
+    monkeypatch.setattr(delta, "SHORTEST_TILE", 64)
+    monkeypatch.setattr(delta, "multiprocessors", lambda device: 64)
+    case = draw(generator(run_seed), kind, 600, documents)
+    wanted = expected(case)
+    single = {name: x.float() for name, x in vars(case).items() if isinstance(x, Tensor) and x.is_floating_point()}
+    got = run(made(group, "zigzag", "all_gather"), replace(case, **single))
+    found = {name: error(got[name].double(), wanted[name]) for name in wanted}
+    assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize("kind", KINDS)

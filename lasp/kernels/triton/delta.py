@@ -21,12 +21,13 @@ from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITIO
 from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
-from lasp.kernels.triton.delta_scan import scan
+from lasp.kernels.triton.delta_scan import add_incoming
 from lasp.kernels.triton.delta_states import fills_scores, walk_up
 from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.linear import contiguous, per_q_head
+from lasp.kernels.triton.scan import Scan
 
 ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
@@ -99,7 +100,7 @@ def tile_length(x: Inputs, wanted: int) -> int:
 @dataclass(frozen=True)
 class TritonDelta:
     """Any decay. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four
-    numbers per token and head, and for every tile its entering state and transition."""
+    numbers per token and head, and for every tile its entering state and, unless it is a segment, its transition."""
 
     def summarize(self, x: Inputs, wanted: bool):
         x, plan = contiguous(x), Plan.of(x)
@@ -107,20 +108,19 @@ class TritonDelta:
         factors, scores, products = factors_of(x, plan, with_scores=True)
         wy, gates = wy_inverse(plan.chunks, x.k, x.decay, x.beta, products, work_dtype(x))
         if plan.whole and not wanted:
-            return None, (x, plan, factors, scores, wy, gates, None, None)
+            return None, (x, plan, factors, scores, wy, gates, None)
         heads, key_dim, value_dim = x.state_shape[1:]
         states = x.v.new_empty(plan.tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
         transitions = states.new_empty(plan.tiles.count, heads, key_dim, key_dim)
         for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
             walk_up(mode, plan.tiles, factors, x.v, gates, wy, None, plan.config, end=end, **plan.shared)
-        summary = None
-        if wanted:
-            _, end = scan(plan.tiles, states, transitions, None, backward=False)
-            summary = Summary(end, self._total(plan, transitions, x))
-        return summary, (x, plan, factors, scores, wy, gates, states, transitions)
+        if plan.whole:
+            return Summary(states, transitions), (x, plan, factors, scores, wy, gates, None)
+        scan = Scan(plan.tiles, states, transitions, down=False, ahead=wanted)
+        return scan.summary, (x, plan, factors, scores, wy, gates, scan)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
-        x, plan, factors, scores, wy, gates, states, transitions = partial
+        x, plan, factors, scores, wy, gates, scan = partial
         if fills_scores(x.k, x.v, plan.shared["decay"]):
             scores = torch.empty_like(wy)
         elif scores is None:
@@ -130,30 +130,31 @@ class TritonDelta:
         start = incoming.wait()
         if plan.whole:
             entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if start is None else start.contiguous()
-            end = outgoing = torch.empty_like(entering)
+            end, outgoing = _written(entering)
         else:
-            end, (entering, outgoing) = None, scan(plan.tiles, states, transitions, start, backward=False)
+            end, (parts, outgoing) = None, scan.enter(start)
+            entering = add_incoming(plan.tiles, *parts)
         o = torch.empty_like(x.v)
         walk_up(
             OUTPUTS, plan.tiles, factors, x.v, gates, wy, scores, plan.config,
             scale=x.scale, entering=entering, end=end, o=o, **plan.shared,
         )  # fmt: skip
-        return o, Pending(lambda: outgoing), (wy, scores, gates, entering, transitions)
+        return o, outgoing, (wy, scores, gates, entering, None if plan.whole else scan.transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
         x, plan, (wy, scores, gates, entering, transitions) = contiguous(x), Plan.of(x), kept
         factors, _, _ = factors_of(x, plan, with_scores=False)
-        d = torch.empty_like(entering) if wanted or not plan.whole else None
-        total = None
-        if d is not None:
-            walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
-        if wanted:
-            assert d is not None
-            total = scan(plan.tiles, d, transitions, None, backward=True)[1]
-        return total, (x, plan, factors, d)
+        if plan.whole and not wanted:
+            return None, (x, plan, factors, None)
+        d = torch.empty_like(entering)
+        walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
+        if plan.whole:
+            return d, (x, plan, factors, None)
+        scan = Scan(plan.tiles, d, transitions, down=True, ahead=wanted)
+        return scan.summary and scan.summary.state, (x, plan, factors, scan)
 
     def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, plan, factors, d), (wy, scores, gates, entering, transitions) = partial, kept
+        (x, plan, factors, scan), (wy, scores, gates, entering, _) = partial, kept
         assert x.beta is not None
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
         per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
@@ -175,9 +176,10 @@ class TritonDelta:
                 last = d_outgoing.wait()
                 if plan.whole:
                     leaving = torch.zeros_like(entering) if last is None else last.contiguous()
-                    end = d_incoming = torch.empty_like(entering)
+                    end, d_incoming = _written(entering)
                 else:
-                    end, (leaving, d_incoming) = None, scan(plan.tiles, d, transitions, last, backward=True)
+                    end, (parts, d_incoming) = None, scan.enter(last)
+                    leaving = add_incoming(plan.tiles, *parts)
             walk_down(
                 STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
@@ -191,14 +193,10 @@ class TritonDelta:
                 steep_gradients(
                     plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
                 )
-        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], Pending(lambda: d_incoming))
+        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
 
-    @staticmethod
-    def _total(plan: Plan, transitions: Tensor, x: Inputs) -> Tensor:
-        """The transition of each segment [N, H, K, K]: what a scan makes of the identity where nothing is added."""
-        if plan.whole:
-            return transitions
-        eye = torch.eye(transitions.shape[-1], dtype=transitions.dtype, device=transitions.device)
-        start = eye.expand(x.segments.count, *transitions.shape[1:]).contiguous()
-        nothing = torch.zeros_like(transitions)
-        return scan(plan.tiles, nothing, transitions, start, backward=False)[1]
+
+def _written(like: Tensor) -> tuple[Tensor, Pending[Tensor]]:
+    """Where a walk will write states, and these states."""
+    states = torch.empty_like(like)
+    return states, Pending(lambda: states)

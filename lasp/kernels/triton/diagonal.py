@@ -28,16 +28,16 @@ class TritonDiagonal:
         referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
         states, transitions = tile_states(tiles, referred, x.v, config)
         scan = Scan(tiles, states, transitions, down=False, ahead=wanted)
-        return scan.summary, (x, tiles, config, referred, transitions, scan)
+        return scan.summary, (x, tiles, config, referred, scan)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
-        x, tiles, config, referred, transitions, scan = partial
+        x, tiles, config, referred, scan = partial
         assert x.decay is not None
         o = torch.empty_like(x.v)
         entering, outgoing = scan.enter(incoming.wait())
         outputs(tiles, referred, x.v, entering, o, config)
         steep_outputs(tiles, x.q, x.k, x.v, x.decay, referred.spread, o, x.scale, config)
-        return o, outgoing, (transitions, *entering)
+        return o, outgoing, (scan.transitions, *entering)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         x, tiles, config = self._prepare(x)

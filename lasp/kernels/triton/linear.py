@@ -26,13 +26,13 @@ class TritonLinear:
         gates = cumulate(tiles, x.decay, x.v, config.chunk)
         states, transitions, steepest = tile_states(tiles, x.k, x.v, gates, config)
         scan = Scan(tiles, states, transitions, down=False, ahead=wanted)
-        return scan.summary, (x, tiles, config, gates, steepest, transitions, scan)
+        return scan.summary, (x, tiles, config, gates, steepest, scan)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
-        x, tiles, config, gates, steepest, transitions, scan = partial
+        x, tiles, config, gates, steepest, scan = partial
         entering, outgoing = scan.enter(incoming.wait())
         o = self._walks(x, tiles, gates, steepest, config).outputs(x.q, x.k, x.v, entering)
-        return o, outgoing, (transitions, gates, steepest, *entering)
+        return o, outgoing, (scan.transitions, gates, steepest, *entering)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         x, tiles, config = self._prepare(x)

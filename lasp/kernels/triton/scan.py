@@ -17,6 +17,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary, apply
 from lasp.kernels.triton.config import block_of, cdiv, next_power_of_2
+from lasp.kernels.triton.delta_scan import pass_by_matrix
 from lasp.kernels.triton.launch import launch
 
 NONE, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -94,8 +95,8 @@ def load_entering(
 
 
 class Entering(NamedTuple):
-    """What enters each tile, or in a scan down leaves it, fp32: `local` [M, H, K, V], and e^passed ([M, H] or
-    [M, H, K]; None: all) of what comes into its segment, `incoming` [N, H, K, V]; None: nothing."""
+    """What enters each tile, or in a scan down leaves it, fp32: `local` [M, H, K, V], and what comes into its segment,
+    `incoming` [N, H, K, V] (None: nothing), after the transitions before the tile, whose product is `passed`."""
 
     local: Tensor
     incoming: Tensor | None = None
@@ -103,30 +104,31 @@ class Entering(NamedTuple):
 
 
 class Scan:
-    """The scan of one direction, up or down.
+    """The scan of one direction, up or down, with transitions of any class (lasp.kernels.summary).
 
-    ahead: it runs at once, which tells what the segments do to a state, `summary` (of a scan down D in the place of S),
-    and leaves what comes in to those who read what enters the tiles. Else it runs when that is there, and starts with
-    it.
+    ahead: it runs at once, which tells what the segments do to a state, `summary` (of a scan down D and the transposed
+    A), and leaves what comes in to those who read what enters the tiles. Else it runs when that is there, and starts
+    with it.
     """
 
     def __init__(self, tiles: Tiles, states: Tensor, transitions: Tensor | None, *, down: bool, ahead: bool):
-        self._over = tiles, states, transitions, down
-        self._passed: Tensor | None = None
+        self.transitions = transitions
         self.summary: Summary | None = None
+        self._passed: Tensor | None = None
+        self._over = tiles, states, transitions, down
         if ahead:
             totals = None
             if transitions is not None:
                 self._passed = torch.empty_like(transitions)
                 totals = transitions.new_empty(tiles.first.numel() - 1, *transitions.shape[1:])
-            self._local, end = _launch(*self._over, None, self._passed, totals)
+            self._local, end = _pass(*self._over, None, self._passed, totals)
             self.summary = Summary(end, totals)
 
     def enter(self, incoming: Tensor | None) -> tuple[Entering, Pending[Tensor]]:
         """What enters the tiles and what leaves the segments, [N, H, K, V], given what enters these; None is zero."""
         incoming = None if incoming is None else incoming.contiguous()
         if self.summary is None:
-            entering, end = _launch(*self._over, incoming, None, None)
+            entering, end = _pass(*self._over, incoming, None, None)
             return Entering(entering), Pending(lambda: end)
         state, total = self.summary.state, self.summary.transition
         if incoming is None:
@@ -134,7 +136,7 @@ class Scan:
         return Entering(self._local, incoming, self._passed), Pending(lambda: state + apply(total, incoming))
 
 
-def _launch(
+def _pass(
     tiles: Tiles,
     states: Tensor,
     transitions: Tensor | None,
@@ -143,7 +145,9 @@ def _launch(
     passed: Tensor | None,
     totals: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What enters the tiles and what leaves the segments."""
+    """What enters the tiles and what leaves the segments; fills `passed` and `totals`, if they are there."""
+    if transitions is not None and transitions.ndim == 4:
+        return pass_by_matrix(tiles, states, transitions, down, start, passed, totals)
     heads, key_dim, value_dim = states.shape[1:]
     segments = tiles.first.numel() - 1
     entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
