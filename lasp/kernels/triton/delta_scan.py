@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import block_of, cdiv
+from lasp.kernels.triton.config import block_of, cdiv, multiprocessors
 from lasp.kernels.triton.launch import launch
 
 
@@ -128,13 +128,16 @@ def pass_by_matrix(
     heads, key_dim, value_dim = states.shape[1:]
     segments = tiles.first.numel() - 1
     entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
-    block_k, block_v = block_of(key_dim), 16
+    block_k, columns = block_of(key_dim), value_dim + (0 if passed is None else key_dim)
+    block_v, stages = 16, 3
+    if segments * heads * cdiv(columns, block_v) > multiprocessors(states.device):  # all at once, or as few as hold
+        block_v, stages = 64, 2
     blocks = cdiv(value_dim, block_v) + (0 if passed is None else cdiv(key_dim, block_v))
     launch(
         _scan, (segments, heads, blocks),
         states, transitions, start, entering, end, passed, total, tiles.first, heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=block_k if block_k <= 128 else 32,
-        DOWN=down, STAGES=3 if block_k <= 128 else 1, num_warps=8,
+        DOWN=down, STAGES=stages if block_k <= 128 else 1, num_warps=8,
     )  # fmt: skip
     return entering, end
 
