@@ -129,15 +129,14 @@ def pass_by_matrix(
     segments = tiles.first.numel() - 1
     entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
     block_k, columns = block_of(key_dim), value_dim + (0 if passed is None else key_dim)
-    block_v, stages = 16, 3
-    if segments * heads * cdiv(columns, block_v) > multiprocessors(states.device):  # all at once, or as few as hold
-        block_v, stages = 64, 2
+    at_once = multiprocessors(states.device) // (segments * heads)
+    block_v = next((wide for wide in (16, 32) if cdiv(columns, wide) <= at_once), 64)
     blocks = cdiv(value_dim, block_v) + (0 if passed is None else cdiv(key_dim, block_v))
     launch(
         _scan, (segments, heads, blocks),
         states, transitions, start, entering, end, passed, total, tiles.first, heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=block_k if block_k <= 128 else 32,
-        DOWN=down, STAGES=stages if block_k <= 128 else 1, num_warps=8,
+        DOWN=down, STAGES=(3 if block_v == 16 else 2) if block_k <= 128 else 1, num_warps=8,
     )  # fmt: skip
     return entering, end
 
@@ -150,6 +149,6 @@ def add_incoming(tiles: Tiles, local: Tensor, incoming: Tensor | None, passed: T
         launch(
             _add_incoming, (count, heads, cdiv(value_dim, block_v)),
             local, incoming, passed, tiles.owner, heads,
-            K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, BLOCK=32, num_warps=8,
+            K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, BLOCK=min(128, block_of(key_dim)), num_warps=8,
         )  # fmt: skip
     return local
