@@ -44,7 +44,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from lasp.kernels.triton.hopper import SHARED
+from lasp.kernels.triton.hopper.shared import SHARED
 
 ROWS, HALVES = (f"tensordesc<bf16[64, {width}],{SHARED.value!r}>" for width in (128, 64))
 KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do")} | {name: "*bf16" for name in ("y", "dk", "dv", "dr")}
@@ -52,7 +52,7 @@ KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores")} | {"scale":
 KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
 KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
 module, every = sys.argv[1], json.loads(sys.argv[2])
-kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper_{module}"), "_walk_" + module.split("_")[-1])
+kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper.{module}"), "_walk_" + module.split("_")[-1])
 names = kernel.arg_names
 for constants in every:
     mode = constants.get("MODE")

@@ -56,5 +56,5 @@ def test_equal_one_gpu(op, decay, layout, exchange, documents):
     alone = run({"linear_attention": linear_attention, "delta_rule": delta_rule}[op], lambda x: x, cu_seqlens=offsets)
     found = run(getattr(sequence, op), sequence.shard)
     for name, x in found.items():
-        bound = 5e-2 if name == "decay" else 6e-3  # documents move the borders of chunks
+        bound = 5e-2 if name == "decay" else 1e-2  # both are rounded; parts move the borders of chunks
         assert error(sequence.unshard(x.detach()).double(), alone[name].detach().double()) < bound, name

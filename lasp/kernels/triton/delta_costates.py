@@ -18,7 +18,7 @@ from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.launch import launch
 
 if GLUON:
-    from lasp.kernels.triton.hopper_delta_down import walk_down as walk_down_on_hopper
+    from lasp.kernels.triton.hopper.delta_down import walk_down as walk_down_on_hopper
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])

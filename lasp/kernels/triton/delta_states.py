@@ -21,7 +21,7 @@ from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.launch import launch
 
 if GLUON:
-    from lasp.kernels.triton.hopper_delta_up import walk_up as walk_up_on_hopper
+    from lasp.kernels.triton.hopper.delta_up import walk_up as walk_up_on_hopper
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])

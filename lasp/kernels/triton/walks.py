@@ -10,8 +10,8 @@ from lasp.kernels.triton.scan import Entering
 from lasp.kernels.triton.walk import walk
 
 if GLUON:
-    from lasp.kernels.triton.hopper_down import walk_down
-    from lasp.kernels.triton.hopper_up import walk_up
+    from lasp.kernels.triton.hopper.down import walk_down
+    from lasp.kernels.triton.hopper.up import walk_up
 
 
 @dataclass(frozen=True)

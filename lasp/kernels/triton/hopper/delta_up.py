@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION
 from lasp.kernels.triton.gates import NONE
-from lasp.kernels.triton.hopper import (
+from lasp.kernels.triton.hopper.delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
+from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
     MMA,
@@ -32,10 +33,10 @@ from lasp.kernels.triton.hopper import (
     C,
     barrier,
     clear_tail,
+    make_ring,
     rows_of,
     store_rows,
 )
-from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
 from lasp.kernels.triton.launch import launch
 
 
@@ -205,11 +206,7 @@ def _walk_up(
     outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED) if writes else wy_rows
     x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
     gates_copies = gl.allocate_shared_memory(gl.float32, [8, C], GATES_SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = make_ring(STAGES)
     rows: gl.constexpr = SIZE + C + (SIZE if MODE != TRANSITION else 0) + (SIZE if MODE == OUTPUTS else 0)
     buffers = (q_rows, k_rows, v_rows, wy_rows, wy_rows)
     shared = (buffers, outputs, x_outputs, scores_copies, gates_copies, full, empty)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.gates import NONE, decay_class
-from lasp.kernels.triton.hopper import (
+from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
     MMA,
@@ -33,6 +33,7 @@ from lasp.kernels.triton.hopper import (
     clear_tail,
     load_entering,
     load_gates,
+    make_ring,
     rows_of,
     store_rows,
 )
@@ -189,12 +190,8 @@ def _walk_down(
     x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, SIZE], SHARED)  # one is read while the next is written
     outputs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full, empty = make_ring(STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
     mbarrier.init(ready, count=2)
     buffers = (q_rows, k_rows, v_rows, do_rows)
     shared = (buffers, x_copies, outputs, gates_copies, full, empty, ready)

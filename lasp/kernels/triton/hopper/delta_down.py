@@ -1,4 +1,4 @@
-"""The delta rule's walk down a tile for Hopper (see delta_costates): the mirror image of hopper_delta_up.
+"""The delta rule's walk down a tile for Hopper (see delta_costates): the mirror image of delta_up.
 
 du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
 """
@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta_config import STATES
 from lasp.kernels.triton.gates import NONE
-from lasp.kernels.triton.hopper import (
+from lasp.kernels.triton.hopper.delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
+from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
     MMA,
@@ -29,10 +30,10 @@ from lasp.kernels.triton.hopper import (
     C,
     barrier,
     clear_tail,
+    make_ring,
     rows_of,
     store_rows,
 )
-from lasp.kernels.triton.hopper_delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
 from lasp.kernels.triton.launch import launch
 
 
@@ -165,11 +166,7 @@ def _walk_down(
     outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED) if MODE == STATES else wy_rows
     x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
     gates_copies = gl.allocate_shared_memory(gl.float32, [6, C], GATES_SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = make_ring(STAGES)
     bytes: gl.constexpr = 2 * C * (3 * SIZE + 2 * C)
     buffers = (q_rows, k_rows, do_rows, wy_rows, scores_rows)
     shared = (buffers, outputs, x_outputs, gates_copies, full, empty)

@@ -1,10 +1,10 @@
-"""What the delta rule's walks for Hopper share (hopper_delta_up, hopper_delta_down)."""
+"""What the walks of the delta rule share (delta_up, delta_down)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from lasp.kernels.triton.hopper import HALF, LINE, MMA, SIZE, WIDE_MMA, C
+from lasp.kernels.triton.hopper.shared import HALF, LINE, MMA, SIZE, WIDE_MMA, C
 
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand, in registers
 WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.gates import NONE, decay_class
-from lasp.kernels.triton.hopper import (
+from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
     MMA,
@@ -32,6 +32,7 @@ from lasp.kernels.triton.hopper import (
     clear_tail,
     load_entering,
     load_gates,
+    make_ring,
     rows_of,
     store_rows,
 )
@@ -184,11 +185,7 @@ def _walk_up(
     partner_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED) if SUMS else c_rows
     x_halves = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = make_ring(STAGES)
     buffers = (a_rows, b_rows, c_rows, partner_rows)
     shared = (buffers, x_halves, gates_copies, full, empty)
     tensors = (gates, (local, incoming, passed, owner), y, products, ends)

@@ -1,14 +1,9 @@
-"""What the walks for Hopper share (hopper_up, hopper_down): walk's equations, for heads of 128 in bf16, in Gluon.
-
-A program is three groups of warps. One fetches chunks by the tensor-memory accelerator, into a ring of buffers, while
-two groups of four warps consume them, each with half of a state in registers and its rounding to bf16 in shared memory,
-where products read it. What one group waits for, the other fills with products. A group issues a chunk's products as
-soon as their operands are there, and waits for each only when it reads it.
-"""
+"""What these walks share: sizes, layouts, and how chunks come and go."""
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.config import HOPPER_HEAD
@@ -34,6 +29,17 @@ def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
         x = x.clone()
     tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
+
+
+@gluon.jit
+def make_ring(STAGES: gl.constexpr):
+    """Barriers for as many chunks: a fetched one is full, and empty when both groups are done with it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    return full, empty
 
 
 @gluon.jit

@@ -1,0 +1,7 @@
+"""The walks for Hopper (see walk, delta_states, delta_costates), for heads of 128 in bf16, in Triton's Gluon.
+
+A program is three groups of warps. One fetches chunks by the tensor-memory accelerator, into a ring of buffers, while
+two groups of four warps consume them, each with half of a state in registers. What one group waits for, the other fills
+with products. A group issues a chunk's products as soon as their operands are there, and waits for each only when it
+reads it.
+"""
