@@ -64,7 +64,8 @@ def config_for(k: Tensor, v: Tensor, gated: bool) -> Config:
 def for_hopper(k: Tensor, v: Tensor) -> bool:
     """Whether walks of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
     served = k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
-    return GLUON and served and v.device.type != "cpu" and torch.cuda.get_device_capability() == (9, 0)
+    there = v.device.type != "cpu" and torch.cuda.is_available()
+    return GLUON and served and there and torch.cuda.get_device_capability() == (9, 0)
 
 
 def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -> int:
@@ -84,8 +85,8 @@ def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; "meta" stands for the current one."""
-    if device.type == "cpu":
+    """Of a GPU; "meta" stands for the current one. Without any it is one."""
+    if not torch.cuda.is_available():
         return 1
     return torch.cuda.get_device_properties(device if device.type == "cuda" else None).multi_processor_count
 
