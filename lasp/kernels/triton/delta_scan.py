@@ -114,6 +114,11 @@ def _add_incoming(
     tl.store(at, x, mask=inside)
 
 
+def _held(block_k: int) -> int:
+    """Columns of a transition that shared memory holds at once."""
+    return block_k if block_k <= 128 else 32
+
+
 def pass_by_matrix(
     tiles: Tiles,
     states: Tensor,
@@ -135,7 +140,7 @@ def pass_by_matrix(
     launch(
         _scan, (segments, heads, blocks),
         states, transitions, start, entering, end, passed, total, tiles.first, heads,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=block_k if block_k <= 128 else 32,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=_held(block_k),
         DOWN=down, STAGES=(3 if block_v == 16 else 2) if block_k <= 128 else 1, num_warps=8,
     )  # fmt: skip
     return entering, end
@@ -149,6 +154,6 @@ def add_incoming(tiles: Tiles, local: Tensor, incoming: Tensor | None, passed: T
         launch(
             _add_incoming, (count, heads, cdiv(value_dim, block_v)),
             local, incoming, passed, tiles.owner, heads,
-            K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, BLOCK=min(128, block_of(key_dim)), num_warps=8,
+            K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, BLOCK=_held(block_of(key_dim)), num_warps=8,
         )  # fmt: skip
     return local
