@@ -13,6 +13,7 @@ from lasp.kernels.recurrence import Alone, Inputs
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from tests.kernels.boundary import Asked
+from tests.kernels.test_triton_linear import run
 from tests.parallel.inputs import error
 
 config = pytest.importorskip("lasp.kernels.triton.config")
@@ -128,16 +129,6 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     def by_kernels(q, k, v, decay, initial_state, beta=None):
         x = Inputs(q, k, v, decay, beta, SIZE**-0.5, Segments(batch, tokens, cu_seqlens))
         return run_op(x, boundary(), initial_state=initial_state, output_final_state=True, backend="triton")
-
-    def run(function, tensors, do, d_final, **options):
-        leaves = {
-            name: x.detach().clone().requires_grad_()
-            for name, x in tensors.items()
-            if x is not None and not (name == "decay" and x.ndim == 1)
-        }
-        o, state = function(**(tensors | leaves), **options)
-        grads = torch.autograd.grad([o, state], list(leaves.values()), [do, d_final])
-        return {"o": o, "state": state} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
     got, again = (run(by_kernels, tensors, do, d_final) for _ in range(2))
     assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"

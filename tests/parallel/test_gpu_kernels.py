@@ -44,12 +44,8 @@ def test_equal_one_gpu(op, decay, layout, exchange, documents):
     sequence = SequenceParallel(dist.group.WORLD, layout=layout, state_exchange=exchange).sequence(TOKENS, offsets)
 
     def run(function, split, **options):
-        leaves = {
-            name: (x if name == "decay" and x.ndim == 1 else split(x)).clone().requires_grad_()
-            for name, x in inputs.items()
-        }
-        constant = {name: x.detach() for name, x in leaves.items() if x.ndim == 1}
-        leaves = {name: x for name, x in leaves.items() if name not in constant}
+        leaves = {name: split(x).clone().requires_grad_() for name, x in inputs.items() if x.ndim > 1}
+        constant = {name: x for name, x in inputs.items() if x.ndim == 1}
         o, _ = function(**leaves, **constant, **options)
         return dict(zip(("o", *leaves), (o, *torch.autograd.grad(o, list(leaves.values()), split(do))), strict=True))
 

@@ -17,12 +17,20 @@ from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.config import cdiv, multiprocessors
-from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, delta_config
+from lasp.kernels.triton.delta_config import (
+    OUTPUTS,
+    STATES,
+    SUMMARY,
+    TRANSITION,
+    DeltaConfig,
+    delta_config,
+    walks_on_hopper,
+)
 from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import add_incoming
-from lasp.kernels.triton.delta_states import fills_scores, walk_up
+from lasp.kernels.triton.delta_states import walk_up
 from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -121,7 +129,7 @@ class TritonDelta:
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
         x, plan, factors, scores, wy, gates, scan = partial
-        if fills_scores(x.k, x.v, plan.shared["decay"]):
+        if walks_on_hopper(x.k, x.v, plan.shared["decay"]):
             scores = torch.empty_like(wy)
         elif scores is None:
             scores = chunk_scores(

@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.config import block_of, cdiv
+from lasp.kernels.triton.config import block_of, cdiv, for_hopper
+from lasp.kernels.triton.gates import DIAGONAL
 
 # What the walks are for.
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -59,3 +60,8 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
     walk = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
     return DeltaConfig(walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)
+
+
+def walks_on_hopper(k: Tensor, v: Tensor, decay: int) -> bool:
+    """Whether the kernels for Hopper walk with a decay of this class. For OUTPUTS they write P rather than read it."""
+    return for_hopper(k, v) and decay != DIAGONAL

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import GLUON, block_of, cdiv, for_hopper
-from lasp.kernels.triton.delta_config import STATES, DeltaConfig
+from lasp.kernels.triton.config import GLUON, block_of, cdiv
+from lasp.kernels.triton.delta_config import STATES, DeltaConfig, walks_on_hopper
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -148,7 +148,7 @@ def walk_down(
     how = config.down
     block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
-    if for_hopper(x.k, do) and decay != DIAGONAL:
+    if walks_on_hopper(x.k, do, decay):
         assert scores is not None
         walk_down_on_hopper(
             mode.value, tiles, x.q, x.k, do, gates, wy, scores, scale, leaving, end, dr, grads, first_chunk, decay, some

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import GLUON, block_of, cdiv, for_hopper
-from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig
+from lasp.kernels.triton.config import GLUON, block_of, cdiv
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, walks_on_hopper
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -143,11 +143,6 @@ def _walk_up(
         tl.store(end + at_state, x, mask=inside)
 
 
-def fills_scores(k: Tensor, v: Tensor, decay: int) -> bool:
-    """Whether OUTPUTS writes P rather than reads it."""
-    return for_hopper(k, v) and decay != DIAGONAL
-
-
 def walk_up(
     mode: tl.constexpr,
     tiles: Tiles,
@@ -174,7 +169,7 @@ def walk_up(
     how = config.outputs if mode is OUTPUTS else config.walk
     block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
-    if fills_scores(x.k, v, decay):
+    if walks_on_hopper(x.k, v, decay):
         y = o if u is None else u
         walk_up_on_hopper(
             mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, y, states, first_chunk, decay, some

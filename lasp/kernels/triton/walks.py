@@ -1,11 +1,13 @@
 """Phase 3 of linear attention without gates or with scalar ones: which kernels walk the tiles, for what."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import GLUON, Config
+from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.scan import Entering
 from lasp.kernels.triton.walk import walk
 
@@ -27,6 +29,10 @@ class Walks:
     scale: float
     config: Config
     hopper: bool
+
+    def __post_init__(self) -> None:
+        if self.hopper and self.gates is not None and self.gates.ndim > 1:
+            assert self.config.chunk == CHUNK, f"gates are summed within {self.config.chunk} tokens, not {CHUNK}"
 
     def outputs(self, q: Tensor, k: Tensor, v: Tensor, entering: Entering) -> Tensor:
         """o [B, T, H, V], given the states that enter the tiles."""
@@ -53,9 +59,16 @@ class Walks:
         return dk, dv, v_dv, at_end
 
     def _up(
-        self, a: Tensor, b: Tensor, c: Tensor, entering: Entering, transposed: bool, partner: Tensor | None, ends
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        entering: Entering,
+        transposed: bool,
+        partner: Tensor | None,
+        ends: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        how = {"transposed": transposed, "partner": partner, "ends": ends}
+        how: dict[str, Any] = {"transposed": transposed, "partner": partner, "ends": ends}
         if self.hopper:
             return walk_up(self.tiles, a, b, c, self.gates, entering, self.scale, **how)
         return walk(self.tiles, a, b, c, self.gates, self.steepest, entering, self.scale, self.config, **how)[:2]

@@ -4,10 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from lasp.kernels.triton.hopper.shared import HALF, LINE, MMA, SIZE, WIDE_MMA, C
-
-LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand, in registers
-WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))
+from lasp.kernels.triton.hopper.shared import HALF, LINE, SIZE, C
 
 
 @gluon.jit

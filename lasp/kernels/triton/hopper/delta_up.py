@@ -19,15 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION
 from lasp.kernels.triton.gates import NONE
-from lasp.kernels.triton.hopper.delta import LEFT, WIDE_LEFT, fetch, load_gates, load_line, load_total
+from lasp.kernels.triton.hopper.delta import fetch, load_gates, load_line, load_total
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
+    LEFT,
     MMA,
     REGISTERS,
     ROWS,
     SHARED,
     SIZE,
+    WIDE_LEFT,
     WIDE_MMA,
     WIDE_ROWS,
     C,

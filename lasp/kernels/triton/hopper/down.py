@@ -26,6 +26,7 @@ from lasp.kernels.triton.hopper.shared import (
     REGISTERS,
     SHARED,
     SIZE,
+    WIDE_LEFT,
     WIDE_MMA,
     WIDE_ROWS,
     C,
@@ -39,8 +40,6 @@ from lasp.kernels.triton.hopper.shared import (
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.scan import Entering
-
-LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))  # a product's first operand, in registers
 
 
 @gluon.jit
@@ -128,15 +127,15 @@ def _compute(
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores = gl.where(seen, scores, 0.0)
         else:
-            written = gl.exp2(gs.load(gl.SliceLayout(0, LEFT)))
-            x = warpgroup_mma((queries.load(LEFT) * written[None, :]).to(dtype), doc, x, is_async=True)
+            written = gl.exp2(gs.load(gl.SliceLayout(0, WIDE_LEFT)))
+            x = warpgroup_mma((queries.load(WIDE_LEFT) * written[None, :]).to(dtype), doc, x, is_async=True)
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
             read = gl.exp2(end - gs.load(gl.SliceLayout(1, WIDE_MMA)))
             g, end = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
             scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
             yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
-        yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), summed, yc, is_async=True)
+        yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)
         x = warpgroup_mma_wait(1, deps=(x,))
         x_copies.index((step + 1) % 2).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
         if DECAY != NONE:

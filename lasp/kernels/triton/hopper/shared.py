@@ -7,16 +7,19 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.config import HOPPER_HEAD
+from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import CONSTANT, LOG2_E
 
 SIZE, HALF = gl.constexpr(HOPPER_HEAD), gl.constexpr(HOPPER_HEAD // 2)
-C = gl.constexpr(64)  # tokens of a chunk
+C = gl.constexpr(CHUNK)  # tokens of a chunk: gates are summed within as many
 REGISTERS = gl.constexpr(240)  # of a thread that computes
 
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 GATES_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # products of 64 columns
 WIDE_MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand, in registers
+WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # rows of 64, as memory likes them
 WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))

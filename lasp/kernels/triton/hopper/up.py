@@ -21,6 +21,7 @@ from lasp.kernels.triton.gates import NONE, decay_class
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
+    LEFT,
     MMA,
     REGISTERS,
     ROWS,
@@ -38,8 +39,6 @@ from lasp.kernels.triton.hopper.shared import (
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.scan import Entering
-
-LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand, in registers
 
 
 @gluon.jit
