@@ -44,6 +44,7 @@ class Settings:
     heads: int = 16
     head_dim: int = 128
     runs: int = 30
+    times: int = 20  # calls in a row, so that what ranks start apart is no part of the time
     graphs: tuple[Exchange, ...] = get_args(Exchange)  # those of the exchanges that are captured, too
     peer: bool = True  # flash-linear-attention's context parallelism, if it is installed
     calibrate: Literal["inside", "across"] | None = None
@@ -90,7 +91,7 @@ def exchanges(settings: Settings, clock: Clock) -> None:
             start = functools.partial(sequences.exchange.forward, states, transitions, breaks)
             calls[name] = lambda start=start: start().wait()
         title = f"{layout}, {states.nbytes / 2**20:g} MiB of states a rank, transition {kind}: microseconds"
-        compare(title, calls, {"bare all-gather", *settings.graphs}, clock, 1e-6, times=20)
+        compare(title, calls, {"bare all-gather", *settings.graphs}, clock, 1e-6, settings.times)
 
 
 def draw(op: Op, tokens: int, settings: Settings, device: torch.device) -> dict[str, Tensor]:
@@ -146,7 +147,7 @@ def ops(settings: Settings, clock: Clock) -> None:
                 calls["flash-linear-attention"] = forward_backward(function, tensors)
             title = f"{op}, {tokens} tokens a rank, forward and backward: milliseconds"
             capturable = set() if op == "softmax" else {"without", *settings.graphs}
-            compare(title, calls, capturable, clock, 1e-3, times=5)
+            compare(title, calls, capturable, clock, 1e-3, settings.times)
 
 
 def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Clock) -> None:

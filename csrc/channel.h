@@ -27,7 +27,7 @@
 
 namespace lasp {
 
-constexpr int PARTS = 32;  // signals from each rank to each; lasp/parallel/native.py knows this number, too
+constexpr int PARTS = 16;  // signals from each rank to each; lasp/parallel/native.py knows this number, too
 
 struct Channel {
   char* const* buffers;  // every rank's buffer: two slots, then the signals

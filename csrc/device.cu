@@ -32,23 +32,30 @@ __host__ __device__ bool aligned(const T* x) {
   return (uintptr_t)x % 16 == 0;
 }
 
-// This part's share of a copy. `from` may lie anywhere; `to` is aligned.
-template <class T>
-__device__ void copy(T* to, const T* from, int64_t count, int part) {
-  constexpr int AT_ONCE = 4, STRIDE = PARTS * SENDERS;
-  const int64_t first = part * SENDERS + threadIdx.x, packs = aligned(from) ? count / WIDE<T> : 0;
-  const auto* source = (const Pack<T, WIDE<T>>*)from;
-  auto* target = (Pack<T, WIDE<T>>*)to;
+// This part's share of what unit `place` sends: read once, and written to every rank that it reaches, `to(rank)`, which
+// is aligned; `from` may lie anywhere.
+template <class T, class Target>
+__device__ void send(const Channel& c, int place, int part, const T* from, int64_t count, const Target& to) {
+  constexpr int N = WIDE<T>, AT_ONCE = 8, STRIDE = PARTS * SENDERS;
+  const int64_t first = part * SENDERS + threadIdx.x, packs = aligned(from) ? count / N : 0;
+  const auto each = [&](auto&& store) {
+    for (int i = 1; i <= c.layout.ranks; ++i) {
+      const int rank = (c.rank + i) % c.layout.ranks;  // not all to the same rank at the same time
+      if (c.reaches(place, rank)) store(to(rank));
+    }
+  };
   for (int64_t i = first; i < packs; i += AT_ONCE * STRIDE) {
-    Pack<T, WIDE<T>> some[AT_ONCE];
+    Pack<T, N> some[AT_ONCE];
 #pragma unroll
     for (int n = 0; n < AT_ONCE; ++n)
-      if (i + n * STRIDE < packs) some[n] = source[i + n * STRIDE];
+      if (i + n * STRIDE < packs) some[n] = ((const Pack<T, N>*)from)[i + n * STRIDE];
+    each([&](T* target) {
 #pragma unroll
-    for (int n = 0; n < AT_ONCE; ++n)
-      if (i + n * STRIDE < packs) target[i + n * STRIDE] = some[n];
+      for (int n = 0; n < AT_ONCE; ++n)
+        if (i + n * STRIDE < packs) ((Pack<T, N>*)target)[i + n * STRIDE] = some[n];
+    });
   }
-  for (int64_t i = packs * WIDE<T> + first; i < count; i += STRIDE) to[i] = from[i];
+  for (int64_t i = packs * N + first; i < count; i += STRIDE) each([&](T* target) { target[i] = from[i]; });
 }
 
 // PARTS blocks.
@@ -61,16 +68,14 @@ __global__ void __launch_bounds__(SENDERS, 1)
   const int part = blockIdx.x;
   const uint32_t epoch = c.local[part] + 1;
   const int64_t state_size = c.shape.state_size(), transition_size = c.shape.transition_size();
-  for (int i = 1; i <= c.layout.ranks; ++i) {
-    const int to = (c.rank + i) % c.layout.ranks;  // not all to the same rank at the same time
-    const Slot<T> slot(c, to, epoch);
-    for (int place = 0; place < c.layout.units_per_rank; ++place) {
-      if (!c.reaches(place, to)) continue;
-      const int unit = c.layout.unit(c.rank, place);
-      copy(slot.state(unit), states + place * state_size, state_size, part);
-      if (transition_size && c.passes[place])
-        copy(slot.transition(unit), transitions + place * transition_size, transition_size, part);
-    }
+  for (int place = 0; place < c.layout.units_per_rank; ++place) {
+    if (c.spread[place] == 0) continue;
+    const int unit = c.layout.unit(c.rank, place);
+    send(c, place, part, states + place * state_size, state_size,
+         [&](int to) { return Slot<T>(c, to, epoch).state(unit); });
+    if (transition_size && c.passes[place])
+      send(c, place, part, transitions + place * transition_size, transition_size,
+           [&](int to) { return Slot<T>(c, to, epoch).transition(unit); });
   }
   __syncthreads();  // what a thread releases includes what came before this in the others
   if (threadIdx.x == 0) c.local[part] = epoch;

@@ -14,7 +14,7 @@ import torch
 LASP = Path(__file__).parents[1]
 SOURCES = LASP / "csrc" if (LASP / "csrc").is_dir() else LASP.parent / "csrc"  # installed, or in a checkout
 BUILDS = Path.home() / ".cache" / "lasp"
-PARTS = 32  # of csrc/channel.h
+PARTS = 16  # of csrc/channel.h
 NONE = 0  # of csrc/combine.h; the others follow
 Pair = ctypes.c_int32 * 2
 

@@ -11,6 +11,7 @@ from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import delta
 from lasp.kernels.triton.config import cdiv
+from lasp.kernels.triton.delta_wy import CHUNK
 from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
@@ -137,10 +138,11 @@ def test_heads_in_groups_and_in_parts(gen, whole, decay, monkeypatch):
 @pytest.mark.parametrize("strength", [0.0, 1.5, 50.0], ids=["open gate", "steep gate", "closing gate"])
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_gates_that_do_nothing_or_close(gen, whole, decay, strength):
-    """A closed gate's own gradient is a small difference of large numbers: what fp32 leaves of it."""
+    """Weights come of sums of gates over a chunk, whose rounding grows with them. A closed gate's own gradient is a
+    small difference of large numbers: what fp32 leaves of it."""
     found = errors(gen, decay, (1, 130, 1, 1, 32, 16), strength=strength)
     assert found.pop("decay") < (EXACT if strength == 0 else 1e-3)
-    assert max(found.values()) < 4 * EXACT, found
+    assert max(found.values()) < 4 * EXACT + strength * CHUNK * 2**-24, found
 
 
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
@@ -214,10 +216,12 @@ def test_twice_the_same_gives_the_same_bits(gen):
     assert torch.equal(o, o_again) and torch.equal(outgoing.wait(), again.wait())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.bfloat16] if DEVICE.type == "cuda" else []))
 @pytest.mark.parametrize(("decay", "boundary"), [("scalar", Alone), ("diagonal", Alone), ("scalar", Asked)])
-def test_large_heads(gen, whole, decay, boundary):
-    found = errors(gen, decay, (1, 140, 1, 1, 160, 136), boundary=boundary)
-    assert max(found.values()) < EXACT, found
+def test_large_heads(gen, whole, decay, boundary, dtype):
+    """The interpreter has no bf16 arithmetic."""
+    found = errors(gen, decay, (1, 140, 1, 1, 160, 136), dtype=dtype, boundary=boundary)
+    assert max(found.values()) < (EXACT if dtype == torch.float32 else 2 * torch.finfo(dtype).eps), found
 
 
 def test_the_public_function_takes_a_diagonal_decay_and_refuses_larger_heads(gen):

@@ -11,7 +11,7 @@ MAX_HEAD = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOPPER_HEAD = 128  # the size of heads that the walks for Hopper serve
 GLUON = triton.__version__.startswith("3.6.")  # they are in its experimental language, and have run with this version
-LONGEST_TILE, LONG_TILE, SHORTEST_TILE = 4096, 2048, 64
+LONGEST_TILE, SHORTEST_TILE = 8192, 64
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,14 @@ def for_hopper(k: Tensor, v: Tensor) -> bool:
 
 
 def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -> int:
-    """Tokens per tile: as many tiles as the multiprocessors walk at once, each by one program or, if long, by two.
+    """Tokens per tile: as many tiles as the multiprocessors walk at once, a program each, unless they were too long.
 
     One tile more would be walked alone when all others are done. Sequences of so many tokens share no tiles. Offsets
     within a tile fit into 32 bits.
     """
-
-    def length(programs: int) -> int:
-        most = max(1, programs * multiprocessors(device) // heads // sequences)
-        return cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE
-
+    most = max(1, multiprocessors(device) // heads // sequences)
     addressable = 2**31 // (heads * MAX_HEAD * SHORTEST_TILE) * SHORTEST_TILE
-    return min(LONGEST_TILE, addressable, max(length(2), min(length(1), LONG_TILE)))
+    return min(LONGEST_TILE, addressable, cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE)
 
 
 @cache

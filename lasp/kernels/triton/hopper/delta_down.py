@@ -20,6 +20,7 @@ from lasp.kernels.triton.hopper.delta import fetch, load_gates, load_line, load_
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
+    HALF_LINES,
     LEFT,
     MMA,
     REGISTERS,
@@ -32,6 +33,7 @@ from lasp.kernels.triton.hopper.shared import (
     C,
     barrier,
     clear_tail,
+    half_columns,
     make_ring,
     rows_of,
     store_rows,
@@ -57,14 +59,12 @@ def _compute(
     from_starts, to_ends = gates_copies.index(3 * PART + 1), gates_copies.index(3 * PART + 2)
     STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
-    state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))  # of V
-    state_col = gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
-    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE + state_col[None, :] * SIZE + state_row[:, None]
+    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE + half_columns(PART)
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
     grad = gl.zeros([HALF, SIZE], gl.float32, WIDE_MMA)
     if MODE == STATES:
-        grad = gl.load(leaving + at)
+        grad = gl.convert_layout(gl.load(leaving + at).permute((1, 0)), WIDE_MMA)
         dr += (begin * HEADS + row) * SIZE + PART * HALF
         grads += ((chunk + last) * HEADS + row) * SIZE * SIZE + PART * HALF * SIZE
     beta = load_line(gates, chunk + last, h, H, 0)
@@ -128,7 +128,7 @@ def _compute(
         if MODE == STATES:
             store_rows(dr, outputs.index(PART), i, count, HEADS * SIZE, ROWS)
     if ENDS:
-        gl.store(end + at, grad)
+        gl.store(end + at, gl.convert_layout(grad.permute((1, 0)), HALF_LINES))
 
 
 @gluon.jit(do_not_specialize=["FIRST_HEAD"])

@@ -23,6 +23,7 @@ from lasp.kernels.triton.hopper.delta import fetch, load_gates, load_line, load_
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
+    HALF_LINES,
     LEFT,
     MMA,
     REGISTERS,
@@ -35,6 +36,7 @@ from lasp.kernels.triton.hopper.shared import (
     C,
     barrier,
     clear_tail,
+    half_columns,
     make_ring,
     rows_of,
     store_rows,
@@ -60,15 +62,14 @@ def _compute(
     from_starts, to_ends = gates_copies.index(4 * PART + 2), gates_copies.index(4 * PART + 3)
     STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
-    state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))  # of V
-    state_col = gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
-    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE + state_col[None, :] * SIZE + state_row[:, None]
+    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE + half_columns(PART)
     if MODE == TRANSITION:
-        x = gl.where(state_row[:, None] == state_col[None, :], 1.0, 0.0)
+        row_of_x = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))
+        x = gl.where(row_of_x[:, None] == gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))[None, :], 1.0, 0.0)
     elif MODE == SUMMARY:
         x = gl.zeros([HALF, SIZE], gl.float32, WIDE_MMA)
     else:
-        x = gl.load(entering + at)
+        x = gl.convert_layout(gl.load(entering + at).permute((1, 0)), WIDE_MMA)
     if MODE == OUTPUTS:
         y += (begin * H + h) * SIZE + PART * HALF
         stride = H * SIZE
@@ -167,7 +168,7 @@ def _compute(
         if MODE >= OUTPUTS:
             store_rows(y, outputs.index(PART), i, count, stride, ROWS)
     if ENDS:
-        gl.store(end + at, x)
+        gl.store(end + at, gl.convert_layout(x.permute((1, 0)), HALF_LINES))
 
 
 @gluon.jit(do_not_specialize=["FIRST_HEAD"])

@@ -32,6 +32,7 @@ from lasp.kernels.triton.hopper.shared import (
     C,
     barrier,
     clear_tail,
+    half_rows,
     load_entering,
     load_gates,
     make_ring,
@@ -40,6 +41,9 @@ from lasp.kernels.triton.hopper.shared import (
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.scan import Entering
+
+# Where the state passes from rows to the places in which products have it, both without bank conflicts.
+PASSAGE = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
 
 
 @gluon.jit
@@ -78,10 +82,8 @@ def _compute(
     dtype: gl.constexpr = out.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] <= col[None, :]
-    state_row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))
-    state_col = gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
     tile = gl.program_id(0).to(gl.int64)
-    state_at = state_row[:, None] * SIZE + state_col[None, :]
+    state_at = half_rows(PART)
     y += (begin * H + h) * SIZE
     chunks = gl.cdiv(count, C)
     x = load_entering(entering, state_at, tile, h, H)
@@ -90,7 +92,10 @@ def _compute(
         end_state = gl.load(ends + (tile * H + h) * SIZE * SIZE + state_at)
         end_product = gl.sum(gl.sum(x * end_state, axis=1), axis=0)
         gl.store(at_end + (PART * gl.num_programs(0) + tile) * H + h, end_product)
-    x = x / scale
+    spare = (x_copies.index(1) if PART == 0 else outputs)._reinterpret(gl.float32, [HALF, SIZE], PASSAGE)
+    spare.store(x / scale)
+    barrier()
+    x = spare.load(WIDE_MMA)
     x_copies.index(0).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
     if DECAY != NONE:
         g, end = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)

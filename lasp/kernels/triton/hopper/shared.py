@@ -22,6 +22,8 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand
 WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # rows of 64, as memory likes them
 WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+HALF_LINES = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))  # the same of fp32
+LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Triton 3.7, and before
 
@@ -57,6 +59,20 @@ def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
         end = gl.load(gates + (begin + i * C + here - 1) * H + h, mask=here > 0, other=0.0)
         passed = gl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
         return gl.where(place < here, passed, end), end
+
+
+@gluon.jit
+def half_columns(PART: gl.constexpr):
+    """Places in a state of half of its columns, [SIZE, HALF], as memory likes them: products have others."""
+    row = gl.arange(0, SIZE, layout=gl.SliceLayout(1, HALF_LINES))
+    return row[:, None] * SIZE + (PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, HALF_LINES)))[None, :]
+
+
+@gluon.jit
+def half_rows(PART: gl.constexpr):
+    """Likewise of half of its rows, [HALF, SIZE]."""
+    row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LINES))
+    return row[:, None] * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(0, LINES))[None, :]
 
 
 @gluon.jit

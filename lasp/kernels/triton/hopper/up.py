@@ -21,7 +21,9 @@ from lasp.kernels.triton.gates import NONE, decay_class
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
+    HALF_LINES,
     LEFT,
+    LINES,
     MMA,
     REGISTERS,
     ROWS,
@@ -31,6 +33,8 @@ from lasp.kernels.triton.hopper.shared import (
     C,
     barrier,
     clear_tail,
+    half_columns,
+    half_rows,
     load_entering,
     load_gates,
     make_ring,
@@ -80,18 +84,16 @@ def _compute(
     dtype: gl.constexpr = xs.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] >= col[None, :]
-    state_row = gl.arange(0, SIZE, layout=gl.SliceLayout(1, MMA))
-    state_col = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))
     tile = gl.program_id(0).to(gl.int64)
-    if TRANSPOSED:
-        state_at = state_col[None, :] * SIZE + state_row[:, None]
-    else:
-        state_at = state_row[:, None] * SIZE + state_col[None, :]
     y += (begin * H + h) * SIZE + PART * HALF
     if SUMS:
         products += (PART * TOKENS + begin) * H + h
     chunks = gl.cdiv(count, C)
-    x = load_entering(entering, state_at, tile, h, H)
+    if TRANSPOSED:
+        x = load_entering(entering, half_rows(PART), tile, h, H).permute((1, 0))
+    else:
+        x = load_entering(entering, half_columns(PART), tile, h, H)
+    x = gl.convert_layout(x, MMA)
     xs.store(x.to(dtype))
     if DECAY != NONE:
         g, end = load_gates(gates, begin, 0, count, h, H, DECAY)
@@ -144,7 +146,11 @@ def _compute(
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
     if SUMS:
-        gl.store(ends + (tile * H + h) * SIZE * SIZE + state_at, x)
+        ends += (tile * H + h) * SIZE * SIZE
+        if TRANSPOSED:
+            gl.store(ends + half_rows(PART), gl.convert_layout(x.permute((1, 0)), LINES))
+        else:
+            gl.store(ends + half_columns(PART), gl.convert_layout(x, HALF_LINES))
 
 
 @gluon.jit
