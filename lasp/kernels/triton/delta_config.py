@@ -27,11 +27,6 @@ class Launch:
         return processors * (1 if self.warps == 8 else 2) // cdiv(size, self.block)
 
 
-# Gradients of heads that are large, or large in bytes. In blocks of 128 of V, where there are two, Triton 3.6's code
-# for Hopper reads beyond shared memory.
-OF_LARGE_HEADS = Launch(32, warps=8, stages=1, block_v=64)
-
-
 @dataclass(frozen=True)
 class DeltaConfig:
     """One launch per kernel; walk: upwards, but for outputs. precision: of products of fp32 numbers.
@@ -60,10 +55,12 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
         gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=3 if gated else 2)
         if widest > 128:
             narrow = wide = Launch(64, warps=8, stages=1)
-            gradients = OF_LARGE_HEADS
+            # All of V at once: of several blocks in 16 bits, Triton 3.6's code for Hopper reads beyond shared memory.
+            gradients = Launch(gradients.block, warps=8, stages=1, block_v=256)
         return DeltaConfig(narrow if diagonal else wide, wide, wide, gradients, factors, "tf32", 64.0, True)
     walk = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
-    return DeltaConfig(walk, walk, walk, OF_LARGE_HEADS, Launch(32, warps=8, stages=1), "tf32x3", 16.0, False)
+    gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
+    return DeltaConfig(walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)
 
 
 def walks_on_hopper(k: Tensor, v: Tensor, decay: int) -> bool:
