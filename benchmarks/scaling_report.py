@@ -2,11 +2,12 @@
 
     python benchmarks/scaling_report.py --output runs/scaling
 
-Efficiency compares the FLOP/s of a rank with those of a rank where there is the fewest of them that had room (one, as a
-rule), without any exchange of states: t(1) / t(W) for weak scaling, t(1) / (W t(W)) for strong scaling, but for softmax
-attention, whose FLOPs per token grow with the sequence. Not hidden is what a call takes above the same op on the same
-local tokens, of a model above the same FLOPs at that other speed (so that it holds all communication, and what else is
-slower). Predicted is the same without exchanges and the simulator's time for all of these, as if none were hidden.
+Efficiency compares the time of a point with what it would take at the speed of a rank where there is the fewest of them
+that had room (one, as a rule), without any exchange of states: t(1) / t(W) for weak scaling, t(1) / (W t(W)) for strong
+scaling, but for softmax attention, whose work per token grows with the sequence. Of a hybrid model's step, the part that
+its softmax layers take grows so, and the rest with the tokens. Not hidden is what a call takes above the same op on the
+same local tokens, of a model above the time at that speed (so that it holds all communication, and what else is slower).
+Predicted is the same without exchanges and the simulator's time for all of these, as if none were hidden.
 """
 
 import math
@@ -50,27 +51,26 @@ class Scaling:
         alone = [p for p in own if p.exchange == ALONE] or own
         return min(alone, key=lambda p: p.ranks, default=None)
 
-    def efficiency(self, point: Point) -> float | None:
+    def ideal(self, point: Point) -> float | None:
+        """Seconds at the base's speed."""
         base = self.base(point)
-        if base is None or base.seconds is None or point.seconds is None:
+        if base is None or base.seconds is None:
             return None
-        return (point.work / point.seconds) / (base.work / base.seconds)
+        if base.softmax_share is None:
+            return base.seconds * point.work / base.work
+        tokens = point.tokens / base.tokens
+        keys = tokens * point.ranks / base.ranks
+        return base.seconds * tokens * (1 - base.softmax_share + base.softmax_share * keys)
 
     def without(self, point: Point) -> float | None:
         """Seconds of the same work if nothing were exchanged."""
         alone = [p.seconds for p in self.points if p.key == (point.mode, point.case, ALONE, point.ranks, point.tokens)]
-        if alone:
-            return alone[0]
-        base = self.base(point)
-        return None if base is None or base.seconds is None else base.seconds * point.work / base.work
+        return alone[0] if alone else self.ideal(point)
 
     def row(self, point: Point) -> list[str]:
-        seconds, without, predicted = point.seconds, self.without(point), point.predicted_exchange
-        extra = None
-        if seconds is not None:
-            extra = (
-                None if without is None or point is self.base(point) or point.exchange == ALONE else seconds - without
-            )
+        seconds, ideal, without = point.seconds, self.ideal(point), self.without(point)
+        predicted, compared = point.predicted_exchange, point is not self.base(point) and point.exchange != ALONE
+        extra = seconds - without if compared and seconds is not None and without is not None else None
         return [
             point.mode,
             point.case,
@@ -79,7 +79,7 @@ class Scaling:
             f"{point.tokens:,}",
             point.note or cell(seconds, ".3f", 1e3),
             cell(None if seconds is None else rate(point)[1], ",.0f"),
-            cell(self.efficiency(point), ".3f"),
+            cell(None if seconds is None or ideal is None else ideal / seconds, ".3f"),
             cell(extra, ".3f", 1e3),
             cell(None if without is None or predicted is None else without + predicted, ".3f", 1e3),
             cell(point.peak_bytes, ".2f", 2**-30),

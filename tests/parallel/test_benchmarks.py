@@ -95,8 +95,11 @@ def test_scaling_becomes_a_table_and_a_figure(tmp_path):
         ideal = ms(mode, "softmax", "ring", "1") * 2 / share**2  # twice the keys for each query, or half the queries
         assert float(softmax["efficiency"]) == pytest.approx(ideal / float(softmax["ms"]), abs=2e-3)
         steps = [found[mode, "model LLLN", "auto", ranks] for ranks in ("1", "2")]
-        assert all(0 < float(step["softmax layers"].rstrip("%")) < 100 for step in steps)
+        parts = [float(step["softmax layers"].rstrip("%")) / 100 for step in steps]
+        assert all(0 < part < 1 for part in parts)
         assert float(steps[0]["efficiency"]) == 1
+        ideal = float(steps[0]["ms"]) * (1 - parts[0] + parts[0] * 2 / share) / share
+        assert float(steps[1]["efficiency"]) == pytest.approx(ideal / float(steps[1]["ms"]), rel=5e-3, abs=2e-3)
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
