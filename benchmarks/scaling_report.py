@@ -4,10 +4,10 @@
 
 Efficiency compares the time of a point with what it would take at the speed of a rank where there is the fewest of them
 that had room (one, as a rule), without any exchange of states: t(1) / t(W) for weak scaling, t(1) / (W t(W)) for strong
-scaling, but for softmax attention, whose work per token grows with the sequence. Of a hybrid model's step, the part that
-its softmax layers take grows so, and the rest with the tokens. Not hidden is what a call takes above the same op on the
-same local tokens, of a model above the time at that speed (so that it holds all communication, and what else is slower).
-Predicted is the same without exchanges and the simulator's time for all of these, as if none were hidden.
+scaling, but for softmax attention, whose work per token grows with the sequence. Of a hybrid model's step, the part of
+its softmax layers grows so, and the rest with the tokens. Not hidden is what a call takes above the same op on the same
+local tokens, of a model above the time at that speed (so that it holds all communication, and what else is slower);
+predicted the same without exchanges and the simulator's time for all of these, as if none were hidden.
 """
 
 import math
