@@ -118,6 +118,12 @@ def test_grouped_heads_and_sizes_that_are_no_powers_of_two(gen, gate, k, v):
     check(draw(gen, torch.float32, gate, 40, batch=2, q_heads=1, k=k, v=v))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes Triton's interpreter long")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_heads(gen, dtype):
+    check(draw(gen, dtype, "weak", 150, k=256, v=256))
+
+
 def test_every_output_is_written_and_the_same_inputs_give_the_same_bits(gen, monkeypatch):
     """Fresh memory is poisoned: what a kernel forgot to write would be NaN."""
     empty_like, new_empty = torch.empty_like, Tensor.new_empty

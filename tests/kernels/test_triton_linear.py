@@ -25,6 +25,8 @@ SHAPES = {  # batch, tokens, q/k heads, heads, K, V, document offsets
     "keys wider than a block": (1, 70, 1, 1, 72, 16, None),
     "values wider than a block": (1, 70, 1, 1, 32, 72, None),
 }
+if DEVICE == "cuda":
+    SHAPES["the largest heads"] = (1, 150, 1, 2, 256, 256, None)
 
 
 @pytest.fixture(autouse=True)

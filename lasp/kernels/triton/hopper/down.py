@@ -92,6 +92,7 @@ def _compute(
         end_state = gl.load(ends + (tile * H + h) * SIZE * SIZE + state_at)
         end_product = gl.sum(gl.sum(x * end_state, axis=1), axis=0)
         gl.store(at_end + (PART * gl.num_programs(0) + tile) * H + h, end_product)
+    # What is written only when both groups are in the loop, for the state to change places in.
     spare = (x_copies.index(1) if PART == 0 else outputs)._reinterpret(gl.float32, [HALF, SIZE], PASSAGE)
     spare.store(x / scale)
     barrier()
