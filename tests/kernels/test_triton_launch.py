@@ -3,6 +3,7 @@
 import pytest
 import torch
 from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
 
 from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Alone, Inputs
@@ -54,3 +55,36 @@ def test_a_dry_run_launches_what_the_call_launches(
     assert op is not None
     launch.run_dry(lambda: dispatch.dry_run(op, x, wants_summary=asked, backward=True))
     assert launched == real
+
+
+class Large:
+    """A kernel that needs so much memory for each of its stages."""
+
+    def __init__(self, memory: int, error: str = "shared memory"):
+        self.memory, self.error = memory, error
+
+    def __getitem__(self, grid):
+        def run(*args, STAGES=None, num_stages=3, **constants):
+            stages = num_stages if STAGES is None else STAGES
+            if stages * self.memory > 100:
+                raise OutOfResources(stages * self.memory, 100, self.error)
+            return args, stages
+
+        return run
+
+
+@pytest.mark.parametrize(("constants", "fitting"), [
+    ({"STAGES": 4, "K": 1}, {"STAGES": 2, "K": 1}),
+    ({"STAGES": 1, "num_stages": 3}, {"STAGES": 1, "num_stages": 3}),
+    ({"num_stages": 3}, {"num_stages": 2}),
+    ({}, {"num_stages": 2}),
+])  # fmt: skip
+def test_as_many_stages_are_taken_as_fit(constants, fitting):
+    compiled, found = launch.launch_first(Large(50), (1,), ("x",), constants)
+    assert found == fitting and compiled == (("x",), fitting.get("STAGES", fitting.get("num_stages")))
+
+
+@pytest.mark.parametrize("kernel", [Large(101), Large(50, "threads")])
+def test_what_does_not_fit_at_all_says_what_it_needs(kernel):
+    with pytest.raises(OutOfResources, match="Hardware limit: 100"):
+        launch.launch_first(kernel, (1,), (), {"STAGES": 3})

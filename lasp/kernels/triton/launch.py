@@ -1,9 +1,11 @@
 """How kernels start. Triton looks at every argument anew in each call, and compiles a kernel when it first comes; here
-the first is remembered for each kind of arguments, and all kernels of an op are compiled side by side."""
+the first is remembered for each kind of arguments, and all kernels of an op are compiled side by side. What needs more
+shared memory than a GPU has, since it was made for a larger one, fetches fewer steps ahead."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 COMPILERS = 16  # at once
+TRITONS_STAGES = 3  # of a kernel that says nothing of them
 INTERPRETED = triton.knobs.runtime.interpret
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 _thread = threading.local()
@@ -48,13 +52,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append((arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg))
     found = _compiled.get(full := (*key, *constants.values()))
     if found is None:
-        compiled = kernel[grid](*args, **constants)
-        _compiled[full] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        compiled, fitting = launch_first(kernel, grid, args, constants)
+        _compiled[full] = compiled, tuple(fitting[name] for name in kernel.arg_names[len(args) :])
         return
     compiled, rest = found
     stream = driver.active.get_current_stream(device)
     size = (*grid, 1, 1)[:3]
     compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
+
+
+def launch_first(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel, compiled and launched, with these constants but as many stages as fit; and the constants."""
+    name = "STAGES" if "STAGES" in constants else "num_stages"
+    while True:
+        try:
+            return kernel[grid](*args, **constants), constants
+        except OutOfResources as error:
+            stages = constants.get(name, TRITONS_STAGES)
+            if error.name != "shared memory" or stages == 1:
+                raise
+            constants = constants | {name: stages - 1}
 
 
 def _enter_context() -> None:
@@ -79,7 +98,7 @@ def compile_ahead(work: Callable[[], None]) -> None:
     device = torch.cuda.current_device()
 
     def make_host_code(kernel: Any) -> None:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), suppress(OutOfResources):  # launch_first sees to it
             _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
 
     with ThreadPoolExecutor(COMPILERS) as executor:
