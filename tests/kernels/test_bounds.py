@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="checks Triton's interpreter")
 
 
