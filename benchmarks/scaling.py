@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/scaling.py --output runs/scaling                all of it
     torchrun --nproc-per-node 2 benchmarks/scaling.py --output runs/scaling --ops scalar --models --modes weak
 
-Weak scaling keeps the tokens of a rank, strong scaling those of the sequence. Forward and backward, zigzag; a training
+Weak scaling keeps the tokens of a rank, strong scaling those of the sequence. Forward and backward, zigzag; operators
+are replayed from CUDA graphs, where only the GPU's time counts, but for softmax attention and the peer's; a training
 step is that of `lasp train`, FSDP and recomputation of layers included. A run is one call, or as many in a row as take
-50 ms, so that hosts' uneven starts do not count; of every run the slowest rank counts, and the median of the runs is
+50 ms, so that ranks' uneven starts do not count; of every run the slowest rank counts, and the median of the runs is
 told. A row is added to points.csv as soon as it is measured, and points that are there are not measured again. What
 fails leaves a row without a time and ends its rank, since the others may be waiting for it, so that torchrun ends them
 all: the same command goes on with the next point.
@@ -118,12 +119,16 @@ class FewRuns(Clock):
         super().__init__(device, runs)
         self.seconds = seconds
 
-    def median(self, call: Callable[[], object]) -> float:
-        """Seconds of a call: it is made twice, and then as often as fits; the second counts if none does."""
+    def median(self, call: Watched, graph: bool) -> float:
+        """Seconds of a call: it is made twice, and then as often as fits, if wanted in a CUDA graph; the second counts
+        if none does."""
         self._slowest(call)
         second = self._slowest(call)
         times = max(1, int(self.RUN / second))
         runs = min(self.runs, int(self.seconds / (second * times)))
+        if graph and self.device.type == "cuda":
+            replay = self._capture(call.call, times, torch.cuda.graph_pool_handle()).replay
+            return statistics.median([self._slowest(replay) / times for _ in range(1 + runs)][1:] or [second])
         return statistics.median([self._slowest(call, times) for _ in range(runs)] or [second])
 
     def _slowest(self, call: Callable[[], object], times: int = 1) -> float:
@@ -142,14 +147,14 @@ class Points:
         self.done = {point.key for point in read(self.file)}
         dist.barrier()  # before anybody writes
 
-    def measure(self, point: Point, make: Callable[[], Watched]) -> None:
-        """make: gives the call; it may fail, as the call may."""
+    def measure(self, point: Point, make: Callable[[], Watched], graph: bool = False) -> None:
+        """make: gives the call; it may fail, as the call may. graph: it is captured, on a GPU."""
         if point.key in self.done:
             return
         try:
             call = make()
             point = replace(
-                point, seconds=self.clock.median(call), peak_bytes=call.peak_bytes(), softmax_share=call.share()
+                point, seconds=self.clock.median(call, graph), peak_bytes=call.peak_bytes(), softmax_share=call.share()
             )
         except Exception as error:
             traceback.print_exc()
@@ -207,7 +212,8 @@ def _topology():
 def measure_op(settings: Settings, points: Points, mode: Mode, op: Op, tokens: int) -> None:
     ranks, device, size = points.ranks, points.clock.device, settings.head_dim
 
-    def measure(exchange: str, function: Callable[..., Tensor], work: float = tokens, predicted: float | None = None):
+    def measure(exchange: str, function: Callable[..., Tensor], work: float = tokens, predicted: float | None = None,
+                graph: bool = True) -> None:  # fmt: skip
         def make() -> Watched:
             tensors = ops.draw(op, tokens, ops.Settings(heads=settings.heads, head_dim=size), device)
             return Watched(ops.forward_backward(function, tensors), device)
@@ -215,10 +221,11 @@ def measure_op(settings: Settings, points: Points, mode: Mode, op: Op, tokens: i
         point = Point(
             mode=mode, case=op, exchange=exchange, ranks=ranks, tokens=tokens, work=work, predicted_exchange=predicted
         )
-        points.measure(point, make)
+        points.measure(point, make, graph)
 
     if op == "softmax":
-        measure("ring", ops.parallel("all_gather").sequence(tokens * ranks).softmax_attention, tokens * tokens * ranks)
+        measure("ring", ops.parallel("all_gather").sequence(tokens * ranks).softmax_attention, tokens * tokens * ranks,
+                graph=False)  # fmt: skip
         return
     delta = op == "gated delta"
     measure(ALONE, output_of(delta_rule if delta else linear_attention))
@@ -230,7 +237,7 @@ def measure_op(settings: Settings, points: Points, mode: Mode, op: Op, tokens: i
         function = output_of(sequence.delta_rule if delta else sequence.linear_attention)
         measure(name, function, predicted=exchanges.seconds(name, 1, 1))
     if delta and settings.peer and device.type == "cuda" and (peer := ops.peer(tokens)) is not None:
-        measure("flash-linear-attention", peer)
+        measure("flash-linear-attention", peer, graph=False)
 
 
 def output_of(function: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Tensor]:

@@ -9,6 +9,9 @@ namespace {
 
 constexpr int SENDERS = 512, THREADS = 256;  // threads of a block of publish, and of the others
 constexpr int64_t MOST_BLOCKS = 512;         // of weigh: each of them waits for all signals
+// Of publish: forward waits for it; backward, from Hopper on, computes meanwhile, for which it leaves room.
+constexpr int FORWARD_BLOCKS = PARTS, BACKWARD_BLOCKS = 4;
+static_assert(PARTS % BACKWARD_BLOCKS == 0);
 
 // N numbers that are loaded and stored at once.
 template <class T, int N>
@@ -58,14 +61,17 @@ __device__ void send(const Channel& c, int place, int part, const T* from, int64
   for (int64_t i = packs * N + first; i < count; i += STRIDE) each([&](T* target) { target[i] = from[i]; });
 }
 
-// PARTS blocks.
-template <class T>
-__global__ void __launch_bounds__(SENDERS, 1)
-    publish(const __grid_constant__ Channel c, const T* states, const T* transitions) {
+// Kernels here may begin while the one before ends, and do nothing before that has; then they let the next one begin,
+// which may go on without waiting if it has nothing to do with them: lasp/kernels/triton/overlap.py.
+__device__ void follow() {
 #if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // lets what collects be made ready meanwhile
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
-  const int part = blockIdx.x;
+}
+
+template <class T>
+__device__ void publish_part(const Channel& c, int part, const T* states, const T* transitions) {
   const uint32_t epoch = c.local[part] + 1;
   const int64_t state_size = c.shape.state_size(), transition_size = c.shape.transition_size();
   for (int place = 0; place < c.layout.units_per_rank; ++place) {
@@ -82,6 +88,13 @@ __global__ void __launch_bounds__(SENDERS, 1)
   for (int to = threadIdx.x; to < c.layout.ranks; to += SENDERS) store_release(c.signals(to, c.rank) + part, epoch);
 }
 
+template <class T>
+__global__ void __launch_bounds__(SENDERS, 1)
+    publish(const __grid_constant__ Channel c, const T* states, const T* transitions) {
+  follow();
+  for (int part = blockIdx.x; part < PARTS; part += gridDim.x) publish_part(c, part, states, transitions);
+}
+
 // Whether all parts of all ranks' messages are here; the same for all threads of a block.
 __device__ bool all_came(const Channel& c, uint32_t epoch) {
   bool here = true;
@@ -89,16 +102,10 @@ __device__ bool all_came(const Channel& c, uint32_t epoch) {
   return __syncthreads_and(here);
 }
 
-__device__ void await_publish() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
 // Where transitions are no matrices: a sum with weights. N divides V; blockIdx.y is the unit's place.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_constant__ Channel c, T* arrived) {
-  await_publish();
+  follow();
   const uint32_t epoch = c.epoch();
   const bool all = all_came(c, epoch);
   const Slot<T> slot(c, c.rank, epoch);
@@ -182,7 +189,7 @@ template <class T, bool TRANSPOSED, int N>
 __global__ void __launch_bounds__(THREADS, 1) chain(const __grid_constant__ Channel c, T* arrived, int width) {
   using Piece = Piece<T, TRANSPOSED>;
   extern __shared__ __align__(16) char memory[];
-  await_publish();
+  follow();
   const uint32_t epoch = c.epoch();
   const bool all = all_came(c, epoch);
 
@@ -245,15 +252,15 @@ __global__ void __launch_bounds__(THREADS, 1) chain(const __grid_constant__ Chan
     if (first + e % width < V) out[(int64_t)(e / width) * V + e % width] = x[e];
 }
 
-// After publish, which lets it be made ready while it runs itself.
 template <class... Arguments>
-int launch(void (*kernel)(Arguments...), dim3 blocks, size_t shared, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Arguments...), dim3 blocks, int threads, size_t shared, void* stream,
+           Arguments... arguments) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
-  config.blockDim = THREADS;
+  config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = (cudaStream_t)stream;
 #if __CUDA_ARCH_LIST__ >= 900
@@ -275,7 +282,7 @@ int launch_chain(const Channel& c, T* arrived, void* stream) {
   const auto kernel = chain<T, TRANSPOSED, N>;
   if (const int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared())) return code;
   const dim3 blocks(c.shape.H * cut(c.shape.V, width), c.layout.units_per_rank);
-  return launch(kernel, blocks, shared(), stream, c, arrived, width);
+  return launch(kernel, blocks, THREADS, shared(), stream, c, arrived, width);
 }
 
 template <class T, int N>
@@ -283,7 +290,7 @@ int launch_weigh(const Channel& c, T* arrived, void* stream) {
   const int64_t size = c.shape.state_size(), blocks = (size / N + THREADS - 1) / THREADS;
   if (size >= int64_t(1) << 32) return cudaErrorInvalidValue;
   const dim3 grid(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS, c.layout.units_per_rank);
-  return launch(weigh<T, N>, grid, 0, stream, c, arrived);
+  return launch(weigh<T, N>, grid, THREADS, 0, stream, c, arrived);
 }
 
 template <class T>
@@ -300,11 +307,10 @@ int collect(const Channel& c, T* arrived, void* stream) {
 }  // namespace
 
 extern "C" int lasp_publish(const Channel* c, int doubles, const void* states, const void* transitions, void* stream) {
+  const int blocks = c->backward && __CUDA_ARCH_LIST__ >= 900 ? BACKWARD_BLOCKS : FORWARD_BLOCKS;
   if (doubles)
-    publish<<<PARTS, SENDERS, 0, (cudaStream_t)stream>>>(*c, (const double*)states, (const double*)transitions);
-  else
-    publish<<<PARTS, SENDERS, 0, (cudaStream_t)stream>>>(*c, (const float*)states, (const float*)transitions);
-  return cudaGetLastError();
+    return launch(publish<double>, blocks, SENDERS, 0, stream, *c, (const double*)states, (const double*)transitions);
+  return launch(publish<float>, blocks, SENDERS, 0, stream, *c, (const float*)states, (const float*)transitions);
 }
 
 extern "C" int lasp_collect(const Channel* c, int doubles, void* arrived, void* stream) {

@@ -226,7 +226,7 @@ class Sequence:
 
         self.parallel.agree(check)
         local, width = self._local(x.shape[0]), weight.shape[1]
-        tail = self._tail(x, width) if width > 1 else None
+        x, tail = self._tail(x, width) if width > 1 else (x, None)
         return local.unfold(convolve(local.fold(x), weight, bias, tail, local.segments))
 
     def mean(self, loss_sum: Tensor, count: Tensor) -> Tensor:
@@ -271,16 +271,16 @@ class Sequence:
             self._boundaries[batch, causal] = made
         return self._boundaries[batch, causal]
 
-    def _tail(self, x: Tensor, width: int) -> Tensor:
-        """[N, width - 1, D] for every fragment: what precedes it within its document."""
+    def _tail(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """x, to go on with, and [N, width - 1, D] for every fragment: what precedes it within its document."""
         plan = self.parallel.halo_plan(self.partition, width, x.device)
-        before = halo(x, plan, len(self.partition.owned), width)
+        x, before = halo(x, plan, len(self.partition.owned), width)
         tails = x.new_zeros(x.shape[0], len(self.partition.local), *before.shape[2:])
         place = torch.arange(width - 1, 0, -1, device=x.device)  # distance before the unit
         for unit, index in enumerate(self.partition.first):
             same_document = place <= self.partition.local[index].position
             tails[:, index] = before[:, unit] * same_document[:, None]
-        return tails.flatten(0, 1)
+        return x, tails.flatten(0, 1)
 
     def _local(self, batch: int) -> LocalSegments:
         if batch not in self._segments:

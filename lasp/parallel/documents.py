@@ -92,8 +92,7 @@ class DocumentSequence(Sequence):
             self._boundaries[batch, causal] = made
         return self._boundaries[batch, causal]
 
-    def _tail(self, x: Tensor, width: int) -> Tensor:
-        """[N, width - 1, D] for every fragment: what precedes it within its document."""
+    def _tail(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         shortest = min(len(fragment) for fragment in self.partition.local)
         expected = f"at least {width - 1}, for a convolution of width {width}"
         checks.require(shortest >= width - 1, "a document's tokens per unit", shortest, expected)
@@ -102,7 +101,8 @@ class DocumentSequence(Sequence):
         units = len(self.partition.owned)
         last = x[0, ends.view(-1)].unflatten(0, (-1, units * (width - 1)))  # [documents, units · (width - 1), D]
         plan = self.parallel.halo_plan(self._one_document(width - 1), width, x.device)
-        return halo(last, plan, units, width).flatten(0, 1)
+        _, before = halo(last, plan, units, width)
+        return x, before.flatten(0, 1)
 
     def _one_document(self, unit_length: int) -> Partition:
         """Every document's partition, were its units of that length."""

@@ -53,25 +53,31 @@ class HaloPlan:
         )
 
 
-def halo(x: Tensor, plan: HaloPlan, units: int, width: int) -> Tensor:
-    """[B, units, width - 1, D]: the tokens before each unit of x [B, T_local, D], zero before the sequence."""
-    arrived = _Halo.apply(x, plan)
+def halo(x: Tensor, plan: HaloPlan, units: int, width: int) -> tuple[Tensor, Tensor]:
+    """x [B, T_local, D], and the tokens before each of its units, [B, units, width - 1, D], zero before the sequence.
+
+    Who goes on with the x that is returned, and writes its gradient for this alone, spares backward a sum over all
+    tokens: to that gradient the few tokens' that come back are added in place.
+    """
+    x, arrived = _Halo.apply(x, plan)
     tail = x.new_zeros(units * (width - 1), x.shape[0], x.shape[2]).index_copy(0, plan.slots, arrived)
-    return tail.unflatten(0, (units, width - 1)).movedim(2, 0)
+    return x, tail.unflatten(0, (units, width - 1)).movedim(2, 0)
 
 
 class _Halo(torch.autograd.Function):
-    """x [B, T_local, D] -> the tokens received [received, B, D]."""
+    """x [B, T_local, D] -> x, the tokens received [received, B, D]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: HaloPlan) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plan: HaloPlan) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.shape = plan, x.shape
+        ctx.set_materialize_grads(False)
         message = x[:, plan.send].transpose(0, 1)
-        return comm.all_to_all(message, plan.send_counts, plan.receive_counts, plan.group).wait()
+        return x.view_as(x), comm.all_to_all(message, plan.send_counts, plan.receive_counts, plan.group).wait()
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dx: Tensor | None, d: Tensor) -> tuple[Tensor, None]:
         plan: HaloPlan = ctx.plan
         back = comm.all_to_all(d, plan.receive_counts, plan.send_counts, plan.group).wait()
-        dx = d.new_zeros(ctx.shape[1], ctx.shape[0], ctx.shape[2]).index_add(0, plan.send, back)
-        return dx.transpose(0, 1), None
+        dx = d.new_zeros(ctx.shape) if dx is None else dx
+        dx.transpose(0, 1).index_put_((plan.send,), back, accumulate=True)  # several units may have read a token
+        return dx, None

@@ -33,6 +33,7 @@ LINEAR = [  # without gates or with scalar ones; what comes in is added or not
 ]
 LINEAR += [constants | {"incoming": None, "passed": None} for constants in LINEAR]
 KERNELS = {  # by module: the constants that its kernel is compiled with
+    "states": [{"DECAY": decay, "BACKWARD": backward} for decay in (0, 1, 2) for backward in (False, True)],
     "up": LINEAR,
     "down": LINEAR,
     "delta_up": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in range(4)],
@@ -45,11 +46,20 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.language import target_info
 from lasp.kernels.triton.hopper.shared import SHARED
 
+def current_target():
+    return GPUTarget("cuda", 90, 32)
+
+current_target.__triton_builtin__ = True
+target_info.current_target = current_target  # there is none without a GPU
+
 ROWS, HALVES = (f"tensordesc<bf16[64, {width}],{SHARED.value!r}>" for width in (128, 64))
-KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do")} | {name: "*bf16" for name in ("y", "dk", "dv", "dr")}
-KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores")} | {"scale": "fp32", "TOKENS": "i64"}
+KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do", "dk_rows", "dv_rows", "states_rows", "grads_rows")}
+KINDS |= {name: "*bf16" for name in ("y", "dk", "dv", "dr")}
+KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores", "scores_rows", "y_rows", "dr_rows")}
+KINDS |= {"scale": "fp32", "TOKENS": "i64"}
 KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
 KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
 module, every = sys.argv[1], json.loads(sys.argv[2])
@@ -58,20 +68,22 @@ names = kernel.arg_names
 for constants in every:
     mode = constants.get("MODE")
     if mode is None:
-        absent = () if constants["SUMS"] else ("partner", "products", "v_dv", "ends", "at_end")
+        absent = () if constants.get("SUMS") else ("partner", "products", "v_dv", "ends", "at_end")
         absent += () if constants["DECAY"] else ("gates",)
+        absent += () if constants["DECAY"] and not constants.get("BACKWARD") else ("transitions",)
     else:
-        KINDS |= {"v": HALVES, "do": HALVES, "states": "*bf16", "grads": "*bf16"}
-        KINDS["scores"] = "*bf16" if module == "delta_up" else HALVES
-        absent = (("entering", "leaving", "y", "dr"), ("v", "entering", "y"), ("end",), ("end",))[mode]
-        absent += () if mode == 3 else ("states", "grads")
-        absent += ("q", "scores") if module == "delta_up" and mode != 2 else ()
+        KINDS |= {"v": HALVES, "do": HALVES, "scores": "*bf16" if module == "delta_up" else HALVES}
+        absent = (("entering", "leaving"), ("v", "entering"), ("end",), ("end",))[mode]
+        absent += () if mode >= 2 else ("y", "y_rows", "dr", "dr_rows")
+        absent += () if mode == 3 else ("states_rows", "grads_rows")
+        absent += ("q", "scores", "scores_rows") if module == "delta_up" and mode != 2 else ()
     constants = constants | dict.fromkeys(absent) | {"STAGES": 2}
     constants = {(names.index(name),): value for name, value in constants.items() if name in names}
     signature = {n: "constexpr" if (i,) in constants else KINDS.get(n, "*fp32") for i, n in enumerate(names)}
-    source, target = GluonASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32)
-    compiled = compile(source, target=target, options={"num_warps": 4})
+    source = GluonASTSource(kernel, signature, constants)
+    compiled = compile(source, target=current_target(), options={"num_warps": 4})
     assert "wgmma" in compiled.asm["ptx"] and len(compiled.asm["cubin"])
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]  # see lasp.kernels.triton.overlap
     assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 """
 

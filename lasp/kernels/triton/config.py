@@ -69,14 +69,17 @@ def for_hopper(k: Tensor, v: Tensor) -> bool:
 
 
 def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -> int:
-    """Tokens per tile: as many tiles as the multiprocessors walk at once, a program each, unless they were too long.
+    """Tokens per tile: as many tiles as the multiprocessors walk at once, a program each, or so many times as many that
+    they are not too long.
 
     One tile more would be walked alone when all others are done. Sequences of so many tokens share no tiles. Offsets
     within a tile fit into 32 bits.
     """
-    most = max(1, multiprocessors(device) // heads // sequences)
     addressable = 2**31 // (heads * MAX_HEAD * SHORTEST_TILE) * SHORTEST_TILE
-    return min(LONGEST_TILE, addressable, cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE)
+    longest, at_once = min(LONGEST_TILE, addressable), multiprocessors(device)
+    rounds = cdiv(sequences * tokens * heads, longest * at_once)
+    most = max(1, rounds * at_once // heads // sequences)
+    return min(longest, cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE)
 
 
 @cache

@@ -34,7 +34,7 @@ from lasp.kernels.triton.delta_states import walk_up
 from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
-from lasp.kernels.triton.linear import contiguous, per_q_head
+from lasp.kernels.triton.linear import contiguous, laid_out, per_q_head
 from lasp.kernels.triton.scan import Scan
 
 ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
@@ -150,19 +150,19 @@ class TritonDelta:
         return o, outgoing, (wy, scores, gates, entering, None if plan.whole else scan.transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
-        x, plan, (wy, scores, gates, entering, transitions) = contiguous(x), Plan.of(x), kept
+        x, do, plan, (wy, scores, gates, entering, transitions) = contiguous(x), laid_out(do), Plan.of(x), kept
         factors, _, _ = factors_of(x, plan, with_scores=False)
         if plan.whole and not wanted:
-            return None, (x, plan, factors, None)
+            return None, (x, do, plan, factors, None)
         d = torch.empty_like(entering)
         walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
         if plan.whole:
-            return d, (x, plan, factors, None)
+            return d, (x, do, plan, factors, None)
         scan = Scan(plan.tiles, d, transitions, down=True, ahead=wanted)
-        return scan.summary and scan.summary.state, (x, plan, factors, scan)
+        return scan.summary and scan.summary.state, (x, do, plan, factors, scan)
 
     def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, plan, factors, scan), (wy, scores, gates, entering, _) = partial, kept
+        (x, do, plan, factors, scan), (wy, scores, gates, entering, _) = partial, kept
         assert x.beta is not None
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
         per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
@@ -178,7 +178,7 @@ class TritonDelta:
             where = {**plan.shared, "head_range": part}
             walk_up(
                 STATES, plan.tiles, factors, x.v, gates, wy, None, plan.config,
-                entering=entering, u=u, states=chunk_states, **where,
+                entering=entering, u=u, states=chunk_states, overlaps=scan is not None and first == 0, **where,
             )  # fmt: skip
             if first == 0:
                 last = d_outgoing.wait()

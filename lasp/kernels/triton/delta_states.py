@@ -19,6 +19,7 @@ from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 
 if GLUON:
     from lasp.kernels.triton.hopper.delta_up import walk_up as walk_up_on_hopper
@@ -57,6 +58,8 @@ def _walk_up(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if MODE != STATES:  # see overlap
+        await_previous()
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = FIRST_HEAD + row
     begin, count = tl.load(start + tile), tl.load(length + tile)
@@ -139,6 +142,8 @@ def _walk_up(
         if DECAY == SCALAR:
             ut *= to_end[None, :]
         x = tl.dot(ut.to(work), wc, x, input_precision=PRECISION)
+    if MODE == STATES:
+        await_previous()
     if ENDS:
         tl.store(end + at_state, x, mask=inside)
 
@@ -162,8 +167,12 @@ def walk_up(
     first_chunk: Tensor,
     decay: int,
     head_range: range | None = None,
+    overlaps: bool = True,
 ) -> None:
-    """Runs the walk over every tile and head (of `head_range`); `mode` says which of the tensors it fills."""
+    """Runs the walk over every tile and head (of `head_range`); `mode` says which of the tensors it fills.
+
+    overlaps: if STATES, nothing that it reads or writes has to do with the kernel before (lasp.kernels.triton.overlap).
+    """
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], x.k.shape[2:]
     value_dim = key_dim if mode is TRANSITION else value_dim
     how = config.outputs if mode is OUTPUTS else config.walk
@@ -172,13 +181,14 @@ def walk_up(
     if walks_on_hopper(x.k, v, decay):
         y = o if u is None else u
         walk_up_on_hopper(
-            mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, y, states, first_chunk, decay, some
-        )
+            mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, y, states,
+            first_chunk, decay, some, overlaps,
+        )  # fmt: skip
         return
     launch(
         _walk_up, (tiles.count, len(some), cdiv(value_dim, block_v)),
         x.q, x.k, x.written, x.totals, v, gates, wy, scores, entering, end, o, u, states,
         tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
+        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps, overlaps=overlaps,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from lasp.kernels.triton.diagonal_grads import gradients
 from lasp.kernels.triton.diagonal_outputs import outputs
 from lasp.kernels.triton.diagonal_states import chunk_states, chunk_states_grad, tile_states, tile_states_grad
 from lasp.kernels.triton.diagonal_steep import steep_gradients, steep_outputs
-from lasp.kernels.triton.linear import contiguous, per_q_head, tiles_of
+from lasp.kernels.triton.linear import contiguous, laid_out, per_q_head, tiles_of
 from lasp.kernels.triton.scan import Entering, Scan
 
 
@@ -40,15 +40,15 @@ class TritonDiagonal:
         return o, outgoing, (scan.transitions, *entering)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
-        x, tiles, config = self._prepare(x)
+        (x, tiles, config), do = self._prepare(x), laid_out(do)
         assert x.decay is not None
         referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
         states = tile_states_grad(tiles, referred, do, config)
         scan = Scan(tiles, states, kept[0], down=True, ahead=wanted)
-        return scan.summary and scan.summary.state, (x, tiles, config, referred, scan)
+        return scan.summary and scan.summary.state, (x, tiles, config, do, referred, scan)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, referred, scan), (_, local, *came) = partial, kept
+        (x, tiles, config, do, referred, scan), (_, local, *came) = partial, kept
         assert local is not None and x.decay is not None
         before = chunk_states(tiles, referred, x.v, Entering(local, *came), config)
         leaving, d_incoming = scan.enter(d_outgoing.wait())

@@ -13,6 +13,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of, cdiv
 from lasp.kernels.triton.diagonal_chunk import Config, Referred, load_end, load_half, load_rows
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 from lasp.kernels.triton.scan import Entering, load_entering
 
 
@@ -42,6 +43,9 @@ def _walk(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    first: tl.constexpr = EACH_CHUNK and not BACKWARD  # see overlap
+    if not first:
+        await_previous()
     tile, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, cols = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     begin, count = tl.load(start + tile), tl.load(length + tile)
@@ -67,6 +71,8 @@ def _walk(
         state = tl.dot(tl.trans(kc), vc, state * tl.exp((1.0 - half) * end), input_precision=PRECISION) * tl.exp(
             half * end
         )
+    if first:
+        await_previous()
     if not EACH_CHUNK:
         tl.store((states + (tile * H + h) * K * V) + place, state, mask=inside)
     if not (EACH_CHUNK or BACKWARD):
@@ -113,5 +119,5 @@ def _launch(
         k, v, x.ends, x.spread, *states, transitions, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, BACKWARD=backward,
         EACH_CHUNK=chunk_states is not None, REACH=config.reach, PRECISION=config.precision,
-        STAGES=config.states.stages, num_warps=config.states.warps,
+        STAGES=config.states.stages, num_warps=config.states.warps, overlaps=True,
     )  # fmt: skip

@@ -87,5 +87,5 @@ def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, T
 
 def _checked(x: Inputs) -> bool:
     """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size."""
-    largest = MAX_HEAD if x.beta is not None and x.v.dtype != torch.float32 else 128
+    largest = 128 if x.v.dtype == torch.float32 else MAX_HEAD
     return x.v.is_cuda and max(x.k.shape[-1], x.v.shape[-1]) <= largest

@@ -8,6 +8,7 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE, CONSTANT, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -39,6 +40,7 @@ def _cumulate(
 ):
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
+    await_previous()
     begin, count = tl.load(start + tile), tl.load(length + tile)
     place = tl.program_id(1) * C + tl.arange(0, C)
     at = (begin + place)[:, None] * H + heads[None, :]
@@ -92,6 +94,7 @@ def _gate_grads(
 ):
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    await_previous()
     begin, count = tl.load(start + tile), tl.load(length + tile)
     carry = tl.zeros([BH], tl.float32)
     for block in tl.static_range(EB):
@@ -121,7 +124,7 @@ def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tenso
     block = min(16, next_power_of_2(heads))
     launch(
         _cumulate, (tiles.count, cdiv(tiles.size, chunk), cdiv(heads, block)),
-        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4,
+        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4, overlaps=True,
     )  # fmt: skip
     return cumulated
 
@@ -139,6 +142,6 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     launch(
         _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
-        BH=block, C=256, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), num_warps=4,
+        BH=block, C=1024, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), num_warps=8, overlaps=True,
     )  # fmt: skip
     return dg

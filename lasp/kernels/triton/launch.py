@@ -23,14 +23,15 @@ _thread = threading.local()
 _ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled ahead", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, overlaps: bool = False, **constants: Any) -> None:
     """kernel[grid](*args, **constants), on the current device, where the tensors must be.
 
     args: all parameters of the kernel that are not constants, in its order: tensors, their descriptors, numbers and
-    None. constants: those that are, and options.
+    None. constants: those that are, and options. overlaps: it may begin before the kernel before has ended, and sees to
+    that itself (lasp.kernels.triton.overlap).
     """
     if (ahead := _ahead.get()) is not None:
-        ahead.append(kernel.warmup(*args, grid=grid, **constants))
+        ahead.append(kernel.warmup(*args, grid=grid, **constants, **_overlapping(overlaps)))
         return
     if INTERPRETED:
         kernel[grid](*args, **constants)
@@ -52,13 +53,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append((arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg))
     found = _compiled.get(full := (*key, *constants.values()))
     if found is None:
-        compiled, fitting = launch_first(kernel, grid, args, constants)
+        compiled, fitting = launch_first(kernel, grid, args, constants | _overlapping(overlaps))
         _compiled[full] = compiled, tuple(fitting[name] for name in kernel.arg_names[len(args) :])
         return
     compiled, rest = found
     stream = driver.active.get_current_stream(device)
     size = (*grid, 1, 1)[:3]
     compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
+
+
+def _overlapping(overlaps: bool) -> dict[str, bool]:
+    can = overlaps and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+    return {"launch_pdl": True} if can else {}
 
 
 def launch_first(

@@ -35,14 +35,14 @@ class TritonLinear:
         return o, outgoing, (scan.transitions, gates, steepest, *entering)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
-        x, tiles, config = self._prepare(x)
+        (x, tiles, config), do = self._prepare(x), laid_out(do)
         transitions, gates, *_ = kept
         states, _, _ = tile_states(tiles, x.q, do, gates, config, backward=True, scale=x.scale)
         scan = Scan(tiles, states, transitions, down=True, ahead=wanted)
-        return scan.summary and scan.summary.state, (x, tiles, config, scan)
+        return scan.summary and scan.summary.state, (x, tiles, config, do, scan)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, scan), (_, gates, steepest, local, *came) = partial, kept
+        (x, tiles, config, do, scan), (_, gates, steepest, local, *came) = partial, kept
         assert local is not None
         entering = Entering(local, *came)
         walks = self._walks(x, tiles, gates, steepest, config)
@@ -66,10 +66,18 @@ class TritonLinear:
 
 
 def contiguous(x: Inputs) -> Inputs:
-    """The same inputs with the memory layout that the kernels assume."""
-    q, k, v = x.q.contiguous(), x.k.contiguous(), x.v.contiguous()
+    """The same inputs as `laid_out`."""
     decay, beta = (None if gate is None else gate.contiguous() for gate in (x.decay, x.beta))
-    return replace(x, q=q, k=k, v=v, decay=decay, beta=beta)
+    return replace(x, q=laid_out(x.q), k=laid_out(x.k), v=laid_out(x.v), decay=decay, beta=beta)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x with the memory layout that the kernels assume: contiguous, and from an address on that 16 divides.
+
+    A copy has to live until its half of the op has ended, since kernels that overlap may get its memory (see overlap).
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def tiles_of(x: Inputs) -> Tiles:

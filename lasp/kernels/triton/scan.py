@@ -19,6 +19,7 @@ from lasp.kernels.summary import Summary, apply
 from lasp.kernels.triton.config import block_of, cdiv, next_power_of_2
 from lasp.kernels.triton.delta_scan import pass_by_matrix
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 
 NONE, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -47,6 +48,7 @@ def _scan(
     cols = (block % tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (cols < V)[None, :]
     place = rows[:, None] * V + cols[None, :]
+    await_previous()
     x = tl.zeros([BK, BV], tl.float32)
     if start is not None:
         x += tl.load(start + (n * H + h) * K * V + place, mask=inside, other=0.0)
@@ -156,6 +158,6 @@ def _pass(
     launch(
         _scan, (segments, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v)),
         states, transitions, start, entering, end, passed, totals, tiles.first, heads,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, DOWN=down, num_warps=4,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, DOWN=down, num_warps=4, overlaps=True,
     )  # fmt: skip
     return entering, end

@@ -13,9 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.config import Config, block_of, cdiv
+from lasp.kernels.triton.config import GLUON, Config, block_of, cdiv, for_hopper
 from lasp.kernels.triton.gates import LOG2_E, NONE, decay_class, load_gates
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
+
+if GLUON:
+    from lasp.kernels.triton.hopper.states import walk_states
 
 
 @triton.jit
@@ -44,6 +48,7 @@ def _states(
     block = tl.program_id(2)
     rows = (block % tl.cdiv(K, BK)) * BK + tl.arange(0, BK)
     cols = (block // tl.cdiv(K, BK)) * BV + tl.arange(0, BV)
+    await_previous()
     begin, count = tl.load(start + tile), tl.load(length + tile)
     state = tl.zeros([BK, BV], tl.float32)
     half: tl.constexpr = v.dtype.element_ty == tl.float16
@@ -87,8 +92,10 @@ def tile_states(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """S [M, H, K, V] of every tile from k, v, log A [M, H], and the largest log2 decay of a chunk, negated [M, H].
 
-    Backward D from q and do, and nothing else.
+    Backward D from q and do, and nothing else. The kernels for Hopper do not ask how steep a chunk is.
     """
+    if for_hopper(k, v):
+        return *walk_states(tiles, k, v, gates, backward=backward, scale=scale), None
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
     states = v.new_empty(tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
     none = gates is None or backward
@@ -100,5 +107,6 @@ def tile_states(
         k, v, gates, states, transitions, steepest, tiles.start, tiles.length, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, DECAY=decay_class(gates), BACKWARD=backward,
         PRECISION=config.precision, num_warps=8 if block_k * block_v > 64 * 64 else 4, num_stages=config.state_stages,
+        overlaps=True,
     )  # fmt: skip
     return states, transitions, steepest

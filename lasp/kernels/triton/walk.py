@@ -26,6 +26,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import Config, block_of, cdiv
 from lasp.kernels.triton.gates import CONSTANT, NONE, decay_class, load_gates, log2_rate
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 from lasp.kernels.triton.scan import Entering, load_entering
 
 
@@ -133,6 +134,9 @@ def _walk(
     REACH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    first: tl.constexpr = TRANSPOSED and not DOWN  # see overlap
+    if not first:
+        await_previous()
     blocks: tl.constexpr = (DC + BC - 1) // BC  # neighbours, so that all but one find a and b in the cache
     tile, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0).to(tl.int64) % blocks
     h, tiles = tl.program_id(1), tl.num_programs(0) // blocks
@@ -159,6 +163,8 @@ def _walk(
             a, b, c, gates, y, partner, products, x, begin, count, h, block, scale, TOKENS, H, GA, GB, GC, GP,
             DA, DC, BA, BC, C, C, DECAY, DOWN, SUMS, False, PRECISION, STAGES,
         )  # fmt: skip
+    if first:
+        await_previous()
     if SUMS and not DOWN:
         tl.store(ends + state_at, x, mask=inside)
 
@@ -200,5 +206,6 @@ def walk(
         DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk,
         DECAY=decay_class(gates), DOWN=down, TRANSPOSED=transposed, SUMS=partner is not None,
         PRECISION=config.precision, REACH=config.reach, STAGES=config.stages, num_warps=config.warps,
+        overlaps=True,
     )  # fmt: skip
     return y, products, at_end

@@ -87,12 +87,14 @@ class SymmetricMemory:
         sent = None if transitions is None else transitions.data_ptr()
         self._run(self.library.lasp_publish, *call, states.data_ptr(), sent)
         arrived: list[Tensor] = []
+        being_sent = [states, transitions]  # what runs meanwhile must not get their memory
 
         def collect() -> Tensor:
             if not arrived:
                 self._under_way = None
                 arrived.append(torch.empty_like(states))
                 self._run(self.library.lasp_collect, *call, arrived[0].data_ptr())
+                being_sent.clear()
             if self.device.type == "cpu":
                 self.check()
             return arrived[0]

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -36,9 +37,11 @@ from lasp.kernels.triton.hopper.shared import (
     half_columns,
     make_ring,
     rows_of,
-    store_rows,
+    send_rows,
+    state_rows_of,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 
 
 @gluon.jit
@@ -53,7 +56,7 @@ def _compute(
 ):
     buffers, outputs, x_outputs, gates_copies, full, empty = shared
     q_rows, k_rows, do_rows, wy_rows, scores_rows = buffers
-    gates, leaving, end, dr, grads = tensors
+    gates, leaving, end, dr, dr_rows, grads_rows = tensors
     begin, count, chunk, h, row, scale, H, HEADS = numbers
     forgets = gates_copies.index(3 * PART)
     from_starts, to_ends = gates_copies.index(3 * PART + 1), gates_copies.index(3 * PART + 2)
@@ -66,7 +69,6 @@ def _compute(
     if MODE == STATES:
         grad = gl.convert_layout(gl.load(leaving + at).permute((1, 0)), WIDE_MMA)
         dr += (begin * HEADS + row) * SIZE + PART * HALF
-        grads += ((chunk + last) * HEADS + row) * SIZE * SIZE + PART * HALF * SIZE
     beta = load_line(gates, chunk + last, h, H, 0)
     if DECAY != NONE:
         _, from_start, to_end = load_gates(gates, chunk + last, h, H)
@@ -88,6 +90,7 @@ def _compute(
         before = grad.to(dtype)
         if MODE == STATES:
             x_outputs.index(PART).store(before)
+            fence_async_shared()
         if DECAY != NONE:
             grad *= total
             total = load_total(gates, ahead, h, H)
@@ -103,8 +106,8 @@ def _compute(
         nothing = gl.zeros([HALF, C], gl.float32, MMA)
         du = warpgroup_mma(gl.convert_layout(before, LEFT), kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == STATES:
-            store_rows(grads, x_outputs.index(PART), 0, C, SIZE, WIDE_ROWS)
-            grads -= HEADS * SIZE * SIZE
+            grad_row = (((chunk + i) * HEADS + row) * SIZE + PART * HALF).to(gl.int32)
+            tma.async_copy_shared_to_global(grads_rows, [grad_row, 0], x_outputs.index(PART))
         read = doc.permute((1, 0)).load(WIDE_LEFT).to(gl.float32) * scale
         if DECAY != NONE:
             read *= from_starts.load(gl.SliceLayout(0, WIDE_LEFT))[None, :]
@@ -121,12 +124,18 @@ def _compute(
         grad = warpgroup_mma_wait(0, deps=(grad,))
         grad = warpgroup_mma(forgotten, kc, grad, is_async=True)
         if MODE == STATES:
-            outputs.index(PART).permute((1, 0)).store(drc.to(dtype))
+            out = outputs.index(2 * (i % 2) + PART)
+            out.permute((1, 0)).store(drc.to(dtype))
         grad = warpgroup_mma_wait(0, deps=(grad,))
+        if MODE == STATES:
+            fence_async_shared()
+            tma.store_wait(0)  # of this chunk's gradient, and of dr the chunk before
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         if MODE == STATES:
-            store_rows(dr, outputs.index(PART), i, count, HEADS * SIZE, ROWS)
+            send_rows(dr, dr_rows, out, begin, i, count, row * SIZE + PART * HALF, HEADS * SIZE, ROWS)
+    if MODE == STATES:
+        tma.store_wait(0)
     if ENDS:
         gl.store(end + at, gl.convert_layout(grad.permute((1, 0)), HALF_LINES))
 
@@ -142,7 +151,8 @@ def _walk_down(
     leaving,  # [M, H, SIZE, SIZE] fp32, for STATES
     end,  # likewise, if ENDS: the gradient of the state at the tile's start
     dr,  # [tokens, HEADS, SIZE], for STATES: the gradient of r
-    grads,  # [chunks, HEADS, V, K], for STATES: the gradient of the state that leaves each chunk, transposed
+    dr_rows,  # half rows of it
+    grads_rows,  # rows of [chunks, HEADS, V, K], for STATES: the gradient of what leaves each chunk, transposed
     start,
     length,
     first_chunk,  # [M]
@@ -155,6 +165,7 @@ def _walk_down(
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    await_previous()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
     h = FIRST_HEAD + row
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
@@ -165,14 +176,14 @@ def _walk_down(
     do_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
     wy_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
     scores_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
-    outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED) if MODE == STATES else wy_rows
+    outputs = gl.allocate_shared_memory(dtype, [4, C, HALF], SHARED) if MODE == STATES else wy_rows
     x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
     gates_copies = gl.allocate_shared_memory(gl.float32, [6, C], GATES_SHARED)
     full, empty = make_ring(STAGES)
     bytes: gl.constexpr = 2 * C * (3 * SIZE + 2 * C)
     buffers = (q_rows, k_rows, do_rows, wy_rows, scores_rows)
     shared = (buffers, outputs, x_outputs, gates_copies, full, empty)
-    tensors = (gates, leaving, end, dr, grads)
+    tensors = (gates, leaving, end, dr, dr_rows, grads_rows)
     numbers = (begin, count, chunk, h, row, scale, H, HEADS)
     gl.warp_specialize(
         [
@@ -207,7 +218,9 @@ def walk_down(
     launch(
         _walk_down, (tiles.count, len(heads)),
         rows_of(q, SIZE.value), rows_of(k, SIZE.value), rows_of(do, HALF.value), gates, rows_of(wy, C.value),
-        rows_of(scores, C.value), leaving, end, dr, grads,
+        rows_of(scores, C.value), leaving, end, dr, None if dr is None else rows_of(dr, HALF.value),
+        None if grads is None else state_rows_of(grads),
         tiles.start, tiles.length, first_chunk, scale, do.shape[2], do.shape[2] // k.shape[2], heads.start,
         MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=2, num_warps=4,
+        overlaps=True,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -39,9 +40,11 @@ from lasp.kernels.triton.hopper.shared import (
     half_columns,
     make_ring,
     rows_of,
-    store_rows,
+    send_rows,
+    state_rows_of,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 
 
 @gluon.jit
@@ -56,7 +59,7 @@ def _compute(
 ):
     buffers, outputs, x_outputs, scores_copies, gates_copies, full, empty = shared
     q_rows, k_rows, v_rows, wy_rows, _ = buffers
-    gates, entering, end, y, states, scores = tensors
+    gates, entering, end, y, y_rows, states_rows, scores, scores_rows = tensors
     begin, count, chunk, h, row, scale, H, HEADS = numbers
     betas, passed = gates_copies.index(4 * PART), gates_copies.index(4 * PART + 1)
     from_starts, to_ends = gates_copies.index(4 * PART + 2), gates_copies.index(4 * PART + 3)
@@ -72,14 +75,14 @@ def _compute(
         x = gl.convert_layout(gl.load(entering + at).permute((1, 0)), WIDE_MMA)
     if MODE == OUTPUTS:
         y += (begin * H + h) * SIZE + PART * HALF
-        stride = H * SIZE
+        stride, col = H * SIZE, h * SIZE + PART * HALF
         scores += (begin * H + h) * C
         mine = scores_copies.index(PART)
-        token, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
+        token = gl.arange(0, C, layout=gl.SliceLayout(1, MMA))
+        token_before = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     if MODE == STATES:
         y += (begin * HEADS + row) * SIZE + PART * HALF
-        stride = HEADS * SIZE
-        states += (chunk * HEADS + row) * SIZE * SIZE + PART * HALF * SIZE
+        stride, col = HEADS * SIZE, row * SIZE + PART * HALF
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
     beta = load_line(gates, chunk, h, H, 0)
@@ -101,6 +104,7 @@ def _compute(
         before = x.to(dtype)
         if MODE == STATES:
             x_outputs.index(PART).store(before)
+            fence_async_shared()
         if DECAY != NONE:
             x *= total
             total = load_total(gates, ahead, h, H)
@@ -121,8 +125,8 @@ def _compute(
             qc = q_rows.index(stage)
             p = warpgroup_mma(qc, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == STATES:
-            store_rows(states, x_outputs.index(PART), 0, C, SIZE, WIDE_ROWS)
-            states += HEADS * SIZE * SIZE
+            state_row = (((chunk + i) * HEADS + row) * SIZE + PART * HALF).to(gl.int32)
+            tma.async_copy_shared_to_global(states_rows, [state_row, 0], x_outputs.index(PART))
         bc = betas.load(gl.SliceLayout(0, MMA))
         r = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(r,))
         if DECAY != NONE:
@@ -140,9 +144,12 @@ def _compute(
             if DECAY != NONE:
                 down = passed.load(gl.SliceLayout(1, MMA))[:, None] - passed.load(gl.SliceLayout(0, MMA))[None, :]
                 p *= gl.exp(gl.minimum(down, 0.0))
-            mine.store(gl.where(token[:, None] >= col[None, :], p, 0.0).to(dtype))
+            mine.store(gl.where(token[:, None] >= token_before[None, :], p, 0.0).to(dtype))
             fence_async_shared()
+            tma.store_wait(0)  # of the chunk before, whose buffer is written again
             barrier()
+            if PART == 0:
+                send_rows(scores, scores_rows, mine, begin, i, count, h * C, H * C, ROWS)
             yc = warpgroup_mma(xl, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
         written = u
@@ -156,17 +163,24 @@ def _compute(
             yc = warpgroup_mma(gl.convert_layout(u.to(dtype), LEFT), mine.permute((1, 0)), yc, is_async=True)
             x = warpgroup_mma_wait(1, deps=(x,))
             yc = warpgroup_mma_wait(0, deps=(yc,))
-            outputs.index(PART).permute((1, 0)).store(yc.to(dtype))
+            out = outputs.index(PART)
+            out.permute((1, 0)).store(yc.to(dtype))
         else:
             x = warpgroup_mma_wait(0, deps=(x,))
         if MODE == STATES:
-            outputs.index(PART).permute((1, 0)).store(u.to(dtype))
+            out = outputs.index(2 * (i % 2) + PART)
+            out.permute((1, 0)).store(u.to(dtype))
+        if MODE >= OUTPUTS:
+            fence_async_shared()
+            tma.store_wait(0)  # of scores or states, and of u the chunk before
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        if MODE == OUTPUTS and PART == 0:
-            store_rows(scores, mine, i, count, H * C, ROWS)
         if MODE >= OUTPUTS:
-            store_rows(y, outputs.index(PART), i, count, stride, ROWS)
+            send_rows(y, y_rows, out, begin, i, count, col, stride, ROWS)
+    if MODE >= OUTPUTS:
+        tma.store_wait(0)
+    if MODE == STATES:
+        await_previous()
     if ENDS:
         gl.store(end + at, gl.convert_layout(x.permute((1, 0)), HALF_LINES))
 
@@ -179,10 +193,12 @@ def _walk_up(
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     wy,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
+    scores_rows,  # rows of it
     entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES
     end,  # likewise, the state at the tile's end, if ENDS
     y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
-    states,  # [chunks, HEADS, V, K], for STATES: the state that enters each chunk, transposed
+    y_rows,  # half rows of it
+    states_rows,  # rows of [chunks, HEADS, V, K], for STATES: the state that enters each chunk, transposed
     start,
     length,
     first_chunk,  # [M]
@@ -195,6 +211,8 @@ def _walk_up(
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    if MODE != STATES:  # see overlap
+        await_previous()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
     h = FIRST_HEAD + row
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
@@ -206,14 +224,15 @@ def _walk_up(
     q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED) if MODE == OUTPUTS else k_rows
     scores_copies = gl.allocate_shared_memory(dtype, [2, C, C], SHARED) if MODE == OUTPUTS else wy_rows
     writes: gl.constexpr = MODE >= OUTPUTS
-    outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED) if writes else wy_rows
+    copies: gl.constexpr = 4 if MODE == STATES else 2
+    outputs = gl.allocate_shared_memory(dtype, [copies, C, HALF], SHARED) if writes else wy_rows
     x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
     gates_copies = gl.allocate_shared_memory(gl.float32, [8, C], GATES_SHARED)
     full, empty = make_ring(STAGES)
     rows: gl.constexpr = SIZE + C + (SIZE if MODE != TRANSITION else 0) + (SIZE if MODE == OUTPUTS else 0)
     buffers = (q_rows, k_rows, v_rows, wy_rows, wy_rows)
     shared = (buffers, outputs, x_outputs, scores_copies, gates_copies, full, empty)
-    tensors = (gates, entering, end, y, states, scores)
+    tensors = (gates, entering, end, y, y_rows, states_rows, scores, scores_rows)
     numbers = (begin, count, chunk, h, row, scale, H, HEADS)
     gl.warp_specialize(
         [
@@ -243,6 +262,7 @@ def walk_up(
     first_chunk: Tensor,
     decay: int,
     heads: range,
+    overlaps: bool,
 ) -> None:
     """See delta_states.walk_up; y is o or u. `scores` is filled."""
     outputs = mode == OUTPUTS.value
@@ -250,7 +270,9 @@ def walk_up(
         _walk_up, (tiles.count, len(heads)),
         rows_of(q, SIZE.value) if outputs else None, rows_of(k, SIZE.value),
         None if mode == TRANSITION.value else rows_of(v, HALF.value), gates, rows_of(wy, C.value),
-        scores if outputs else None, entering, end, y, states,
+        *((scores, rows_of(scores, C.value)) if outputs and scores is not None else (None, None)), entering, end,
+        y, None if y is None else rows_of(y, HALF.value), None if states is None else state_rows_of(states),
         tiles.start, tiles.length, first_chunk, scale, v.shape[2], v.shape[2] // k.shape[2], heads.start,
         MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=3, num_warps=4,
+        overlaps=overlaps,
     )  # fmt: skip

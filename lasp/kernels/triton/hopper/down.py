@@ -37,9 +37,11 @@ from lasp.kernels.triton.hopper.shared import (
     load_gates,
     make_ring,
     rows_of,
-    store_rows,
+    send_rows,
+    whole_decay,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 from lasp.kernels.triton.scan import Entering
 
 # Where the state passes from rows to the places in which products have it, both without bank conflicts.
@@ -68,6 +70,7 @@ def _compute(
     shared,
     tensors,
     y,
+    y_rows,
     numbers,
     PART: gl.constexpr,  # the group of warps: 0 for dv, 1 for dk
     DECAY: gl.constexpr,
@@ -86,6 +89,7 @@ def _compute(
     state_at = half_rows(PART)
     y += (begin * H + h) * SIZE
     chunks = gl.cdiv(count, C)
+    await_previous()
     x = load_entering(entering, state_at, tile, h, H)
     if SUMS:
         v_dv += begin * H + h
@@ -99,7 +103,7 @@ def _compute(
     x = spare.load(WIDE_MMA)
     x_copies.index(0).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
     if DECAY != NONE:
-        g, end = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
+        g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
         gs.store(g)
     fence_async_shared()
     barrier()
@@ -108,6 +112,8 @@ def _compute(
         i = chunks - 1 - step
         stage = step % STAGES
         qc, kc, vc, doc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage), do_rows.index(stage)
+        if DECAY != NONE:
+            g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         mbarrier.wait(ready, step & 1)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         if count - i * C < C:  # both groups write the same zeros
@@ -118,7 +124,7 @@ def _compute(
             fence_async_shared()
             barrier()
         if DECAY != NONE:
-            x *= gl.exp2(end)
+            x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)))[:, None]
         if PART == 0:
             left, right, summed, xs = kc, qc, doc, x_copies.index(step % 2)
         else:
@@ -137,8 +143,7 @@ def _compute(
             x = warpgroup_mma((queries.load(WIDE_LEFT) * written[None, :]).to(dtype), doc, x, is_async=True)
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
-            read = gl.exp2(end - gs.load(gl.SliceLayout(1, WIDE_MMA)))
-            g, end = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
+            read = gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA)))
             scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
             yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)
@@ -147,6 +152,7 @@ def _compute(
         if DECAY != NONE:
             gs.store(g)
         fence_async_shared()
+        tma.store_wait(0)  # of the chunk before, so that its buffer is free
         barrier()
         mbarrier.arrive(ready, count=1)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
@@ -155,9 +161,11 @@ def _compute(
             sums = gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
             gl.store(v_dv + place * H, sums, mask=place < count)
         out.store(yc.to(dtype))
+        fence_async_shared()
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        store_rows(y, out, i, count, H * SIZE, WIDE_ROWS)
+        send_rows(y, y_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -172,6 +180,8 @@ def _walk_down(
     passed,  # [M, H]
     dk,  # [tokens, H, SIZE]
     dv,
+    dk_rows,  # rows of them
+    dv_rows,
     v_dv,  # [tokens, H]: v · dv, if SUMS
     ends,  # like local: the state at the tiles' ends, if SUMS
     at_end,  # [2, M, H]: the sums of its products with the gradient there, each over half of the rows, if SUMS
@@ -204,8 +214,8 @@ def _walk_down(
     numbers = (begin, count, h, scale, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, dv, numbers, 0, DECAY, SUMS)),
-            (_compute, (shared, tensors, dk, numbers, 1, DECAY, SUMS)),
+            (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY, SUMS)),
+            (_compute, (shared, tensors, dk, dk_rows, numbers, 1, DECAY, SUMS)),
             (_fetch, (q, k, v, do, buffers, full, empty, begin, count, h, G)),
         ],
         [4, 1],
@@ -233,8 +243,10 @@ def walk_down(
         v_dv, at_end = ends.new_empty(1, batch, tokens, heads), ends.new_empty(2, tiles.count, heads)
     launch(
         _walk_down, (tiles.count, heads),
-        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *entering, dk, dv, v_dv, ends, at_end,
+        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *entering,
+        dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value), v_dv, ends, at_end,
         tiles.owner, tiles.start, tiles.length, scale, heads, heads // q.shape[2],
         DECAY=decay_class(gates), SUMS=ends is not None, STAGES=2, num_warps=4,
+        overlaps=True,
     )  # fmt: skip
     return dk, dv, v_dv, at_end

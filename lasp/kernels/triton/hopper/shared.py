@@ -3,7 +3,7 @@
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.config import HOPPER_HEAD
@@ -29,11 +29,15 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Tr
 
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
-    """How chunks of x [B, T, heads, 128] are fetched, so many columns of a head at a time."""
-    if x.data_ptr() % 16:
-        x = x.clone()
+    """How chunks of x [B, T, heads, 128] come and go, so many columns of a head at a time."""
+    assert x.data_ptr() % 16 == 0, "see linear.laid_out"
     tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
+
+
+def state_rows_of(x: Tensor) -> TensorDescriptor:
+    """How halves of states, x [chunks, heads, 128, 128], are written: as the rows of them all."""
+    return rows_of(x.view(1, -1, 1, SIZE.value), SIZE.value)
 
 
 @gluon.jit
@@ -49,16 +53,24 @@ def make_ring(STAGES: gl.constexpr):
 
 @gluon.jit
 def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
-    """Those of chunk i, [C], and its whole decay: see gates.load_gates."""
+    """Those of chunk i, [C], and its whole decay: see gates.load_gates. Nothing is done with what is loaded, so that it
+    may come late."""
     place = gl.arange(0, C, layout=LINE)
     here = gl.minimum(C, count - i * C)
     if DECAY == CONSTANT:
         rate = gl.load(gates + h).to(gl.float32) * LOG2_E
         return rate * gl.minimum(place + 1, here).to(gl.float32), rate * here.to(gl.float32)
     else:
-        end = gl.load(gates + (begin + i * C + here - 1) * H + h, mask=here > 0, other=0.0)
-        passed = gl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
-        return gl.where(place < here, passed, end), end
+        last = gl.maximum(here - 1, 0)
+        first = gates + (begin + i * C) * H + h
+        end = gl.load(first + last * H, mask=here > 0, other=0.0)
+        return gl.load(first + gl.minimum(place, last) * H, mask=here > 0, other=0.0), end
+
+
+@gluon.jit
+def whole_decay(gates_copy, LAYOUT: gl.constexpr):
+    """That of a chunk, [1], from its copy in shared memory: its last place has it, be there a token or not."""
+    return gates_copy.slice(C - 1, 1).load(LAYOUT)
 
 
 @gluon.jit
@@ -93,6 +105,16 @@ def clear_tail(buffer, i, count, LAYOUT: gl.constexpr):
     """Zeroes the rows of chunk i that are no tokens of this tile."""
     place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))
     buffer.store(gl.where((place < count)[:, None], buffer.load(LAYOUT), 0.0))
+
+
+@gluon.jit
+def send_rows(y, rows, buffer, begin, i, count, col, stride, LAYOUT: gl.constexpr):
+    """Writes chunk i, of the buffer's width, once all threads see the buffer: whole ones to `rows` from column `col`
+    on, while all go on (tma.store_wait tells when the buffer has been read), else those that are tokens to y."""
+    if count - i * C < C:
+        store_rows(y, buffer, i, count, stride, LAYOUT)
+    else:
+        tma.async_copy_shared_to_global(rows, [begin.to(gl.int32) + i * C, col], buffer)
 
 
 @gluon.jit

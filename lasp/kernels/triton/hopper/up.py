@@ -39,9 +39,11 @@ from lasp.kernels.triton.hopper.shared import (
     load_gates,
     make_ring,
     rows_of,
-    store_rows,
+    send_rows,
+    whole_decay,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.overlap import await_previous
 from lasp.kernels.triton.scan import Entering
 
 
@@ -75,8 +77,8 @@ def _compute(
     TRANSPOSED: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    buffers, x_halves, gates_copies, full, empty = shared
-    gates, entering, y, products, ends = tensors
+    buffers, x_halves, outputs, gates_copies, full, empty = shared
+    gates, entering, y, y_rows, products, ends = tensors
     begin, count, h, scale, TOKENS, H = numbers
     a_rows, b_rows, c_rows, partner_rows = buffers
     xs, gs = x_halves.index(PART), gates_copies.index(PART)
@@ -89,6 +91,8 @@ def _compute(
     if SUMS:
         products += (PART * TOKENS + begin) * H + h
     chunks = gl.cdiv(count, C)
+    if not TRANSPOSED:  # see overlap
+        await_previous()
     if TRANSPOSED:
         x = load_entering(entering, half_rows(PART), tile, h, H).permute((1, 0))
     else:
@@ -96,13 +100,15 @@ def _compute(
     x = gl.convert_layout(x, MMA)
     xs.store(x.to(dtype))
     if DECAY != NONE:
-        g, end = load_gates(gates, begin, 0, count, h, H, DECAY)
+        g, _ = load_gates(gates, begin, 0, count, h, H, DECAY)
         gs.store(g)
     fence_async_shared()
     barrier()
     for i in range(chunks):
         stage = i % STAGES
         ac, bc, cc = a_rows.index(stage), b_rows.index(stage), c_rows.index(2 * stage + PART)
+        if DECAY != NONE:
+            g, _ = load_gates(gates, begin, gl.minimum(i + 1, chunks - 1), count, h, H, DECAY)
         mbarrier.wait(full.index(stage), i // STAGES & 1)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(ac, i, count, WIDE_ROWS)
@@ -111,7 +117,7 @@ def _compute(
             fence_async_shared()
             barrier()
         if DECAY != NONE:
-            x *= gl.exp2(end)
+            x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, MMA)))[:, None]
         nothing = gl.zeros([C, C], gl.float32, MMA)
         scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         yc = warpgroup_mma(ac, xs, nothing, use_acc=False, is_async=True)
@@ -120,13 +126,12 @@ def _compute(
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores = gl.where(seen, scores, 0.0)
         else:
-            written = gl.exp2(end - gs.load(gl.SliceLayout(0, LEFT)))
+            written = gl.exp2(whole_decay(gs, gl.SliceLayout(0, LEFT)) - gs.load(gl.SliceLayout(0, LEFT)))
             keys = (bc.permute((1, 0)).load(LEFT) * written[None, :]).to(dtype)
             x = warpgroup_mma(keys, cc, x, is_async=True)
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_row[:, None] - g_col[None, :], float("-inf")))
             read = gl.exp2(g_row)
-            g, end = load_gates(gates, begin, gl.minimum(i + 1, chunks - 1), count, h, H, DECAY)
             scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
             yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
@@ -139,12 +144,16 @@ def _compute(
             place = i * C + row
             sums = gl.sum(partner_rows.index(2 * stage + PART).load(MMA).to(gl.float32) * yc, axis=1)
             gl.store(products + place * H, sums, mask=place < count)
-        cc.store(yc.to(dtype))  # nobody reads this half again
+        out = outputs.index(2 * (i % 2) + PART)
+        out.store(yc.to(dtype))
         fence_async_shared()
-        barrier()
-        store_rows(y, cc, i, count, H * SIZE, ROWS)
+        tma.store_wait(0)  # of the chunk before, whose buffer is the next one's
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
+        send_rows(y, y_rows, out, begin, i, count, h * SIZE + PART * HALF, H * SIZE, ROWS)
+    tma.store_wait(0)
+    if TRANSPOSED:
+        await_previous()
     if SUMS:
         ends += (tile * H + h) * SIZE * SIZE
         if TRANSPOSED:
@@ -164,6 +173,7 @@ def _walk_up(
     incoming,  # [N, H, SIZE, SIZE]
     passed,  # [M, H]
     y,  # [tokens, H, SIZE]
+    y_rows,  # half rows of it
     products,  # [2, tokens, H]: those sums, each over half a row
     ends,  # like local: X after the walk, if SUMS
     owner,
@@ -189,11 +199,12 @@ def _walk_up(
     c_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
     partner_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED) if SUMS else c_rows
     x_halves = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
+    outputs = gl.allocate_shared_memory(dtype, [4, C, HALF], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
     full, empty = make_ring(STAGES)
     buffers = (a_rows, b_rows, c_rows, partner_rows)
-    shared = (buffers, x_halves, gates_copies, full, empty)
-    tensors = (gates, (local, incoming, passed, owner), y, products, ends)
+    shared = (buffers, x_halves, outputs, gates_copies, full, empty)
+    tensors = (gates, (local, incoming, passed, owner), y, y_rows, products, ends)
     numbers = (begin, count, h, scale, TOKENS, H)
     gl.warp_specialize(
         [
@@ -230,8 +241,10 @@ def walk_up(
     launch(
         _walk_up, (tiles.count, heads),
         rows_of(a, SIZE.value), rows_of(b, SIZE.value), rows_of(c, HALF.value),
-        None if partner is None else rows_of(partner, HALF.value), gates, *entering, y, products, ends,
+        None if partner is None else rows_of(partner, HALF.value), gates, *entering,
+        y, rows_of(y, HALF.value), products, ends,
         tiles.owner, tiles.start, tiles.length, scale, batch * tokens, heads, *groups,
         DECAY=decay_class(gates), TRANSPOSED=transposed, SUMS=partner is not None, STAGES=2, num_warps=4,
+        overlaps=True,
     )  # fmt: skip
     return y, products
