@@ -109,9 +109,14 @@ def draw(op: Op, tokens: int, settings: Settings, device: torch.device) -> dict[
 
 
 def forward_backward(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Callable[[], object]:
-    leaves = {name: x.clone().requires_grad_(x.ndim > 1) for name, x in tensors.items()}
+    """Every call makes its own leaves: what belongs to old ones may remember another stream than a CUDA graph's."""
     do = torch.randn_like(tensors["v"])
-    return lambda: torch.autograd.grad(function(**leaves), [x for x in leaves.values() if x.requires_grad], do)
+
+    def call() -> object:
+        leaves = {name: x.detach().requires_grad_(x.ndim > 1) for name, x in tensors.items()}
+        return torch.autograd.grad(function(**leaves), [x for x in leaves.values() if x.requires_grad], do)
+
+    return call
 
 
 def peer(tokens: int) -> Callable[..., Tensor] | None:

@@ -99,7 +99,7 @@ def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor], graph: 
     the first result."""
     do = torch.randn_like(tensors["v"])
 
-    def both() -> None:  # leaves are made anew, since what belongs to old ones remembers another stream than a graph's
+    def both() -> None:  # with leaves of its own: what belongs to old ones may remember another stream than a graph's
         leaves = {name: x.detach().requires_grad_(x.ndim > 1) for name, x in tensors.items()}
         torch.autograd.grad(function(**leaves), [x for x in leaves.values() if x.requires_grad], do)
 
