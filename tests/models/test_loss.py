@@ -31,7 +31,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens):
         torch.autograd.grad(3 * expected, (hidden, weight)),
         strict=True,
     ):
-        assert (actual - wanted).abs().max() <= 1e-11
+        assert (actual - wanted).abs().max() <= 1e-12 * wanted.abs().max()  # sums of thousands of tokens
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
