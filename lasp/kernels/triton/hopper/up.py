@@ -91,11 +91,10 @@ def _compute(
     if SUMS:
         products += (PART * TOKENS + begin) * H + h
     chunks = gl.cdiv(count, C)
-    if not TRANSPOSED:  # see overlap
-        await_previous()
-    if TRANSPOSED:
+    if TRANSPOSED:  # what enters has long been there: see overlap
         x = load_entering(entering, half_rows(PART), tile, h, H).permute((1, 0))
     else:
+        await_previous()
         x = load_entering(entering, half_columns(PART), tile, h, H)
     x = gl.convert_layout(x, MMA)
     xs.store(x.to(dtype))
