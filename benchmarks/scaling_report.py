@@ -109,7 +109,7 @@ def draw(scaling: Scaling, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     modes = [mode for mode in ("weak", "strong") if any(p.mode == mode for p in scaling.points)]
-    figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 4.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 5.5), squeeze=False)
     for ax, mode in zip(axes[0], modes, strict=True):
         timed = [p for p in scaling.points if p.mode == mode and p.seconds is not None]
         curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -125,7 +125,7 @@ def draw(scaling: Scaling, file: Path) -> None:
         ax.set(yscale="log", xlabel="ranks", ylabel="tokens/s", title=f"{mode} scaling")
         ax.grid(alpha=0.3)
         if curves:
-            ax.legend(fontsize=6)
+            ax.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, off the curves
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
