@@ -1,5 +1,7 @@
 """Kernels are compiled before they are needed: the dry run must launch what the call launches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -88,3 +90,37 @@ def test_as_many_stages_are_taken_as_fit(constants, fitting):
 def test_what_does_not_fit_at_all_says_what_it_needs(kernel):
     with pytest.raises(OutOfResources, match="Hardware limit: 100"):
         launch.launch_first(kernel, (1,), (), {"STAGES": 3})
+
+
+def test_a_kernel_that_may_overlap_is_another_one_than_the_same_that_may_not(monkeypatch):
+    """Even if all else is the same, as for the parts of a walk over heads."""
+    ran: list[bool] = []
+
+    class Compiled:
+        function, packed_metadata = None, None
+
+        def __init__(self, overlaps: bool):
+            self.overlaps = overlaps
+
+        def run(self, *_) -> None:
+            ran.append(self.overlaps)
+
+    class Kernel:
+        arg_names = ("x", "K")
+
+        def __getitem__(self, grid):
+            def first(*args, launch_pdl=False, **constants):
+                ran.append(launch_pdl)
+                return Compiled(launch_pdl)
+
+            return first
+
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    kernel, asked = Kernel(), [True, False, False, True]
+    for overlaps in asked:
+        launch.launch(kernel, (1,), 16, K=1, overlaps=overlaps)
+    assert ran == asked

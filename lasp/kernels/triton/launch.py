@@ -37,7 +37,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, overlaps: bool = Fals
         kernel[grid](*args, **constants)
         return
     device = driver.active.get_current_device()
-    key: list[Any] = [id(kernel), device]  # Triton makes one kernel for all arguments of which this is the same
+    key: list[Any] = [id(kernel), device, overlaps]  # Triton makes one kernel where all of this is the same
     values: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
