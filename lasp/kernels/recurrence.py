@@ -75,9 +75,7 @@ class Op(Protocol):
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
         """D [N, H, K, V]: the gradient of the incoming states through the outputs alone."""
 
-    def finish_grad(
-        self, x: Inputs, kept: Kept, partial: Any, do: Tensor, d_outgoing: Pending[Tensor | None]
-    ) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial: Any, d_outgoing: Pending[Tensor | None]) -> Gradients:
         """Everything else, given the gradient of the outgoing states."""
 
 
@@ -154,6 +152,6 @@ class _Recurrence(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do.contiguous()
         d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
         arriving = ctx.boundary.enter_grad(link, d_summary, d_final)
-        grads = ctx.op.finish_grad(x, kept, partial, do, arriving)
+        grads = ctx.op.finish_grad(x, kept, partial, arriving)
         d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.needs_input_grad[10] else None
         return None, None, None, None, None, grads.q, grads.k, grads.v, grads.decay, grads.beta, d_initial

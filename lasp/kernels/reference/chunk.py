@@ -54,7 +54,7 @@ class ChunkedOp:
         total = _scan_back(chunks, None if a is None else a.detach(), d, _zero(x))[1] if wanted else None
         return total, (chunks, leaves, (r, y, a, s), do, d)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         chunks, leaves, (r, y, a, s), do, d = partial
         (incoming,) = kept
         assert incoming is not None
@@ -95,7 +95,7 @@ class NonCausalOp:
         d = _sum_over_chunks(chunks, local[0].mT @ do, x)
         return d, (chunks, local, do, d)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         chunks, (_, k, v, _, _), do, d = partial
         others = d_outgoing.wait()
         d = d if others is None else d + others

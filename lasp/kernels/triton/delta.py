@@ -161,7 +161,7 @@ class TritonDelta:
         scan = Scan(plan.tiles, d, transitions, down=True, ahead=wanted)
         return scan.summary and scan.summary.state, (x, do, plan, factors, scan)
 
-    def finish_grad(self, x: Inputs, kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: Inputs, kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, do, plan, factors, scan), (wy, scores, gates, entering, _) = partial, kept
         assert x.beta is not None
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]

@@ -47,7 +47,7 @@ class TritonDiagonal:
         scan = Scan(tiles, states, kept[0], down=True, ahead=wanted)
         return scan.summary and scan.summary.state, (x, tiles, config, do, referred, scan)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, do, referred, scan), (_, local, *came) = partial, kept
         assert local is not None and x.decay is not None
         before = chunk_states(tiles, referred, x.v, Entering(local, *came), config)

@@ -68,7 +68,7 @@ def dry_run(op: Op, x: Inputs, wants_summary: bool, backward: bool) -> None:
     o, _, kept = op.finish(x, partial, Pending(lambda: comes))
     if backward:
         _, partial = op.summarize_grad(x, kept, o, wants_summary)
-        op.finish_grad(x, kept, partial, o, Pending(lambda: comes))
+        op.finish_grad(x, kept, partial, Pending(lambda: comes))
 
 
 def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:

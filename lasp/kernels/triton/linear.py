@@ -41,7 +41,7 @@ class TritonLinear:
         scan = Scan(tiles, states, transitions, down=True, ahead=wanted)
         return scan.summary and scan.summary.state, (x, tiles, config, do, scan)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, do: Tensor, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, do, scan), (_, gates, steepest, local, *came) = partial, kept
         assert local is not None
         entering = Entering(local, *came)
