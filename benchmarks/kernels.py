@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 import tyro
+from exchange import forward_backward
 from peers import allow_wrong_gradients
 from rich.console import Console
 from rich.table import Table
@@ -97,12 +98,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, **_: Tensor) -> Tensor:
 def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor], graph: bool = False) -> list[str]:
     """Milliseconds forward, forward + backward and, if wanted, both from CUDA graphs; GiB at the peak; seconds until
     the first result."""
-    do = torch.randn_like(tensors["v"])
-
-    def both() -> None:  # with leaves of its own: what belongs to old ones may remember another stream than a graph's
-        leaves = {name: x.detach().requires_grad_(x.ndim > 1) for name, x in tensors.items()}
-        torch.autograd.grad(function(**leaves), [x for x in leaves.values() if x.requires_grad], do)
-
+    both = forward_backward(function, tensors)
     start = time.perf_counter()
     both()
     torch.cuda.synchronize()
