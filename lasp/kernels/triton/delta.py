@@ -16,7 +16,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.config import cdiv, multiprocessors
+from lasp.kernels.triton.config import GLUON, cdiv, multiprocessors
 from lasp.kernels.triton.delta_config import (
     OUTPUTS,
     STATES,
@@ -36,6 +36,9 @@ from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.linear import contiguous, laid_out, per_q_head
 from lasp.kernels.triton.scan import Scan
+
+if GLUON:
+    from lasp.kernels.triton.hopper.delta_gradients import walk_gradients
 
 ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
@@ -65,6 +68,10 @@ class Plan:
         whole = x.segments.cu_seqlens is None and tokens <= size
         shared = {"first_chunk": x.segments.first_chunks(size, CHUNK, device), "decay": walk_class(x.decay)}
         return Plan(config, tiles, chunks, whole, shared, min(heads, max(some, walks // tiles.count)))
+
+    def new_states(self, x: Inputs) -> Tensor:
+        """[M, H, K, V] in fp32, one for every tile, not written."""
+        return x.v.new_empty(self.tiles.count, *x.state_shape[1:], dtype=torch.float32)
 
 
 def walk_class(decay: Tensor | None) -> int:
@@ -117,9 +124,8 @@ class TritonDelta:
         wy, gates = wy_inverse(plan.chunks, x.k, x.decay, x.beta, products, work_dtype(x))
         if plan.whole and not wanted:
             return None, (x, plan, factors, scores, wy, gates, None)
-        heads, key_dim, value_dim = x.state_shape[1:]
-        states = x.v.new_empty(plan.tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
-        transitions = states.new_empty(plan.tiles.count, heads, key_dim, key_dim)
+        states = plan.new_states(x)
+        transitions = states.new_empty(*states.shape[:3], states.shape[2])
         for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
             walk_up(mode, plan.tiles, factors, x.v, gates, wy, None, plan.config, end=end, **plan.shared)
         if plan.whole:
@@ -137,8 +143,9 @@ class TritonDelta:
             )
         start = incoming.wait()
         if plan.whole:
-            entering = x.v.new_zeros(x.state_shape, dtype=torch.float32) if start is None else start.contiguous()
-            end, outgoing = _written(entering)
+            entering = None if start is None else start.contiguous()
+            end = plan.new_states(x)
+            outgoing = Pending(lambda: end)
         else:
             end, (parts, outgoing) = None, scan.enter(start)
             entering = add_incoming(plan.tiles, *parts)
@@ -150,11 +157,11 @@ class TritonDelta:
         return o, outgoing, (wy, scores, gates, entering, None if plan.whole else scan.transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
-        x, do, plan, (wy, scores, gates, entering, transitions) = contiguous(x), laid_out(do), Plan.of(x), kept
+        x, do, plan, (wy, scores, gates, _, transitions) = contiguous(x), laid_out(do), Plan.of(x), kept
         factors, _, _ = factors_of(x, plan, with_scores=False)
         if plan.whole and not wanted:
             return None, (x, do, plan, factors, None)
-        d = torch.empty_like(entering)
+        d = plan.new_states(x)
         walk_down(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
         if plan.whole:
             return d, (x, do, plan, factors, None)
@@ -165,14 +172,16 @@ class TritonDelta:
         (x, do, plan, factors, scan), (wy, scores, gates, entering, _) = partial, kept
         assert x.beta is not None
         (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
-        per_head = x.q.dtype if x.q.shape[2] == heads else torch.float32
+        at_once = walks_on_hopper(x.k, x.v, plan.shared["decay"])  # a walk that gives all gradients
+        per_head = x.q.dtype if at_once or x.q.shape[2] == heads else torch.float32
         dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=per_head) for _ in range(2))
         learned = x.decay if x.decay is not None and x.decay.ndim > 1 else None
         d_decay = None if learned is None else torch.empty_like(learned)
         found = dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta)
         some = plan.heads
-        u, dr = (wy.new_empty(batch, tokens, some, value_dim) for _ in range(2))
-        chunk_states, chunk_grads = (wy.new_empty(plan.chunks.count, some, value_dim, key_dim) for _ in range(2))
+        u = wy.new_empty(batch, tokens, some, value_dim)
+        chunk_states = wy.new_empty(plan.chunks.count, some, value_dim, key_dim)
+        dr, chunk_grads = (None, None) if at_once else (torch.empty_like(u), torch.empty_like(chunk_states))
         for first in range(0, heads, some):
             part = range(first, min(first + some, heads))
             where = {**plan.shared, "head_range": part}
@@ -183,11 +192,18 @@ class TritonDelta:
             if first == 0:
                 last = d_outgoing.wait()
                 if plan.whole:
-                    leaving = torch.zeros_like(entering) if last is None else last.contiguous()
-                    end, d_incoming = _written(entering)
+                    leaving = None if last is None else last.contiguous()
+                    end = plan.new_states(x)
+                    d_incoming = Pending(lambda: end)
                 else:
                     end, (parts, d_incoming) = None, scan.enter(last)
                     leaving = add_incoming(plan.tiles, *parts)
+            if at_once:
+                walk_gradients(
+                    plan.tiles, x.q, x.k, x.v, do, u, gates, wy, scores, chunk_states, leaving, end, found, x.scale,
+                    plan.shared["first_chunk"], plan.shared["decay"], part,
+                )  # fmt: skip
+                continue
             walk_down(
                 STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
@@ -202,9 +218,3 @@ class TritonDelta:
                     plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
                 )
         return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
-
-
-def _written(like: Tensor) -> tuple[Tensor, Pending[Tensor]]:
-    """Where a walk will write states, and these states."""
-    states = torch.empty_like(like)
-    return states, Pending(lambda: states)

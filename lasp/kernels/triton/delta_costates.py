@@ -31,7 +31,7 @@ def _walk_down(
     gates,
     wy,
     scores,
-    leaving,  # [M, H, K, V] fp32, for STATES
+    leaving,  # [M, H, K, V] fp32, for STATES, or None: zero
     end,  # [M, H, K, V] fp32, if ENDS: the gradient of the state at the tile's start
     dr,  # [tokens, HEADS, V], for STATES: the gradient of r
     grads,  # [chunks, HEADS, V, K], for STATES: the gradient of the state that leaves each chunk, transposed
@@ -71,7 +71,7 @@ def _walk_down(
     inside = in_v[:, None] & in_k[None, :]
     at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
     grad = tl.zeros([BV, BK], tl.float32)
-    if MODE == STATES:
+    if leaving is not None:
         grad += tl.load(leaving + at_state, mask=inside, other=0.0)
     chunk = tl.load(first_chunk + tile)
     chunks = tl.cdiv(count, C)

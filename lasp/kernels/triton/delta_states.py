@@ -35,7 +35,7 @@ def _walk_up(
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     wy,  # [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS
-    entering,  # [M, H, K, V] fp32, for OUTPUTS and STATES
+    entering,  # [M, H, K, V] fp32, for OUTPUTS and STATES, or None: zero
     end,  # [M, H, K, V] fp32, the state at the tile's end, if ENDS
     o,  # [tokens, H, V], for OUTPUTS
     u,  # [tokens, HEADS, V], for STATES
@@ -82,7 +82,7 @@ def _walk_up(
     at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
     if MODE == TRANSITION:
         x = tl.where(inside & (rows[:, None] == cols[None, :]), 1.0, 0.0)
-    elif MODE == SUMMARY:
+    elif entering is None:
         x = tl.zeros([BV, BK], tl.float32)
     else:
         x = tl.load(entering + at_state, mask=inside, other=0.0)

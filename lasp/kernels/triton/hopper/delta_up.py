@@ -69,7 +69,7 @@ def _compute(
     if MODE == TRANSITION:
         row_of_x = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE_MMA))
         x = gl.where(row_of_x[:, None] == gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))[None, :], 1.0, 0.0)
-    elif MODE == SUMMARY:
+    elif entering is None:
         x = gl.zeros([HALF, SIZE], gl.float32, WIDE_MMA)
     else:
         x = gl.convert_layout(gl.load(entering + at).permute((1, 0)), WIDE_MMA)
@@ -194,7 +194,7 @@ def _walk_up(
     wy,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
     scores_rows,  # rows of it
-    entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES
+    entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES, or None: zero
     end,  # likewise, the state at the tile's end, if ENDS
     y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
     y_rows,  # half rows of it
