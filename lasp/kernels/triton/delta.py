@@ -38,7 +38,7 @@ from lasp.kernels.triton.linear import contiguous, laid_out, per_q_head
 from lasp.kernels.triton.scan import Scan
 
 if GLUON:
-    from lasp.kernels.triton.hopper.delta_gradients import walk_gradients
+    from lasp.kernels.triton.hopper.delta_down import walk_down as gradients_on_hopper
 
 ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
@@ -144,8 +144,7 @@ class TritonDelta:
         start = incoming.wait()
         if plan.whole:
             entering = None if start is None else start.contiguous()
-            end = plan.new_states(x)
-            outgoing = Pending(lambda: end)
+            end, outgoing = _written(plan.new_states(x))
         else:
             end, (parts, outgoing) = None, scan.enter(start)
             entering = add_incoming(plan.tiles, *parts)
@@ -193,15 +192,14 @@ class TritonDelta:
                 last = d_outgoing.wait()
                 if plan.whole:
                     leaving = None if last is None else last.contiguous()
-                    end = plan.new_states(x)
-                    d_incoming = Pending(lambda: end)
+                    end, d_incoming = _written(plan.new_states(x))
                 else:
                     end, (parts, d_incoming) = None, scan.enter(last)
                     leaving = add_incoming(plan.tiles, *parts)
             if at_once:
-                walk_gradients(
-                    plan.tiles, x.q, x.k, x.v, do, u, gates, wy, scores, chunk_states, leaving, end, found, x.scale,
-                    plan.shared["first_chunk"], plan.shared["decay"], part,
+                gradients_on_hopper(
+                    plan.tiles, x.q, x.k, do, gates, wy, scores, x.scale, leaving, end, plan.shared["first_chunk"],
+                    plan.shared["decay"], part, given=(x.v, u, chunk_states), found=found,
                 )  # fmt: skip
                 continue
             walk_down(
@@ -218,3 +216,8 @@ class TritonDelta:
                     plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
                 )
         return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
+
+
+def _written(states: Tensor) -> tuple[Tensor, Pending[Tensor]]:
+    """Where a walk will write states, and these states."""
+    return states, Pending(lambda: states)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import GLUON, block_of, cdiv
-from lasp.kernels.triton.delta_config import STATES, DeltaConfig, walks_on_hopper
+from lasp.kernels.triton.delta_config import STATES, SUMMARY, DeltaConfig, walks_on_hopper
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -143,16 +143,15 @@ def walk_down(
     decay: int,
     head_range: range | None = None,
 ) -> None:
-    """Runs the walk over every tile and head (of `head_range`): `mode` is SUMMARY or STATES."""
+    """Runs the walk over every tile and head (of `head_range`): `mode` is SUMMARY or STATES. (On Hopper gradients come
+    from a walk that needs no more: hopper.delta_down.)"""
     (heads, value_dim), (q_heads, key_dim) = do.shape[2:], x.k.shape[2:]
     how = config.down
     block_v = min(block_of(value_dim), how.block)
     some = head_range or range(heads)
     if walks_on_hopper(x.k, do, decay):
-        assert scores is not None
-        walk_down_on_hopper(
-            mode.value, tiles, x.q, x.k, do, gates, wy, scores, scale, leaving, end, dr, grads, first_chunk, decay, some
-        )
+        assert scores is not None and mode is SUMMARY
+        walk_down_on_hopper(tiles, x.q, x.k, do, gates, wy, scores, scale, leaving, end, first_chunk, decay, some)
         return
     launch(
         _walk_down, (tiles.count, len(some), cdiv(value_dim, block_v)),

@@ -1,6 +1,13 @@
-"""The delta rule's walk down a tile for Hopper (see delta_costates): the mirror image of delta_up.
+"""The delta rule's walk down a tile for Hopper: summaries (see delta_costates), or all gradients (see delta_grads).
 
-du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
+    du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
+
+is the mirror image of delta_up. For gradients a chunk has a second part, given the state X that enters it and u:
+
+    dq = e^b do Xᵀ + P' k        w = e^b dr Xᵀ + N k        dk = e^{b_C - b} u Gᵀ + P'ᵀ q - Nᵀ (beta k) - beta w
+    P'_ij = e_ij (do_i·u_j), j <= i        N_ij = e_ij (dr_i·u_j), j < i        e_ij = e^{b_i - b_j}        dv = beta dr
+
+So neither G nor dr of any chunk leaves the multiprocessor. A warp of its own ends the gradients of beta and the decay.
 """
 
 from torch import Tensor
@@ -15,144 +22,316 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta_config import STATES
 from lasp.kernels.triton.gates import NONE
-from lasp.kernels.triton.hopper.delta import fetch, load_gates, load_line, load_total
+from lasp.kernels.triton.hopper.delta import (
+    COLUMNS,
+    COLUMNS_LEFT,
+    SCORE_ROWS,
+    SCORES,
+    STATE,
+    STATE_LEFT,
+    TOKEN_ROWS,
+    TOKENS,
+    TOKENS_LEFT,
+    fetch_gates,
+    split_gates,
+    state_places,
+)
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
-    HALF,
-    HALF_LINES,
-    LEFT,
-    MMA,
-    REGISTERS,
-    ROWS,
     SHARED,
     SIZE,
-    WIDE_LEFT,
-    WIDE_MMA,
-    WIDE_ROWS,
     C,
     barrier,
     clear_tail,
-    half_columns,
     make_ring,
     rows_of,
-    send_rows,
-    state_rows_of,
+    states_of,
+    store_rows,
+    whole_decay,
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.overlap import await_previous
 
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+PAIRS = gl.constexpr(gl.BlockedLayout([2, 2], [1, 32], [1, 1], [1, 0]))  # [2, C] in one warp
+PAIR = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # [C], likewise
+
 
 @gluon.jit
-def _compute(
-    shared,
-    tensors,
-    numbers,
-    PART: gl.constexpr,  # the group of warps
-    MODE: gl.constexpr,
-    ENDS: gl.constexpr,
-    DECAY: gl.constexpr,
-):
-    buffers, outputs, x_outputs, gates_copies, full, empty = shared
-    q_rows, k_rows, do_rows, wy_rows, scores_rows = buffers
-    gates, leaving, end, dr, dr_rows, grads_rows = tensors
-    begin, count, chunk, h, row, scale, H, HEADS = numbers
-    forgets = gates_copies.index(3 * PART)
-    from_starts, to_ends = gates_copies.index(3 * PART + 1), gates_copies.index(3 * PART + 2)
+def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
+    """k, do, P and gates come some chunks ahead. So do T and q for summaries; gradients have room for one chunk's T and
+    q, and u, X and v, which come while the chunk's first part runs."""
+    q, k, v, do, u, wy, scores, states, gates = sources
+    k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
+    full, empty, soon, free, late = barriers
+    begin, count, chunk, h, row, H, HEADS, G = numbers
     STAGES: gl.constexpr = full.shape[0]
-    dtype: gl.constexpr = k_rows.dtype
-    at = (gl.program_id(0).to(gl.int64) * H + h) * SIZE * SIZE + half_columns(PART)
+    REST: gl.constexpr = soon.shape[0]
     chunks = gl.cdiv(count, C)
-    last = gl.maximum(chunks - 1, 0)
-    grad = gl.zeros([HALF, SIZE], gl.float32, WIDE_MMA)
-    if MODE == STATES:
-        grad = gl.convert_layout(gl.load(leaving + at).permute((1, 0)), WIDE_MMA)
-        dr += (begin * HEADS + row) * SIZE + PART * HALF
-    beta = load_line(gates, chunk + last, h, H, 0)
+    for step in range(chunks + 1):
+        if step > 0:
+            i = chunks - step
+            at = begin.to(gl.int32) + i * C
+            stage = (step - 1) % REST
+            filled = soon.index(stage)
+            mbarrier.wait(free.index(stage), ((step - 1) // REST & 1) ^ 1)
+            mbarrier.expect(filled, 2 * C * (C + SIZE))
+            tma.async_copy_global_to_shared(wy, [at, h * C], filled, t_rows.index(stage))
+            tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
+            if GRADIENTS:
+                mbarrier.expect(late, 2 * (2 * C * SIZE + SIZE * SIZE))
+                tma.async_copy_global_to_shared(u, [at, row * SIZE], late, u_rows.index(0))
+                state = ((chunk + i) * HEADS + row) * SIZE
+                tma.async_copy_global_to_shared(states, [state.to(gl.int32), 0], late, xs.index(0))
+                tma.async_copy_global_to_shared(v, [at, h * SIZE], late, v_rows.index(0))
+        if step < chunks:
+            i = chunks - 1 - step
+            at = begin.to(gl.int32) + i * C
+            stage = step % STAGES
+            filled = full.index(stage)
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
+            mbarrier.expect(filled, 2 * C * (2 * SIZE + C))
+            tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
+            tma.async_copy_global_to_shared(do, [at, h * SIZE], filled, do_rows.index(stage))
+            tma.async_copy_global_to_shared(scores, [at, h * C], filled, p_rows.index(stage))
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _add_up(sums, summed, taken, d_decay, d_beta, numbers):
+    """The gradients of beta and of the decay, chunk by chunk, from what the two groups of warps know of them."""
+    begin, count, h, H = numbers
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        i = chunks - 1 - step
+        mbarrier.wait(summed.index(0), step & 1)
+        for_beta = gl.convert_layout(gl.sum(sums.index(0).load(PAIRS), axis=0), PAIR)
+        if d_decay is not None:
+            change = gl.convert_layout(gl.sum(sums.index(1).load(PAIRS), axis=0), PAIR)
+            carried = gl.sum(gl.sum(sums.index(2).load(PAIRS), axis=0), axis=0)
+        barrier()
+        mbarrier.arrive(taken.index(0), count=1)
+        place = i * C + gl.arange(0, C, layout=PAIR)
+        at = (begin + place) * H + h
+        gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
+        if d_decay is not None:
+            dg = gl.associative_scan(change, 0, _add, reverse=True) + carried
+            gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=place < count)
+
+
+@gluon.jit
+def _half_sums(tile):
+    """The sums of both halves of every row, [2, C]: each group of warps knows one."""
+    return gl.sum(tile.reshape([C, 2, SIZE // 2]), axis=2).permute((1, 0))
+
+
+@gluon.jit
+def _stage_gradients(
+    grad, chunk_rows, gates, given, sums, taken, phase, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
+):
+    """The second part of a chunk: dq and dk take the place of G, dv that of dr."""
+    qc, kc, vc, doc, uc, drc, x, g, pc, tc = chunk_rows
+    betas, passed, from_starts, to_ends = gates
+    dtype: gl.constexpr = kc.dtype
+    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
+    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, SIZE], gl.float32, TOKENS)
+    near = warpgroup_mma(doc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
+    erased = warpgroup_mma(drc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
+    dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
+    w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
+    near, erased, grad = warpgroup_mma_wait(2, deps=(near, erased, grad))
     if DECAY != NONE:
-        _, from_start, to_end = load_gates(gates, chunk + last, h, H)
-        total = load_total(gates, chunk + last, h, H)
+        down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
+        weights = gl.exp(gl.minimum(down, 0.0))
+        near *= weights
+        erased *= weights
+    pc.store(gl.where(row[:, None] >= col[None, :], near * scale, 0.0).to(dtype))
+    tc.store(gl.where(row[:, None] > col[None, :], erased, 0.0).to(dtype))
+    dk = warpgroup_mma(uc, g, nothing, use_acc=False, is_async=True)
+    dq, w, dk = warpgroup_mma_wait(0, deps=(dq, w, dk))
+    fence_async_shared()
+    barrier()
+
+    if DECAY == NONE:
+        dq *= scale
+    else:
+        from_start = from_starts.load(gl.SliceLayout(1, TOKENS))
+        dq *= (scale * from_start)[:, None]
+        w *= from_start[:, None]
+        dk *= to_ends.load(gl.SliceLayout(1, TOKENS))[:, None]
+    dq = warpgroup_mma(pc, kc, dq, is_async=True)
+    w = warpgroup_mma(tc, kc, w, is_async=True)
+    if LEARNED:
+        carried = _half_sums(kc.load(TOKENS).to(gl.float32) * dk)
+    dk = warpgroup_mma(pc.permute((1, 0)), qc, dk, is_async=True)
+    forget = -betas.load(gl.SliceLayout(0, TOKENS_LEFT))
+    forgotten = (tc.permute((1, 0)).load(TOKENS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
+    dk = warpgroup_mma(forgotten, kc, dk, is_async=True)
+    mbarrier.wait(taken, phase)
+    if LEARNED:
+        total = whole_decay(from_starts, gl.SliceLayout(1, TOKENS))[:, None]
+        for half in gl.static_range(2):
+            overlap = x.slice(half * C, C).load(TOKENS).to(gl.float32) * g.slice(half * C, C).load(TOKENS)
+            carried += _half_sums(total * overlap)
+        sums.index(2).store(carried)
+    beta = betas.load(gl.SliceLayout(1, TOKENS))[:, None]
+    dr = drc.load(TOKENS).to(gl.float32)
+    for_beta = _half_sums(dr * vc.load(TOKENS).to(gl.float32))
+    drc.store((beta * dr).to(dtype))
+    barrier()  # G has been read
+    dq = warpgroup_mma_wait(3, deps=(dq,))
+    given.index(0).store(dq.to(dtype))
+    if LEARNED:
+        change = _half_sums(qc.load(TOKENS).to(gl.float32) * dq)
+    w = warpgroup_mma_wait(2, deps=(w,))
+    k_w = kc.load(TOKENS).to(gl.float32) * w
+    sums.index(0).store(for_beta - _half_sums(k_w))
+    if LEARNED:
+        change -= _half_sums(2 * beta * k_w)
+    dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
+    given.index(1).store(dk.to(dtype))
+    if LEARNED:
+        sums.index(1).store(change - _half_sums(kc.load(TOKENS).to(gl.float32) * dk))
+    fence_async_shared()
+    return grad
+
+
+@gluon.jit
+def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constexpr, DECAY: gl.constexpr):
+    buffers, gs, drs, sums, barriers = shared
+    k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
+    full, empty, soon, free, late, summed, taken = barriers
+    leaving, end, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
+    start, begin, count, h, scale, H = numbers
+    STAGES: gl.constexpr = full.shape[0]
+    REST: gl.constexpr = soon.shape[0]
+    dtype: gl.constexpr = k_rows.dtype
+    grad = gl.zeros([SIZE, SIZE], gl.float32, STATE)
+    if leaving is not None:
+        grad = gl.load(leaving + state_places(gl.program_id(0), h, H))
+    nothing = gl.zeros([SIZE, C], gl.float32, COLUMNS)
+    chunks = gl.cdiv(count, C)
     for step in range(chunks):
         i = chunks - 1 - step
         stage = step % STAGES
-        qc, kc, doc = q_rows.index(stage), k_rows.index(stage), do_rows.index(2 * stage + PART)
-        tc, pc = wy_rows.index(stage), scores_rows.index(stage)
-        ahead = chunk + gl.maximum(i - 1, 0)
-        if DECAY == NONE:
-            forgets.store(beta)
-        else:
-            forgets.store(beta * from_start)
-            from_starts.store(from_start)
-            to_ends.store(to_end)
-            _, from_start, to_end = load_gates(gates, ahead, h, H)
-        beta = load_line(gates, ahead, h, H, 0)
+        zero = step >> 20  # which the compiler does not know: addresses that never change it keeps, and so spills
+        rest = zero if GRADIENTS else step % REST
+        cut = count - i * C < C
+        kc, doc, pc, tc, qc = (
+            k_rows.index(stage),
+            do_rows.index(stage),
+            p_rows.index(stage),
+            t_rows.index(rest),
+            q_rows.index(rest),
+        )
+        betas, passed, from_starts, to_ends = split_gates(lines.index(stage))
         before = grad.to(dtype)
-        if MODE == STATES:
-            x_outputs.index(PART).store(before)
-            fence_async_shared()
-        if DECAY != NONE:
-            grad *= total
-            total = load_total(gates, ahead, h, H)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        if count - i * C < C:  # both groups write the same zeros
-            clear_tail(kc, i, count, WIDE_ROWS)
-            clear_tail(tc, i, count, ROWS)
-            clear_tail(doc, i, count, ROWS)
-            clear_tail(qc, i, count, WIDE_ROWS)
-            clear_tail(pc, i, count, ROWS)
-            fence_async_shared()
-        barrier()
-        nothing = gl.zeros([HALF, C], gl.float32, MMA)
-        du = warpgroup_mma(gl.convert_layout(before, LEFT), kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if MODE == STATES:
-            grad_row = (((chunk + i) * HEADS + row) * SIZE + PART * HALF).to(gl.int32)
-            tma.async_copy_shared_to_global(grads_rows, [grad_row, 0], x_outputs.index(PART))
-        read = doc.permute((1, 0)).load(WIDE_LEFT).to(gl.float32) * scale
         if DECAY != NONE:
-            read *= from_starts.load(gl.SliceLayout(0, WIDE_LEFT))[None, :]
+            grad *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
+        if cut:
+            clear_tail(kc, i, count, TOKEN_ROWS)
+            clear_tail(doc, i, count, TOKEN_ROWS)
+            clear_tail(pc, i, count, SCORE_ROWS)
+            fence_async_shared()
+            barrier()
+        left = gl.convert_layout(before, COLUMNS_LEFT)
+        du = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if GRADIENTS:
+            tma.store_wait(0)  # what was given of the chunk before has been read
+            barrier()
+            gs.index(0).store(before)
+        reading = gl.full([C], scale, gl.float32, gl.SliceLayout(0, STATE_LEFT))
+        if DECAY != NONE:
+            reading *= from_starts.load(gl.SliceLayout(0, STATE_LEFT))
+        read = (doc.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * reading[None, :]).to(dtype)
         du = warpgroup_mma_wait(0, deps=(du,))
         if DECAY != NONE:
-            du *= to_ends.load(gl.SliceLayout(0, MMA))[None, :]
+            du *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
         du = warpgroup_mma(doc.permute((1, 0)), pc, du, is_async=True)
-        grad = warpgroup_mma(read.to(dtype), qc, grad, is_async=True)
-        du = warpgroup_mma_wait(1, deps=(du,))
-        drc = warpgroup_mma(gl.convert_layout(du.to(dtype), LEFT), tc, nothing, use_acc=False, is_async=True)
-        forget = forgets.load(gl.SliceLayout(0, MMA))
-        drc = warpgroup_mma_wait(0, deps=(drc,))
-        forgotten = gl.convert_layout((-forget[None, :] * drc).to(dtype), WIDE_LEFT)
-        grad = warpgroup_mma_wait(0, deps=(grad,))
-        grad = warpgroup_mma(forgotten, kc, grad, is_async=True)
-        if MODE == STATES:
-            out = outputs.index(2 * (i % 2) + PART)
-            out.permute((1, 0)).store(drc.to(dtype))
-        grad = warpgroup_mma_wait(0, deps=(grad,))
-        if MODE == STATES:
+        mbarrier.wait(soon.index(step % REST), step // REST & 1)
+        if cut:
+            clear_tail(tc, i, count, SCORE_ROWS)
+            clear_tail(qc, i, count, TOKEN_ROWS)
             fence_async_shared()
-            tma.store_wait(0)  # of this chunk's gradient, and of dr the chunk before
+            barrier()
+        grad = warpgroup_mma(read, qc, grad, is_async=True)
+        du = warpgroup_mma_wait(1, deps=(du,))
+        du = gl.convert_layout(du.to(dtype), COLUMNS_LEFT)
+        dr = warpgroup_mma(du, tc, nothing, use_acc=False, is_async=True)
+        forget = -betas.load(gl.SliceLayout(0, COLUMNS))
+        if DECAY != NONE:
+            forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
+        dr, grad = warpgroup_mma_wait(0, deps=(dr, grad))
+        forgotten = gl.convert_layout((forget[None, :] * dr).to(dtype), STATE_LEFT)
+        grad = warpgroup_mma(forgotten, kc, grad, is_async=True)
+        if GRADIENTS:
+            uc, drc = u_rows.index(zero), drs.index(zero)
+            drc.permute((1, 0)).store(dr.to(dtype))
+            mbarrier.wait(late, step & 1)
+            if cut:
+                clear_tail(uc, i, count, TOKEN_ROWS)
+            fence_async_shared()
+            barrier()
+            chunk_rows = (qc, kc, v_rows.index(zero), doc, uc, drc, xs.index(zero), gs.index(zero), pc, tc)
+            gates = (betas, passed, from_starts, to_ends)
+            given = gs._reinterpret(dtype, [2, C, SIZE], SHARED)
+            phase = (step & 1) ^ 1
+            grad = _stage_gradients(
+                grad, chunk_rows, gates, given, sums, taken.index(0), phase, scale, d_decay is not None, DECAY
+            )
+        else:
+            grad = warpgroup_mma_wait(0, deps=(grad,))
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        if MODE == STATES:
-            send_rows(dr, dr_rows, out, begin, i, count, row * SIZE + PART * HALF, HEADS * SIZE, ROWS)
-    if MODE == STATES:
+        mbarrier.arrive(free.index(step % REST), count=1)
+        if GRADIENTS:
+            mbarrier.arrive(summed.index(0), count=1)
+            if cut:
+                first = gl.load(start + gl.program_id(0), volatile=True)  # anew, so that nothing is kept for this case
+                mine = (first * H + h) * SIZE
+                store_rows(dq + mine, given.index(zero), i, count, H * SIZE, TOKEN_ROWS)
+                store_rows(dk + mine, given.index(zero + 1), i, count, H * SIZE, TOKEN_ROWS)
+                store_rows(dv + mine, drc, i, count, H * SIZE, TOKEN_ROWS)
+            else:
+                at = begin.to(gl.int32) + i * C
+                tma.async_copy_shared_to_global(dq_rows, [at, h * SIZE], given.index(0))
+                tma.async_copy_shared_to_global(dk_rows, [at, h * SIZE], given.index(1))
+                tma.async_copy_shared_to_global(dv_rows, [at, h * SIZE], drc)
+    if GRADIENTS:
         tma.store_wait(0)
     if ENDS:
-        gl.store(end + at, gl.convert_layout(grad.permute((1, 0)), HALF_LINES))
+        gl.store(end + state_places(gl.program_id(0), h, H), grad)
 
 
 @gluon.jit(do_not_specialize=["FIRST_HEAD"])
 def _walk_down(
     q,  # rows of [tokens, H // G, SIZE]
     k,
-    do,  # half rows of [tokens, H, SIZE]
+    do,  # rows of [tokens, H, SIZE]
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     wy,  # rows of [tokens, H, C]: T
-    scores,  # rows of [tokens, H, C]: P
-    leaving,  # [M, H, SIZE, SIZE] fp32, for STATES
+    scores,  # rows of [tokens, H, C]: P, scaled
+    leaving,  # [M, H, SIZE, SIZE] fp32, or None: zero
     end,  # likewise, if ENDS: the gradient of the state at the tile's start
-    dr,  # [tokens, HEADS, SIZE], for STATES: the gradient of r
-    dr_rows,  # half rows of it
-    grads_rows,  # rows of [chunks, HEADS, V, K], for STATES: the gradient of what leaves each chunk, transposed
+    # The others for GRADIENTS:
+    v,  # rows of [tokens, H, SIZE]
+    u,  # rows of [tokens, HEADS, SIZE]
+    states,  # [chunks, HEADS, V, K], one by one: the state X that enters each chunk, transposed
+    dq,  # [tokens, H, SIZE]
+    dq_rows,  # rows of it
+    dk,
+    dk_rows,
+    dv,
+    dv_rows,
+    d_decay,  # [tokens, H], if the decay is learned
+    d_beta,  # [tokens, H]
     start,
     length,
     first_chunk,  # [M]
@@ -160,7 +339,7 @@ def _walk_down(
     H,
     G,
     FIRST_HEAD,
-    MODE: gl.constexpr,
+    GRADIENTS: gl.constexpr,
     ENDS: gl.constexpr,
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
@@ -171,33 +350,52 @@ def _walk_down(
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     dtype: gl.constexpr = k.dtype
-    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    REST: gl.constexpr = 1 if GRADIENTS else STAGES
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    do_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
-    wy_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
-    scores_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
-    outputs = gl.allocate_shared_memory(dtype, [4, C, HALF], SHARED) if MODE == STATES else wy_rows
-    x_outputs = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED) if MODE == STATES else k_rows
-    gates_copies = gl.allocate_shared_memory(gl.float32, [6, C], GATES_SHARED)
-    full, empty = make_ring(STAGES)
-    bytes: gl.constexpr = 2 * C * (3 * SIZE + 2 * C)
-    buffers = (q_rows, k_rows, do_rows, wy_rows, scores_rows)
-    shared = (buffers, outputs, x_outputs, gates_copies, full, empty)
-    tensors = (gates, leaving, end, dr, dr_rows, grads_rows)
-    numbers = (begin, count, chunk, h, row, scale, H, HEADS)
-    gl.warp_specialize(
-        [
-            (_compute, (shared, tensors, numbers, 0, MODE, ENDS, DECAY)),
-            (_compute, (shared, tensors, numbers, 1, MODE, ENDS, DECAY)),
-            (fetch, (q, k, do, wy, scores, buffers, full, empty, begin, count, h, G, False, bytes)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    p_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
+    lines = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], GATES_SHARED)
+    t_rows = gl.allocate_shared_memory(dtype, [REST, C, C], SHARED)
+    q_rows = gl.allocate_shared_memory(dtype, [REST, C, SIZE], SHARED)
+    u_rows = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
+    v_rows = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
+    xs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
+    gs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
+    drs = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
+    sums = gl.allocate_shared_memory(gl.float32, [3, 2, C], SUMS) if GRADIENTS else lines
+    full, empty = make_ring(STAGES, 1)
+    soon, free = make_ring(REST, 1)
+    lates, _ = make_ring(1, 1)
+    late = lates.index(0)
+    summed, taken = make_ring(1, 1)
+    buffers = (k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs)
+    shared = (buffers, gs, drs, sums, (full, empty, soon, free, late, summed, taken))
+    tensors = (leaving, end, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
+    sources = (q, k, v, do, u, wy, scores, states, gates)
+    numbers = (start, begin, count, h, scale, H)
+    arriving, where = (full, empty, soon, free, late), (begin, count, chunk, h, row, H, HEADS, G)
+    if GRADIENTS:
+        gl.warp_specialize(
+            [
+                (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
+                (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
+                (_add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
+            ],
+            [1, 1],
+            [24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
+                (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
+            ],
+            [1],
+            [24],
+        )
 
 
 def walk_down(
-    mode: int,
     tiles: Tiles,
     q: Tensor,
     k: Tensor,
@@ -208,19 +406,22 @@ def walk_down(
     scale: float,
     leaving: Tensor | None,
     end: Tensor | None,
-    dr: Tensor | None,
-    grads: Tensor | None,
     first_chunk: Tensor,
     decay: int,
     heads: range,
+    given: tuple[Tensor, Tensor, Tensor] | None = None,
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor] = (None,) * 5,
 ) -> None:
-    """See delta_costates.walk_down."""
+    """See delta_costates.walk_down. With v, u and the chunks' states `given` it fills `found`: dq, dk and dv, [B, T, H,
+    K or V], d_decay and d_beta."""
+    dq, dk, dv, d_decay, d_beta = found
+    v, u, states = given or (None,) * 3
+    rows = [None if x is None else rows_of(x, SIZE.value) for x in (q, k, do, v, u, dq, dk, dv)]
     launch(
         _walk_down, (tiles.count, len(heads)),
-        rows_of(q, SIZE.value), rows_of(k, SIZE.value), rows_of(do, HALF.value), gates, rows_of(wy, C.value),
-        rows_of(scores, C.value), leaving, end, dr, None if dr is None else rows_of(dr, HALF.value),
-        None if grads is None else state_rows_of(grads),
+        *rows[:3], gates, rows_of(wy, C.value), rows_of(scores, C.value), leaving, end, *rows[3:5],
+        None if states is None else states_of(states), dq, rows[5], dk, rows[6], dv, rows[7], d_decay, d_beta,
         tiles.start, tiles.length, first_chunk, scale, do.shape[2], do.shape[2] // k.shape[2], heads.start,
-        MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=2, num_warps=4,
+        GRADIENTS=given is not None, ENDS=end is not None, DECAY=decay, STAGES=2 if given else 3, num_warps=8,
         overlaps=True,
     )  # fmt: skip

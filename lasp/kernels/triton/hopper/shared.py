@@ -35,19 +35,21 @@ def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
 
 
-def state_rows_of(x: Tensor) -> TensorDescriptor:
-    """How halves of states, x [chunks, heads, 128, 128], are written: as the rows of them all."""
-    return rows_of(x.view(1, -1, 1, SIZE.value), SIZE.value)
+def states_of(x: Tensor) -> TensorDescriptor:
+    """How states, x [chunks, heads, 128, 128], come and go, one by one: as the rows of them all."""
+    rows, size = x.shape[0] * x.shape[1] * SIZE.value, SIZE.value
+    return TensorDescriptor(x, [rows, size], [size, 1], [size, size], SHARED.value)
 
 
 @gluon.jit
-def make_ring(STAGES: gl.constexpr):
-    """Barriers for as many chunks: a fetched one is full, and empty when both groups are done with it."""
+def make_ring(STAGES: gl.constexpr, READERS: gl.constexpr = 2):
+    """Barriers for as many chunks: a fetched one is full, and empty when all readers, groups of warps, are done with
+    it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=READERS)
     return full, empty
 
 
