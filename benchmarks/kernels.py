@@ -98,6 +98,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, **_: Tensor) -> Tensor:
 def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor], graph: bool = False) -> list[str]:
     """Milliseconds forward, forward + backward and, if wanted, both from CUDA graphs; GiB at the peak; seconds until
     the first result."""
+    torch.cuda.empty_cache()  # pieces of larger blocks, from measurements before, may lie on other pages
     both = forward_backward(function, tensors)
     start = time.perf_counter()
     both()

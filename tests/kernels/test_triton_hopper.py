@@ -37,7 +37,8 @@ KERNELS = {  # by module: the constants that its kernel is compiled with
     "up": LINEAR,
     "down": LINEAR,
     "delta_up": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in range(4)],
-    "delta_down": [{"DECAY": 2, "MODE": mode, "ENDS": mode == 0} for mode in (0, 3)],
+    "delta_down": [{"DECAY": 2, "GRADIENTS": False, "ENDS": True}]
+    + [{"DECAY": decay, "GRADIENTS": True, "ENDS": decay == 0} for decay in (0, 2)],
 }
 COMPILE = """
 import importlib
@@ -55,33 +56,44 @@ def current_target():
 current_target.__triton_builtin__ = True
 target_info.current_target = current_target  # there is none without a GPU
 
-ROWS, HALVES = (f"tensordesc<bf16[64, {width}],{SHARED.value!r}>" for width in (128, 64))
-KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do", "dk_rows", "dv_rows", "states_rows", "grads_rows")}
-KINDS |= {name: "*bf16" for name in ("y", "dk", "dv", "dr")}
-KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores", "scores_rows", "y_rows", "dr_rows")}
+def rows_of(rows, width):
+    return f"tensordesc<bf16[{rows}, {width}],{SHARED.value!r}>"
+
+ROWS, HALVES = rows_of(64, 128), rows_of(64, 64)
+KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do", "u", "dq_rows", "dk_rows", "dv_rows")}
+KINDS |= {name: "*bf16" for name in ("y", "dq", "dk", "dv", "d_beta")}
+KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores", "scores_rows", "y_rows")}
 KINDS |= {"scale": "fp32", "TOKENS": "i64"}
 KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
 KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
 module, every = sys.argv[1], json.loads(sys.argv[2])
 kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper.{module}"), "_walk_" + module.split("_")[-1])
 names = kernel.arg_names
+if module.startswith("delta"):
+    KINDS["states"] = rows_of(128, 128)
 for constants in every:
-    mode = constants.get("MODE")
-    if mode is None:
+    if module == "delta_up":
+        mode = constants["MODE"]
+        KINDS |= {"scores": "*bf16", "y_rows": ROWS}
+        absent = (("entering",), ("v", "entering"), ("end",), ("end",))[mode]
+        absent += () if mode >= 2 else ("y", "y_rows")
+        absent += () if mode == 3 else ("states",)
+        absent += () if mode == 2 else ("q", "scores", "scores_rows")
+    elif module == "delta_down":
+        absent = () if constants["ENDS"] else ("end",)
+        if not constants["GRADIENTS"]:
+            absent += ("leaving", "v", "u", "states", "dq", "dq_rows", "dk", "dk_rows", "dv", "dv_rows", "d_beta")
+        absent += () if constants["GRADIENTS"] and constants["DECAY"] else ("d_decay",)
+    else:
         absent = () if constants.get("SUMS") else ("partner", "products", "v_dv", "ends", "at_end")
         absent += () if constants["DECAY"] else ("gates",)
         absent += () if constants["DECAY"] and not constants.get("BACKWARD") else ("transitions",)
-    else:
-        KINDS |= {"v": HALVES, "do": HALVES, "scores": "*bf16" if module == "delta_up" else HALVES}
-        absent = (("entering", "leaving"), ("v", "entering"), ("end",), ("end",))[mode]
-        absent += () if mode >= 2 else ("y", "y_rows", "dr", "dr_rows")
-        absent += () if mode == 3 else ("states_rows", "grads_rows")
-        absent += ("q", "scores", "scores_rows") if module == "delta_up" and mode != 2 else ()
     constants = constants | dict.fromkeys(absent) | {"STAGES": 2}
     constants = {(names.index(name),): value for name, value in constants.items() if name in names}
     signature = {n: "constexpr" if (i,) in constants else KINDS.get(n, "*fp32") for i, n in enumerate(names)}
     source = GluonASTSource(kernel, signature, constants)
-    compiled = compile(source, target=current_target(), options={"num_warps": 4})
+    warps = 8 if module.startswith("delta") else 4
+    compiled = compile(source, target=current_target(), options={"num_warps": warps})
     assert "wgmma" in compiled.asm["ptx"] and len(compiled.asm["cubin"])
     assert "griddepcontrol.wait" in compiled.asm["ptx"]  # see lasp.kernels.triton.overlap
     assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
@@ -112,6 +124,7 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     monkeypatch.setattr(walks, "walk", None)  # nobody else serves
     monkeypatch.setattr(delta_states, "_walk_up", None)
     monkeypatch.setattr(delta_costates, "_walk_down", None)
+    monkeypatch.setattr(delta, "gradients", None)
     monkeypatch.setattr(linear, "tile_length", lambda *_: TILE)
     monkeypatch.setattr(delta, "tile_length", lambda *_: TILE)
     new_empty = torch.Tensor.new_empty

@@ -202,6 +202,7 @@ class TritonDelta:
                     plan.shared["decay"], part, given=(x.v, u, chunk_states), found=found,
                 )  # fmt: skip
                 continue
+            assert dr is not None and chunk_grads is not None
             walk_down(
                 STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
                 leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,

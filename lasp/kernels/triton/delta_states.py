@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import GLUON, block_of, cdiv
-from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, walks_on_hopper
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, TRANSITION, DeltaConfig, walks_on_hopper
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR

@@ -2,12 +2,8 @@
 
     du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
 
-is the mirror image of delta_up. For gradients a chunk has a second part, given the state X that enters it and u:
-
-    dq = e^b do Xᵀ + P' k        w = e^b dr Xᵀ + N k        dk = e^{b_C - b} u Gᵀ + P'ᵀ q - Nᵀ (beta k) - beta w
-    P'_ij = e_ij (do_i·u_j), j <= i        N_ij = e_ij (dr_i·u_j), j < i        e_ij = e^{b_i - b_j}        dv = beta dr
-
-So neither G nor dr of any chunk leaves the multiprocessor. A warp of its own ends the gradients of beta and the decay.
+is the mirror image of delta_up. For gradients a chunk has a second part (delta_gradients), which has G and dr from the
+first: they are never written.
 """
 
 from torch import Tensor
@@ -27,16 +23,14 @@ from lasp.kernels.triton.hopper.delta import (
     COLUMNS,
     COLUMNS_LEFT,
     SCORE_ROWS,
-    SCORES,
     STATE,
     STATE_LEFT,
     TOKEN_ROWS,
-    TOKENS,
-    TOKENS_LEFT,
     fetch_gates,
     split_gates,
     state_places,
 )
+from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     SHARED,
@@ -52,10 +46,6 @@ from lasp.kernels.triton.hopper.shared import (
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.overlap import await_previous
-
-SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-PAIRS = gl.constexpr(gl.BlockedLayout([2, 2], [1, 32], [1, 1], [1, 0]))  # [2, C] in one warp
-PAIR = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # [C], likewise
 
 
 @gluon.jit
@@ -99,110 +89,6 @@ def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _add_up(sums, summed, taken, d_decay, d_beta, numbers):
-    """The gradients of beta and of the decay, chunk by chunk, from what the two groups of warps know of them."""
-    begin, count, h, H = numbers
-    chunks = gl.cdiv(count, C)
-    for step in range(chunks):
-        i = chunks - 1 - step
-        mbarrier.wait(summed.index(0), step & 1)
-        for_beta = gl.convert_layout(gl.sum(sums.index(0).load(PAIRS), axis=0), PAIR)
-        if d_decay is not None:
-            change = gl.convert_layout(gl.sum(sums.index(1).load(PAIRS), axis=0), PAIR)
-            carried = gl.sum(gl.sum(sums.index(2).load(PAIRS), axis=0), axis=0)
-        barrier()
-        mbarrier.arrive(taken.index(0), count=1)
-        place = i * C + gl.arange(0, C, layout=PAIR)
-        at = (begin + place) * H + h
-        gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
-        if d_decay is not None:
-            dg = gl.associative_scan(change, 0, _add, reverse=True) + carried
-            gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=place < count)
-
-
-@gluon.jit
-def _half_sums(tile):
-    """The sums of both halves of every row, [2, C]: each group of warps knows one."""
-    return gl.sum(tile.reshape([C, 2, SIZE // 2]), axis=2).permute((1, 0))
-
-
-@gluon.jit
-def _stage_gradients(
-    grad, chunk_rows, gates, given, sums, taken, phase, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
-):
-    """The second part of a chunk: dq and dk take the place of G, dv that of dr."""
-    qc, kc, vc, doc, uc, drc, x, g, pc, tc = chunk_rows
-    betas, passed, from_starts, to_ends = gates
-    dtype: gl.constexpr = kc.dtype
-    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
-    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, SIZE], gl.float32, TOKENS)
-    near = warpgroup_mma(doc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
-    erased = warpgroup_mma(drc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
-    dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
-    w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
-    near, erased, grad = warpgroup_mma_wait(2, deps=(near, erased, grad))
-    if DECAY != NONE:
-        down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
-        weights = gl.exp(gl.minimum(down, 0.0))
-        near *= weights
-        erased *= weights
-    pc.store(gl.where(row[:, None] >= col[None, :], near * scale, 0.0).to(dtype))
-    tc.store(gl.where(row[:, None] > col[None, :], erased, 0.0).to(dtype))
-    dk = warpgroup_mma(uc, g, nothing, use_acc=False, is_async=True)
-    dq, w, dk = warpgroup_mma_wait(0, deps=(dq, w, dk))
-    fence_async_shared()
-    barrier()
-
-    if DECAY == NONE:
-        dq *= scale
-    else:
-        from_start = from_starts.load(gl.SliceLayout(1, TOKENS))
-        dq *= (scale * from_start)[:, None]
-        w *= from_start[:, None]
-        dk *= to_ends.load(gl.SliceLayout(1, TOKENS))[:, None]
-    dq = warpgroup_mma(pc, kc, dq, is_async=True)
-    w = warpgroup_mma(tc, kc, w, is_async=True)
-    if LEARNED:
-        carried = _half_sums(kc.load(TOKENS).to(gl.float32) * dk)
-    dk = warpgroup_mma(pc.permute((1, 0)), qc, dk, is_async=True)
-    forget = -betas.load(gl.SliceLayout(0, TOKENS_LEFT))
-    forgotten = (tc.permute((1, 0)).load(TOKENS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
-    dk = warpgroup_mma(forgotten, kc, dk, is_async=True)
-    mbarrier.wait(taken, phase)
-    if LEARNED:
-        total = whole_decay(from_starts, gl.SliceLayout(1, TOKENS))[:, None]
-        for half in gl.static_range(2):
-            overlap = x.slice(half * C, C).load(TOKENS).to(gl.float32) * g.slice(half * C, C).load(TOKENS)
-            carried += _half_sums(total * overlap)
-        sums.index(2).store(carried)
-    beta = betas.load(gl.SliceLayout(1, TOKENS))[:, None]
-    dr = drc.load(TOKENS).to(gl.float32)
-    for_beta = _half_sums(dr * vc.load(TOKENS).to(gl.float32))
-    drc.store((beta * dr).to(dtype))
-    barrier()  # G has been read
-    dq = warpgroup_mma_wait(3, deps=(dq,))
-    given.index(0).store(dq.to(dtype))
-    if LEARNED:
-        change = _half_sums(qc.load(TOKENS).to(gl.float32) * dq)
-    w = warpgroup_mma_wait(2, deps=(w,))
-    k_w = kc.load(TOKENS).to(gl.float32) * w
-    sums.index(0).store(for_beta - _half_sums(k_w))
-    if LEARNED:
-        change -= _half_sums(2 * beta * k_w)
-    dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
-    given.index(1).store(dk.to(dtype))
-    if LEARNED:
-        sums.index(1).store(change - _half_sums(kc.load(TOKENS).to(gl.float32) * dk))
-    fence_async_shared()
-    return grad
-
-
-@gluon.jit
 def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constexpr, DECAY: gl.constexpr):
     buffers, gs, drs, sums, barriers = shared
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
@@ -223,13 +109,8 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constex
         zero = step >> 20  # which the compiler does not know: addresses that never change it keeps, and so spills
         rest = zero if GRADIENTS else step % REST
         cut = count - i * C < C
-        kc, doc, pc, tc, qc = (
-            k_rows.index(stage),
-            do_rows.index(stage),
-            p_rows.index(stage),
-            t_rows.index(rest),
-            q_rows.index(rest),
-        )
+        kc, doc, pc = k_rows.index(stage), do_rows.index(stage), p_rows.index(stage)
+        tc, qc = t_rows.index(rest), q_rows.index(rest)
         betas, passed, from_starts, to_ends = split_gates(lines.index(stage))
         before = grad.to(dtype)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
@@ -283,7 +164,7 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constex
             gates = (betas, passed, from_starts, to_ends)
             given = gs._reinterpret(dtype, [2, C, SIZE], SHARED)
             phase = (step & 1) ^ 1
-            grad = _stage_gradients(
+            grad = stage_gradients(
                 grad, chunk_rows, gates, given, sums, taken.index(0), phase, scale, d_decay is not None, DECAY
             )
         else:
@@ -379,7 +260,7 @@ def _walk_down(
             [
                 (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
-                (_add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
+                (add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
             ],
             [1, 1],
             [24, 24],
@@ -410,7 +291,7 @@ def walk_down(
     decay: int,
     heads: range,
     given: tuple[Tensor, Tensor, Tensor] | None = None,
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor] = (None,) * 5,
+    found: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> None:
     """See delta_costates.walk_down. With v, u and the chunks' states `given` it fills `found`: dq, dk and dv, [B, T, H,
     K or V], d_decay and d_beta."""

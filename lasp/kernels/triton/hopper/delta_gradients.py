@@ -1,0 +1,131 @@
+"""What the delta rule's walk down for Hopper does with a chunk to give all its gradients (see delta_down, delta_grads).
+
+Given the state X that enters the chunk, G of what leaves it, u and dr, all in shared memory:
+
+    dq = e^b do Xᵀ + P' k        w = e^b dr Xᵀ + N k        dk = e^{b_C - b} u Gᵀ + P'ᵀ q - Nᵀ (beta k) - beta w
+    P'_ij = e_ij (do_i·u_j), j <= i        N_ij = e_ij (dr_i·u_j), j < i        e_ij = e^{b_i - b_j}        dv = beta dr
+
+Each group of warps finds half of every row. A warp of its own adds up what both know of the gradients of beta and of
+the decay.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lasp.kernels.triton.gates import NONE
+from lasp.kernels.triton.hopper.delta import SCORES, TOKENS, TOKENS_LEFT
+from lasp.kernels.triton.hopper.shared import SIZE, C, barrier, whole_decay
+
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+PAIRS = gl.constexpr(gl.BlockedLayout([2, 2], [1, 32], [1, 1], [1, 0]))  # [2, C] in one warp
+PAIR = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # [C], likewise
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def add_up(sums, summed, taken, d_decay, d_beta, numbers):
+    """The gradients of beta and of the decay, chunk by chunk, from what the two groups of warps know of them."""
+    begin, count, h, H = numbers
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        i = chunks - 1 - step
+        mbarrier.wait(summed.index(0), step & 1)
+        for_beta = gl.convert_layout(gl.sum(sums.index(0).load(PAIRS), axis=0), PAIR)
+        if d_decay is not None:
+            change = gl.convert_layout(gl.sum(sums.index(1).load(PAIRS), axis=0), PAIR)
+            carried = gl.sum(gl.sum(sums.index(2).load(PAIRS), axis=0), axis=0)
+        barrier()
+        mbarrier.arrive(taken.index(0), count=1)
+        place = i * C + gl.arange(0, C, layout=PAIR)
+        at = (begin + place) * H + h
+        gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
+        if d_decay is not None:
+            dg = gl.associative_scan(change, 0, _add, reverse=True) + carried
+            gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=place < count)
+
+
+@gluon.jit
+def _half_sums(tile):
+    """The sums of both halves of every row, [2, C]: each group of warps knows one."""
+    return gl.sum(tile.reshape([C, 2, SIZE // 2]), axis=2).permute((1, 0))
+
+
+@gluon.jit
+def stage_gradients(
+    grad, chunk_rows, gates, given, sums, taken, phase, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
+):
+    """The second part of a chunk: dq and dk take the place of G, dv that of dr."""
+    qc, kc, vc, doc, uc, drc, x, g, pc, tc = chunk_rows
+    betas, passed, from_starts, to_ends = gates
+    dtype: gl.constexpr = kc.dtype
+    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
+    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, SIZE], gl.float32, TOKENS)
+    near = warpgroup_mma(doc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
+    erased = warpgroup_mma(drc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
+    dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
+    w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
+    near, erased, grad = warpgroup_mma_wait(2, deps=(near, erased, grad))
+    if DECAY != NONE:
+        down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
+        weights = gl.exp(gl.minimum(down, 0.0))
+        near *= weights
+        erased *= weights
+    pc.store(gl.where(row[:, None] >= col[None, :], near * scale, 0.0).to(dtype))
+    tc.store(gl.where(row[:, None] > col[None, :], erased, 0.0).to(dtype))
+    dk = warpgroup_mma(uc, g, nothing, use_acc=False, is_async=True)
+    dq, w, dk = warpgroup_mma_wait(0, deps=(dq, w, dk))
+    fence_async_shared()
+    barrier()
+
+    if DECAY == NONE:
+        dq *= scale
+    else:
+        from_start = from_starts.load(gl.SliceLayout(1, TOKENS))
+        dq *= (scale * from_start)[:, None]
+        w *= from_start[:, None]
+        dk *= to_ends.load(gl.SliceLayout(1, TOKENS))[:, None]
+    dq = warpgroup_mma(pc, kc, dq, is_async=True)
+    w = warpgroup_mma(tc, kc, w, is_async=True)
+    if LEARNED:
+        carried = _half_sums(kc.load(TOKENS).to(gl.float32) * dk)
+    dk = warpgroup_mma(pc.permute((1, 0)), qc, dk, is_async=True)
+    forget = -betas.load(gl.SliceLayout(0, TOKENS_LEFT))
+    forgotten = (tc.permute((1, 0)).load(TOKENS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
+    dk = warpgroup_mma(forgotten, kc, dk, is_async=True)
+    mbarrier.wait(taken, phase)
+    if LEARNED:
+        total = whole_decay(from_starts, gl.SliceLayout(1, TOKENS))[:, None]
+        for half in gl.static_range(2):
+            overlap = x.slice(half * C, C).load(TOKENS).to(gl.float32) * g.slice(half * C, C).load(TOKENS)
+            carried += _half_sums(total * overlap)
+        sums.index(2).store(carried)
+    beta = betas.load(gl.SliceLayout(1, TOKENS))[:, None]
+    dr = drc.load(TOKENS).to(gl.float32)
+    for_beta = _half_sums(dr * vc.load(TOKENS).to(gl.float32))
+    drc.store((beta * dr).to(dtype))
+    barrier()  # G has been read
+    dq = warpgroup_mma_wait(3, deps=(dq,))
+    given.index(0).store(dq.to(dtype))
+    if LEARNED:
+        change = _half_sums(qc.load(TOKENS).to(gl.float32) * dq)
+    w = warpgroup_mma_wait(2, deps=(w,))
+    k_w = kc.load(TOKENS).to(gl.float32) * w
+    sums.index(0).store(for_beta - _half_sums(k_w))
+    if LEARNED:
+        change -= _half_sums(2 * beta * k_w)
+    dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
+    given.index(1).store(dk.to(dtype))
+    if LEARNED:
+        sums.index(1).store(change - _half_sums(kc.load(TOKENS).to(gl.float32) * dk))
+    fence_async_shared()
+    return grad
