@@ -122,6 +122,22 @@ def test_short_sequences_and_batches(gen, whole, decay, tokens):
 
 
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
+def test_nothing_enters_and_nobody_asks_for_what_leaves(gen, whole, decay):
+    given = inputs(gen, decay, (2, 130, 1, 1, 32, 16, 2), 0.1, torch.float32)
+    tensors = [given[name] for name in ("q", "k", "v", "beta", "decay")]
+    do = torch.randn(given["v"].shape, generator=gen).to(DEVICE)
+
+    def results(backend, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        o, final = delta_rule(*leaves, backend=backend)
+        assert final is None
+        return [o, *torch.autograd.grad(o, leaves, do.to(dtype))]
+
+    pairs = zip(results("triton", torch.float32), results("reference", torch.float64), strict=True)
+    assert max(error(x.double(), y) for x, y in pairs) < EXACT
+
+
+@pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_packed_documents(gen, whole, decay):
     found = errors(gen, decay, (1, 150, 1, 1, 32, 16), offsets=[0, 1, 1, 140, 150])
     assert max(found.values()) < EXACT, found

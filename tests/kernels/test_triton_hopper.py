@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from lasp.kernels import delta_rule
 from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Alone, Inputs
 from lasp.kernels.reference.recurrent import recurrent
@@ -167,3 +168,25 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     elif off:  # what is left of sums of rounded numbers over a tile, which nearly cancel
         terms = (tensors["q"].double() * wanted["dq"]).sum(-1).norm()
         assert off * wanted["ddecay"].norm() < 2 * eps * TILE**0.5 * terms
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that these kernels run with")
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+def test_nothing_enters_whole_sequences_and_nobody_asks_for_what_leaves(gen, monkeypatch, decay):
+    from lasp.kernels.triton import delta
+
+    monkeypatch.setattr(delta, "ENOUGH_WALKS", 1)
+    shape = (3, 333, HEADS, SIZE)
+    q, k, v, do = (torch.randn(shape, generator=gen).to("cuda", torch.bfloat16) for _ in range(4))
+    tensors = {"q": q, "k": torch.nn.functional.normalize(k.float(), dim=-1).bfloat16(), "v": v}
+    tensors["beta"] = torch.rand(shape[:3], generator=gen).to("cuda", torch.bfloat16)
+    if decay == "scalar":
+        tensors["decay"] = -0.05 * torch.rand(shape[:3], generator=gen).cuda()
+
+    def results(backend, cast):
+        leaves = {name: cast(x).detach().clone().requires_grad_() for name, x in tensors.items()}
+        o, _ = delta_rule(**leaves, backend=backend)
+        return [o, *torch.autograd.grad(o, list(leaves.values()), cast(do))]
+
+    pairs = zip(results("triton", lambda x: x), results("reference", torch.Tensor.double), strict=True)
+    assert max(error(x.double(), y) for x, y in pairs) < 2 * torch.finfo(torch.bfloat16).eps
