@@ -3,7 +3,7 @@
 forward    T of every chunk (with a diagonal decay first q and k times their decays, and scores); tiles' summaries
            (S, A); scan; outputs, walking up
 backward   tiles' summaries D, walking down; scan; then for some heads at a time: the state of every chunk and u (up),
-           its gradient and dr (down), and all gradients chunk by chunk
+           its gradient and dr (down), and all gradients chunk by chunk (for Hopper in that walk down)
 """
 
 from dataclasses import dataclass
