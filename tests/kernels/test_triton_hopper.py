@@ -37,7 +37,7 @@ KERNELS = {  # by module: the constants that its kernel is compiled with
     "states": [{"DECAY": decay, "BACKWARD": backward} for decay in (0, 1, 2) for backward in (False, True)],
     "up": LINEAR,
     "down": LINEAR,
-    "delta_up": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in range(4)],
+    "delta_up": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in (0, 2, 3)],
     "delta_down": [{"DECAY": 2, "GRADIENTS": False, "ENDS": True}]
     + [{"DECAY": decay, "GRADIENTS": True, "ENDS": decay == 0} for decay in (0, 2)],
 }
@@ -76,8 +76,7 @@ for constants in every:
     if module == "delta_up":
         mode = constants["MODE"]
         KINDS |= {"scores": "*bf16", "y_rows": ROWS}
-        absent = (("entering",), ("v", "entering"), ("end",), ("end",))[mode]
-        absent += () if mode >= 2 else ("y", "y_rows")
+        absent = ("end", "transitions") if mode >= 2 else ("entering", "y", "y_rows")
         absent += () if mode == 3 else ("states",)
         absent += () if mode == 2 else ("q", "scores", "scores_rows")
     elif module == "delta_down":

@@ -21,7 +21,6 @@ from lasp.kernels.triton.delta_config import (
     OUTPUTS,
     STATES,
     SUMMARY,
-    TRANSITION,
     DeltaConfig,
     delta_config,
     walks_on_hopper,
@@ -30,7 +29,7 @@ from lasp.kernels.triton.delta_costates import walk_down
 from lasp.kernels.triton.delta_diagonal import Factors, diagonal_factors
 from lasp.kernels.triton.delta_grads import gradients
 from lasp.kernels.triton.delta_scan import add_incoming
-from lasp.kernels.triton.delta_states import walk_up
+from lasp.kernels.triton.delta_states import summaries, walk_up
 from lasp.kernels.triton.delta_steep import steep_gradients, steep_scores
 from lasp.kernels.triton.delta_wy import CHUNK, chunk_scores, wy_inverse
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -126,8 +125,7 @@ class TritonDelta:
             return None, (x, plan, factors, scores, wy, gates, None)
         states = plan.new_states(x)
         transitions = states.new_empty(*states.shape[:3], states.shape[2])
-        for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
-            walk_up(mode, plan.tiles, factors, x.v, gates, wy, None, plan.config, end=end, **plan.shared)
+        summaries(plan.tiles, factors, x.v, gates, wy, plan.config, states, transitions, **plan.shared)
         if plan.whole:
             return Summary(states, transitions), (x, plan, factors, scores, wy, gates, None)
         scan = Scan(plan.tiles, states, transitions, down=False, ahead=wanted)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import GLUON, block_of, cdiv
-from lasp.kernels.triton.delta_config import OUTPUTS, STATES, TRANSITION, DeltaConfig, walks_on_hopper
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, walks_on_hopper
 from lasp.kernels.triton.delta_diagonal import Factors
 from lasp.kernels.triton.delta_wy import CHUNK
 from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR
@@ -181,7 +181,7 @@ def walk_up(
     if walks_on_hopper(x.k, v, decay):
         y = o if u is None else u
         walk_up_on_hopper(
-            mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, y, states,
+            mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, None, y, states,
             first_chunk, decay, some, overlaps,
         )  # fmt: skip
         return
@@ -192,3 +192,26 @@ def walk_up(
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
         DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps, overlaps=overlaps,
     )  # fmt: skip
+
+
+def summaries(
+    tiles: Tiles,
+    x: Factors,
+    v: Tensor,
+    gates: Tensor,
+    wy: Tensor,
+    config: DeltaConfig,
+    states: Tensor,
+    transitions: Tensor,
+    first_chunk: Tensor,
+    decay: int,
+) -> None:
+    """Fills S [M, H, K, V] and A [M, H, K, K] of every tile."""
+    if walks_on_hopper(x.k, v, decay):
+        walk_up_on_hopper(
+            SUMMARY.value, tiles, x.q, x.k, v, gates, wy, None, 1.0, None, states, transitions, None, None,
+            first_chunk, decay, range(v.shape[2]), True,
+        )  # fmt: skip
+        return
+    for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
+        walk_up(mode, tiles, x, v, gates, wy, None, config, end=end, first_chunk=first_chunk, decay=decay)

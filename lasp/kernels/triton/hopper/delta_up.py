@@ -2,8 +2,9 @@
 
     r = beta (V - e^b K X)        u = T r        o = e^b Q X + P u        X <- e^{b_C} X + (K e^{b_C - b})ᵀ u
 
-All is transposed, so that what one product yields is the next one's first operand, in registers. Outputs compute P on
-their way, for themselves and for backward.
+All is transposed, so that what one product yields is the next one's first operand, in registers. Summaries have the
+tile's transition beside the state: it begins as the identity, and nothing is written to it. Outputs compute P on their
+way, for themselves and for backward.
 """
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta_config import OUTPUTS, STATES, TRANSITION
+from lasp.kernels.triton.delta_config import OUTPUTS, STATES, SUMMARY
 from lasp.kernels.triton.gates import NONE
 from lasp.kernels.triton.hopper.delta import (
     COLUMNS,
@@ -55,7 +56,7 @@ def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
     q_rows, k_rows, v_rows, t_rows, lines = buffers
     begin, count, chunk, h, H, G = numbers
     STAGES: gl.constexpr = full.shape[0]
-    row_bytes: gl.constexpr = 2 * (SIZE + C + (SIZE if MODE != TRANSITION else 0) + (SIZE if MODE == OUTPUTS else 0))
+    row_bytes: gl.constexpr = 2 * (2 * SIZE + C + (SIZE if MODE == OUTPUTS else 0))
     for i in range(gl.cdiv(count, C)):
         at = begin.to(gl.int32) + i * C
         stage = i % STAGES
@@ -65,8 +66,7 @@ def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
         mbarrier.expect(filled, C * row_bytes)
         tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
         tma.async_copy_global_to_shared(wy, [at, h * C], filled, t_rows.index(stage))
-        if MODE != TRANSITION:
-            tma.async_copy_global_to_shared(v, [at, h * SIZE], filled, v_rows.index(stage))
+        tma.async_copy_global_to_shared(v, [at, h * SIZE], filled, v_rows.index(stage))
         if MODE == OUTPUTS:
             tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
 
@@ -75,17 +75,16 @@ def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
 def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, DECAY: gl.constexpr):
     buffers, given, given_x, given_p, full, empty = shared
     q_rows, k_rows, v_rows, t_rows, lines = buffers
-    entering, end, y, y_rows, states, scores, scores_rows = tensors
+    entering, end, transitions, y, y_rows, states, scores, scores_rows = tensors
     begin, count, chunk, h, row, scale, H, HEADS = numbers
     STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
-    if MODE == TRANSITION:
-        row_of_x = gl.arange(0, SIZE, layout=gl.SliceLayout(1, STATE))
-        x = gl.where(row_of_x[:, None] == gl.arange(0, SIZE, layout=gl.SliceLayout(0, STATE))[None, :], 1.0, 0.0)
-    elif entering is None:
-        x = gl.zeros([SIZE, SIZE], gl.float32, STATE)
-    else:
+    x = gl.zeros([SIZE, SIZE], gl.float32, STATE)
+    if entering is not None:
         x = gl.load(entering + state_places(gl.program_id(0), h, H))
+    if MODE == SUMMARY:
+        row_of_a = gl.arange(0, SIZE, layout=gl.SliceLayout(1, STATE))
+        a = gl.where(row_of_a[:, None] == gl.arange(0, SIZE, layout=gl.SliceLayout(0, STATE))[None, :], 1.0, 0.0)
     if MODE == OUTPUTS:
         heads, head = H, h
         scores += (begin * H + h) * C
@@ -116,8 +115,7 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, D
         if count - i * C < C:
             clear_tail(kc, i, count, TOKEN_ROWS)
             clear_tail(tc, i, count, SCORE_ROWS)
-            if MODE != TRANSITION:
-                clear_tail(v_rows.index(stage), i, count, TOKEN_ROWS)
+            clear_tail(v_rows.index(stage), i, count, TOKEN_ROWS)
             if MODE == OUTPUTS:
                 clear_tail(q_rows.index(stage), i, count, TOKEN_ROWS)
             fence_async_shared()
@@ -132,10 +130,7 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, D
         if DECAY != NONE:
             read = from_starts.load(gl.SliceLayout(0, COLUMNS))
             r *= read[None, :]
-        if MODE == TRANSITION:
-            r *= -beta[None, :]
-        else:
-            r = beta[None, :] * (v_rows.index(stage).permute((1, 0)).load(COLUMNS).to(gl.float32) - r)
+        r = beta[None, :] * (v_rows.index(stage).permute((1, 0)).load(COLUMNS).to(gl.float32) - r)
         r = gl.convert_layout(r.to(dtype), COLUMNS_LEFT)
         u = warpgroup_mma(r, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == OUTPUTS:
@@ -154,6 +149,22 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, D
         if DECAY != NONE:
             written = u * to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
         x = warpgroup_mma(gl.convert_layout(written.to(dtype), STATE_LEFT), kc, x, is_async=True)
+        if MODE == SUMMARY:
+            left = gl.convert_layout(a.to(dtype), COLUMNS_LEFT)
+            erased = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            if DECAY != NONE:
+                a *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
+            x, erased = warpgroup_mma_wait(0, deps=(x, erased))
+            forget = -betas.load(gl.SliceLayout(0, COLUMNS))
+            if DECAY != NONE:
+                forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
+            erased = gl.convert_layout((forget[None, :] * erased).to(dtype), COLUMNS_LEFT)
+            erased = warpgroup_mma(erased, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            erased = warpgroup_mma_wait(0, deps=(erased,))
+            if DECAY != NONE:
+                erased *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
+            a = warpgroup_mma(gl.convert_layout(erased.to(dtype), STATE_LEFT), kc, a, is_async=True)
+            a = warpgroup_mma_wait(0, deps=(a,))
         if MODE == OUTPUTS:
             yc = warpgroup_mma_wait(1, deps=(yc,)) * scale
             if DECAY != NONE:
@@ -164,9 +175,8 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, D
             yc = warpgroup_mma_wait(0, deps=(yc,))
             out = given.index(0)
             out.permute((1, 0)).store(yc.to(dtype))
-        else:
-            x = warpgroup_mma_wait(0, deps=(x,))
         if MODE == STATES:
+            x = warpgroup_mma_wait(0, deps=(x,))
             out = given.index(i % 2)
             out.permute((1, 0)).store(u.to(dtype))
         if MODE >= OUTPUTS:
@@ -182,19 +192,22 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, D
         await_previous()
     if ENDS:
         gl.store(end + state_places(gl.program_id(0), h, H), x)
+    if MODE == SUMMARY:
+        gl.store(transitions + state_places(gl.program_id(0), h, H), a)
 
 
 @gluon.jit(do_not_specialize=["FIRST_HEAD"])
 def _walk_up(
     q,  # rows of [tokens, H // G, SIZE], for OUTPUTS
     k,
-    v,  # rows of [tokens, H, SIZE], but for TRANSITION
+    v,  # rows of [tokens, H, SIZE]
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     wy,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
     scores_rows,  # rows of it
     entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES, or None: zero
     end,  # likewise, the state at the tile's end, if ENDS
+    transitions,  # likewise, for SUMMARY: A of the tile
     y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
     y_rows,  # rows of it
     states,  # [chunks, HEADS, V, K], one by one, for STATES: the state that enters each chunk, transposed
@@ -220,7 +233,7 @@ def _walk_up(
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     t_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
     lines = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], GATES_SHARED)
-    v_rows = k_rows if MODE == TRANSITION else gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED) if MODE == OUTPUTS else k_rows
     copies: gl.constexpr = 2 if MODE == STATES else 1
     given = gl.allocate_shared_memory(dtype, [copies, C, SIZE], SHARED) if MODE >= OUTPUTS else k_rows
@@ -229,7 +242,7 @@ def _walk_up(
     full, empty = make_ring(STAGES, 1)
     buffers = (q_rows, k_rows, v_rows, t_rows, lines)
     shared = (buffers, given, given_x, given_p, full, empty)
-    tensors = (entering, end, y, y_rows, states, scores, scores_rows)
+    tensors = (entering, end, transitions, y, y_rows, states, scores, scores_rows)
     numbers = (begin, count, chunk, h, row, scale, H, HEADS)
     gl.warp_specialize(
         [
@@ -253,6 +266,7 @@ def walk_up(
     scale: float,
     entering: Tensor | None,
     end: Tensor | None,
+    transitions: Tensor | None,
     y: Tensor | None,
     states: Tensor | None,
     first_chunk: Tensor,
@@ -260,14 +274,14 @@ def walk_up(
     heads: range,
     overlaps: bool,
 ) -> None:
-    """See delta_states.walk_up; y is o or u. `scores` is filled."""
+    """See delta_states.walk_up and summaries; y is o or u. `scores` is filled."""
     outputs = mode == OUTPUTS.value
     launch(
         _walk_up, (tiles.count, len(heads)),
         rows_of(q, SIZE.value) if outputs else None, rows_of(k, SIZE.value),
-        None if mode == TRANSITION.value else rows_of(v, SIZE.value), gates, rows_of(wy, C.value),
+        rows_of(v, SIZE.value), gates, rows_of(wy, C.value),
         *((scores, rows_of(scores, C.value)) if outputs and scores is not None else (None, None)), entering, end,
-        y, None if y is None else rows_of(y, SIZE.value), None if states is None else states_of(states),
+        transitions, y, None if y is None else rows_of(y, SIZE.value), None if states is None else states_of(states),
         tiles.start, tiles.length, first_chunk, scale, v.shape[2], v.shape[2] // k.shape[2], heads.start,
         MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=3, num_warps=8,
         overlaps=overlaps,
