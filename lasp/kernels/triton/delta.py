@@ -41,7 +41,9 @@ if GLUON:
 
 ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
-HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**18  # backward holds the states of all chunks for so many heads or tokens x heads
+# Backward holds the states of all chunks for so many heads or tokens x heads, and as many gradients of states, unless a
+# walk gives all gradients.
+HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Plan:
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
         config = delta_config(x.k, x.v, x.decay is not None, is_diagonal(x.decay))
         walks = config.walk.at_once(value_dim, multiprocessors(device))
-        some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (batch * tokens)))
+        held = 1 if walks_on_hopper(x.k, x.v, walk_class(x.decay)) else 2
+        some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (held * batch * tokens)))
         size = tile_length(x, max(1, walks // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         whole = x.segments.cu_seqlens is None and tokens <= size
