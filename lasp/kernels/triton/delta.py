@@ -63,12 +63,13 @@ class Plan:
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
         config = delta_config(x.k, x.v, x.decay is not None, is_diagonal(x.decay))
         walks = config.walk.at_once(value_dim, multiprocessors(device))
-        held = 1 if walks_on_hopper(x.k, x.v, walk_class(x.decay)) else 2
+        decay = walk_class(x.decay)
+        held = 1 if walks_on_hopper(x.k, x.v, decay) else 2
         some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (held * batch * tokens)))
         size = tile_length(x, max(1, walks // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         whole = x.segments.cu_seqlens is None and tokens <= size
-        shared = {"first_chunk": x.segments.first_chunks(size, CHUNK, device), "decay": walk_class(x.decay)}
+        shared = {"first_chunk": x.segments.first_chunks(size, CHUNK, device), "decay": decay}
         return Plan(config, tiles, chunks, whole, shared, min(heads, max(some, walks // tiles.count)))
 
     def new_states(self, x: Inputs) -> Tensor:
