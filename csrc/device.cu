@@ -62,7 +62,7 @@ __device__ void send(const Channel& c, int place, int part, const T* from, int64
 }
 
 // Kernels here may begin while the one before ends, and do nothing before that has; then they let the next one begin,
-// which may go on without waiting if it has nothing to do with them: lasp/kernels/triton/overlap.py.
+// which may go on without waiting if it has nothing to do with them: lasp/kernels/triton/pdl.py.
 __device__ void follow() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

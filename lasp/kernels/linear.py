@@ -99,7 +99,7 @@ def choose_op(x: Inputs, causal: bool, backend: Backend, wants_summary: bool) ->
     reference = ChunkedOp() if causal else NonCausalOp()
     if not _may_be_triton(x, backend):
         return reference
-    from lasp.kernels.triton.dispatch import triton_op  # Triton is not there on every machine
+    from lasp.kernels.triton.dispatch import triton_op
 
     op, refusal = triton_op(x, causal, backend == "triton", wants_summary)
     if op is not None:

@@ -9,9 +9,9 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Alone, Inputs, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
-from lasp.kernels.triton import delta
-from lasp.kernels.triton.config import cdiv
-from lasp.kernels.triton.delta_wy import CHUNK
+from lasp.kernels.triton.delta import op as delta
+from lasp.kernels.triton.delta.ut_transform import CHUNK
+from lasp.kernels.triton.device import cdiv
 from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
@@ -206,7 +206,7 @@ def test_all_sequences_together_have_no_more_tiles_than_wanted(batch):
     q = torch.empty(batch, 131072, 4, 128, device="meta")
     x = Inputs(q, q, q, None, q[..., 0], 1.0, Segments(batch, 131072))
     for wanted in (33, 66):
-        assert 0.9 * wanted < batch * cdiv(131072, delta.tile_length(x, wanted)) <= wanted
+        assert 0.9 * wanted < batch * cdiv(131072, delta.delta_tile_length(x, wanted)) <= wanted
 
 
 @pytest.mark.parametrize("decay", DECAYS)

@@ -8,8 +8,8 @@ from lasp.kernels.recurrence import Alone, Inputs, run
 from lasp.kernels.reference.chunk import ChunkedOp
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
-from lasp.kernels.triton import config
-from lasp.kernels.triton.diagonal import TritonDiagonal
+from lasp.kernels.triton.diagonal.op import TritonDiagonal
+from lasp.kernels.triton.shared import tiles
 from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
     """Tiles of 64 tokens, so that states pass through all three phases."""
-    monkeypatch.setattr(config, "LONGEST_TILE", 64)
+    monkeypatch.setattr(tiles, "LONGEST_TILE", 64)
 
 
 def draw(gen: torch.Generator, dtype, gate: str, tokens: int, *, batch=1, q_heads=1, heads=2, k=32, v=16, states=None):

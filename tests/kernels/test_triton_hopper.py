@@ -17,7 +17,7 @@ from tests.kernels.boundary import Asked
 from tests.kernels.test_triton_linear import run
 from tests.parallel.inputs import error
 
-config = pytest.importorskip("lasp.kernels.triton.config")
+config = pytest.importorskip("lasp.kernels.triton.device")
 pytest.importorskip("triton.experimental.gluon")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and config.GLUON
 HEADS, SIZE, TILE = 4, config.HOPPER_HEAD, 192
@@ -34,11 +34,11 @@ LINEAR = [  # without gates or with scalar ones; what comes in is added or not
 ]
 LINEAR += [constants | {"incoming": None, "passed": None} for constants in LINEAR]
 KERNELS = {  # by module: the constants that its kernel is compiled with
-    "states": [{"DECAY": decay, "BACKWARD": backward} for decay in (0, 1, 2) for backward in (False, True)],
-    "up": LINEAR,
-    "down": LINEAR,
-    "delta_up": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in (0, 2, 3)],
-    "delta_down": [{"DECAY": 2, "GRADIENTS": False, "ENDS": True}]
+    "tile_states": [{"DECAY": decay, "BACKWARD": backward} for decay in (0, 1, 2) for backward in (False, True)],
+    "forward_scan": LINEAR,
+    "reverse_scan": LINEAR,
+    "delta_forward_scan": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in (0, 2, 3)],
+    "delta_reverse_scan": [{"DECAY": 2, "GRADIENTS": False, "ENDS": True}]
     + [{"DECAY": decay, "GRADIENTS": True, "ENDS": decay == 0} for decay in (0, 2)],
 }
 COMPILE = """
@@ -68,18 +68,18 @@ KINDS |= {"scale": "fp32", "TOKENS": "i64"}
 KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
 KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
 module, every = sys.argv[1], json.loads(sys.argv[2])
-kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper.{module}"), "_walk_" + module.split("_")[-1])
+kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper.{module}"), "_" + module.removeprefix("delta_"))
 names = kernel.arg_names
 if module.startswith("delta"):
     KINDS["states"] = rows_of(128, 128)
 for constants in every:
-    if module == "delta_up":
+    if module == "delta_forward_scan":
         mode = constants["MODE"]
         KINDS |= {"scores": "*bf16", "y_rows": ROWS}
         absent = ("end", "transitions") if mode >= 2 else ("entering", "y", "y_rows")
         absent += () if mode == 3 else ("states",)
         absent += () if mode == 2 else ("q", "scores", "scores_rows")
-    elif module == "delta_down":
+    elif module == "delta_reverse_scan":
         absent = () if constants["ENDS"] else ("end",)
         if not constants["GRADIENTS"]:
             absent += ("leaving", "v", "u", "states", "dq", "dq_rows", "dk", "dk_rows", "dv", "dv_rows", "d_beta")
@@ -95,7 +95,7 @@ for constants in every:
     warps = 8 if module.startswith("delta") else 4
     compiled = compile(source, target=current_target(), options={"num_warps": warps})
     assert "wgmma" in compiled.asm["ptx"] and len(compiled.asm["cubin"])
-    assert "griddepcontrol.wait" in compiled.asm["ptx"]  # see lasp.kernels.triton.overlap
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]  # see lasp.kernels.triton.pdl
     assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 """
 
@@ -119,14 +119,16 @@ def test_compiles_without_a_gpu(module):
 @pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
-    from lasp.kernels.triton import delta, delta_costates, delta_states, linear, walks
+    from lasp.kernels.triton.delta import forward_scan, op, reverse_scan
+    from lasp.kernels.triton.scalar import backend
+    from lasp.kernels.triton.shared import tiles
 
-    monkeypatch.setattr(walks, "walk", None)  # nobody else serves
-    monkeypatch.setattr(delta_states, "_walk_up", None)
-    monkeypatch.setattr(delta_costates, "_walk_down", None)
-    monkeypatch.setattr(delta, "gradients", None)
-    monkeypatch.setattr(linear, "tile_length", lambda *_: TILE)
-    monkeypatch.setattr(delta, "tile_length", lambda *_: TILE)
+    monkeypatch.setattr(backend, "walk", None)  # nobody else serves
+    monkeypatch.setattr(forward_scan, "_forward_scan", None)
+    monkeypatch.setattr(reverse_scan, "_reverse_scan", None)
+    monkeypatch.setattr(op, "gradients", None)
+    monkeypatch.setattr(tiles, "tile_length", lambda *_: TILE)
+    monkeypatch.setattr(op, "delta_tile_length", lambda *_: TILE)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: new_empty(*a, **o).fill_(torch.nan))
     batch, tokens, q_heads, offsets = SHAPES[shape]
@@ -172,9 +174,9 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that these kernels run with")
 @pytest.mark.parametrize("decay", ["none", "scalar"])
 def test_nothing_enters_whole_sequences_and_nobody_asks_for_what_leaves(gen, monkeypatch, decay):
-    from lasp.kernels.triton import delta
+    from lasp.kernels.triton.delta import op
 
-    monkeypatch.setattr(delta, "ENOUGH_WALKS", 1)
+    monkeypatch.setattr(op, "ENOUGH_WALKS", 1)
     shape = (3, 333, HEADS, SIZE)
     q, k, v, do = (torch.randn(shape, generator=gen).to("cuda", torch.bfloat16) for _ in range(4))
     tensors = {"q": q, "k": torch.nn.functional.normalize(k.float(), dim=-1).bfloat16(), "v": v}

@@ -10,7 +10,9 @@ from triton.runtime.errors import OutOfResources
 from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Alone, Inputs
 from lasp.kernels.segments import Segments
-from lasp.kernels.triton import config, delta, dispatch, launch
+from lasp.kernels.triton import dispatch, launch
+from lasp.kernels.triton.delta import op as delta
+from lasp.kernels.triton.shared import tiles
 from tests.kernels.boundary import Asked
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="looks at calls of Triton's interpreter")
@@ -27,7 +29,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
         seen.add((self.fn.__qualname__, kinds, tuple(constants.items())))
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", record)
-    for module in (config, delta):
+    for module in (tiles, delta):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
     return seen
 
@@ -99,11 +101,11 @@ def test_a_kernel_that_may_overlap_is_another_one_than_the_same_that_may_not(mon
     class Compiled:
         function, packed_metadata = None, None
 
-        def __init__(self, overlaps: bool):
-            self.overlaps = overlaps
+        def __init__(self, pdl: bool):
+            self.pdl = pdl
 
         def run(self, *_) -> None:
-            ran.append(self.overlaps)
+            ran.append(self.pdl)
 
     class Kernel:
         arg_names = ("x", "K")
@@ -121,6 +123,6 @@ def test_a_kernel_that_may_overlap_is_another_one_than_the_same_that_may_not(mon
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     kernel, asked = Kernel(), [True, False, False, True]
-    for overlaps in asked:
-        launch.launch(kernel, (1,), 16, K=1, overlaps=overlaps)
+    for pdl in asked:
+        launch.launch(kernel, (1,), 16, K=1, pdl=pdl)
     assert ran == asked

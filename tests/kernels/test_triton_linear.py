@@ -12,7 +12,8 @@ from lasp.kernels.summary import apply
 from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 
-config, linear = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("config", "linear"))
+tiles = pytest.importorskip("lasp.kernels.triton.shared.tiles")
+tile_length = tiles.tile_length  # tests replace it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Twice the rounding of the dtype, as same-dtype PyTorch: inputs and outputs are rounded, sums are fp32. The interpreter
 # has no bf16 arithmetic.
@@ -49,7 +50,7 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def short_tiles(monkeypatch):
     """So that segments have several."""
-    monkeypatch.setattr(linear, "tile_length", lambda *_: 64)
+    monkeypatch.setattr(tiles, "tile_length", lambda *_: 64)
 
 
 def draw(gen, decay, shape, dtype, strength=0.05):
@@ -144,11 +145,11 @@ def test_equals_the_definition_where_summaries_are_wanted(gen, decay, shape):
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 def test_all_sequences_together_have_no_more_tiles_than_are_walked_at_once(monkeypatch, batch):
-    monkeypatch.setattr(config, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
     for tokens in (1024, 8192):
-        tiles = batch * config.cdiv(tokens, config.tile_length(batch, tokens, 8, torch.device(DEVICE)))
-        assert tiles <= 2 * 132 // 8
-        assert tokens == 1024 or tiles > 132 // 8 - batch
+        count = batch * tiles.cdiv(tokens, tile_length(batch, tokens, 8, torch.device(DEVICE)))
+        assert count <= 2 * 132 // 8
+        assert tokens == 1024 or count > 132 // 8 - batch
 
 
 def test_what_triton_does_not_take_is_refused():

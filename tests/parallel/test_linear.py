@@ -121,9 +121,9 @@ def test_kernels_equal_the_definition(
     kind: str,
 ):
     """Triton's, in fp32, where units have several tiles."""
-    config, delta = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("config", "delta"))
+    tiles, delta = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("shared.tiles", "delta.op"))
     monkeypatch.setattr(context, "run_op", partial(run_op, backend="triton"))
-    monkeypatch.setattr(config, "LONGEST_TILE", 64)
+    monkeypatch.setattr(tiles, "LONGEST_TILE", 64)
     monkeypatch.setattr(delta, "SHORTEST_TILE", 64)
     monkeypatch.setattr(delta, "multiprocessors", lambda device: 64)
     case = draw(generator(run_seed), kind, 600, documents)

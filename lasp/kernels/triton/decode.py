@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.decay import Decay
 from lasp.kernels.recurrence import Inputs
-from lasp.kernels.triton.config import block_of, cdiv
-from lasp.kernels.triton.gates import CONSTANT, DIAGONAL, SCALAR, decay_class
+from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
-from lasp.kernels.triton.linear import contiguous
+from lasp.kernels.triton.shared.decay import CONSTANT, DIAGONAL, SCALAR
+from lasp.kernels.triton.shared.operands import contiguous
 
 COLUMNS = 32  # of the state that a program holds: 128 programs for 16 heads of 256, and loads of 128 bytes
 
@@ -78,7 +79,7 @@ def decode(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     launch(
         _decode, (batch, heads, cdiv(value_dim, block_v)),
         x.q, x.k, x.v, x.decay, x.beta, state, o, after, x.scale, heads, heads // q_heads,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, DECAY=decay_class(x.decay), DELTA=x.beta is not None,
-        num_warps=4,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, DECAY=Decay.of(x.decay).value,
+        DELTA=x.beta is not None, num_warps=4,
     )  # fmt: skip
     return o, after

@@ -8,12 +8,12 @@ from torch import Tensor
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Inputs, Op
 from lasp.kernels.segments import Segments
-from lasp.kernels.triton.config import MAX_HEAD, unsupported
 from lasp.kernels.triton.decode import decode
-from lasp.kernels.triton.delta import TritonDelta, is_diagonal
-from lasp.kernels.triton.diagonal import TritonDiagonal
+from lasp.kernels.triton.delta.op import TritonDelta, is_diagonal
+from lasp.kernels.triton.device import MAX_HEAD, unsupported
+from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
-from lasp.kernels.triton.linear import TritonLinear
+from lasp.kernels.triton.scalar.op import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
 OPS: dict[tuple[bool, bool], type[Op]] = {  # whether there is a beta, and a decay for every channel

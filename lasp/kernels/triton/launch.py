@@ -23,21 +23,21 @@ _thread = threading.local()
 _ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled ahead", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, overlaps: bool = False, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool = False, **constants: Any) -> None:
     """kernel[grid](*args, **constants), on the current device, where the tensors must be.
 
     args: all parameters of the kernel that are not constants, in its order: tensors, their descriptors, numbers and
-    None. constants: those that are, and options. overlaps: it may begin before the kernel before has ended, and sees to
-    that itself (lasp.kernels.triton.overlap).
+    None. constants: those that are, and options. pdl: it may begin before the kernel before has ended, and sees to
+    that itself (lasp.kernels.triton.pdl).
     """
     if (ahead := _ahead.get()) is not None:
-        ahead.append(kernel.warmup(*args, grid=grid, **constants, **_overlapping(overlaps)))
+        ahead.append(kernel.warmup(*args, grid=grid, **constants, **_pdl_option(pdl)))
         return
     if INTERPRETED:
         kernel[grid](*args, **constants)
         return
     device = driver.active.get_current_device()
-    key: list[Any] = [id(kernel), device, overlaps]  # Triton makes one kernel where all of this is the same
+    key: list[Any] = [id(kernel), device, pdl]  # Triton makes one kernel where all of this is the same
     values: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -53,7 +53,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, overlaps: bool = Fals
             key.append((arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg))
     found = _compiled.get(full := (*key, *constants.values()))
     if found is None:
-        compiled, fitting = launch_first(kernel, grid, args, constants | _overlapping(overlaps))
+        compiled, fitting = launch_first(kernel, grid, args, constants | _pdl_option(pdl))
         _compiled[full] = compiled, tuple(fitting[name] for name in kernel.arg_names[len(args) :])
         return
     compiled, rest = found
@@ -62,8 +62,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, overlaps: bool = Fals
     compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
 
 
-def _overlapping(overlaps: bool) -> dict[str, bool]:
-    can = overlaps and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+def _pdl_option(pdl: bool) -> dict[str, bool]:
+    can = pdl and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
     return {"launch_pdl": True} if can else {}
 
 

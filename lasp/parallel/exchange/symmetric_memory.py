@@ -6,7 +6,7 @@ if it cannot be.
 
 An exchange is two kernels on the current stream, and what its caller computes between start and wait runs between them,
 while the others' summaries come in; in backward also beside the first, which takes few multiprocessors there and is
-not waited for (lasp.kernels.triton.overlap). There is no stream beside it: the second kernel reads what is near, in a
+not waited for (lasp.kernels.triton.pdl). There is no stream beside it: the second kernel reads what is near, in a
 few microseconds, and the events that would tie another stream to this one take longer, on the host several times as
 long.
 """

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.triton.gates import NONE
-from lasp.kernels.triton.hopper.delta import SCORES, TOKENS, TOKENS_LEFT
+from lasp.kernels.triton.hopper.delta_shared import SCORES, TOKENS, TOKENS_LEFT
 from lasp.kernels.triton.hopper.shared import SIZE, C, barrier, whole_decay
+from lasp.kernels.triton.shared.decay import NONE
 
 SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 PAIRS = gl.constexpr(gl.BlockedLayout([2, 2], [1, 32], [1, 1], [1, 0]))  # [2, C] in one warp

@@ -6,9 +6,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lasp.kernels.triton.config import HOPPER_HEAD
-from lasp.kernels.triton.delta_wy import CHUNK
-from lasp.kernels.triton.gates import CONSTANT, LOG2_E
+from lasp.kernels.triton.delta.ut_transform import CHUNK
+from lasp.kernels.triton.device import HOPPER_HEAD
+from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E
 
 SIZE, HALF = gl.constexpr(HOPPER_HEAD), gl.constexpr(HOPPER_HEAD // 2)
 C = gl.constexpr(CHUNK)  # tokens of a chunk: gates are summed within as many
@@ -90,8 +90,8 @@ def half_rows(PART: gl.constexpr):
 
 
 @gluon.jit
-def load_entering(entering, at, tile, h, H):
-    """What enters a tile, at some places of the state: see scan.load_entering."""
+def load_initial_state(entering, at, tile, h, H):
+    """What enters a tile, at some places of the state: see scan.load_initial_state."""
     local, incoming, passed, owner = entering
     x = gl.load(local + (tile * H + h) * SIZE * SIZE + at)
     if incoming is not None:
@@ -114,13 +114,13 @@ def send_rows(y, rows, buffer, begin, i, count, col, stride, LAYOUT: gl.constexp
     """Writes chunk i, of the buffer's width, once all threads see the buffer: whole ones to `rows` from column `col`
     on, while all go on (tma.store_wait tells when the buffer has been read), else those that are tokens to y."""
     if count - i * C < C:
-        store_rows(y, buffer, i, count, stride, LAYOUT)
+        store_tokens(y, buffer, i, count, stride, LAYOUT)
     else:
         tma.async_copy_shared_to_global(rows, [begin.to(gl.int32) + i * C, col], buffer)
 
 
 @gluon.jit
-def store_rows(y, buffer, i, count, stride, LAYOUT: gl.constexpr):
+def store_tokens(y, buffer, i, count, stride, LAYOUT: gl.constexpr):
     """Writes chunk i's rows, of the buffer's width, those that are tokens."""
     place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, LAYOUT))

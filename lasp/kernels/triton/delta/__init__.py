@@ -1,0 +1,1 @@
+"""The delta rule, without or with a scalar or vector gate."""

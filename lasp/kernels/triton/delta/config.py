@@ -1,0 +1,68 @@
+"""How the delta rule's kernels are launched, by head size and dtype."""
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.triton.device import block_of, cdiv, for_hopper
+from lasp.kernels.triton.shared.decay import DIAGONAL
+
+# What the walks are for.
+SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block: columns of V (of K in `gradients`) that a program holds at most; block_v: rows there, of V."""
+
+    block: int
+    warps: int
+    stages: int
+    block_v: int = 128
+
+    def at_once(self, size: int, processors: int) -> int:
+        """How many walks of states with so many columns run at a time: what 8 warps hold fills a multiprocessor."""
+        return processors * (1 if self.warps == 8 else 2) // cdiv(size, self.block)
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """One launch per kernel; walk: upwards, but for outputs. precision: of products of fp32 numbers.
+
+    For a diagonal decay: the block of `factors` is of K. reach: the largest decay within 16 tokens whose scores are
+    products, bounded by the size of e^reach, in fp32 by rounding. sums_by_products: sums of gates on the matrix units.
+    """
+
+    walk: Launch
+    outputs: Launch
+    down: Launch
+    gradients: Launch
+    factors: Launch
+    precision: str
+    reach: float
+    sums_by_products: bool
+
+
+def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConfig:
+    """From a table, never from the length of a sequence."""
+    widest = block_of(max(k.shape[-1], v.shape[-1]))
+    if v.dtype == torch.bfloat16:
+        stages = 2 if diagonal else 3
+        narrow, factors = Launch(64, warps=4, stages=stages), Launch(32, warps=4, stages=2)
+        wide = Launch(128, warps=8, stages=stages) if widest == 128 else narrow
+        gradients = Launch(16, warps=4, stages=1) if diagonal else Launch(32, warps=4, stages=3 if gated else 2)
+        if widest > 128:
+            narrow = wide = Launch(64, warps=8, stages=1)
+            # All of V at once: of several blocks in 16 bits, Triton 3.6's code for Hopper reads beyond shared memory.
+            gradients = Launch(gradients.block, warps=8, stages=1, block_v=256)
+        return DeltaConfig(narrow if diagonal else wide, wide, wide, gradients, factors, "tf32", 64.0, True)
+    walk = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
+    gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
+    return DeltaConfig(walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)
+
+
+def scans_on_hopper(k: Tensor, v: Tensor, decay: int) -> bool:
+    """Whether the kernels for Hopper walk with a decay of this class. For OUTPUTS they write P rather than read it."""
+    return for_hopper(k, v) and decay != DIAGONAL

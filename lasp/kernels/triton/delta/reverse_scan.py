@@ -1,0 +1,162 @@
+"""The delta rule's walk down a tile with the gradient G of the state in registers: summaries, or what chunks need.
+
+    du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
+
+The mirror image of `delta_states`, transposed in the same way.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta.config import STATES, SUMMARY, DeltaConfig, scans_on_hopper
+from lasp.kernels.triton.delta.rescale import Factors
+from lasp.kernels.triton.delta.ut_transform import CHUNK
+from lasp.kernels.triton.device import GLUON, block_of, cdiv
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
+
+if GLUON:
+    from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan as reverse_scan_on_hopper
+
+
+@triton.jit(do_not_specialize=["FIRST_HEAD"])
+def _reverse_scan(
+    q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
+    k,
+    written,
+    totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
+    do,  # [tokens, H, V]
+    gates,
+    wy,
+    scores,
+    leaving,  # [M, H, K, V] fp32, for STATES, or None: zero
+    end,  # [M, H, K, V] fp32, if ENDS: the gradient of the state at the tile's start
+    dr,  # [tokens, HEADS, V], for STATES: the gradient of r
+    grads,  # [chunks, HEADS, V, K], for STATES: the gradient of the state that leaves each chunk, transposed
+    start,
+    length,
+    first_chunk,
+    scale,
+    H,
+    G,
+    FIRST_HEAD,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MODE: tl.constexpr,
+    ENDS: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    h = FIRST_HEAD + row
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
+    in_k, in_v = cols < K, rows < V
+    c = tl.arange(0, C)
+    work = wy.dtype.element_ty
+    wy += (begin * H + h) * C  # within a tile 32 bits are enough
+    k += (begin * (H // G) + h // G) * K
+    written += (begin * (H // G) + h // G) * K
+    q += (begin * (H // G) + h // G) * K
+    scores += (begin * H + h) * C
+    do += (begin * H + h) * V
+    if MODE == STATES:
+        dr += (begin * heads + row) * V
+    inside = in_v[:, None] & in_k[None, :]
+    at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
+    grad = tl.zeros([BV, BK], tl.float32)
+    if leaving is not None:
+        grad += tl.load(leaving + at_state, mask=inside, other=0.0)
+    chunk = tl.load(first_chunk + tile)
+    chunks = tl.cdiv(count, C)
+    total_next = 0.0  # loaded ahead: two programs just fit a multiprocessor's shared memory
+    if DECAY == SCALAR:
+        total_next = tl.load(gates + ((chunk + chunks - 1) * H + h) * 4 * C + 3 * C - 1, mask=count > 0, other=0.0)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        i = chunks - 1 - step
+        place = i * C + c
+        here = place < count
+        at_k = (place * (H // G * K))[:, None] + cols[None, :]
+        at_v = (place * (H * V))[None, :] + rows[:, None]
+        here_k = here[:, None] if K == BK else here[:, None] & in_k[None, :]
+        here_v = here[None, :] if V % BV == 0 else in_v[:, None] & here[None, :]
+        qc = tl.load(q + at_k, mask=here_k, other=0.0).to(work)
+        kc = tl.load(k + at_k, mask=here_k, other=0.0).to(work)
+        tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
+        dot = tl.load(do + at_v, mask=here_v, other=0.0).to(work)
+        gate = gates + ((chunk + i) * H + h) * 4 * C + c
+        betas = tl.load(gate)
+        if MODE == STATES:
+            tl.store(
+                grads + ((chunk + i) * heads + row) * K * V + rows[:, None] * K + cols[None, :],
+                grad.to(grads.dtype.element_ty),
+                mask=inside,
+            )
+        wc = kc if DECAY != DIAGONAL else tl.load(written + at_k, mask=here_k, other=0.0).to(work)
+        pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
+        dut = tl.dot(grad.to(work), tl.trans(wc), input_precision=PRECISION)
+        if DECAY == DIAGONAL:
+            total = tl.load(totals + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0)[None, :]
+        elif DECAY != NONE:
+            from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
+            total = total_next
+            total_next = tl.load(gates + ((chunk + i - 1) * H + h) * 4 * C + 3 * C - 1, mask=i > 0, other=0.0)
+            dut *= to_end[None, :]
+            betas *= from_start
+        dut = tl.dot(dot, pc, dut, input_precision=PRECISION)
+        drt = tl.dot(dut.to(work), tc, input_precision=PRECISION)
+        if MODE == STATES:
+            tl.store(dr + (place * (heads * V))[None, :] + rows[:, None], drt.to(work), mask=here_v)
+        read = dot.to(tl.float32) * scale
+        if DECAY != NONE:
+            grad *= total
+        if DECAY == SCALAR:
+            read *= from_start[None, :]
+        grad = tl.dot(read.to(work), qc, grad, input_precision=PRECISION)
+        grad = tl.dot((-betas[None, :] * drt).to(work), kc, grad, input_precision=PRECISION)
+    if ENDS:
+        tl.store(end + at_state, grad, mask=inside)
+
+
+def reverse_scan(
+    mode: tl.constexpr,
+    tiles: Tiles,
+    x: Factors,
+    do: Tensor,
+    gates: Tensor,
+    wy: Tensor,
+    scores: Tensor | None,
+    config: DeltaConfig,
+    scale: float,
+    *,
+    leaving: Tensor | None = None,
+    end: Tensor | None = None,
+    dr: Tensor | None = None,
+    grads: Tensor | None = None,
+    first_chunk: Tensor,
+    decay: int,
+    head_range: range | None = None,
+) -> None:
+    """Runs the walk over every tile and head (of `head_range`): `mode` is SUMMARY or STATES. (On Hopper gradients come
+    from a walk that needs no more: hopper.delta_down.)"""
+    (heads, value_dim), (q_heads, key_dim) = do.shape[2:], x.k.shape[2:]
+    how = config.down
+    block_v = min(block_of(value_dim), how.block)
+    some = head_range or range(heads)
+    if scans_on_hopper(x.k, do, decay):
+        assert scores is not None and mode is SUMMARY
+        reverse_scan_on_hopper(tiles, x.q, x.k, do, gates, wy, scores, scale, leaving, end, first_chunk, decay, some)
+        return
+    launch(
+        _reverse_scan, (tiles.count, len(some), cdiv(value_dim, block_v)),
+        x.q, x.k, x.written, x.totals, do, gates, wy, scores, leaving, end, dr, grads,
+        tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
+        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
+    )  # fmt: skip

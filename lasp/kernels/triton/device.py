@@ -1,0 +1,55 @@
+"""What the kernels ask of a device, and which tensors they take."""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_HEAD = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HOPPER_HEAD = 128  # the size of heads that the walks for Hopper serve
+GLUON = triton.__version__.startswith("3.6.")  # they are in its experimental language, and have run with this version
+
+
+# Triton's own two, made to work in kernels, too, take 5 µs of the host.
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def block_of(size: int) -> int:
+    """The power of two that holds a head size, 32 at least: Triton 3.6 miscompiles products of 16 columns (Hopper)."""
+    return max(32, next_power_of_2(size))
+
+
+def for_hopper(k: Tensor, v: Tensor) -> bool:
+    """Whether walks of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
+    served = k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
+    there = v.device.type != "cpu" and torch.cuda.is_available()
+    return GLUON and served and there and torch.cuda.get_device_capability() == (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; "meta" stands for the current one. Without any it is one."""
+    if not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(device if device.type == "cuda" else None).multi_processor_count
+
+
+def unsupported(k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton backend cannot take these tensors, if it cannot."""
+    if v.dtype not in DTYPES:
+        return f"{v.dtype}: Triton takes bfloat16, float16 and float32"
+    if max(k.shape[-1], v.shape[-1]) > MAX_HEAD:
+        return f"head sizes K = {k.shape[-1]}, V = {v.shape[-1]}: Triton takes at most {MAX_HEAD}"
+    if v.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"a tensor on {v.device}: Triton takes tensors on a GPU"
+    return None

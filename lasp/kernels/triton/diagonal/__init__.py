@@ -1,0 +1,1 @@
+"""Linear attention with a vector gate: a diagonal decay."""

@@ -1,0 +1,124 @@
+"""Diagonal decay, the walks that find states: a tile's summary (phase 1), and the states of every chunk (for backward).
+
+    S = Σ_t (k_t e^{b_end - b_t}) v_tᵀ        D = Σ_t (q_t e^{b_t}) do_tᵀ        log A = b_end
+
+chunk by chunk with k̃ and q̃ (diagonal_chunk): forward walks up and backward walks down, with one and the same step.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Referred, load_end, load_half
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.rows import load_rows
+from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial_state
+
+
+@triton.jit
+def _walk(
+    k,  # [tokens, H, K]: k̃, or q̃ backward
+    v,  # [tokens, H, V]: v, or do backward
+    ends,  # [slots, H, K] fp32
+    spread,  # [slots, H] fp32
+    states,  # [M, H, K, V] fp32: the tiles' summaries, written; or, EACH_CHUNK, with the next two, see InitialStates
+    incoming,
+    passed,
+    transitions,  # [M, H, K] fp32: the tiles' log decays, written forward
+    chunk_states,  # [slots, H, K, V]: X̃ (backward G̃) of every chunk, written if EACH_CHUNK
+    owner,
+    start,
+    length,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    EACH_CHUNK: tl.constexpr,
+    REACH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    first: tl.constexpr = EACH_CHUNK and not BACKWARD  # see overlap
+    if not first:
+        griddepcontrol_wait()
+    tile, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    rows, cols = tl.arange(0, BK), part * BV + tl.arange(0, BV)
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    place = rows[:, None] * V + cols[None, :]
+    if EACH_CHUNK:
+        state = load_initial_state(states, incoming, passed, owner, tile, h, H, place, inside, rows, K, V)
+    else:
+        state = tl.zeros([BK, BV], tl.float32)
+    total = tl.zeros([BK, 1], tl.float32)
+    chunks = tl.cdiv(count, C)
+    for n in tl.range(0, chunks, num_stages=STAGES):
+        i = (chunks - 1 - n) if BACKWARD else n
+        here = i * C + tl.arange(0, C) < count
+        slot = (begin // C + tile + i) * H + h
+        kc = load_rows(k, begin + i * C, here, h, H, rows, K)
+        vc = load_rows(v, begin + i * C, here, h, H, cols, V).to(k.dtype.element_ty)
+        end, half = load_end(ends, slot, rows, K), load_half(spread, slot, REACH)
+        if not BACKWARD:
+            total += end
+        if EACH_CHUNK:
+            tl.store((chunk_states + slot * K * V) + place, state * tl.exp(half * end), mask=inside)
+        state = tl.dot(tl.trans(kc), vc, state * tl.exp((1.0 - half) * end), input_precision=PRECISION) * tl.exp(
+            half * end
+        )
+    if first:
+        griddepcontrol_wait()
+    if not EACH_CHUNK:
+        tl.store((states + (tile * H + h) * K * V) + place, state, mask=inside)
+    if not (EACH_CHUNK or BACKWARD):
+        tl.store(transitions + (tile * H + h) * K + rows[:, None], total, mask=(rows < K)[:, None] & (part == 0))
+
+
+def tile_states(tiles: Tiles, x: Referred, v: Tensor, config: DiagonalConfig) -> tuple[Tensor, Tensor]:
+    """S [M, H, K, V] and log A [M, H, K] of every tile."""
+    transitions = x.ends.new_empty(tiles.count, *x.k.shape[2:])
+    states = x.ends.new_empty(*transitions.shape, v.shape[3])
+    _launch(tiles, x.k, v, x, InitialStates(states), transitions, None, config, backward=False)
+    return states, transitions
+
+
+def tile_states_grad(tiles: Tiles, x: Referred, do: Tensor, config: DiagonalConfig) -> Tensor:
+    """D [M, H, K, V] of every tile."""
+    states = x.ends.new_empty(tiles.count, *x.q.shape[2:], do.shape[3])
+    _launch(tiles, x.q, do, x, InitialStates(states), None, None, config, backward=True)
+    return states
+
+
+def chunk_states(tiles: Tiles, x: Referred, v: Tensor, entering: InitialStates, config: DiagonalConfig) -> Tensor:
+    """X̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
+    states = x.k.new_empty(*x.ends.shape, v.shape[3])
+    _launch(tiles, x.k, v, x, entering, None, states, config, backward=False)
+    return states
+
+
+def chunk_states_grad(tiles: Tiles, x: Referred, do: Tensor, leaving: InitialStates, config: DiagonalConfig) -> Tensor:
+    """G̃ of every chunk, likewise, from the gradients of the states that leave the tiles."""
+    states = x.q.new_empty(*x.ends.shape, do.shape[3])
+    _launch(tiles, x.q, do, x, leaving, None, states, config, backward=True)
+    return states
+
+
+def _launch(
+    tiles: Tiles, k: Tensor, v: Tensor, x: Referred, states: InitialStates, transitions: Tensor | None,
+    chunk_states: Tensor | None, config: DiagonalConfig, *, backward: bool,
+) -> None:  # fmt: skip
+    heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
+    block_v = min(block_of(value_dim), config.states.columns)
+    launch(
+        _walk, (tiles.count, heads, cdiv(value_dim, block_v)),
+        k, v, x.ends, x.spread, *states, transitions, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, BACKWARD=backward,
+        EACH_CHUNK=chunk_states is not None, REACH=config.reach, PRECISION=config.precision,
+        STAGES=config.states.stages, num_warps=config.states.warps, pdl=True,
+    )  # fmt: skip

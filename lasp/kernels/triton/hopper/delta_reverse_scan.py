@@ -1,0 +1,308 @@
+"""The delta rule's walk down a tile for Hopper: summaries (see delta_costates), or all gradients (see delta_grads).
+
+    du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
+
+is the mirror image of delta_up. For gradients a chunk has a second part (delta_gradients), which has G and dr from the
+first: they are never written.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
+from lasp.kernels.triton.hopper.delta_shared import (
+    COLUMNS,
+    COLUMNS_LEFT,
+    SCORE_ROWS,
+    STATE,
+    STATE_LEFT,
+    TOKEN_ROWS,
+    fetch_gates,
+    split_gates,
+    state_places,
+)
+from lasp.kernels.triton.hopper.shared import (
+    GATES_SHARED,
+    SHARED,
+    SIZE,
+    C,
+    barrier,
+    clear_tail,
+    make_ring,
+    rows_of,
+    states_of,
+    store_tokens,
+    whole_decay,
+)
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import NONE
+
+
+@gluon.jit
+def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
+    """k, do, P and gates come some chunks ahead. So do T and q for summaries; gradients have room for one chunk's T and
+    q, and u, X and v, which come while the chunk's first part runs."""
+    q, k, v, do, u, wy, scores, states, gates = sources
+    k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
+    full, empty, soon, free, late = barriers
+    begin, count, chunk, h, row, H, HEADS, G = numbers
+    STAGES: gl.constexpr = full.shape[0]
+    REST: gl.constexpr = soon.shape[0]
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks + 1):
+        if step > 0:
+            i = chunks - step
+            at = begin.to(gl.int32) + i * C
+            stage = (step - 1) % REST
+            filled = soon.index(stage)
+            mbarrier.wait(free.index(stage), ((step - 1) // REST & 1) ^ 1)
+            mbarrier.expect(filled, 2 * C * (C + SIZE))
+            tma.async_copy_global_to_shared(wy, [at, h * C], filled, t_rows.index(stage))
+            tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
+            if GRADIENTS:
+                mbarrier.expect(late, 2 * (2 * C * SIZE + SIZE * SIZE))
+                tma.async_copy_global_to_shared(u, [at, row * SIZE], late, u_rows.index(0))
+                state = ((chunk + i) * HEADS + row) * SIZE
+                tma.async_copy_global_to_shared(states, [state.to(gl.int32), 0], late, xs.index(0))
+                tma.async_copy_global_to_shared(v, [at, h * SIZE], late, v_rows.index(0))
+        if step < chunks:
+            i = chunks - 1 - step
+            at = begin.to(gl.int32) + i * C
+            stage = step % STAGES
+            filled = full.index(stage)
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
+            mbarrier.expect(filled, 2 * C * (2 * SIZE + C))
+            tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
+            tma.async_copy_global_to_shared(do, [at, h * SIZE], filled, do_rows.index(stage))
+            tma.async_copy_global_to_shared(scores, [at, h * C], filled, p_rows.index(stage))
+
+
+@gluon.jit
+def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constexpr, DECAY: gl.constexpr):
+    buffers, gs, drs, sums, barriers = shared
+    k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
+    full, empty, soon, free, late, summed, taken = barriers
+    leaving, end, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
+    start, begin, count, h, scale, H = numbers
+    STAGES: gl.constexpr = full.shape[0]
+    REST: gl.constexpr = soon.shape[0]
+    dtype: gl.constexpr = k_rows.dtype
+    grad = gl.zeros([SIZE, SIZE], gl.float32, STATE)
+    if leaving is not None:
+        grad = gl.load(leaving + state_places(gl.program_id(0), h, H))
+    nothing = gl.zeros([SIZE, C], gl.float32, COLUMNS)
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        i = chunks - 1 - step
+        stage = step % STAGES
+        zero = step >> 20  # which the compiler does not know: addresses that never change it keeps, and so spills
+        rest = zero if GRADIENTS else step % REST
+        cut = count - i * C < C
+        kc, doc, pc = k_rows.index(stage), do_rows.index(stage), p_rows.index(stage)
+        tc, qc = t_rows.index(rest), q_rows.index(rest)
+        betas, passed, from_starts, to_ends = split_gates(lines.index(stage))
+        before = grad.to(dtype)
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        if DECAY != NONE:
+            grad *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
+        if cut:
+            clear_tail(kc, i, count, TOKEN_ROWS)
+            clear_tail(doc, i, count, TOKEN_ROWS)
+            clear_tail(pc, i, count, SCORE_ROWS)
+            fence_async_shared()
+            barrier()
+        left = gl.convert_layout(before, COLUMNS_LEFT)
+        du = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if GRADIENTS:
+            tma.store_wait(0)  # what was given of the chunk before has been read
+            barrier()
+            gs.index(0).store(before)
+        reading = gl.full([C], scale, gl.float32, gl.SliceLayout(0, STATE_LEFT))
+        if DECAY != NONE:
+            reading *= from_starts.load(gl.SliceLayout(0, STATE_LEFT))
+        read = (doc.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * reading[None, :]).to(dtype)
+        du = warpgroup_mma_wait(0, deps=(du,))
+        if DECAY != NONE:
+            du *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
+        du = warpgroup_mma(doc.permute((1, 0)), pc, du, is_async=True)
+        mbarrier.wait(soon.index(step % REST), step // REST & 1)
+        if cut:
+            clear_tail(tc, i, count, SCORE_ROWS)
+            clear_tail(qc, i, count, TOKEN_ROWS)
+            fence_async_shared()
+            barrier()
+        grad = warpgroup_mma(read, qc, grad, is_async=True)
+        du = warpgroup_mma_wait(1, deps=(du,))
+        du = gl.convert_layout(du.to(dtype), COLUMNS_LEFT)
+        dr = warpgroup_mma(du, tc, nothing, use_acc=False, is_async=True)
+        forget = -betas.load(gl.SliceLayout(0, COLUMNS))
+        if DECAY != NONE:
+            forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
+        dr, grad = warpgroup_mma_wait(0, deps=(dr, grad))
+        forgotten = gl.convert_layout((forget[None, :] * dr).to(dtype), STATE_LEFT)
+        grad = warpgroup_mma(forgotten, kc, grad, is_async=True)
+        if GRADIENTS:
+            uc, drc = u_rows.index(zero), drs.index(zero)
+            drc.permute((1, 0)).store(dr.to(dtype))
+            mbarrier.wait(late, step & 1)
+            if cut:
+                clear_tail(uc, i, count, TOKEN_ROWS)
+            fence_async_shared()
+            barrier()
+            chunk_rows = (qc, kc, v_rows.index(zero), doc, uc, drc, xs.index(zero), gs.index(zero), pc, tc)
+            gates = (betas, passed, from_starts, to_ends)
+            given = gs._reinterpret(dtype, [2, C, SIZE], SHARED)
+            phase = (step & 1) ^ 1
+            grad = stage_gradients(
+                grad, chunk_rows, gates, given, sums, taken.index(0), phase, scale, d_decay is not None, DECAY
+            )
+        else:
+            grad = warpgroup_mma_wait(0, deps=(grad,))
+        barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(free.index(step % REST), count=1)
+        if GRADIENTS:
+            mbarrier.arrive(summed.index(0), count=1)
+            if cut:
+                first = gl.load(start + gl.program_id(0), volatile=True)  # anew, so that nothing is kept for this case
+                mine = (first * H + h) * SIZE
+                store_tokens(dq + mine, given.index(zero), i, count, H * SIZE, TOKEN_ROWS)
+                store_tokens(dk + mine, given.index(zero + 1), i, count, H * SIZE, TOKEN_ROWS)
+                store_tokens(dv + mine, drc, i, count, H * SIZE, TOKEN_ROWS)
+            else:
+                at = begin.to(gl.int32) + i * C
+                tma.async_copy_shared_to_global(dq_rows, [at, h * SIZE], given.index(0))
+                tma.async_copy_shared_to_global(dk_rows, [at, h * SIZE], given.index(1))
+                tma.async_copy_shared_to_global(dv_rows, [at, h * SIZE], drc)
+    if GRADIENTS:
+        tma.store_wait(0)
+    if ENDS:
+        gl.store(end + state_places(gl.program_id(0), h, H), grad)
+
+
+@gluon.jit(do_not_specialize=["FIRST_HEAD"])
+def _reverse_scan(
+    q,  # rows of [tokens, H // G, SIZE]
+    k,
+    do,  # rows of [tokens, H, SIZE]
+    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    wy,  # rows of [tokens, H, C]: T
+    scores,  # rows of [tokens, H, C]: P, scaled
+    leaving,  # [M, H, SIZE, SIZE] fp32, or None: zero
+    end,  # likewise, if ENDS: the gradient of the state at the tile's start
+    # The others for GRADIENTS:
+    v,  # rows of [tokens, H, SIZE]
+    u,  # rows of [tokens, HEADS, SIZE]
+    states,  # [chunks, HEADS, V, K], one by one: the state X that enters each chunk, transposed
+    dq,  # [tokens, H, SIZE]
+    dq_rows,  # rows of it
+    dk,
+    dk_rows,
+    dv,
+    dv_rows,
+    d_decay,  # [tokens, H], if the decay is learned
+    d_beta,  # [tokens, H]
+    start,
+    length,
+    first_chunk,  # [M]
+    scale,
+    H,
+    G,
+    FIRST_HEAD,
+    GRADIENTS: gl.constexpr,
+    ENDS: gl.constexpr,
+    DECAY: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    griddepcontrol_wait()
+    tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
+    h = FIRST_HEAD + row
+    begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    chunk = gl.load(first_chunk + tile)
+    dtype: gl.constexpr = k.dtype
+    REST: gl.constexpr = 1 if GRADIENTS else STAGES
+    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    p_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
+    lines = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], GATES_SHARED)
+    t_rows = gl.allocate_shared_memory(dtype, [REST, C, C], SHARED)
+    q_rows = gl.allocate_shared_memory(dtype, [REST, C, SIZE], SHARED)
+    u_rows = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
+    v_rows = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
+    xs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
+    gs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
+    drs = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
+    sums = gl.allocate_shared_memory(gl.float32, [3, 2, C], SUMS) if GRADIENTS else lines
+    full, empty = make_ring(STAGES, 1)
+    soon, free = make_ring(REST, 1)
+    lates, _ = make_ring(1, 1)
+    late = lates.index(0)
+    summed, taken = make_ring(1, 1)
+    buffers = (k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs)
+    shared = (buffers, gs, drs, sums, (full, empty, soon, free, late, summed, taken))
+    tensors = (leaving, end, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
+    sources = (q, k, v, do, u, wy, scores, states, gates)
+    numbers = (start, begin, count, h, scale, H)
+    arriving, where = (full, empty, soon, free, late), (begin, count, chunk, h, row, H, HEADS, G)
+    if GRADIENTS:
+        gl.warp_specialize(
+            [
+                (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
+                (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
+                (add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
+            ],
+            [1, 1],
+            [24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
+                (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
+            ],
+            [1],
+            [24],
+        )
+
+
+def reverse_scan(
+    tiles: Tiles,
+    q: Tensor,
+    k: Tensor,
+    do: Tensor,
+    gates: Tensor,
+    wy: Tensor,
+    scores: Tensor,
+    scale: float,
+    leaving: Tensor | None,
+    end: Tensor | None,
+    first_chunk: Tensor,
+    decay: int,
+    heads: range,
+    given: tuple[Tensor, Tensor, Tensor] | None = None,
+    found: tuple[Tensor | None, ...] = (None,) * 5,
+) -> None:
+    """See delta.reverse_scan. With v, u and the chunks' states `given` it fills `found`: dq, dk and dv, [B, T, H, K or
+    V], d_decay and d_beta."""
+    dq, dk, dv, d_decay, d_beta = found
+    v, u, states = given or (None,) * 3
+    rows = [None if x is None else rows_of(x, SIZE.value) for x in (q, k, do, v, u, dq, dk, dv)]
+    launch(
+        _reverse_scan, (tiles.count, len(heads)),
+        *rows[:3], gates, rows_of(wy, C.value), rows_of(scores, C.value), leaving, end, *rows[3:5],
+        None if states is None else states_of(states), dq, rows[5], dk, rows[6], dv, rows[7], d_decay, d_beta,
+        tiles.start, tiles.length, first_chunk, scale, do.shape[2], do.shape[2] // k.shape[2], heads.start,
+        GRADIENTS=given is not None, ENDS=end is not None, DECAY=decay, STAGES=2 if given else 3, num_warps=8,
+        pdl=True,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Linear attention without decay, with a constant one, or with a scalar gate."""

@@ -1,0 +1,125 @@
+"""Scalar and constant gates: what the other kernels read of them, and the gradient of scalar ones."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.device import cdiv, next_power_of_2
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, log2_rate
+
+
+@triton.jit
+def _cumulate(
+    decay,  # [tokens, H]
+    cumulated,  # [tokens, H] fp32
+    start,
+    length,
+    H,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(2) * BH + tl.arange(0, BH)
+    griddepcontrol_wait()
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    place = tl.program_id(1) * C + tl.arange(0, C)
+    at = (begin + place)[:, None] * H + heads[None, :]
+    here = (place < count)[:, None] & (heads < H)[None, :]
+    g = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(cumulated + at, tl.cumsum(g, axis=0) * LOG2_E, mask=here)
+
+
+@triton.jit
+def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+    """C tokens from i · C of a tile on: b [C], the log2 decay from their start up to each, and that of them all.
+
+    Places without a token carry the latter, so that no difference from the others is above zero.
+    gates: see `cumulate`, summed within chunks of CHUNK.
+    """
+    here = tl.minimum(C, count - i * C)
+    place = tl.arange(0, C)
+    if DECAY == CONSTANT:
+        rate = log2_rate(gates, h)
+        return rate * tl.minimum(place + 1, here).to(tl.float32), rate * here.to(tl.float32)
+    else:
+        end = tl.load(gates + (begin + i * C + here - 1) * H + h)
+        b = tl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
+        if C != CHUNK:
+            before = tl.load(gates + (begin + i * C - 1) * H + h, mask=i * C % CHUNK != 0, other=0.0)
+            b, end = b - before, end - before
+        return tl.where(place < here, b, end), end
+
+
+@triton.jit
+def _gate_grads(
+    q_dq,  # [QB, tokens, H]
+    v_dv,  # [VB, tokens, H]
+    at_end,  # [EB, M, H]
+    dg,  # [tokens, H]
+    start,
+    length,
+    TOKENS,
+    H,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+    QB: tl.constexpr,
+    VB: tl.constexpr,
+    EB: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    griddepcontrol_wait()
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    carry = tl.zeros([BH], tl.float32)
+    for block in tl.static_range(EB):
+        carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
+    chunks = tl.cdiv(count, C)
+    for step in tl.range(0, chunks, num_stages=3):
+        place = (chunks - 1 - step) * C + tl.arange(0, C)
+        at = (begin + place)[:, None] * H + heads[None, :]
+        here = (place < count)[:, None] & (heads < H)[None, :]
+        change = tl.zeros([C, BH], tl.float32)
+        for block in tl.static_range(QB):
+            change += tl.load(q_dq + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
+        for block in tl.static_range(VB):
+            change -= tl.load(v_dv + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
+        total = tl.sum(change, axis=0)
+        from_here = total[None, :] - tl.cumsum(change, axis=0) + change
+        tl.store(dg + at, (from_here + carry[None, :]).to(dg.dtype.element_ty), mask=here)
+        carry += total
+
+
+def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
+    """What `load_gates` reads. For [B, T, H]: the log2 decay from the start of each token's chunk up to it, in fp32."""
+    if decay is None or decay.ndim == 1:
+        return decay
+    heads = decay.shape[-1]
+    cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
+    block = min(16, next_power_of_2(heads))
+    launch(
+        _cumulate, (tiles.count, cdiv(tiles.size, chunk), cdiv(heads, block)),
+        decay, cumulated, tiles.start, tiles.length, heads, BH=block, C=chunk, num_warps=4, pdl=True,
+    )  # fmt: skip
+    return cumulated
+
+
+def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: Tensor) -> Tensor:
+    """dg_t = Σ_{j>=t} (q_j·dq_j - v_j·dv_j) + <X, G> at the tile's end (math §2), [B, T, H].
+
+    The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
+
+    q_dq, v_dv: [blocks, B, T, H], at_end: [blocks, M, H] partial products, each in as many blocks as there are.
+    """
+    dg = torch.empty_like(decay)
+    heads = decay.shape[-1]
+    block = min(4, next_power_of_2(heads))
+    launch(
+        _gate_grads, (tiles.count, cdiv(heads, block)),
+        q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
+        BH=block, C=1024, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), num_warps=8, pdl=True,
+    )  # fmt: skip
+    return dg

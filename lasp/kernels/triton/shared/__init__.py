@@ -1,0 +1,1 @@
+"""What the operations share: classes of decay, rows of tiles, and passing states from tile to tile."""

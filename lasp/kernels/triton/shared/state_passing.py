@@ -1,0 +1,162 @@
+"""Phase 2: the state passes from tile to tile of a segment, X -> A X + S (math §1), up or, for gradients, down.
+
+It is linear in what enters the segment, so that an exchange need not be waited for: with x_t what enters tile t of a
+segment that nothing enters, and P_t the product of the transitions of the tiles before,
+
+    X_t = x_t + P_t X        what leaves the segment = S + A X
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasp.kernels.pending import Pending
+from lasp.kernels.segments import Tiles
+from lasp.kernels.summary import Summary, apply
+from lasp.kernels.triton.device import block_of, cdiv, next_power_of_2
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
+from lasp.kernels.triton.shared.matrix_passing import pass_by_matrix
+
+
+@triton.jit
+def _scan(
+    states,  # [M, H, K, V] summaries of the tiles (forward S, backward D)
+    transitions,  # [M, H] or [M, H, K] logarithms
+    start,  # [N, H, K, V] what enters each segment; None is zero
+    entering,  # [M, H, K, V] what enters each tile
+    end,  # [N, H, K, V] what leaves each segment
+    passed,  # [M, H] or [M, H, K] the product of the transitions before each tile, unless None
+    totals,  # [N, H] or [N, H, K] and that of all of a segment
+    first,  # [N + 1] tiles of each segment
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CLASS: tl.constexpr,
+    DOWN: tl.constexpr,
+):
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block = tl.program_id(2)
+    rows = (block // tl.cdiv(V, BV)) * BK + tl.arange(0, BK)
+    cols = (block % tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    place = rows[:, None] * V + cols[None, :]
+    griddepcontrol_wait()
+    x = tl.zeros([BK, BV], tl.float32)
+    if start is not None:
+        x += tl.load(start + (n * H + h) * K * V + place, mask=inside, other=0.0)
+    total = tl.zeros([BK], tl.float32)
+    if CLASS == SCALAR:  # all rows have the same
+        width, channels, writes = 1, rows * 0, (rows == 0) & (block == 0)
+    else:
+        width, channels, writes = K, rows, (rows < K) & (block % tl.cdiv(V, BV) == 0)
+    low, high = tl.load(first + n).to(tl.int64), tl.load(first + n + 1).to(tl.int64)
+    for i in tl.range(0, high - low, num_stages=4):  # or each load would wait for the store before it
+        tile = ((high - 1 - i) if DOWN else (low + i)) * H + h
+        s = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
+        tl.store(entering + tile * K * V + place, x, mask=inside)
+        if CLASS != NONE:
+            if passed is not None:
+                tl.store(passed + tile * width + channels, total, mask=writes)
+            if CLASS == SCALAR:
+                log = tl.load(transitions + tile) + tl.zeros([BK], tl.float32)
+            else:
+                log = tl.load(transitions + tile * K + rows, mask=rows < K, other=0.0)
+            x *= tl.exp(log)[:, None]
+            total += log
+        x += s
+    tl.store(end + (n * H + h) * K * V + place, x, mask=inside)
+    if passed is not None:
+        tl.store(totals + (n * H + h) * width + channels, total, mask=writes)
+
+
+@triton.jit
+def load_initial_state(
+    local, incoming, passed, owner, tile, h, H, place, inside, rows, K: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """The state that enters a tile (see InitialStates), at some places; rows: theirs if each has a decay, else None."""
+    at = tile * H + h
+    x = tl.load(local + at * K * V + place, mask=inside, other=0.0)
+    if incoming is not None:
+        segment = tl.load(owner + tile).to(tl.int64)
+        came = tl.load(incoming + (segment * H + h) * K * V + place, mask=inside, other=0.0)
+        if passed is not None:
+            if rows is None:
+                came *= tl.exp(tl.load(passed + at))
+            else:
+                came *= tl.exp(tl.load(passed + at * K + rows, mask=rows < K, other=0.0))[:, None]
+        x += came
+    return x
+
+
+class InitialStates(NamedTuple):
+    """What enters each tile, or in a scan down leaves it, fp32: `local` [M, H, K, V], and what comes into its segment,
+    `incoming` [N, H, K, V] (None: nothing), after the transitions before the tile, whose product is `passed`."""
+
+    local: Tensor
+    incoming: Tensor | None = None
+    passed: Tensor | None = None
+
+
+class Scan:
+    """The scan of one direction, up or down, with transitions of any class (lasp.kernels.summary).
+
+    ahead: it runs at once, which tells what the segments do to a state, `summary` (of a scan down D and the transposed
+    A), and leaves what comes in to those who read what enters the tiles. Else it runs when that is there, and starts
+    with it.
+    """
+
+    def __init__(self, tiles: Tiles, states: Tensor, transitions: Tensor | None, *, down: bool, ahead: bool):
+        self.transitions = transitions
+        self.summary: Summary | None = None
+        self._passed: Tensor | None = None
+        self._over = tiles, states, transitions, down
+        if ahead:
+            totals = None
+            if transitions is not None:
+                self._passed = torch.empty_like(transitions)
+                totals = transitions.new_empty(tiles.first.numel() - 1, *transitions.shape[1:])
+            self._local, end = _pass(*self._over, None, self._passed, totals)
+            self.summary = Summary(end, totals)
+
+    def enter(self, incoming: Tensor | None) -> tuple[InitialStates, Pending[Tensor]]:
+        """What enters the tiles and what leaves the segments, [N, H, K, V], given what enters these; None is zero."""
+        incoming = None if incoming is None else incoming.contiguous()
+        if self.summary is None:
+            entering, end = _pass(*self._over, incoming, None, None)
+            return InitialStates(entering), Pending(lambda: end)
+        state, total = self.summary.state, self.summary.transition
+        if incoming is None:
+            return InitialStates(self._local), Pending(lambda: state)
+        return InitialStates(self._local, incoming, self._passed), Pending(lambda: state + apply(total, incoming))
+
+
+def _pass(
+    tiles: Tiles,
+    states: Tensor,
+    transitions: Tensor | None,
+    down: bool,
+    start: Tensor | None,
+    passed: Tensor | None,
+    totals: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What enters the tiles and what leaves the segments; fills `passed` and `totals`, if they are there."""
+    if transitions is not None and transitions.ndim == 4:
+        return pass_by_matrix(tiles, states, transitions, down, start, passed, totals)
+    heads, key_dim, value_dim = states.shape[1:]
+    segments = tiles.first.numel() - 1
+    entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
+    kind = {None: NONE, 2: SCALAR, 3: DIAGONAL}[None if transitions is None else transitions.ndim].value
+    block_k, block_v = min(32, next_power_of_2(key_dim)), min(64, block_of(value_dim))
+    launch(
+        _scan, (segments, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v)),
+        states, transitions, start, entering, end, passed, totals, tiles.first, heads,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, DOWN=down, num_warps=4, pdl=True,
+    )  # fmt: skip
+    return entering, end
