@@ -102,8 +102,8 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["tiles", "whole segments"])
 def whole(request, monkeypatch):
-    """Either tiles of 64 tokens with transitions, or walks over whole segments."""
-    monkeypatch.setattr(delta, "ENOUGH_WALKS", 1 if request.param else 10**9)
+    """Either tiles of 64 tokens with transitions, or scans over whole segments."""
+    monkeypatch.setattr(delta, "ENOUGH_SCANS", 1 if request.param else 10**9)
     monkeypatch.setattr(delta, "SHORTEST_TILE", 64)
     monkeypatch.setattr(delta, "multiprocessors", lambda device: 64)
 

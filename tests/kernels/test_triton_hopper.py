@@ -37,9 +37,9 @@ KERNELS = {  # by module: the constants that its kernel is compiled with
     "tile_states": [{"DECAY": decay, "BACKWARD": backward} for decay in (0, 1, 2) for backward in (False, True)],
     "forward_scan": LINEAR,
     "reverse_scan": LINEAR,
-    "delta_forward_scan": [{"DECAY": 2, "MODE": mode, "ENDS": mode < 2} for mode in (0, 2, 3)],
-    "delta_reverse_scan": [{"DECAY": 2, "GRADIENTS": False, "ENDS": True}]
-    + [{"DECAY": decay, "GRADIENTS": True, "ENDS": decay == 0} for decay in (0, 2)],
+    "delta_forward_scan": [{"DECAY": 2, "MODE": mode, "FINAL": mode < 2} for mode in (0, 2, 3)],
+    "delta_reverse_scan": [{"DECAY": 2, "GRADIENTS": False, "FINAL": True}]
+    + [{"DECAY": decay, "GRADIENTS": True, "FINAL": decay == 0} for decay in (0, 2)],
 }
 COMPILE = """
 import importlib
@@ -63,7 +63,7 @@ def rows_of(rows, width):
 ROWS, HALVES = rows_of(64, 128), rows_of(64, 64)
 KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do", "u", "dq_rows", "dk_rows", "dv_rows")}
 KINDS |= {name: "*bf16" for name in ("y", "dq", "dk", "dv", "d_beta")}
-KINDS |= {name: HALVES for name in ("c", "partner", "wy", "scores", "scores_rows", "y_rows")}
+KINDS |= {name: HALVES for name in ("c", "partner", "ut", "scores", "scores_rows", "y_rows")}
 KINDS |= {"scale": "fp32", "TOKENS": "i64"}
 KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
 KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
@@ -76,13 +76,13 @@ for constants in every:
     if module == "delta_forward_scan":
         mode = constants["MODE"]
         KINDS |= {"scores": "*bf16", "y_rows": ROWS}
-        absent = ("end", "transitions") if mode >= 2 else ("entering", "y", "y_rows")
+        absent = ("final", "transitions") if mode >= 2 else ("initial", "y", "y_rows")
         absent += () if mode == 3 else ("states",)
         absent += () if mode == 2 else ("q", "scores", "scores_rows")
     elif module == "delta_reverse_scan":
-        absent = () if constants["ENDS"] else ("end",)
+        absent = () if constants["FINAL"] else ("d_initial",)
         if not constants["GRADIENTS"]:
-            absent += ("leaving", "v", "u", "states", "dq", "dq_rows", "dk", "dk_rows", "dv", "dv_rows", "d_beta")
+            absent += ("d_final", "v", "u", "states", "dq", "dq_rows", "dk", "dk_rows", "dv", "dv_rows", "d_beta")
         absent += () if constants["GRADIENTS"] and constants["DECAY"] else ("d_decay",)
     else:
         absent = () if constants.get("SUMS") else ("partner", "products", "v_dv", "ends", "at_end")
@@ -119,14 +119,14 @@ def test_compiles_without_a_gpu(module):
 @pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
-    from lasp.kernels.triton.delta import forward_scan, op, reverse_scan
-    from lasp.kernels.triton.scalar import backend
+    from lasp.kernels.triton.delta import forward_scan, op, portable, reverse_scan
+    from lasp.kernels.triton.scalar import portable as scalar_portable
     from lasp.kernels.triton.shared import tiles
 
-    monkeypatch.setattr(backend, "walk", None)  # nobody else serves
+    monkeypatch.setattr(scalar_portable, "chunk_scan", None)  # nobody else serves
     monkeypatch.setattr(forward_scan, "_forward_scan", None)
     monkeypatch.setattr(reverse_scan, "_reverse_scan", None)
-    monkeypatch.setattr(op, "gradients", None)
+    monkeypatch.setattr(portable, "gradients", None)
     monkeypatch.setattr(tiles, "tile_length", lambda *_: TILE)
     monkeypatch.setattr(op, "delta_tile_length", lambda *_: TILE)
     new_empty = torch.Tensor.new_empty
@@ -176,7 +176,7 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
 def test_nothing_enters_whole_sequences_and_nobody_asks_for_what_leaves(gen, monkeypatch, decay):
     from lasp.kernels.triton.delta import op
 
-    monkeypatch.setattr(op, "ENOUGH_WALKS", 1)
+    monkeypatch.setattr(op, "ENOUGH_SCANS", 1)
     shape = (3, 333, HEADS, SIZE)
     q, k, v, do = (torch.randn(shape, generator=gen).to("cuda", torch.bfloat16) for _ in range(4))
     tensors = {"q": q, "k": torch.nn.functional.normalize(k.float(), dim=-1).bfloat16(), "v": v}

@@ -5,11 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lasp.kernels.decay import Decay
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Inputs, Op
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.decode import decode
-from lasp.kernels.triton.delta.op import TritonDelta, is_diagonal
+from lasp.kernels.triton.delta.op import TritonDelta
 from lasp.kernels.triton.device import MAX_HEAD, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
@@ -36,7 +37,7 @@ def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tupl
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
     if not (asked or _checked(x)):
         return None, "what has not been checked on a GPU"
-    op = OPS[x.beta is not None, is_diagonal(x.decay)]()
+    op = OPS[x.beta is not None, Decay.of(x.decay) == Decay.DIAGONAL]()
     if x.v.is_cuda:
         _make_ready(op, x, wants_summary)
     return op, ""

@@ -6,10 +6,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of, cdiv, for_hopper
-from lasp.kernels.triton.shared.decay import DIAGONAL
+from lasp.kernels.decay import Decay
+from lasp.kernels.triton.device import block_of, cdiv
 
-# What the walks are for.
+# What the scans over chunks are for.
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -23,25 +23,26 @@ class Launch:
     block_v: int = 128
 
     def at_once(self, size: int, processors: int) -> int:
-        """How many walks of states with so many columns run at a time: what 8 warps hold fills a multiprocessor."""
+        """How many scans of states with so many columns run at a time: what 8 warps hold fills a multiprocessor."""
         return processors * (1 if self.warps == 8 else 2) // cdiv(size, self.block)
 
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """One launch per kernel; walk: upwards, but for outputs. precision: of products of fp32 numbers.
+    """One launch per kernel; states: forward scans but for outputs. precision: of products of fp32 numbers.
 
-    For a diagonal decay: the block of `factors` is of K. reach: the largest decay within 16 tokens whose scores are
-    products, bounded by the size of e^reach, in fp32 by rounding. sums_by_products: sums of gates on the matrix units.
+    For a diagonal decay: the block of `factors` is of K. max_ln_decay: the largest decay within 16 tokens whose scores
+    are products, bounded by the size of e^max_ln_decay, in fp32 by rounding. sums_by_products: sums of gates on the
+    matrix units.
     """
 
-    walk: Launch
+    states: Launch
     outputs: Launch
-    down: Launch
+    reverse: Launch
     gradients: Launch
     factors: Launch
     precision: str
-    reach: float
+    max_ln_decay: float
     sums_by_products: bool
 
 
@@ -58,11 +59,12 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
             # All of V at once: of several blocks in 16 bits, Triton 3.6's code for Hopper reads beyond shared memory.
             gradients = Launch(gradients.block, warps=8, stages=1, block_v=256)
         return DeltaConfig(narrow if diagonal else wide, wide, wide, gradients, factors, "tf32", 64.0, True)
-    walk = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
+    scans = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
-    return DeltaConfig(walk, walk, walk, gradients, factors, "tf32x3", 16.0, False)
+    return DeltaConfig(scans, scans, scans, gradients, factors, "tf32x3", 16.0, False)
 
 
-def scans_on_hopper(k: Tensor, v: Tensor, decay: int) -> bool:
-    """Whether the kernels for Hopper walk with a decay of this class. For OUTPUTS they write P rather than read it."""
-    return for_hopper(k, v) and decay != DIAGONAL
+def scan_decay(decay: Tensor | None) -> Decay:
+    """Of the scans over chunks: a constant decay is a scalar gate to them."""
+    kind = Decay.of(decay)
+    return Decay.SCALAR if kind == Decay.CONSTANT else kind

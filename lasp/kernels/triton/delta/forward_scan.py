@@ -1,28 +1,25 @@
-"""The delta rule's walk up a tile with the state X in registers: summaries, outputs, or the state of every chunk.
+"""The delta rule's forward scan over the chunks of a tile: summaries, outputs, or the state of every chunk.
 
     r = beta (V - e^b K X)        u = T r        o = e^b Q X + P u        X <- e^{b_C} X + (K e^{b_C - b})ᵀ u
 
-T comes from `delta_wy`, P_ij = e^{b_i - b_j} q_i·k_j for j <= i. Columns of X (of V) are independent of each other, so
-a program holds some of them; all is transposed, so that what one product yields is the next one's first operand and
-never leaves registers. The same walk from X = I with V = 0 gives the tile's transition. With a diagonal decay q and k
-come with e^b, and k to be written with e^{b_C - b} (`delta_diagonal`).
+T comes from `ut_transform`, P_ij = e^{b_i - b_j} q_i·k_j for j <= i. The state X stays in registers. Its columns (of V)
+are independent of each other, so a program holds some of them; all is transposed, so that what one product yields is
+the next one's first operand. The same scan from X = I with V = 0 gives the tile's transition. With a diagonal decay q
+and k come with e^b, and k to be written with e^{b_C - b} (`rescale`).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, scans_on_hopper
-from lasp.kernels.triton.delta.rescale import Factors
+from lasp.kernels.decay import Decay
+from lasp.kernels.triton.delta.backend import Cut, Terms
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, TRANSITION, DeltaConfig
 from lasp.kernels.triton.delta.ut_transform import CHUNK
-from lasp.kernels.triton.device import GLUON, block_of, cdiv
+from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
-
-if GLUON:
-    from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan as forward_scan_on_hopper
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -33,10 +30,10 @@ def _forward_scan(
     totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
     v,  # [tokens, H, V]
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
-    wy,  # [tokens, H, C]: T
+    ut,  # [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS
-    entering,  # [M, H, K, V] fp32, for OUTPUTS and STATES, or None: zero
-    end,  # [M, H, K, V] fp32, the state at the tile's end, if ENDS
+    initial,  # [M, H, K, V] fp32, for OUTPUTS and STATES, or None: zero
+    final,  # [M, H, K, V] fp32, the state at the tile's end, if FINAL
     o,  # [tokens, H, V], for OUTPUTS
     u,  # [tokens, HEADS, V], for STATES
     states,  # [chunks, HEADS, V, K], for STATES: the state that enters each chunk, transposed
@@ -53,12 +50,12 @@ def _forward_scan(
     BV: tl.constexpr,
     C: tl.constexpr,
     MODE: tl.constexpr,
-    ENDS: tl.constexpr,
+    FINAL: tl.constexpr,
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    if MODE != STATES:  # see overlap
+    if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = FIRST_HEAD + row
@@ -66,8 +63,8 @@ def _forward_scan(
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
     c = tl.arange(0, C)
-    work = wy.dtype.element_ty
-    wy += (begin * H + h) * C  # within a tile 32 bits are enough
+    work = ut.dtype.element_ty
+    ut += (begin * H + h) * C  # within a tile 32 bits are enough
     k += (begin * (H // G) + h // G) * K
     written += (begin * (H // G) + h // G) * K
     if MODE != TRANSITION:
@@ -82,10 +79,10 @@ def _forward_scan(
     at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
     if MODE == TRANSITION:
         x = tl.where(inside & (rows[:, None] == cols[None, :]), 1.0, 0.0)
-    elif entering is None:
+    elif initial is None:
         x = tl.zeros([BV, BK], tl.float32)
     else:
-        x = tl.load(entering + at_state, mask=inside, other=0.0)
+        x = tl.load(initial + at_state, mask=inside, other=0.0)
     chunk = tl.load(first_chunk + tile)
     if MODE != TRANSITION:
         v_next = tl.load(
@@ -99,7 +96,7 @@ def _forward_scan(
         here_k = here[:, None] if K == BK else here[:, None] & in_k[None, :]
         kc = tl.load(k + at_k, mask=here_k, other=0.0).to(work)
         wc = kc
-        tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
+        tc = tl.load(ut + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         ahead = place + C < count
         gate = gates + ((chunk + i) * H + h) * 4 * C + c
         betas = tl.load(gate)
@@ -110,7 +107,7 @@ def _forward_scan(
             from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
             total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1)
         if MODE != TRANSITION:
-            vt = v_next
+            v_t = v_next
             v_next = tl.load(v + at_v + C * H * V, mask=ahead[None, :] & in_v[:, None], other=0.0)
         if MODE == STATES:
             tl.store(
@@ -125,93 +122,59 @@ def _forward_scan(
         if MODE == TRANSITION:
             r *= -betas[None, :]
         else:
-            r = betas[None, :] * (vt.to(tl.float32) - r)
-        ut = tl.dot(r.to(work), tl.trans(tc), input_precision=PRECISION)
+            r = betas[None, :] * (v_t.to(tl.float32) - r)
+        u_t = tl.dot(r.to(work), tl.trans(tc), input_precision=PRECISION)
         if MODE == OUTPUTS:
-            qt = tl.trans(tl.load(q + at_k, mask=here_k, other=0.0).to(work))
+            q_t = tl.trans(tl.load(q + at_k, mask=here_k, other=0.0).to(work))
             pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
-            ot = tl.dot(x.to(work), qt, input_precision=PRECISION) * scale
+            o_t = tl.dot(x.to(work), q_t, input_precision=PRECISION) * scale
             if DECAY == SCALAR:
-                ot *= from_start[None, :]
-            ot = tl.dot(ut.to(work), tl.trans(pc), ot, input_precision=PRECISION)
-            tl.store(o + at_v, ot.to(o.dtype.element_ty), mask=here_v)
+                o_t *= from_start[None, :]
+            o_t = tl.dot(u_t.to(work), tl.trans(pc), o_t, input_precision=PRECISION)
+            tl.store(o + at_v, o_t.to(o.dtype.element_ty), mask=here_v)
         if MODE == STATES:
-            tl.store(u + (place * (heads * V))[None, :] + rows[:, None], ut.to(work), mask=here_v)
+            tl.store(u + (place * (heads * V))[None, :] + rows[:, None], u_t.to(work), mask=here_v)
         if DECAY != NONE:
             x *= total
         if DECAY == SCALAR:
-            ut *= to_end[None, :]
-        x = tl.dot(ut.to(work), wc, x, input_precision=PRECISION)
+            u_t *= to_end[None, :]
+        x = tl.dot(u_t.to(work), wc, x, input_precision=PRECISION)
     if MODE == STATES:
         griddepcontrol_wait()
-    if ENDS:
-        tl.store(end + at_state, x, mask=inside)
+    if FINAL:
+        tl.store(final + at_state, x, mask=inside)
 
 
 def forward_scan(
     mode: tl.constexpr,
-    tiles: Tiles,
-    x: Factors,
+    cut: Cut,
+    terms: Terms,
     v: Tensor,
-    gates: Tensor,
-    wy: Tensor,
-    scores: Tensor | None,
     config: DeltaConfig,
+    decay: Decay,
     *,
     scale: float = 1.0,
-    entering: Tensor | None = None,
-    end: Tensor | None = None,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
     o: Tensor | None = None,
-    u: Tensor | None = None,
-    states: Tensor | None = None,
-    first_chunk: Tensor,
-    decay: int,
-    head_range: range | None = None,
+    recomputed: tuple[Tensor | None, Tensor | None] = (None, None),
+    heads: range | None = None,
     pdl: bool = True,
 ) -> None:
-    """Runs the walk over every tile and head (of `head_range`); `mode` says which of the tensors it fills.
+    """Scans every tile and head (of `heads`); `mode` says which of the tensors it fills.
 
     pdl: if STATES, nothing that it reads or writes has to do with the kernel before (lasp.kernels.triton.pdl).
     """
-    (heads, value_dim), (q_heads, key_dim) = v.shape[2:], x.k.shape[2:]
+    (all_heads, value_dim), (q_heads, key_dim) = v.shape[2:], terms.factors.k.shape[2:]
     value_dim = key_dim if mode is TRANSITION else value_dim
-    how = config.outputs if mode is OUTPUTS else config.walk
+    how = config.outputs if mode is OUTPUTS else config.states
     block_v = min(block_of(value_dim), how.block)
-    some = head_range or range(heads)
-    if scans_on_hopper(x.k, v, decay):
-        y = o if u is None else u
-        forward_scan_on_hopper(
-            mode.value, tiles, x.q, x.k, v, gates, wy, scores, scale, entering, end, None, y, states,
-            first_chunk, decay, some, pdl,
-        )  # fmt: skip
-        return
+    heads = heads or range(all_heads)
+    q, k, written, totals, _ = terms.factors
     launch(
-        _forward_scan, (tiles.count, len(some), cdiv(value_dim, block_v)),
-        x.q, x.k, x.written, x.totals, v, gates, wy, scores, entering, end, o, u, states,
-        tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps, pdl=pdl,
+        _forward_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
+        q, k, written, totals, v, terms.gates, terms.ut, terms.scores, initial, final, o, *recomputed,
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, FINAL=final is not None,
+        DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps, pdl=pdl,
     )  # fmt: skip
-
-
-def summaries(
-    tiles: Tiles,
-    x: Factors,
-    v: Tensor,
-    gates: Tensor,
-    wy: Tensor,
-    config: DeltaConfig,
-    states: Tensor,
-    transitions: Tensor,
-    first_chunk: Tensor,
-    decay: int,
-) -> None:
-    """Fills S [M, H, K, V] and A [M, H, K, K] of every tile."""
-    if scans_on_hopper(x.k, v, decay):
-        forward_scan_on_hopper(
-            SUMMARY.value, tiles, x.q, x.k, v, gates, wy, None, 1.0, None, states, transitions, None, None,
-            first_chunk, decay, range(v.shape[2]), True,
-        )  # fmt: skip
-        return
-    for mode, end in ((SUMMARY, states), (TRANSITION, transitions)):
-        forward_scan(mode, tiles, x, v, gates, wy, None, config, end=end, first_chunk=first_chunk, decay=decay)

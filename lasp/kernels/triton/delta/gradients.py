@@ -1,6 +1,6 @@
 """The delta rule's gradients chunk by chunk, given the state X that enters each and the gradient G of what leaves it.
 
-With u and dr from the two walks, e_ij = e^{b_i - b_j}, and w_i = e^{b_i} X dr_i + Σ_{j<i} e_ij (dr_i·u_j) k_j:
+With u and dr from the two scans, e_ij = e^{b_i - b_j}, and w_i = e^{b_i} X dr_i + Σ_{j<i} e_ij (dr_i·u_j) k_j:
 
     dq_i = e^{b_i} X do_i + Σ_{j<=i} e_ij (do_i·u_j) k_j                    dv_i = beta_i dr_i
     dk_i = -beta_i w_i  +  e^{b_C - b_i} G u_i + Σ_{j>=i} e_ji (do_j·u_i) q_j - Σ_{j>i} beta_j e_ji (dr_j·u_i) k_j
@@ -8,7 +8,7 @@ With u and dr from the two walks, e_ij = e^{b_i - b_j}, and w_i = e^{b_i} X dr_i
     db_i = q_i·dq_i + k_i·(the first part of dk_i - the rest)               dg_t = Σ_{i>=t} db_i + <X', G>
 
 With a diagonal decay e, q, k have channels, and so has db. It is q̃ = q e^{b - b_C/2} and k e^{b - b_C/2} that then meet
-k̃ = k e^{b_C/2 - b}, unless the chunk is steep: unless a channel decays by more than e^{-2 reach} (see `delta_steep`).
+k̃ = k e^{b_C/2 - b}, unless a channel decays by more than e^{-2 max_ln_decay} in the chunk (see `secondary`).
 X' is the state that leaves the chunk: the sum in dg never spans more than a chunk (math §2).
 """
 
@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.recurrence import Inputs
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta.config import DeltaConfig
+from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
+from lasp.kernels.triton.delta.config import DeltaConfig, scan_decay
 from lasp.kernels.triton.delta.rescale import channel_sums
 from lasp.kernels.triton.delta.ut_transform import CHUNK
 from lasp.kernels.triton.device import block_of
@@ -35,7 +37,7 @@ def _gradients(
     v,  # [tokens, H, V]
     do,
     decay,  # [tokens, H, K], if DIAGONAL
-    spread,  # [chunks, H] fp32, if DIAGONAL
+    ln_chunk_decay,  # [chunks, H] fp32, if DIAGONAL
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     u,  # [tokens, HEADS, V]
     dr,
@@ -59,7 +61,7 @@ def _gradients(
     C: tl.constexpr,
     DECAY: tl.constexpr,
     LEARNED: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     BY_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -109,8 +111,8 @@ def _gradients(
         total = tl.load(gates + 3 * C - 1)
         down, up = tl.minimum(b[:, None] - b[None, :], 0.0), tl.minimum(b[None, :] - b[:, None], 0.0)
         p, n, pt, nt = p * tl.exp(down), n * tl.exp(down), pt * tl.exp(up), nt * tl.exp(up)
-    if DECAY == DIAGONAL:  # what the tokens of a steep chunk give each other is left to delta_steep
-        half = load_half(spread, chunk * H + h, 2 * REACH)
+    if DECAY == DIAGONAL:  # what the tokens of such a chunk give each other is left to secondary
+        half = load_half(ln_chunk_decay, chunk * H + h, 2 * MAX_LN_DECAY)
         upto, below = upto & (half > 0.0), below & (half > 0.0)
     p = tl.where(upto, p * scale, 0.0).to(work)
     n = tl.where(below, n, 0.0).to(work)
@@ -197,32 +199,26 @@ def _values(u, do, dr, i, here, rows, u_stride, v_stride, V: tl.constexpr):
 
 def gradients(
     chunks: Tiles,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    x: Inputs,
     do: Tensor,
-    decay: Tensor | None,
-    spread: Tensor | None,
-    gates: Tensor,
-    u: Tensor,
+    terms: Terms,
+    recomputed: Recomputed,
     dr: Tensor,
-    states: Tensor,
-    grads: Tensor,
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
-    scale: float,
-    decay_kind: int,
+    d_states: Tensor,
+    grads: Grads,
     config: DeltaConfig,
-    head_range: range,
+    heads: range,
 ) -> None:
-    """Fills `found` = dq, dk [B, T, H, K], dv, d_decay and d_beta for the heads of `head_range`."""
-    (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
+    """Fills `grads` for the heads of `heads`."""
+    (all_heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], x.k.shape[2:]
     how = config.gradients
     block_k, block_v = min(block_of(key_dim), how.block), min(block_of(value_dim), how.block_v)
+    u, states = recomputed
     launch(
-        _gradients, (chunks.count, len(head_range)),
-        q, k, v, do, decay, spread, gates, u, dr, states, grads, *found, chunks.start, chunks.length,
-        scale, heads, heads // q_heads, head_range.start,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=decay_kind, LEARNED=found[3] is not None,
-        REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
-        STAGES=how.stages, num_warps=how.warps,
+        _gradients, (chunks.count, len(heads)),
+        x.q, x.k, x.v, do, x.decay, terms.factors.ln_chunk_decay, terms.gates, u, dr, states, d_states, *grads,
+        chunks.start, chunks.length, x.scale, all_heads, all_heads // q_heads, heads.start,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=scan_decay(x.decay).value,
+        LEARNED=grads.d_decay is not None, MAX_LN_DECAY=config.max_ln_decay, BY_PRODUCTS=config.sums_by_products,
+        PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip

@@ -1,100 +1,75 @@
 """The delta rule as an op of two halves per direction (see lasp.kernels.recurrence).
 
 forward    T of every chunk (with a diagonal decay first q and k times their decays, and scores); tiles' summaries
-           (S, A); scan; outputs, walking up
-backward   tiles' summaries D, walking down; scan; then for some heads at a time: the state of every chunk and u (up),
-           its gradient and dr (down), and all gradients chunk by chunk (for Hopper in that walk down)
+           (S, A); state passing; outputs, a forward scan over chunks
+backward   tiles' summaries D, in a reverse scan; state passing; then for some heads at a time: u and the state of every
+           chunk, in a forward scan, and from them all gradients, in a reverse scan
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from lasp.kernels.decay import Decay
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
-from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, DeltaConfig, delta_config, scans_on_hopper
-from lasp.kernels.triton.delta.forward_scan import forward_scan, summaries
-from lasp.kernels.triton.delta.gradients import gradients
-from lasp.kernels.triton.delta.rescale import Factors, diagonal_factors
-from lasp.kernels.triton.delta.reverse_scan import reverse_scan
-from lasp.kernels.triton.delta.secondary import steep_gradients, steep_scores
-from lasp.kernels.triton.delta.ut_transform import CHUNK, chunk_scores, ut_transform
-from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors
-from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
-from lasp.kernels.triton.shared.matrix_passing import add_incoming
+from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms
+from lasp.kernels.triton.delta.config import delta_config, scan_decay
+from lasp.kernels.triton.delta.portable import Portable
+from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
 from lasp.kernels.triton.shared.operands import contiguous, laid_out, per_q_head
-from lasp.kernels.triton.shared.state_passing import Scan
+from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
+from lasp.kernels.triton.shared.tiles import CHUNK
 
 if GLUON:
-    from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan as gradients_on_hopper
+    from lasp.kernels.triton.hopper.delta import Hopper
 
-ENOUGH_WALKS = 96  # walks of whole segments, if there are that many, are worth more than shorter ones with transitions
+ENOUGH_SCANS = 96  # scans of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
-# Backward holds the states of all chunks for so many heads or tokens x heads, and as many gradients of states, unless a
-# walk gives all gradients.
+# Backward holds the states of all chunks, and with some backends their gradients, for so many heads or tokens x heads.
 HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is cut. whole: every segment is one tile, so that a tile's end is its segment's.  shared: what every
-    walk is told.  heads: how many of them backward treats at a time."""
+    """How a call is cut, and the kernels that serve it. one_tile: every segment is one tile. heads: how many of them
+    backward treats at a time."""
 
-    config: DeltaConfig
-    tiles: Tiles
-    chunks: Tiles
-    whole: bool
-    shared: dict[str, Any]
+    cut: Cut
+    kernels: Backend
+    one_tile: bool
     heads: int
 
-    @staticmethod
-    def of(x: Inputs) -> "Plan":
+    @classmethod
+    def of(cls, x: Inputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
-        config = delta_config(x.k, x.v, x.decay is not None, is_diagonal(x.decay))
-        walks = config.walk.at_once(value_dim, multiprocessors(device))
-        decay = walk_class(x.decay)
-        held = 1 if scans_on_hopper(x.k, x.v, decay) else 2
-        some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (held * batch * tokens)))
-        size = delta_tile_length(x, max(1, walks // some))
+        decay = scan_decay(x.decay)
+        on_hopper = for_hopper(x.k, x.v) and decay != Decay.DIAGONAL
+        states_at_once = (Hopper if on_hopper else Portable).states_at_once
+        config = delta_config(x.k, x.v, decay != Decay.NONE, decay == Decay.DIAGONAL)
+        scans = config.states.at_once(value_dim, multiprocessors(device))
+        some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (states_at_once * batch * tokens)))
+        size = delta_tile_length(x, max(1, scans // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
-        whole = x.segments.cu_seqlens is None and tokens <= size
-        shared = {"first_chunk": x.segments.first_chunks(size, CHUNK, device), "decay": decay}
-        return Plan(config, tiles, chunks, whole, shared, min(heads, max(some, walks // tiles.count)))
+        cut = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device))
+        return cls(
+            cut=cut,
+            kernels=Hopper(cut) if on_hopper else Portable(cut, config),
+            one_tile=x.segments.cu_seqlens is None and tokens <= size,
+            heads=min(heads, max(some, scans // tiles.count)),
+        )
 
     def new_states(self, x: Inputs) -> Tensor:
         """[M, H, K, V] in fp32, one for every tile, not written."""
-        return x.v.new_empty(self.tiles.count, *x.state_shape[1:], dtype=torch.float32)
+        return x.v.new_empty(self.cut.tiles.count, *x.state_shape[1:], dtype=torch.float32)
 
-
-def walk_class(decay: Tensor | None) -> int:
-    """Of a decay in the walks: NONE, SCALAR (a constant one, too) or DIAGONAL, as a number."""
-    return (NONE if decay is None else DIAGONAL if is_diagonal(decay) else SCALAR).value
-
-
-def is_diagonal(decay: Tensor | None) -> bool:
-    return decay is not None and decay.ndim == 4
-
-
-def factors_of(x: Inputs, plan: Plan, with_scores: bool) -> tuple[Factors, Tensor | None, Tensor | None]:
-    """What the walks read and write with, and for a diagonal decay, if asked for, P and the products for T."""
-    if not is_diagonal(x.decay):
-        return Factors(x.q, x.k, x.k), None, None
-    assert x.decay is not None
-    scale = x.scale if with_scores else None
-    factors, scores, products = diagonal_factors(plan.chunks, x.q, x.k, x.decay, work_dtype(x), plan.config, scale)
-    if with_scores:
-        assert factors.spread is not None and scores is not None and products is not None
-        steep_scores(plan.chunks, x.q, x.k, x.decay, factors.spread, scores, products, x.scale, plan.config)
-    return factors, scores, products
-
-
-def work_dtype(x: Inputs) -> torch.dtype:
-    """Of the products' operands: a state may exceed what fp16 holds."""
-    return torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32
+    def passes(self, heads: int) -> Iterator[range]:
+        """The heads that backward treats at a time."""
+        return (range(first, min(first + self.heads, heads)) for first in range(0, heads, self.heads))
 
 
 def delta_tile_length(x: Inputs, wanted: int) -> int:
@@ -103,117 +78,85 @@ def delta_tile_length(x: Inputs, wanted: int) -> int:
     longest = (
         2**31 // (heads * max(x.k.shape[-1], value_dim, CHUNK)) // CHUNK * CHUNK - CHUNK
     )  # 32-bit offsets within a tile
-    whole = x.segments.cu_seqlens is None and batch * heads >= ENOUGH_WALKS
+    whole = x.segments.cu_seqlens is None and batch * heads >= ENOUGH_SCANS
     length = tokens if whole else max(SHORTEST_TILE, cdiv(tokens, max(1, wanted // batch)))
     return min(cdiv(length, CHUNK) * CHUNK, longest)
 
 
 @dataclass(frozen=True)
 class TritonDelta:
-    """Any decay. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four
-    numbers per token and head, and for every tile its entering state and, unless it is a segment, its transition."""
+    """Any decay. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four numbers per token and
+    head, and for every tile its initial state and, unless it is a segment, its transition."""
 
     def summarize(self, x: Inputs, wanted: bool):
         x, plan = contiguous(x), Plan.of(x)
-        assert x.beta is not None
-        factors, scores, products = factors_of(x, plan, with_scores=True)
-        wy, gates = ut_transform(plan.chunks, x.k, x.decay, x.beta, products, work_dtype(x))
-        if plan.whole and not wanted:
-            return None, (x, plan, factors, scores, wy, gates, None)
-        states = plan.new_states(x)
-        transitions = states.new_empty(*states.shape[:3], states.shape[2])
-        summaries(plan.tiles, factors, x.v, gates, wy, plan.config, states, transitions, **plan.shared)
-        if plan.whole:
-            return Summary(states, transitions), (x, plan, factors, scores, wy, gates, None)
-        scan = Scan(plan.tiles, states, transitions, down=False, ahead=wanted)
-        return scan.summary, (x, plan, factors, scores, wy, gates, scan)
+        terms = plan.kernels.terms(x)
+        passing: StatePassing | OneTile
+        if plan.one_tile:
+            summary = self._summary(x, plan, terms) if wanted else None
+            passing = OneTile(summary, plan.new_states(x))
+        else:
+            summary = self._summary(x, plan, terms)
+            passing = StatePassing(plan.cut.tiles, summary.state, summary.transition, reverse=False, ahead=wanted)
+        return passing.summary, (x, plan, terms, passing)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
-        x, plan, factors, scores, wy, gates, scan = partial
-        if scans_on_hopper(x.k, x.v, plan.shared["decay"]):
-            scores = torch.empty_like(wy)
-        elif scores is None:
-            scores = chunk_scores(
-                plan.chunks, x.q, x.k, gates, plan.shared["decay"], wy, x.scale, plan.config.precision
-            )
-        start = incoming.wait()
-        if plan.whole:
-            entering = None if start is None else start.contiguous()
-            end, outgoing = _written(plan.new_states(x))
-        else:
-            end, (parts, outgoing) = None, scan.enter(start)
-            entering = add_incoming(plan.tiles, *parts)
-        o = torch.empty_like(x.v)
-        forward_scan(
-            OUTPUTS, plan.tiles, factors, x.v, gates, wy, scores, plan.config,
-            scale=x.scale, entering=entering, end=end, o=o, **plan.shared,
-        )  # fmt: skip
-        return o, outgoing, (wy, scores, gates, entering, None if plan.whole else scan.transitions)
+        x, plan, terms, passing = partial
+        terms = plan.kernels.with_scores(x, terms)
+        initial, final_states = passing.enter_by_matrix(incoming.wait())
+        o = plan.kernels.outputs(x, terms, initial, passing.final)
+        return o, final_states, (terms.ut, terms.gates, terms.scores, initial, passing.transitions)
 
     def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
-        x, do, plan, (wy, scores, gates, _, transitions) = contiguous(x), laid_out(do), Plan.of(x), kept
-        factors, _, _ = factors_of(x, plan, with_scores=False)
-        if plan.whole and not wanted:
-            return None, (x, do, plan, factors, None)
-        d = plan.new_states(x)
-        reverse_scan(SUMMARY, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale, end=d, **plan.shared)
-        if plan.whole:
-            return d, (x, do, plan, factors, None)
-        scan = Scan(plan.tiles, d, transitions, down=True, ahead=wanted)
-        return scan.summary and scan.summary.state, (x, do, plan, factors, scan)
+        x, do, plan = contiguous(x), laid_out(do), Plan.of(x)
+        ut, gates, scores, _, transitions = kept
+        terms = plan.kernels.terms_again(x, ut, gates, scores)
+        passing: StatePassing | OneTile
+        if plan.one_tile and not wanted:
+            passing = OneTile(None, plan.new_states(x))
+        else:
+            d_states = plan.new_states(x)
+            plan.kernels.tile_states_grad(x, terms, do, d_states)
+            passing = (
+                OneTile(Summary(d_states), plan.new_states(x))
+                if plan.one_tile
+                else StatePassing(plan.cut.tiles, d_states, transitions, reverse=True, ahead=wanted)
+            )
+        return passing.summary and passing.summary.state, (x, do, plan, terms, passing)
 
     def finish_grad(self, x: Inputs, kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, do, plan, factors, scan), (wy, scores, gates, entering, _) = partial, kept
+        (x, do, plan, terms, passing), (_, _, _, initial, _) = partial, kept
+        grads, recomputed = self._new_grads(x, plan), self._new_recomputed(x, plan, terms.ut)
+        enter = cache(lambda: passing.enter_by_matrix(d_outgoing.wait()))
+        for heads in plan.passes(x.v.shape[2]):
+            pdl = not plan.one_tile and heads.start == 0  # the kernel before is one of state passing
+            plan.kernels.recompute(x, terms, initial, heads, recomputed, pdl)
+            d_final, d_incoming = enter()
+            plan.kernels.gradients(x, terms, do, recomputed, d_final, passing.final, heads, grads)
+        dq, dk, dv, d_decay, d_beta = grads
+        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, d_decay, d_beta, d_incoming)
+
+    @staticmethod
+    def _summary(x: Inputs, plan: Plan, terms: Terms) -> Summary:
+        """S and A of every tile."""
+        states = plan.new_states(x)
+        transitions = states.new_empty(*states.shape[:3], states.shape[2])
+        plan.kernels.tile_states(x, terms, states, transitions)
+        return Summary(states, transitions)
+
+    @staticmethod
+    def _new_grads(x: Inputs, plan: Plan) -> Grads:
+        (batch, tokens, heads, _), key_dim = x.v.shape, x.k.shape[-1]
+        dtype = plan.kernels.head_grads_dtype(x)
+        dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=dtype) for _ in range(2))
+        d_decay = torch.empty_like(x.decay) if x.decay is not None and Decay.of(x.decay).learned else None
         assert x.beta is not None
-        (batch, tokens, heads, value_dim), key_dim = x.v.shape, x.k.shape[-1]
-        at_once = scans_on_hopper(x.k, x.v, plan.shared["decay"])  # a walk that gives all gradients
-        per_head = x.q.dtype if at_once or x.q.shape[2] == heads else torch.float32
-        dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=per_head) for _ in range(2))
-        learned = x.decay if x.decay is not None and x.decay.ndim > 1 else None
-        d_decay = None if learned is None else torch.empty_like(learned)
-        found = dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta)
-        some = plan.heads
-        u = wy.new_empty(batch, tokens, some, value_dim)
-        chunk_states = wy.new_empty(plan.chunks.count, some, value_dim, key_dim)
-        dr, chunk_grads = (None, None) if at_once else (torch.empty_like(u), torch.empty_like(chunk_states))
-        for first in range(0, heads, some):
-            part = range(first, min(first + some, heads))
-            where = {**plan.shared, "head_range": part}
-            forward_scan(
-                STATES, plan.tiles, factors, x.v, gates, wy, None, plan.config,
-                entering=entering, u=u, states=chunk_states, pdl=scan is not None and first == 0, **where,
-            )  # fmt: skip
-            if first == 0:
-                last = d_outgoing.wait()
-                if plan.whole:
-                    leaving = None if last is None else last.contiguous()
-                    end, d_incoming = _written(plan.new_states(x))
-                else:
-                    end, (parts, d_incoming) = None, scan.enter(last)
-                    leaving = add_incoming(plan.tiles, *parts)
-            if at_once:
-                gradients_on_hopper(
-                    plan.tiles, x.q, x.k, do, gates, wy, scores, x.scale, leaving, end, plan.shared["first_chunk"],
-                    plan.shared["decay"], part, given=(x.v, u, chunk_states), found=found,
-                )  # fmt: skip
-                continue
-            assert dr is not None and chunk_grads is not None
-            reverse_scan(
-                STATES, plan.tiles, factors, do, gates, wy, scores, plan.config, x.scale,
-                leaving=leaving, end=end, dr=dr, grads=chunk_grads, **where,
-            )  # fmt: skip
-            gradients(
-                plan.chunks, x.q, x.k, x.v, do, x.decay, factors.spread, gates, u, dr, chunk_states, chunk_grads,
-                found, x.scale, plan.shared["decay"], plan.config, part,
-            )  # fmt: skip
-            if factors.spread is not None:
-                assert x.decay is not None
-                steep_gradients(
-                    plan.chunks, x.q, x.k, do, x.decay, gates, factors.spread, u, dr, found, x.scale, plan.config, part
-                )
-        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), *found[2:], d_incoming)
+        return Grads(dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta))
 
-
-def _written(states: Tensor) -> tuple[Tensor, Pending[Tensor]]:
-    """Where a walk will write states, and these states."""
-    return states, Pending(lambda: states)
+    @staticmethod
+    def _new_recomputed(x: Inputs, plan: Plan, ut: Tensor) -> Recomputed:
+        (batch, tokens, _, value_dim), key_dim = x.v.shape, x.k.shape[-1]
+        return Recomputed(
+            ut.new_empty(batch, tokens, plan.heads, value_dim),
+            ut.new_empty(plan.cut.chunks.count, plan.heads, value_dim, key_dim),
+        )

@@ -1,13 +1,13 @@
-"""The delta rule with a diagonal decay: what enters the walks instead of q and k, and scores within chunks (math §8).
+"""The delta rule with a diagonal decay: what the scans read instead of q and k, and scores within chunks (math §8).
 
     q⁺_i = q_i e^{b_i}    k⁺_i = k_i e^{b_i}    k⁻_i = k_i e^{b_C - b_i}    P_ij = scale q_i·(e^{b_i - b_j} k_j), j <= i
 
 b is the cumulative gate [K] from the chunk's start, so no exponent is above zero. q⁺ and k⁺ meet the state that enters
 the chunk, k⁻ is what is written. The exponents of P and of k_i·(e^{b_i - b_j} k_j), which becomes T, are split at half
-of the chunk's decay, b_C/2, and so stay within `reach` unless the chunk is steep (see `delta_steep`).
+of the chunk's decay, b_C/2, and so stay within `max_ln_decay` but for chunks that decay more (see `secondary`).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,19 +22,18 @@ from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """q, k: what reads the state that enters a chunk; written: what is written into it; [B, T, H or Hq, K].
 
-    With a diagonal decay: totals, e^{b_C} [chunks, H, K], and spread, the largest -b_C [chunks, H], in fp32; else
-    q and k themselves.
+    With a diagonal decay: totals, e^{b_C} [chunks, H, K], and ln_chunk_decay, the largest -b_C [chunks, H], in fp32;
+    else q and k themselves.
     """
 
     q: Tensor
     k: Tensor
     written: Tensor
     totals: Tensor | None = None
-    spread: Tensor | None = None
+    ln_chunk_decay: Tensor | None = None
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def _factors(
     k_read,  # k⁺
     written,  # k⁻
     totals,  # [chunks, H, K] fp32
-    spread,  # [chunks, H] fp32
+    ln_chunk_decay,  # [chunks, H] fp32
     scores,  # [tokens, H, C]: P, if SCORES
     products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, if SCORES
     start,
@@ -58,7 +57,7 @@ def _factors(
     BK: tl.constexpr,
     C: tl.constexpr,
     SCORES: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     BY_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -84,11 +83,11 @@ def _factors(
         widest = tl.maximum(widest, tl.max(-end))
         if SCORES:
             half = 0.5 * end[None, :]
-            reading = tl.exp(tl.minimum(up - half, REACH))
-            kt = tl.trans((kc * tl.exp(tl.minimum(down - half, REACH))).to(work))
+            reading = tl.exp(tl.minimum(up - half, MAX_LN_DECAY))
+            kt = tl.trans((kc * tl.exp(tl.minimum(down - half, MAX_LN_DECAY))).to(work))
             p = tl.dot((qc * reading).to(work), kt, p, input_precision=PRECISION)
             m = tl.dot((kc * reading).to(work), kt, m, input_precision=PRECISION)
-    tl.store(spread + chunk * H + h, widest)
+    tl.store(ln_chunk_decay + chunk * H + h, widest)
     if SCORES:
         store_scores(scores, products, p, m, scale, begin, here, h, H)
 
@@ -124,12 +123,12 @@ def diagonal_factors(
 ) -> tuple[Factors, Tensor | None, Tensor | None]:
     """q⁺, k⁺, k⁻ [B, T, H, K] in `dtype`; with a scale also P in `dtype`, products for T in fp32 [B, T, H, C].
 
-    The last two of steep chunks are left to `delta_steep`.
+    The last two of chunks that decay more than 2 max_ln_decay are left to `secondary`.
     """
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     read_q, read_k, written = (torch.empty_like(decay, dtype=dtype) for _ in range(3))
     totals = decay.new_empty(chunks.count, heads, key_dim, dtype=torch.float32)
-    spread = decay.new_empty(chunks.count, heads, dtype=torch.float32)
+    ln_chunk_decay = decay.new_empty(chunks.count, heads, dtype=torch.float32)
     scores = products = None
     if scale is not None:
         scores = decay.new_empty(*decay.shape[:3], chunks.size, dtype=dtype)
@@ -137,9 +136,9 @@ def diagonal_factors(
     how = config.factors
     launch(
         _factors, (chunks.count, heads),
-        q, k, decay, read_q, read_k, written, totals, spread, scores, products, chunks.start, chunks.length,
+        q, k, decay, read_q, read_k, written, totals, ln_chunk_decay, scores, products, chunks.start, chunks.length,
         scale or 1.0, heads, heads // q_heads, K=key_dim, BK=min(how.block, block_of(key_dim)), C=chunks.size,
-        SCORES=scale is not None, REACH=config.reach, BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision,
-        num_warps=how.warps, num_stages=how.stages,
+        SCORES=scale is not None, MAX_LN_DECAY=config.max_ln_decay, BY_PRODUCTS=config.sums_by_products,
+        PRECISION=config.precision, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    return Factors(read_q, read_k, written, totals, spread), scores, products
+    return Factors(read_q, read_k, written, totals, ln_chunk_decay), scores, products

@@ -1,24 +1,21 @@
-"""The delta rule's walk down a tile with the gradient G of the state in registers: summaries, or what chunks need.
+"""The delta rule's reverse scan over the chunks of a tile: summaries, or what the gradients of chunks need.
 
     du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
 
-The mirror image of `delta_states`, transposed in the same way.
+The mirror image of `forward_scan`, transposed in the same way; G, the gradient of the state, stays in registers.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta.config import STATES, SUMMARY, DeltaConfig, scans_on_hopper
-from lasp.kernels.triton.delta.rescale import Factors
+from lasp.kernels.decay import Decay
+from lasp.kernels.triton.delta.backend import Cut, Terms
+from lasp.kernels.triton.delta.config import STATES, DeltaConfig
 from lasp.kernels.triton.delta.ut_transform import CHUNK
-from lasp.kernels.triton.device import GLUON, block_of, cdiv
+from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
-
-if GLUON:
-    from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan as reverse_scan_on_hopper
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -29,12 +26,12 @@ def _reverse_scan(
     totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
     do,  # [tokens, H, V]
     gates,
-    wy,
+    ut,
     scores,
-    leaving,  # [M, H, K, V] fp32, for STATES, or None: zero
-    end,  # [M, H, K, V] fp32, if ENDS: the gradient of the state at the tile's start
+    d_final,  # [M, H, K, V] fp32, for STATES, or None: zero
+    d_initial,  # [M, H, K, V] fp32, if FINAL: the gradient of the state at the tile's start
     dr,  # [tokens, HEADS, V], for STATES: the gradient of r
-    grads,  # [chunks, HEADS, V, K], for STATES: the gradient of the state that leaves each chunk, transposed
+    d_states,  # [chunks, HEADS, V, K], for STATES: the gradient of the state that leaves each chunk, transposed
     start,
     length,
     first_chunk,
@@ -48,7 +45,7 @@ def _reverse_scan(
     BV: tl.constexpr,
     C: tl.constexpr,
     MODE: tl.constexpr,
-    ENDS: tl.constexpr,
+    FINAL: tl.constexpr,
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -59,8 +56,8 @@ def _reverse_scan(
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
     c = tl.arange(0, C)
-    work = wy.dtype.element_ty
-    wy += (begin * H + h) * C  # within a tile 32 bits are enough
+    work = ut.dtype.element_ty
+    ut += (begin * H + h) * C  # within a tile 32 bits are enough
     k += (begin * (H // G) + h // G) * K
     written += (begin * (H // G) + h // G) * K
     q += (begin * (H // G) + h // G) * K
@@ -71,8 +68,8 @@ def _reverse_scan(
     inside = in_v[:, None] & in_k[None, :]
     at_state = (tile * H + h) * K * V + cols[None, :] * V + rows[:, None]
     grad = tl.zeros([BV, BK], tl.float32)
-    if leaving is not None:
-        grad += tl.load(leaving + at_state, mask=inside, other=0.0)
+    if d_final is not None:
+        grad += tl.load(d_final + at_state, mask=inside, other=0.0)
     chunk = tl.load(first_chunk + tile)
     chunks = tl.cdiv(count, C)
     total_next = 0.0  # loaded ahead: two programs just fit a multiprocessor's shared memory
@@ -88,14 +85,14 @@ def _reverse_scan(
         here_v = here[None, :] if V % BV == 0 else in_v[:, None] & here[None, :]
         qc = tl.load(q + at_k, mask=here_k, other=0.0).to(work)
         kc = tl.load(k + at_k, mask=here_k, other=0.0).to(work)
-        tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
+        tc = tl.load(ut + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         dot = tl.load(do + at_v, mask=here_v, other=0.0).to(work)
         gate = gates + ((chunk + i) * H + h) * 4 * C + c
         betas = tl.load(gate)
         if MODE == STATES:
             tl.store(
-                grads + ((chunk + i) * heads + row) * K * V + rows[:, None] * K + cols[None, :],
-                grad.to(grads.dtype.element_ty),
+                d_states + ((chunk + i) * heads + row) * K * V + rows[:, None] * K + cols[None, :],
+                grad.to(d_states.dtype.element_ty),
                 mask=inside,
             )
         wc = kc if DECAY != DIAGONAL else tl.load(written + at_k, mask=here_k, other=0.0).to(work)
@@ -120,43 +117,35 @@ def _reverse_scan(
             read *= from_start[None, :]
         grad = tl.dot(read.to(work), qc, grad, input_precision=PRECISION)
         grad = tl.dot((-betas[None, :] * drt).to(work), kc, grad, input_precision=PRECISION)
-    if ENDS:
-        tl.store(end + at_state, grad, mask=inside)
+    if FINAL:
+        tl.store(d_initial + at_state, grad, mask=inside)
 
 
 def reverse_scan(
     mode: tl.constexpr,
-    tiles: Tiles,
-    x: Factors,
+    cut: Cut,
+    terms: Terms,
     do: Tensor,
-    gates: Tensor,
-    wy: Tensor,
-    scores: Tensor | None,
     config: DeltaConfig,
+    decay: Decay,
     scale: float,
     *,
-    leaving: Tensor | None = None,
-    end: Tensor | None = None,
+    d_final: Tensor | None = None,
+    d_initial: Tensor | None = None,
     dr: Tensor | None = None,
-    grads: Tensor | None = None,
-    first_chunk: Tensor,
-    decay: int,
-    head_range: range | None = None,
+    d_states: Tensor | None = None,
+    heads: range | None = None,
 ) -> None:
-    """Runs the walk over every tile and head (of `head_range`): `mode` is SUMMARY or STATES. (On Hopper gradients come
-    from a walk that needs no more: hopper.delta_down.)"""
-    (heads, value_dim), (q_heads, key_dim) = do.shape[2:], x.k.shape[2:]
-    how = config.down
+    """Scans every tile and head (of `heads`): `mode` is SUMMARY or STATES."""
+    (all_heads, value_dim), (q_heads, key_dim) = do.shape[2:], terms.factors.k.shape[2:]
+    how = config.reverse
     block_v = min(block_of(value_dim), how.block)
-    some = head_range or range(heads)
-    if scans_on_hopper(x.k, do, decay):
-        assert scores is not None and mode is SUMMARY
-        reverse_scan_on_hopper(tiles, x.q, x.k, do, gates, wy, scores, scale, leaving, end, first_chunk, decay, some)
-        return
+    heads = heads or range(all_heads)
+    q, k, written, totals, _ = terms.factors
     launch(
-        _reverse_scan, (tiles.count, len(some), cdiv(value_dim, block_v)),
-        x.q, x.k, x.written, x.totals, do, gates, wy, scores, leaving, end, dr, grads,
-        tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads, some.start,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, ENDS=end is not None,
-        DECAY=decay, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
+        _reverse_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
+        q, k, written, totals, do, terms.gates, terms.ut, terms.scores, d_final, d_initial, dr, d_states,
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, FINAL=d_initial is not None,
+        DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip

@@ -1,9 +1,10 @@
-"""The delta rule with a diagonal decay: scores and gradients within steep chunks: decay beyond 2 `reach` (math §8).
+"""The delta rule with a diagonal decay, secondary chunking: scores and gradients of chunks that decay by more than
+2 `max_ln_decay` (math §8).
 
-`delta_diagonal` and `delta_grads` leave out what the tokens of such a chunk give each other; here it is put in, in
+`rescale` and `gradients` leave out what the tokens of such a chunk give each other; here it is put in, in
 sub-chunks of 16: exponents are split at the start of i's sub-chunk. Those of keys before it fall to zero or below;
-within it they rise, up to `reach`, and where a gate is steeper than that, the sub-chunk's own scores come one diagonal
-at a time in fp32. Most often there is no steep chunk.
+within it they rise, up to `max_ln_decay`, and where a gate decays more than that, the sub-chunk's own scores come one
+diagonal at a time in fp32. Most often there is no such chunk.
 """
 
 import torch
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.recurrence import Inputs
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta.backend import Grads, Terms
 from lasp.kernels.triton.delta.config import DeltaConfig
 from lasp.kernels.triton.delta.rescale import store_scores
 from lasp.kernels.triton.device import cdiv
@@ -32,25 +35,25 @@ def sub_chunk_sums(g):
 
 
 @triton.jit
-def key_weights(past, up, n, steepest, REACH: tl.constexpr):
+def key_weights(past, up, n, largest, MAX_LN_DECAY: tl.constexpr):
     """[C, BK]: e^{b at the start of sub-chunk n - b_j} for the keys that its queries meet by products, else zero."""
     now = (tl.arange(0, up.shape[0]) // SUB == n)[:, None]
-    return past + tl.where(now, tl.exp(tl.minimum(-up, REACH)), 0.0) * tl.where(steepest > REACH, 0.0, 1.0)
+    return past + tl.where(now, tl.exp(tl.minimum(-up, MAX_LN_DECAY)), 0.0) * tl.where(largest > MAX_LN_DECAY, 0.0, 1.0)
 
 
 @triton.jit
 def advance_weights(past, g, down, n):
-    """The weights of past keys, referred to the start of the next sub-chunk."""
+    """The weights of past keys, rescaled to the start of the next sub-chunk."""
     now = (tl.arange(0, g.shape[0]) // SUB == n)[:, None]
     return past * tl.exp(tl.sum(tl.where(now, g, 0.0), axis=0))[None, :] + tl.where(now, tl.exp(down), 0.0)
 
 
 @triton.jit
-def _steep_scores(
+def _secondary_scores(
     q,  # [tokens, Hq, K]
     k,
     decay,  # [tokens, H, K]
-    spread,  # [chunks, H] fp32
+    ln_chunk_decay,  # [chunks, H] fp32
     scores,  # [tokens, H, C]
     products,  # [tokens, H, C] fp32
     start,
@@ -63,16 +66,16 @@ def _steep_scores(
     BK: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     WORK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first, h, row = tl.program_id(0).to(tl.int64) * N, tl.program_id(1), tl.arange(0, C)
     looked = first + tl.arange(0, N)
-    spreads = tl.load(spread + looked * H + h, mask=looked < COUNT, other=0.0)
-    if tl.max(spreads) > 2 * REACH:
+    spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
+    if tl.max(spreads) > 2 * MAX_LN_DECAY:
         for chunk in range(first, tl.minimum(first + N, COUNT)):
-            if tl.load(spread + chunk * H + h) > 2 * REACH:
+            if tl.load(ln_chunk_decay + chunk * H + h) > 2 * MAX_LN_DECAY:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)
                 here = row < count
                 p, m = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -82,16 +85,16 @@ def _steep_scores(
                     kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
                     g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
                     up, down = sub_chunk_sums(g)
-                    steepest = tl.max(-(up + down))
+                    largest = tl.max(-(up + down))
                     e_up = tl.exp(up)
                     past = tl.zeros([C, BK], tl.float32)
                     for n in range(C // SUB):
                         now = (row // SUB == n)[:, None]
-                        kt = tl.trans((kc * key_weights(past, up, n, steepest, REACH)).to(WORK))
+                        kt = tl.trans((kc * key_weights(past, up, n, largest, MAX_LN_DECAY)).to(WORK))
                         p = tl.dot(tl.where(now, qc * e_up, 0.0).to(WORK), kt, p, input_precision=PRECISION)
                         m = tl.dot(tl.where(now, kc * e_up, 0.0).to(WORK), kt, m, input_precision=PRECISION)
                         past = advance_weights(past, g, down, n)
-                    if steepest > REACH:
+                    if largest > MAX_LN_DECAY:
                         gap = tl.zeros([C, BK], tl.float32)
                         for d in range(SUB):
                             behind = here & (row % SUB >= d)
@@ -125,7 +128,7 @@ def _within_chunk(
     H,
     G,
     K: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What a chunk's tokens give each other: of dq_i, of w_i, of dk_j as far as it is written, and of db.
@@ -135,13 +138,13 @@ def _within_chunk(
     row = tl.arange(0, qc.shape[0])
     work: tl.constexpr = p.dtype
     up, down = sub_chunk_sums(g)
-    steepest = tl.max(-(up + down))
+    largest = tl.max(-(up + down))
     e_up = tl.exp(up)
     zero = tl.zeros_like(qc)
     dq, w, dk, change, past = zero, zero, zero, zero, zero
     for i in range(qc.shape[0] // SUB):
         now = (row // SUB == i)[:, None]
-        weight = key_weights(past, up, i, steepest, REACH)
+        weight = key_weights(past, up, i, largest, MAX_LN_DECAY)
         q_now, r_now = tl.where(now, qc * e_up, 0.0).to(work), tl.where(now, kc * e_up, 0.0).to(work)
         k_past = (kc * weight).to(work)
         to_q = tl.where(now, tl.dot(p, k_past, input_precision=PRECISION), 0.0)
@@ -154,7 +157,7 @@ def _within_chunk(
         change += q_now.to(tl.float32) * to_q - betas[:, None] * r_now.to(tl.float32) * to_w
         change -= k_past.to(tl.float32) * to_k
         past = advance_weights(past, g, down, i)
-    if steepest > REACH:
+    if largest > MAX_LN_DECAY:
         gap, gap_ahead = zero, zero
         for d in range(SUB):  # i with j = i - d, and j with i = j + d
             behind, ahead = here & (row % SUB >= d), (row % SUB + d < SUB) & (row + d < count)
@@ -178,13 +181,13 @@ def _within_chunk(
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
-def _steep_gradients(
+def _secondary_gradients(
     q,  # [tokens, Hq, K]
     k,
     do,  # [tokens, H, V]
     decay,  # [tokens, H, K]
     gates,  # [chunks, H, 4, C] fp32: beta first
-    spread,  # [chunks, H] fp32
+    ln_chunk_decay,  # [chunks, H] fp32
     u,  # [tokens, HEADS, V]
     dr,
     dq,  # [tokens, H, K]
@@ -204,16 +207,16 @@ def _steep_gradients(
     BV: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first, heads, row = tl.program_id(0).to(tl.int64) * N, tl.num_programs(1), tl.arange(0, C)
     h = FIRST_HEAD + tl.program_id(1)
     looked = first + tl.arange(0, N)
-    spreads = tl.load(spread + looked * H + h, mask=looked < COUNT, other=0.0)
-    if tl.max(spreads) > 2 * REACH:
+    spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
+    if tl.max(spreads) > 2 * MAX_LN_DECAY:
         for chunk in range(first, tl.minimum(first + N, COUNT)):
-            if tl.load(spread + chunk * H + h) > 2 * REACH:
+            if tl.load(ln_chunk_decay + chunk * H + h) > 2 * MAX_LN_DECAY:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)
                 here = row < count
                 betas = tl.load(gates + (chunk * H + h) * 4 * C + row)
@@ -259,7 +262,7 @@ def _steep_gradients(
                         H,
                         G,
                         K,
-                        REACH,
+                        MAX_LN_DECAY,
                         PRECISION,
                     )
                     add_rows(dq, to_q, begin, here, h, H, cols, K)
@@ -269,50 +272,46 @@ def _steep_gradients(
                 add_rows(d_beta, d_betas[:, None], begin, here, h, H, tl.arange(0, 1), 1)
 
 
-def steep_scores(
+def secondary_scores(
     chunks: Tiles,
     q: Tensor,
     k: Tensor,
     decay: Tensor,
-    spread: Tensor,
+    ln_chunk_decay: Tensor,
     scores: Tensor,
     products: Tensor,
     scale: float,
     config: DeltaConfig,
 ) -> None:
-    """Writes P and the products for T of steep chunks (see `delta_diagonal`)."""
+    """Writes P and the products for T of such chunks (see `rescale`)."""
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     launch(
-        _steep_scores, (cdiv(chunks.count, CHUNKS), heads),
-        q, k, decay, spread, scores, products, chunks.start, chunks.length,
-        scale, chunks.count, heads, heads // q_heads, K=key_dim, BK=32, C=chunks.size, N=CHUNKS, REACH=config.reach,
+        _secondary_scores, (cdiv(chunks.count, CHUNKS), heads),
+        q, k, decay, ln_chunk_decay, scores, products, chunks.start, chunks.length,
+        scale, chunks.count, heads, heads // q_heads,
+        K=key_dim, BK=32, C=chunks.size, N=CHUNKS, MAX_LN_DECAY=config.max_ln_decay,
         WORK=tl.bfloat16 if scores.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
         num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
-def steep_gradients(
+def secondary_gradients(
     chunks: Tiles,
-    q: Tensor,
-    k: Tensor,
+    x: Inputs,
     do: Tensor,
-    decay: Tensor,
-    gates: Tensor,
-    spread: Tensor,
+    terms: Terms,
     u: Tensor,
     dr: Tensor,
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
-    scale: float,
+    grads: Grads,
     config: DeltaConfig,
-    head_range: range,
+    heads: range,
 ) -> None:
-    """Adds to dq, dk, d_decay and d_beta of `found` (see `delta_grads.gradients`)."""
-    dq, dk, _, d_decay, d_beta = found
-    (heads, value_dim), (q_heads, key_dim) = do.shape[2:], q.shape[2:]
+    """Adds to dq, dk, d_decay and d_beta of `grads` (see `gradients`)."""
+    (all_heads, value_dim), (q_heads, key_dim) = do.shape[2:], x.q.shape[2:]
     launch(
-        _steep_gradients, (cdiv(chunks.count, CHUNKS), len(head_range)),
-        q, k, do, decay, gates, spread, u, dr, dq, dk, d_decay, d_beta, chunks.start, chunks.length,
-        scale, chunks.count, heads, heads // q_heads, head_range.start,
-        K=key_dim, V=value_dim, BK=32, BV=32, C=chunks.size,
-        N=CHUNKS, REACH=config.reach, PRECISION=config.precision, num_warps=8, num_stages=1,
+        _secondary_gradients, (cdiv(chunks.count, CHUNKS), len(heads)),
+        x.q, x.k, do, x.decay, terms.gates, terms.factors.ln_chunk_decay, u, dr, grads.dq, grads.dk, grads.d_decay,
+        grads.d_beta, chunks.start, chunks.length, x.scale, chunks.count, all_heads, all_heads // q_heads, heads.start,
+        K=key_dim, V=value_dim, BK=32, BV=32, C=chunks.size, N=CHUNKS, MAX_LN_DECAY=config.max_ln_decay,
+        PRECISION=config.precision, num_warps=8, num_stages=1,
     )  # fmt: skip

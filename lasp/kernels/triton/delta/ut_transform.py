@@ -44,7 +44,7 @@ def _ut_transform(
     decay,  # [H] or [tokens, H]
     beta,  # [tokens, H]
     products,  # [tokens, H, 64] fp32: k_i·(e^{b_i - b_j} k_j), if DIAGONAL; else they are computed here
-    wy,  # [tokens, H, 64]: the row of T that belongs to a token
+    ut,  # [tokens, H, 64]: the row of T that belongs to a token
     gates,  # [chunks, H, 4, 64] fp32: beta, b, e^b and e^{b_C - b}
     start,
     length,
@@ -149,10 +149,10 @@ def _ut_transform(
     t30 = -tl.dot(t33, r30, input_precision=FINE)
 
     zero = tl.zeros([SUB, SUB], tl.float32)
-    _store_row(wy, n0, h0, h, H, t00, zero, zero, zero)
-    _store_row(wy, n1, h1, h, H, t10, t11, zero, zero)
-    _store_row(wy, n2, h2, h, H, t20, t21, t22, zero)
-    _store_row(wy, n3, h3, h, H, t30, t31, t32, t33)
+    _store_row(ut, n0, h0, h, H, t00, zero, zero, zero)
+    _store_row(ut, n1, h1, h, H, t10, t11, zero, zero)
+    _store_row(ut, n2, h2, h, H, t20, t21, t22, zero)
+    _store_row(ut, n3, h3, h, H, t30, t31, t32, t33)
 
 
 @triton.jit
@@ -178,9 +178,9 @@ def _load_block(products, tokens, here, column, h, H):
 
 
 @triton.jit
-def _store_row(wy, tokens, here, h, H, t0, t1, t2, t3):
-    at = wy + ((tokens * H + h) * 4 * SUB)[:, None] + tl.arange(0, SUB)[None, :]
-    dtype = wy.dtype.element_ty
+def _store_row(ut, tokens, here, h, H, t0, t1, t2, t3):
+    at = ut + ((tokens * H + h) * 4 * SUB)[:, None] + tl.arange(0, SUB)[None, :]
+    dtype = ut.dtype.element_ty
     tl.store(at, t0.to(dtype), mask=here[:, None])
     tl.store(at + SUB, t1.to(dtype), mask=here[:, None])
     tl.store(at + 2 * SUB, t2.to(dtype), mask=here[:, None])
@@ -196,15 +196,15 @@ def ut_transform(
     not decay. `chunks` are tiles of 64 tokens."""
     assert chunks.size == CHUNK
     (batch, tokens, heads), (q_heads, key_dim) = beta.shape, k.shape[2:]
-    wy = k.new_empty(batch, tokens, heads, CHUNK, dtype=dtype)
+    ut = k.new_empty(batch, tokens, heads, CHUNK, dtype=dtype)
     gates = k.new_empty(chunks.count, heads, 4, CHUNK, dtype=torch.float32)
     launch(
         _ut_transform, (chunks.count, heads),
-        k, decay, beta, products, wy, gates, chunks.start, chunks.length, heads, heads // q_heads,
+        k, decay, beta, products, ut, gates, chunks.start, chunks.length, heads, heads // q_heads,
         K=key_dim, BK=min(64, block_of(key_dim)), DECAY=Decay.of(decay).value,
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32", FINE="tf32x3", num_warps=1, num_stages=2,
     )  # fmt: skip
-    return wy, gates
+    return ut, gates
 
 
 @triton.jit
@@ -248,11 +248,11 @@ def _scores(
 
 
 def chunk_scores(
-    chunks: Tiles, q: Tensor, k: Tensor, gates: Tensor, decay: int, wy: Tensor, scale: float, precision: str
+    chunks: Tiles, q: Tensor, k: Tensor, gates: Tensor, decay: int, ut: Tensor, scale: float, precision: str
 ) -> Tensor:
     """P [B, T, H, 64], scaled: what each token reads of those of its chunk up to itself."""
-    heads, (q_heads, key_dim) = wy.shape[2], q.shape[2:]
-    scores = torch.empty_like(wy)
+    heads, (q_heads, key_dim) = ut.shape[2], q.shape[2:]
+    scores = torch.empty_like(ut)
     launch(
         _scores, (chunks.count, heads),
         q, k, gates, scores, chunks.start, chunks.length, scale, heads, heads // q_heads,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
-from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Referred, chunk_of_program, load_half
+from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, chunk_of_program, load_half
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
@@ -29,7 +29,7 @@ def _gradients(
     do,
     decay,  # [tokens, H, K]
     ends,  # [slots, H, K] fp32
-    spread,  # [slots, H] fp32
+    ln_chunk_decay,  # [slots, H] fp32
     before,  # [slots, H, K, V]: X̃
     after,  # [slots, H, K, V]: G̃
     dv,  # [tokens, H, V]
@@ -44,7 +44,7 @@ def _gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_PRODUCTS: tl.constexpr,
 ):
@@ -56,7 +56,7 @@ def _gradients(
         first, second = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
         here, token = i * C + tl.arange(0, C) < count, begin + i * C
         slot = (begin // C + tile + i) * H + h
-        half = load_half(spread, slot, REACH)
+        half = load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
         dp, dpt, pt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
         for at_v in range(0, V, BV):
             cols = at_v + tl.arange(0, BV)
@@ -151,17 +151,18 @@ def gate_sums(here, past, BY_PRODUCTS: tl.constexpr):
 
 
 def gradients(
-    tiles: Tiles, x: Referred, v: Tensor, decay: Tensor, do: Tensor, before: Tensor, after: Tensor,
+    tiles: Tiles, x: Rescaled, v: Tensor, decay: Tensor, do: Tensor, before: Tensor, after: Tensor,
     dv: Tensor, dg: Tensor, scale: float, config: DiagonalConfig,
 ) -> None:  # fmt: skip
-    """Writes dv, dg and, into x.q and x.k, dq and dk, per value head; of steep chunks all but what is local to them."""
+    """Writes dv, dg and, into x.q and x.k, dq and dk, per value head; of secondary chunks all but what is local to
+    them."""
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     chunks = cdiv(tiles.size, config.chunk)
     launch(
         _gradients, (chunks * heads * tiles.count,),
-        x.q, x.k, v, do, decay, x.ends, x.spread, before, after, dv, dg, tiles.start, tiles.length, scale, chunks,
-        heads,
+        x.q, x.k, v, do, decay, x.ends, x.ln_chunk_decay, before, after, dv, dg, tiles.start, tiles.length,
+        scale, chunks, heads,
         K=key_dim, V=value_dim, BK=min(64, block_of(key_dim)), BV=min(config.gradients.columns, block_of(value_dim)),
-        C=config.chunk, REACH=config.reach, PRECISION=config.precision, BY_PRODUCTS=config.sums_by_products,
-        num_stages=config.gradients.stages, num_warps=config.gradients.warps,
+        C=config.chunk, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,
+        BY_PRODUCTS=config.sums_by_products, num_stages=config.gradients.stages, num_warps=config.gradients.warps,
     )  # fmt: skip

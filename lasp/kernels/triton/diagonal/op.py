@@ -9,11 +9,11 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.triton.diagonal.gradients import gradients
 from lasp.kernels.triton.diagonal.outputs import outputs
-from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, diagonal_config, refer
-from lasp.kernels.triton.diagonal.secondary import steep_gradients, steep_outputs
+from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, diagonal_config, rescale
+from lasp.kernels.triton.diagonal.secondary import secondary_gradients, secondary_outputs
 from lasp.kernels.triton.diagonal.states import chunk_states, chunk_states_grad, tile_states, tile_states_grad
 from lasp.kernels.triton.shared.operands import contiguous, laid_out, per_q_head
-from lasp.kernels.triton.shared.state_passing import InitialStates, Scan
+from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import tiles_of
 
 
@@ -26,37 +26,39 @@ class TritonDiagonal:
     def summarize(self, x: Inputs, wanted: bool):
         x, tiles, config = self._prepare(x)
         assert x.decay is not None
-        referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
-        states, transitions = tile_states(tiles, referred, x.v, config)
-        scan = Scan(tiles, states, transitions, down=False, ahead=wanted)
-        return scan.summary, (x, tiles, config, referred, scan)
+        rescaled = rescale(tiles, x.q, x.k, x.decay, x.scale, config)
+        states, transitions = tile_states(tiles, rescaled, x.v, config)
+        passing = StatePassing(tiles, states, transitions, reverse=False, ahead=wanted)
+        return passing.summary, (x, tiles, config, rescaled, passing)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
-        x, tiles, config, referred, scan = partial
+        x, tiles, config, rescaled, passing = partial
         assert x.decay is not None
         o = torch.empty_like(x.v)
-        entering, outgoing = scan.enter(incoming.wait())
-        outputs(tiles, referred, x.v, entering, o, config)
-        steep_outputs(tiles, x.q, x.k, x.v, x.decay, referred.spread, o, x.scale, config)
-        return o, outgoing, (scan.transitions, *entering)
+        initial, outgoing = passing.enter(incoming.wait())
+        outputs(tiles, rescaled, x.v, initial, o, config)
+        secondary_outputs(tiles, x.q, x.k, x.v, x.decay, rescaled.ln_chunk_decay, o, x.scale, config)
+        return o, outgoing, (passing.transitions, *initial)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         (x, tiles, config), do = self._prepare(x), laid_out(do)
         assert x.decay is not None
-        referred = refer(tiles, x.q, x.k, x.decay, x.scale, config)
-        states = tile_states_grad(tiles, referred, do, config)
-        scan = Scan(tiles, states, kept[0], down=True, ahead=wanted)
-        return scan.summary and scan.summary.state, (x, tiles, config, do, referred, scan)
+        rescaled = rescale(tiles, x.q, x.k, x.decay, x.scale, config)
+        states = tile_states_grad(tiles, rescaled, do, config)
+        passing = StatePassing(tiles, states, kept[0], reverse=True, ahead=wanted)
+        return passing.summary and passing.summary.state, (x, tiles, config, do, rescaled, passing)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, do, referred, scan), (_, local, *came) = partial, kept
+        (x, tiles, config, do, rescaled, passing), (_, local, *came) = partial, kept
         assert local is not None and x.decay is not None
-        before = chunk_states(tiles, referred, x.v, InitialStates(local, *came), config)
-        leaving, d_incoming = scan.enter(d_outgoing.wait())
-        after = chunk_states_grad(tiles, referred, do, leaving, config)
-        dq, dk, dv, dg = referred.q, referred.k, torch.empty_like(x.v), torch.empty_like(x.decay)
-        gradients(tiles, referred, x.v, x.decay, do, before, after, dv, dg, x.scale, config)
-        steep_gradients(tiles, x.q, x.k, x.v, x.decay, do, referred.spread, (dq, dk, dv, dg), x.scale, config)
+        before = chunk_states(tiles, rescaled, x.v, InitialStates(local, *came), config)
+        d_final, d_incoming = passing.enter(d_outgoing.wait())
+        after = chunk_states_grad(tiles, rescaled, do, d_final, config)
+        dq, dk, dv, dg = rescaled.q, rescaled.k, torch.empty_like(x.v), torch.empty_like(x.decay)
+        gradients(tiles, rescaled, x.v, x.decay, do, before, after, dv, dg, x.scale, config)
+        secondary_gradients(
+            tiles, x.q, x.k, x.v, x.decay, do, rescaled.ln_chunk_decay, (dq, dk, dv, dg), x.scale, config
+        )
         dq, dk = (per_q_head(d, x.q).to(x.q.dtype) for d in (dq, dk))
         return Gradients(dq, dk, dv, dg, None, d_incoming)
 

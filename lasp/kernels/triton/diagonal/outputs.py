@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
-from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Referred, load_end, load_half
+from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, load_end, load_half
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial_state
@@ -21,7 +21,7 @@ def _outputs(
     k,  # [tokens, H, K]: k̃
     v,  # [tokens, H, V]
     ends,  # [slots, H, K] fp32
-    spread,  # [slots, H] fp32
+    ln_chunk_decay,  # [slots, H] fp32
     local,  # [M, H, K, V] fp32: see InitialStates
     incoming,
     passed,
@@ -35,7 +35,7 @@ def _outputs(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -53,7 +53,7 @@ def _outputs(
         qc = load_rows(q, token, here, h, H, rows, K)
         kc = load_rows(k, token, here, h, H, rows, K)
         vc = load_rows(v, token, here, h, H, cols, V).to(operand)
-        end, half = load_end(ends, slot, rows, K), load_half(spread, slot, REACH)
+        end, half = load_end(ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
         p = tl.dot(qc, tl.trans(kc), input_precision=PRECISION)
         p = tl.where((place[:, None] >= place[None, :]) & (half > 0.0), p, 0.0).to(operand)
         state *= tl.exp(half * end)
@@ -64,13 +64,13 @@ def _outputs(
         state = tl.dot(tl.trans(kc), vc, state, input_precision=PRECISION) * tl.exp(half * end)
 
 
-def outputs(tiles: Tiles, x: Referred, v: Tensor, entering: InitialStates, o: Tensor, config: DiagonalConfig) -> None:
+def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, o: Tensor, config: DiagonalConfig) -> None:
     """Writes o [B, T, H, V], for steep chunks without what their tokens read of each other."""
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.outputs.columns)
     launch(
         _outputs, (tiles.count, heads, cdiv(value_dim, block_v)),
-        x.q, x.k, v, x.ends, x.spread, *entering, o, tiles.owner, tiles.start, tiles.length, heads,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, REACH=config.reach,
+        x.q, x.k, v, x.ends, x.ln_chunk_decay, *initial, o, tiles.owner, tiles.start, tiles.length, heads,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, MAX_LN_DECAY=config.max_ln_decay,
         PRECISION=config.precision, STAGES=config.outputs.stages, num_warps=config.outputs.warps,
     )  # fmt: skip

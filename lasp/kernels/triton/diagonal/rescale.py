@@ -1,15 +1,15 @@
-"""Diagonal decay, phase 0: queries and keys of every chunk referred to one point, and the configurations.
+"""Diagonal decay, phase 0: queries and keys of every chunk rescaled to one point, and the configurations.
 
 Within a chunk of C tokens every exponent is a difference of the cumulative gate b (math §8). Two kinds of chunk:
 
-    gentle   no channel decays by more than e^-reach: the middle of the chunk's decay is the reference point,
-             q̃ = q e^{b - b_C/2} and k̃ = k e^{b_C/2 - b} are bounded by e^{reach/2} either way, scores are q̃ k̃ᵀ
-    steep    the rest: q̃ = q e^b and k̃ = k e^{b_C - b}, so that no exponent is above zero; the scores come in
-             sub-chunks of 16 from diagonal_steep, which adds to what the other kernels leave
+    primary     no channel decays by more than e^-max_ln_decay: the middle of the chunk's decay is the reference point,
+                q̃ = q e^{b - b_C/2} and k̃ = k e^{b_C/2 - b} are at most e^{max_ln_decay/2} larger, scores are q̃ k̃ᵀ
+    secondary   the rest: q̃ = q e^b and k̃ = k e^{b_C - b}, so that no exponent is above zero; the scores come in
+                sub-chunks of 16 (secondary chunking, as GLA has it), which add to what the other kernels leave
 
 A state X before the chunk meets q̃ as X̃ = e^{h b_C} X, and a gradient G of the state after it meets k̃ as
-G̃ = e^{h b_C} G, where h, which `load_half` returns, is 1/2 in gentle and 0 in steep chunks; e^{(1 - 2h) b_C} lies
-between the two. So gates enter the walks over tokens as one number per channel and chunk.
+G̃ = e^{h b_C} G, where h, which `load_half` returns, is 1/2 in primary and 0 in secondary chunks; e^{(1 - 2h) b_C} lies
+between the two. So gates enter the scans as one number per channel and chunk.
 
 The chunks of tile m have the slots start[m] // C + m, …: unique, and at most tokens // C + tiles of them however the
 segments are cut.
@@ -27,8 +27,6 @@ from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
-REFER_WARPS = 4
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -44,13 +42,14 @@ class DiagonalConfig:
     """How the kernels are launched: a table keyed on head size and dtype, never on the length of a sequence.
 
     chunk: tokens per step.
-    reach: the largest decay within a gentle chunk, bounded by rounding in fp32, by the size of e^{reach/2} otherwise.
+    max_ln_decay: the largest decay of a chunk without secondary chunking, bounded by rounding in fp32, by the size of
+        e^{max_ln_decay/2} otherwise.
     operand: dtype of q̃, k̃ and the other operands of matrix products: e^64, or a state, may exceed what fp16 holds.
     sums_by_products: cumulative sums of gates and their gradients on the matrix units, with 16 bits of each number.
     """
 
     chunk: int
-    reach: float
+    max_ln_decay: float
     operand: torch.dtype
     precision: str
     sums_by_products: bool
@@ -65,7 +64,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     if v.dtype == torch.bfloat16:
         return DiagonalConfig(
             chunk=64,
-            reach=128.0,
+            max_ln_decay=128.0,
             operand=torch.bfloat16,
             precision="tf32",
             sums_by_products=True,
@@ -77,7 +76,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     shared = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
     return DiagonalConfig(
         chunk=32,
-        reach=128.0 if half else 32.0,
+        max_ln_decay=128.0 if half else 32.0,
         operand=torch.float32,
         precision="tf32x3" if half else "ieee",
         sums_by_products=False,
@@ -93,18 +92,18 @@ def operand(config: DiagonalConfig) -> tl.dtype:
 
 
 @dataclass(frozen=True)
-class Referred:
+class Rescaled:
     """q̃ (with the scale) and k̃ [B, T, H, K] in the operands' dtype; of every chunk b_C and the largest -b_C, fp32."""
 
     q: Tensor
     k: Tensor
     ends: Tensor  # [slots, H, K]
-    spread: Tensor  # [slots, H]
+    ln_chunk_decay: Tensor  # [slots, H]
 
 
 @triton.jit
-def load_half(spread, slot, REACH: tl.constexpr):
-    return tl.where(tl.load(spread + slot + tl.zeros([1, 1], tl.int64)) > REACH, 0.0, 0.5)
+def load_half(ln_chunk_decay, slot, MAX_LN_DECAY: tl.constexpr):
+    return tl.where(tl.load(ln_chunk_decay + slot + tl.zeros([1, 1], tl.int64)) > MAX_LN_DECAY, 0.0, 0.5)
 
 
 @triton.jit
@@ -121,14 +120,14 @@ def chunk_of_program(CHUNKS, H):
 
 
 @triton.jit
-def _refer(
+def _rescale(
     q,  # [tokens, Hq, K]
     k,
     decay,  # [tokens, H, K]
     q_out,  # [tokens, H, K]
     k_out,
     ends,  # [slots, H, K] fp32
-    spread,  # [slots, H] fp32
+    ln_chunk_decay,  # [slots, H] fp32
     start,
     length,
     scale,
@@ -138,7 +137,7 @@ def _refer(
     K: tl.constexpr,
     BK: tl.constexpr,
     C: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
 ):
     i, h, tile = chunk_of_program(CHUNKS, H)
     begin, count = tl.load(start + tile), tl.load(length + tile)
@@ -152,24 +151,26 @@ def _refer(
         kc = load_rows(k, token, here, h // G, H // G, cols, K)
         b = tl.cumsum(g, axis=0)
         end = tl.sum(g, axis=0)
-        steepest = tl.max(-end, axis=0)
-        half = tl.where(steepest + tl.zeros([1, 1], tl.float32) > REACH, 0.0, 0.5)
+        largest = tl.max(-end, axis=0)
+        half = tl.where(largest + tl.zeros([1, 1], tl.float32) > MAX_LN_DECAY, 0.0, 0.5)
         tl.store(ends + slot * K + cols, end, mask=cols < K)
-        tl.store(spread + slot, steepest)
+        tl.store(ln_chunk_decay + slot, largest)
         store_rows(q_out, qc * (scale * tl.exp(b - half * end[None, :])), token, here, h, H, cols, K)
         store_rows(k_out, kc * tl.exp((end[None, :] - b) - half * end[None, :]), token, here, h, H, cols, K)
 
 
-def refer(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, config: DiagonalConfig) -> Referred:
+def rescale(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, config: DiagonalConfig) -> Rescaled:
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     slots = q.shape[0] * q.shape[1] // config.chunk + tiles.count + 1
     q_out, k_out = (torch.empty_like(decay, dtype=config.operand) for _ in range(2))
     ends = decay.new_empty(slots, heads, key_dim, dtype=torch.float32)
-    spread = decay.new_empty(slots, heads, dtype=torch.float32)
+    ln_chunk_decay = decay.new_empty(slots, heads, dtype=torch.float32)
     chunks = cdiv(tiles.size, config.chunk)
     launch(
-        _refer, (chunks * heads * tiles.count,),
-        q, k, decay, q_out, k_out, ends, spread, tiles.start, tiles.length, scale, chunks, heads, heads // q_heads,
-        K=key_dim, BK=block_of(key_dim), C=config.chunk, REACH=config.reach, num_warps=4 if key_dim <= 128 else 8,
+        _rescale, (chunks * heads * tiles.count,),
+        q, k, decay, q_out, k_out, ends, ln_chunk_decay, tiles.start, tiles.length,
+        scale, chunks, heads, heads // q_heads,
+        K=key_dim, BK=block_of(key_dim), C=config.chunk, MAX_LN_DECAY=config.max_ln_decay,
+        num_warps=4 if key_dim <= 128 else 8,
     )  # fmt: skip
-    return Referred(q_out, k_out, ends, spread)
+    return Rescaled(q_out, k_out, ends, ln_chunk_decay)

@@ -38,19 +38,21 @@ def _same(row):
 
 
 @triton.jit
-def _any_steep(spread, begin, tile, first, count, h, H, C: tl.constexpr, N: tl.constexpr, REACH: tl.constexpr):
+def _any_steep(
+    ln_chunk_decay, begin, tile, first, count, h, H, C: tl.constexpr, N: tl.constexpr, MAX_LN_DECAY: tl.constexpr
+):
     chunk = first + tl.arange(0, N)
-    found = tl.load(spread + (begin // C + tile + chunk) * H + h, mask=chunk < tl.cdiv(count, C), other=0.0)
-    return tl.max(found) > REACH
+    found = tl.load(ln_chunk_decay + (begin // C + tile + chunk) * H + h, mask=chunk < tl.cdiv(count, C), other=0.0)
+    return tl.max(found) > MAX_LN_DECAY
 
 
 @triton.jit
-def _steep_outputs(
+def _secondary_outputs(
     q,  # [tokens, Hq, K]
     k,
     v,  # [tokens, H, V]
     decay,  # [tokens, H, K]
-    spread,  # [slots, H] fp32
+    ln_chunk_decay,  # [slots, H] fp32
     o,  # [tokens, H, V]
     start,
     length,
@@ -63,7 +65,7 @@ def _steep_outputs(
     BV: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -71,9 +73,9 @@ def _steep_outputs(
     first = tl.program_id(1) * N
     begin, count = tl.load(start + tile), tl.load(length + tile)
     row = tl.arange(0, C)
-    if _any_steep(spread, begin, tile, first, count, h, H, C, N, REACH):
+    if _any_steep(ln_chunk_decay, begin, tile, first, count, h, H, C, N, MAX_LN_DECAY):
         for i in range(first, tl.minimum(first + N, tl.cdiv(count, C))):
-            if tl.load(spread + (begin // C + tile + i) * H + h) > REACH:
+            if tl.load(ln_chunk_decay + (begin // C + tile + i) * H + h) > MAX_LN_DECAY:
                 place = i * C + row
                 here = place < count
                 token = begin + i * C
@@ -93,7 +95,7 @@ def _steep_outputs(
                         weight = weight * tl.exp(tl.sum(tl.where(now, g, 0.0), axis=0))[None, :] + tl.where(
                             now, tl.exp(down), 0.0
                         )
-                    if tl.max(-(up + down)) <= REACH:
+                    if tl.max(-(up + down)) <= MAX_LN_DECAY:
                         middle = 0.5 * (up - down)
                         q_mid, k_mid = (qc * tl.exp(middle)).to(OPERAND), (kc * tl.exp(-middle)).to(OPERAND)
                         near = tl.dot(q_mid, tl.trans(k_mid), input_precision=PRECISION)
@@ -113,13 +115,13 @@ def _steep_outputs(
 
 
 @triton.jit
-def _steep_gradients(
+def _secondary_gradients(
     q,  # [tokens, Hq, K]
     k,
     v,  # [tokens, H, V]
     do,
     decay,  # [tokens, H, K]
-    spread,  # [slots, H] fp32
+    ln_chunk_decay,  # [slots, H] fp32
     dq,  # [tokens, H, K]
     dk,
     dv,  # [tokens, H, V]
@@ -135,7 +137,7 @@ def _steep_gradients(
     BV: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -143,9 +145,9 @@ def _steep_gradients(
     first = tl.program_id(1) * N
     begin, count = tl.load(start + tile), tl.load(length + tile)
     row = tl.arange(0, C)
-    if _any_steep(spread, begin, tile, first, count, h, H, C, N, REACH):
+    if _any_steep(ln_chunk_decay, begin, tile, first, count, h, H, C, N, MAX_LN_DECAY):
         for i in range(first, tl.minimum(first + N, tl.cdiv(count, C))):
-            if tl.load(spread + (begin // C + tile + i) * H + h) > REACH:
+            if tl.load(ln_chunk_decay + (begin // C + tile + i) * H + h) > MAX_LN_DECAY:
                 place = i * C + row
                 here = place < count
                 token = begin + i * C
@@ -181,7 +183,7 @@ def _steep_gradients(
                         weight = weight * tl.exp(tl.sum(tl.where(now, g, 0.0), axis=0))[None, :] + tl.where(
                             now, tl.exp(down), 0.0
                         )
-                    if tl.max(-(up + down)) <= REACH:
+                    if tl.max(-(up + down)) <= MAX_LN_DECAY:
                         e_mid, e_back = tl.exp(0.5 * (up - down)), tl.exp(0.5 * (down - up))
                         q_mid, k_mid = (qc * e_mid).to(OPERAND), (kc * e_back).to(OPERAND)
                         lower = _same(row) & (row[:, None] >= row[None, :])
@@ -222,30 +224,30 @@ def _steep_gradients(
                     add_rows(dv, tl.dot(pt.to(OPERAND), doc, input_precision=PRECISION), token, here, h, H, rows, V)
 
 
-def steep_outputs(
+def secondary_outputs(
     tiles: Tiles,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor,
-    spread: Tensor,
+    ln_chunk_decay: Tensor,
     o: Tensor,
     scale: float,
     config: DiagonalConfig,
 ) -> None:
     """Adds Σ_{j<=i, same chunk} P_ij v_j to the rows of o [B, T, H, V] that belong to steep chunks."""
-    _walk_steep(_steep_outputs, tiles, (q, k, v, decay, spread, o), scale, config)
+    _over_chunks(_secondary_outputs, tiles, (q, k, v, decay, ln_chunk_decay, o), scale, config)
 
 
-def steep_gradients(
-    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, do: Tensor, spread: Tensor,
+def secondary_gradients(
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, do: Tensor, ln_chunk_decay: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, config: DiagonalConfig,
 ) -> None:  # fmt: skip
     """Adds the gradients through the same sums to those rows of dq, dk, dv, dg."""
-    _walk_steep(_steep_gradients, tiles, (q, k, v, do, decay, spread, *grads), scale, config)
+    _over_chunks(_secondary_gradients, tiles, (q, k, v, do, decay, ln_chunk_decay, *grads), scale, config)
 
 
-def _walk_steep(kernel, tiles: Tiles, tensors: tuple[Tensor, ...], scale: float, config: DiagonalConfig) -> None:
+def _over_chunks(kernel, tiles: Tiles, tensors: tuple[Tensor, ...], scale: float, config: DiagonalConfig) -> None:
     q, _, v = tensors[:3]
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], q.shape[2:]
     parts = cdiv(cdiv(tiles.size, config.chunk), CHUNKS)
@@ -253,5 +255,6 @@ def _walk_steep(kernel, tiles: Tiles, tensors: tuple[Tensor, ...], scale: float,
         kernel, (tiles.count, parts, heads),
         *tensors, tiles.start, tiles.length, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=min(32, block_of(key_dim)), BV=min(64, block_of(value_dim)), C=config.chunk,
-        N=CHUNKS, REACH=config.reach, OPERAND=operand(config), PRECISION=config.precision, num_warps=8, num_stages=1,
+        N=CHUNKS, MAX_LN_DECAY=config.max_ln_decay, OPERAND=operand(config), PRECISION=config.precision,
+        num_warps=8, num_stages=1,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
-from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Referred, load_end, load_half
+from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, load_end, load_half
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.rows import load_rows
@@ -19,11 +19,11 @@ from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial
 
 
 @triton.jit
-def _walk(
+def _scan_states(
     k,  # [tokens, H, K]: k̃, or q̃ backward
     v,  # [tokens, H, V]: v, or do backward
     ends,  # [slots, H, K] fp32
-    spread,  # [slots, H] fp32
+    ln_chunk_decay,  # [slots, H] fp32
     states,  # [M, H, K, V] fp32: the tiles' summaries, written; or, EACH_CHUNK, with the next two, see InitialStates
     incoming,
     passed,
@@ -40,11 +40,11 @@ def _walk(
     C: tl.constexpr,
     BACKWARD: tl.constexpr,
     EACH_CHUNK: tl.constexpr,
-    REACH: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    first: tl.constexpr = EACH_CHUNK and not BACKWARD  # see overlap
+    first: tl.constexpr = EACH_CHUNK and not BACKWARD  # see pdl
     if not first:
         griddepcontrol_wait()
     tile, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -64,7 +64,7 @@ def _walk(
         slot = (begin // C + tile + i) * H + h
         kc = load_rows(k, begin + i * C, here, h, H, rows, K)
         vc = load_rows(v, begin + i * C, here, h, H, cols, V).to(k.dtype.element_ty)
-        end, half = load_end(ends, slot, rows, K), load_half(spread, slot, REACH)
+        end, half = load_end(ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
         if not BACKWARD:
             total += end
         if EACH_CHUNK:
@@ -80,7 +80,7 @@ def _walk(
         tl.store(transitions + (tile * H + h) * K + rows[:, None], total, mask=(rows < K)[:, None] & (part == 0))
 
 
-def tile_states(tiles: Tiles, x: Referred, v: Tensor, config: DiagonalConfig) -> tuple[Tensor, Tensor]:
+def tile_states(tiles: Tiles, x: Rescaled, v: Tensor, config: DiagonalConfig) -> tuple[Tensor, Tensor]:
     """S [M, H, K, V] and log A [M, H, K] of every tile."""
     transitions = x.ends.new_empty(tiles.count, *x.k.shape[2:])
     states = x.ends.new_empty(*transitions.shape, v.shape[3])
@@ -88,37 +88,38 @@ def tile_states(tiles: Tiles, x: Referred, v: Tensor, config: DiagonalConfig) ->
     return states, transitions
 
 
-def tile_states_grad(tiles: Tiles, x: Referred, do: Tensor, config: DiagonalConfig) -> Tensor:
+def tile_states_grad(tiles: Tiles, x: Rescaled, do: Tensor, config: DiagonalConfig) -> Tensor:
     """D [M, H, K, V] of every tile."""
     states = x.ends.new_empty(tiles.count, *x.q.shape[2:], do.shape[3])
     _launch(tiles, x.q, do, x, InitialStates(states), None, None, config, backward=True)
     return states
 
 
-def chunk_states(tiles: Tiles, x: Referred, v: Tensor, entering: InitialStates, config: DiagonalConfig) -> Tensor:
+def chunk_states(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, config: DiagonalConfig) -> Tensor:
     """X̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
     states = x.k.new_empty(*x.ends.shape, v.shape[3])
-    _launch(tiles, x.k, v, x, entering, None, states, config, backward=False)
+    _launch(tiles, x.k, v, x, initial, None, states, config, backward=False)
     return states
 
 
-def chunk_states_grad(tiles: Tiles, x: Referred, do: Tensor, leaving: InitialStates, config: DiagonalConfig) -> Tensor:
+def chunk_states_grad(tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, config: DiagonalConfig) -> Tensor:
     """G̃ of every chunk, likewise, from the gradients of the states that leave the tiles."""
     states = x.q.new_empty(*x.ends.shape, do.shape[3])
-    _launch(tiles, x.q, do, x, leaving, None, states, config, backward=True)
+    _launch(tiles, x.q, do, x, d_final, None, states, config, backward=True)
     return states
 
 
 def _launch(
-    tiles: Tiles, k: Tensor, v: Tensor, x: Referred, states: InitialStates, transitions: Tensor | None,
+    tiles: Tiles, k: Tensor, v: Tensor, x: Rescaled, states: InitialStates, transitions: Tensor | None,
     chunk_states: Tensor | None, config: DiagonalConfig, *, backward: bool,
 ) -> None:  # fmt: skip
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.states.columns)
     launch(
-        _walk, (tiles.count, heads, cdiv(value_dim, block_v)),
-        k, v, x.ends, x.spread, *states, transitions, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
+        _scan_states, (tiles.count, heads, cdiv(value_dim, block_v)),
+        k, v, x.ends, x.ln_chunk_decay, *states, transitions, chunk_states,
+        tiles.owner, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, BACKWARD=backward,
-        EACH_CHUNK=chunk_states is not None, REACH=config.reach, PRECISION=config.precision,
+        EACH_CHUNK=chunk_states is not None, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,
         STAGES=config.states.stages, num_warps=config.states.warps, pdl=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The delta rule's walk up a tile for Hopper (see delta_states).
+"""The delta rule's forward scan for Hopper (see delta.forward_scan).
 
     r = beta (V - e^b K X)        u = T r        o = e^b Q X + P u        X <- e^{b_C} X + (K e^{b_C - b})ᵀ u
 
@@ -18,8 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY
+from lasp.kernels.recurrence import Inputs
+from lasp.kernels.triton.delta.backend import Cut, Terms
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, scan_decay
 from lasp.kernels.triton.hopper.delta_shared import (
     COLUMNS,
     COLUMNS_LEFT,
@@ -52,7 +53,7 @@ from lasp.kernels.triton.shared.decay import NONE
 
 @gluon.jit
 def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
-    q, k, v, wy, gates = sources
+    q, k, v, ut, gates = sources
     q_rows, k_rows, v_rows, t_rows, lines = buffers
     begin, count, chunk, h, H, G = numbers
     STAGES: gl.constexpr = full.shape[0]
@@ -65,23 +66,23 @@ def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
         fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
         mbarrier.expect(filled, C * row_bytes)
         tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
-        tma.async_copy_global_to_shared(wy, [at, h * C], filled, t_rows.index(stage))
+        tma.async_copy_global_to_shared(ut, [at, h * C], filled, t_rows.index(stage))
         tma.async_copy_global_to_shared(v, [at, h * SIZE], filled, v_rows.index(stage))
         if MODE == OUTPUTS:
             tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
 
 
 @gluon.jit
-def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, DECAY: gl.constexpr):
+def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
     buffers, given, given_x, given_p, full, empty = shared
     q_rows, k_rows, v_rows, t_rows, lines = buffers
-    entering, end, transitions, y, y_rows, states, scores, scores_rows = tensors
+    initial, final, transitions, y, y_rows, states, scores, scores_rows = tensors
     begin, count, chunk, h, row, scale, H, HEADS = numbers
     STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
     x = gl.zeros([SIZE, SIZE], gl.float32, STATE)
-    if entering is not None:
-        x = gl.load(entering + state_places(gl.program_id(0), h, H))
+    if initial is not None:
+        x = gl.load(initial + state_places(gl.program_id(0), h, H))
     if MODE == SUMMARY:
         row_of_a = gl.arange(0, SIZE, layout=gl.SliceLayout(1, STATE))
         a = gl.where(row_of_a[:, None] == gl.arange(0, SIZE, layout=gl.SliceLayout(0, STATE))[None, :], 1.0, 0.0)
@@ -190,8 +191,8 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, ENDS: gl.constexpr, D
         tma.store_wait(0)
     if MODE == STATES:
         griddepcontrol_wait()
-    if ENDS:
-        gl.store(end + state_places(gl.program_id(0), h, H), x)
+    if FINAL:
+        gl.store(final + state_places(gl.program_id(0), h, H), x)
     if MODE == SUMMARY:
         gl.store(transitions + state_places(gl.program_id(0), h, H), a)
 
@@ -202,11 +203,11 @@ def _forward_scan(
     k,
     v,  # rows of [tokens, H, SIZE]
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
-    wy,  # rows of [tokens, H, C]: T
+    ut,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
     scores_rows,  # rows of it
-    entering,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES, or None: zero
-    end,  # likewise, the state at the tile's end, if ENDS
+    initial,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES, or None: zero
+    final,  # likewise, the state at the tile's end, if FINAL
     transitions,  # likewise, for SUMMARY: A of the tile
     y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
     y_rows,  # rows of it
@@ -219,11 +220,11 @@ def _forward_scan(
     G,
     FIRST_HEAD,
     MODE: gl.constexpr,
-    ENDS: gl.constexpr,
+    FINAL: gl.constexpr,
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    if MODE != STATES:  # see overlap
+    if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
     h = FIRST_HEAD + row
@@ -242,12 +243,12 @@ def _forward_scan(
     full, empty = make_ring(STAGES, 1)
     buffers = (q_rows, k_rows, v_rows, t_rows, lines)
     shared = (buffers, given, given_x, given_p, full, empty)
-    tensors = (entering, end, transitions, y, y_rows, states, scores, scores_rows)
+    tensors = (initial, final, transitions, y, y_rows, states, scores, scores_rows)
     numbers = (begin, count, chunk, h, row, scale, H, HEADS)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, numbers, MODE, ENDS, DECAY)),
-            (_fetch, ((q, k, v, wy, gates), buffers, full, empty, (begin, count, chunk, h, H, G), MODE)),
+            (_compute, (shared, tensors, numbers, MODE, FINAL, DECAY)),
+            (_fetch, ((q, k, v, ut, gates), buffers, full, empty, (begin, count, chunk, h, H, G), MODE)),
         ],
         [1],
         [24],
@@ -255,34 +256,29 @@ def _forward_scan(
 
 
 def forward_scan(
-    mode: int,
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    wy: Tensor,
-    scores: Tensor | None,
-    scale: float,
-    entering: Tensor | None,
-    end: Tensor | None,
-    transitions: Tensor | None,
-    y: Tensor | None,
-    states: Tensor | None,
-    first_chunk: Tensor,
-    decay: int,
-    heads: range,
-    pdl: bool,
+    mode: gl.constexpr,
+    cut: Cut,
+    x: Inputs,
+    terms: Terms,
+    *,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
+    transitions: Tensor | None = None,
+    y: Tensor | None = None,
+    states: Tensor | None = None,
+    heads: range | None = None,
+    pdl: bool = True,
 ) -> None:
-    """See delta_states.forward_scan and summaries; y is o or u. `scores` is filled."""
-    outputs = mode == OUTPUTS.value
+    """Scans every tile and head (of `heads`); `mode` says which of the tensors it fills: y is o or u. OUTPUTS fill
+    terms.scores."""
+    outputs, (all_heads, q_heads) = mode is OUTPUTS, (x.v.shape[2], x.k.shape[2])
+    heads, scores = heads or range(all_heads), terms.scores
     launch(
-        _forward_scan, (tiles.count, len(heads)),
-        rows_of(q, SIZE.value) if outputs else None, rows_of(k, SIZE.value),
-        rows_of(v, SIZE.value), gates, rows_of(wy, C.value),
-        *((scores, rows_of(scores, C.value)) if outputs and scores is not None else (None, None)), entering, end,
+        _forward_scan, (cut.tiles.count, len(heads)),
+        rows_of(x.q, SIZE.value) if outputs else None, rows_of(x.k, SIZE.value),
+        rows_of(x.v, SIZE.value), terms.gates, rows_of(terms.ut, C.value),
+        *((scores, rows_of(scores, C.value)) if outputs and scores is not None else (None, None)), initial, final,
         transitions, y, None if y is None else rows_of(y, SIZE.value), None if states is None else states_of(states),
-        tiles.start, tiles.length, first_chunk, scale, v.shape[2], v.shape[2] // k.shape[2], heads.start,
-        MODE=mode, ENDS=end is not None, DECAY=decay, STAGES=3, num_warps=8,
-        pdl=pdl,
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
+        MODE=mode.value, FINAL=final is not None, DECAY=scan_decay(x.decay).value, STAGES=3, num_warps=8, pdl=pdl,
     )  # fmt: skip

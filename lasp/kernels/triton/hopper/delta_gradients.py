@@ -1,4 +1,4 @@
-"""What the delta rule's walk down for Hopper does with a chunk to give all its gradients (see delta_down, delta_grads).
+"""What the delta rule's reverse scan for Hopper does with a chunk to give all its gradients (see delta.gradients).
 
 Given the state X that enters the chunk, G of what leaves it, u and dr, all in shared memory:
 

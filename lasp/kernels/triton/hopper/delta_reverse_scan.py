@@ -1,9 +1,9 @@
-"""The delta rule's walk down a tile for Hopper: summaries (see delta_costates), or all gradients (see delta_grads).
+"""The delta rule's reverse scan for Hopper: summaries (see delta.reverse_scan), or gradients (see delta.gradients).
 
     du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
 
-is the mirror image of delta_up. For gradients a chunk has a second part (delta_gradients), which has G and dr from the
-first: they are never written.
+is the mirror image of delta_forward_scan. For gradients a chunk has a second part (delta_gradients), which has G and dr
+from the first: they are never written.
 """
 
 from torch import Tensor
@@ -17,7 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.segments import Tiles
+from lasp.kernels.recurrence import Inputs
+from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
+from lasp.kernels.triton.delta.config import scan_decay
 from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
 from lasp.kernels.triton.hopper.delta_shared import (
     COLUMNS,
@@ -52,7 +54,7 @@ from lasp.kernels.triton.shared.decay import NONE
 def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
     """k, do, P and gates come some chunks ahead. So do T and q for summaries; gradients have room for one chunk's T and
     q, and u, X and v, which come while the chunk's first part runs."""
-    q, k, v, do, u, wy, scores, states, gates = sources
+    q, k, v, do, u, ut, scores, states, gates = sources
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
     full, empty, soon, free, late = barriers
     begin, count, chunk, h, row, H, HEADS, G = numbers
@@ -67,7 +69,7 @@ def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
             filled = soon.index(stage)
             mbarrier.wait(free.index(stage), ((step - 1) // REST & 1) ^ 1)
             mbarrier.expect(filled, 2 * C * (C + SIZE))
-            tma.async_copy_global_to_shared(wy, [at, h * C], filled, t_rows.index(stage))
+            tma.async_copy_global_to_shared(ut, [at, h * C], filled, t_rows.index(stage))
             tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
             if GRADIENTS:
                 mbarrier.expect(late, 2 * (2 * C * SIZE + SIZE * SIZE))
@@ -89,18 +91,18 @@ def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
 
 
 @gluon.jit
-def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constexpr, DECAY: gl.constexpr):
+def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
     buffers, gs, drs, sums, barriers = shared
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
     full, empty, soon, free, late, summed, taken = barriers
-    leaving, end, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
+    d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
     start, begin, count, h, scale, H = numbers
     STAGES: gl.constexpr = full.shape[0]
     REST: gl.constexpr = soon.shape[0]
     dtype: gl.constexpr = k_rows.dtype
     grad = gl.zeros([SIZE, SIZE], gl.float32, STATE)
-    if leaving is not None:
-        grad = gl.load(leaving + state_places(gl.program_id(0), h, H))
+    if d_final is not None:
+        grad = gl.load(d_final + state_places(gl.program_id(0), h, H))
     nothing = gl.zeros([SIZE, C], gl.float32, COLUMNS)
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
@@ -187,8 +189,8 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, ENDS: gl.constex
                 tma.async_copy_shared_to_global(dv_rows, [at, h * SIZE], drc)
     if GRADIENTS:
         tma.store_wait(0)
-    if ENDS:
-        gl.store(end + state_places(gl.program_id(0), h, H), grad)
+    if FINAL:
+        gl.store(d_initial + state_places(gl.program_id(0), h, H), grad)
 
 
 @gluon.jit(do_not_specialize=["FIRST_HEAD"])
@@ -197,10 +199,10 @@ def _reverse_scan(
     k,
     do,  # rows of [tokens, H, SIZE]
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
-    wy,  # rows of [tokens, H, C]: T
+    ut,  # rows of [tokens, H, C]: T
     scores,  # rows of [tokens, H, C]: P, scaled
-    leaving,  # [M, H, SIZE, SIZE] fp32, or None: zero
-    end,  # likewise, if ENDS: the gradient of the state at the tile's start
+    d_final,  # [M, H, SIZE, SIZE] fp32, or None: zero
+    d_initial,  # likewise, if FINAL: the gradient of the state at the tile's start
     # The others for GRADIENTS:
     v,  # rows of [tokens, H, SIZE]
     u,  # rows of [tokens, HEADS, SIZE]
@@ -221,7 +223,7 @@ def _reverse_scan(
     G,
     FIRST_HEAD,
     GRADIENTS: gl.constexpr,
-    ENDS: gl.constexpr,
+    FINAL: gl.constexpr,
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -251,14 +253,14 @@ def _reverse_scan(
     summed, taken = make_ring(1, 1)
     buffers = (k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs)
     shared = (buffers, gs, drs, sums, (full, empty, soon, free, late, summed, taken))
-    tensors = (leaving, end, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
-    sources = (q, k, v, do, u, wy, scores, states, gates)
+    tensors = (d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
+    sources = (q, k, v, do, u, ut, scores, states, gates)
     numbers = (start, begin, count, h, scale, H)
     arriving, where = (full, empty, soon, free, late), (begin, count, chunk, h, row, H, HEADS, G)
     if GRADIENTS:
         gl.warp_specialize(
             [
-                (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
+                (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
                 (add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
             ],
@@ -268,7 +270,7 @@ def _reverse_scan(
     else:
         gl.warp_specialize(
             [
-                (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
+                (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
             ],
             [1],
@@ -277,32 +279,31 @@ def _reverse_scan(
 
 
 def reverse_scan(
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
+    cut: Cut,
+    x: Inputs,
+    terms: Terms,
     do: Tensor,
-    gates: Tensor,
-    wy: Tensor,
-    scores: Tensor,
-    scale: float,
-    leaving: Tensor | None,
-    end: Tensor | None,
-    first_chunk: Tensor,
-    decay: int,
-    heads: range,
-    given: tuple[Tensor, Tensor, Tensor] | None = None,
-    found: tuple[Tensor | None, ...] = (None,) * 5,
+    *,
+    d_final: Tensor | None = None,
+    d_initial: Tensor | None = None,
+    heads: range | None = None,
+    recomputed: Recomputed | None = None,
+    grads: Grads | None = None,
 ) -> None:
-    """See delta.reverse_scan. With v, u and the chunks' states `given` it fills `found`: dq, dk and dv, [B, T, H, K or
-    V], d_decay and d_beta."""
-    dq, dk, dv, d_decay, d_beta = found
-    v, u, states = given or (None,) * 3
-    rows = [None if x is None else rows_of(x, SIZE.value) for x in (q, k, do, v, u, dq, dk, dv)]
+    """Scans every tile and head (of `heads`) in reverse. With what was `recomputed` of them it fills `grads`."""
+    all_heads, q_heads = x.v.shape[2], x.k.shape[2]
+    heads = heads or range(all_heads)
+    dq, dk, dv, d_decay, d_beta = grads or (None,) * 5
+    u, states = recomputed or (None, None)
+    assert terms.scores is not None
+    v = x.v if recomputed else None
+    rows = [None if y is None else rows_of(y, SIZE.value) for y in (x.q, x.k, do, v, u, dq, dk, dv)]
     launch(
-        _reverse_scan, (tiles.count, len(heads)),
-        *rows[:3], gates, rows_of(wy, C.value), rows_of(scores, C.value), leaving, end, *rows[3:5],
-        None if states is None else states_of(states), dq, rows[5], dk, rows[6], dv, rows[7], d_decay, d_beta,
-        tiles.start, tiles.length, first_chunk, scale, do.shape[2], do.shape[2] // k.shape[2], heads.start,
-        GRADIENTS=given is not None, ENDS=end is not None, DECAY=decay, STAGES=2 if given else 3, num_warps=8,
-        pdl=True,
+        _reverse_scan, (cut.tiles.count, len(heads)),
+        *rows[:3], terms.gates, rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
+        *rows[3:5], None if states is None else states_of(states),
+        dq, rows[5], dk, rows[6], dv, rows[7], d_decay, d_beta,
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
+        GRADIENTS=recomputed is not None, FINAL=d_initial is not None, DECAY=scan_decay(x.decay).value,
+        STAGES=2 if recomputed else 3, num_warps=8, pdl=True,
     )  # fmt: skip

@@ -18,7 +18,7 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))  
 STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))  # first operands of products, in registers
 COLUMNS_LEFT = gl.constexpr(gl.DotOperandLayout(0, COLUMNS, 2))
 TOKENS_LEFT = gl.constexpr(gl.DotOperandLayout(0, TOKENS, 2))
-SCORE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # [C, C], as memory likes it
+SCORE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # [C, C], coalesced
 TOKEN_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))  # [C, K], likewise
 
 

@@ -79,7 +79,7 @@ def _compute(
     SUMS: gl.constexpr,
 ):
     buffers, x_halves, outputs, gates_copies, full, empty = shared
-    gates, entering, y, y_rows, products, ends = tensors
+    gates, initial, y, y_rows, products, ends = tensors
     begin, count, h, scale, TOKENS, H = numbers
     a_rows, b_rows, c_rows, partner_rows = buffers
     xs, gs = x_halves.index(PART), gates_copies.index(PART)
@@ -92,11 +92,11 @@ def _compute(
     if SUMS:
         products += (PART * TOKENS + begin) * H + h
     chunks = gl.cdiv(count, C)
-    if TRANSPOSED:  # what enters has long been there: see overlap
-        x = load_initial_state(entering, half_rows(PART), tile, h, H).permute((1, 0))
+    if TRANSPOSED:  # what enters has long been there: see pdl
+        x = load_initial_state(initial, half_rows(PART), tile, h, H).permute((1, 0))
     else:
         griddepcontrol_wait()
-        x = load_initial_state(entering, half_columns(PART), tile, h, H)
+        x = load_initial_state(initial, half_columns(PART), tile, h, H)
     x = gl.convert_layout(x, MMA)
     xs.store(x.to(dtype))
     if DECAY != NONE:
@@ -223,7 +223,7 @@ def forward_scan(
     b: Tensor,
     c: Tensor,
     gates: Tensor | None,
-    entering: InitialStates,
+    initial: InitialStates,
     scale: float,
     *,
     transposed: bool = False,
@@ -234,14 +234,14 @@ def forward_scan(
 
     `ends` (like a state for every tile) is then filled with the states at the tiles' ends.
     """
-    (batch, tokens), heads = c.shape[:2], entering.local.shape[1]
+    (batch, tokens), heads = c.shape[:2], initial.local.shape[1]
     y = c.new_empty(batch, tokens, heads, SIZE.value)
-    products = None if partner is None else entering.local.new_empty(2, batch, tokens, heads)
+    products = None if partner is None else initial.local.new_empty(2, batch, tokens, heads)
     groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
     launch(
         _forward_scan, (tiles.count, heads),
         rows_of(a, SIZE.value), rows_of(b, SIZE.value), rows_of(c, HALF.value),
-        None if partner is None else rows_of(partner, HALF.value), gates, *entering,
+        None if partner is None else rows_of(partner, HALF.value), gates, *initial,
         y, rows_of(y, HALF.value), products, ends,
         tiles.owner, tiles.start, tiles.length, scale, batch * tokens, heads, *groups,
         DECAY=Decay.of(gates).value, TRANSPOSED=transposed, SUMS=partner is not None, STAGES=2, num_warps=4,

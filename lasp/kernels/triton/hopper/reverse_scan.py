@@ -78,7 +78,7 @@ def _compute(
     SUMS: gl.constexpr,
 ):
     buffers, x_copies, outputs, gates_copies, full, empty, ready = shared
-    gates, entering, v_dv, ends, at_end = tensors
+    gates, initial, v_dv, ends, at_end = tensors
     begin, count, h, scale, H = numbers
     q_rows, k_rows, v_rows, do_rows = buffers
     out, gs = outputs.index(PART), gates_copies.index(PART)
@@ -91,7 +91,7 @@ def _compute(
     y += (begin * H + h) * SIZE
     chunks = gl.cdiv(count, C)
     griddepcontrol_wait()
-    x = load_initial_state(entering, state_at, tile, h, H)
+    x = load_initial_state(initial, state_at, tile, h, H)
     if SUMS:
         v_dv += begin * H + h
         end_state = gl.load(ends + (tile * H + h) * SIZE * SIZE + state_at)
@@ -231,7 +231,7 @@ def reverse_scan(
     v: Tensor,
     do: Tensor,
     gates: Tensor | None,
-    entering: InitialStates,
+    initial: InitialStates,
     scale: float,
     ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -244,7 +244,7 @@ def reverse_scan(
         v_dv, at_end = ends.new_empty(1, batch, tokens, heads), ends.new_empty(2, tiles.count, heads)
     launch(
         _reverse_scan, (tiles.count, heads),
-        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *entering,
+        *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *initial,
         dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value), v_dv, ends, at_end,
         tiles.owner, tiles.start, tiles.length, scale, heads, heads // q.shape[2],
         DECAY=Decay.of(gates).value, SUMS=ends is not None, STAGES=2, num_warps=4,

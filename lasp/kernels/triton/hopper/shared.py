@@ -20,7 +20,7 @@ MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # p
 WIDE_MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand, in registers
 WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # rows of 64, as memory likes them
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # rows of 64, coalesced
 WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 HALF_LINES = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))  # the same of fp32
 LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
@@ -77,7 +77,7 @@ def whole_decay(gates_copy, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def half_columns(PART: gl.constexpr):
-    """Places in a state of half of its columns, [SIZE, HALF], as memory likes them: products have others."""
+    """Places in a state of half of its columns, [SIZE, HALF], coalesced: products have other layouts."""
     row = gl.arange(0, SIZE, layout=gl.SliceLayout(1, HALF_LINES))
     return row[:, None] * SIZE + (PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, HALF_LINES)))[None, :]
 
@@ -90,9 +90,9 @@ def half_rows(PART: gl.constexpr):
 
 
 @gluon.jit
-def load_initial_state(entering, at, tile, h, H):
+def load_initial_state(initial, at, tile, h, H):
     """What enters a tile, at some places of the state: see scan.load_initial_state."""
-    local, incoming, passed, owner = entering
+    local, incoming, passed, owner = initial
     x = gl.load(local + (tile * H + h) * SIZE * SIZE + at)
     if incoming is not None:
         came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)

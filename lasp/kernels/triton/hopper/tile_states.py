@@ -150,7 +150,7 @@ def _tile_states(
     )
 
 
-def tile_states_on_hopper(
+def tile_states(
     tiles: Tiles, k: Tensor, v: Tensor, gates: Tensor | None, *, backward: bool, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """S [M, H, SIZE, SIZE] of every tile and log A [M, H], or, backward, D alone: see states.tile_states."""

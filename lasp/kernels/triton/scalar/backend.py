@@ -1,75 +1,53 @@
-"""Phase 3 of linear attention without gates or with scalar ones: which kernels walk the tiles, for what."""
+"""What linear attention without gates or with scalar ones asks of its kernels (see scalar.op).
 
-from dataclasses import dataclass
-from typing import Any
+Two answer: `portable` everywhere, `hopper.scalar` for the commonest heads on Hopper. Which, is chosen once a call.
+"""
+
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.delta.ut_transform import CHUNK
-from lasp.kernels.triton.device import GLUON
-from lasp.kernels.triton.scalar.chunk_scan import walk
-from lasp.kernels.triton.scalar.config import ScalarConfig
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
-if GLUON:
-    from lasp.kernels.triton.hopper.forward_scan import forward_scan
-    from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
+Saved = tuple[Tensor | None, ...]  # what a backend keeps of the gates
 
 
-@dataclass(frozen=True)
-class Walks:
-    """What all walks over the same tiles share.
+class QueryGrads(NamedTuple):
+    """dq [B, T, H, K] for every value head; with a learned gate also q · dq [blocks, B, T, H] in partial sums."""
 
-    gates: see gates.cumulate. steepest: see states.tile_states. hopper: by the kernels for it, see config.for_hopper.
-    """
+    dq: Tensor
+    q_dq: Tensor | None
 
-    tiles: Tiles
-    gates: Tensor | None
-    steepest: Tensor | None
-    scale: float
-    config: ScalarConfig
-    hopper: bool
 
-    def __post_init__(self) -> None:
-        if self.hopper and self.gates is not None and self.gates.ndim > 1:
-            assert self.config.chunk == CHUNK, f"gates are summed within {self.config.chunk} tokens, not {CHUNK}"
+class KeyValueGrads(NamedTuple):
+    """dk, dv [B, T, H, K or V]; with a learned gate also v · dv [blocks, B, T, H] and <X, dX> at the tiles' ends
+    [blocks, M, H], in partial sums."""
 
-    def outputs(self, q: Tensor, k: Tensor, v: Tensor, entering: InitialStates) -> Tensor:
-        """o [B, T, H, V], given the states that enter the tiles."""
-        return self._up(q, k, v, entering, False, None, None)[0]
+    dk: Tensor
+    dv: Tensor
+    v_dv: Tensor | None
+    at_end: Tensor | None
+
+
+class Backend(Protocol):
+    """The steps of one call. Tiles, the scale and the launches are the backend's own."""
+
+    def tile_states(self, k: Tensor, v: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor | None, Saved]:
+        """S [M, H, K, V] and log A [M, H] of every tile in fp32, and what the other steps read of the gates."""
+
+    def tile_states_grad(self, q: Tensor, do: Tensor, saved: Saved) -> Tensor:
+        """D [M, H, K, V] of every tile."""
+
+    def outputs(self, q: Tensor, k: Tensor, v: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
+        """o [B, T, H, V], given the states that the tiles start from."""
 
     def query_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, entering: InitialStates, ends: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """dq [B, T, H, K] for every value head. `ends` [M, H, K, V] asks for what a gate's gradient needs, too: it is
-        filled with the states at the tiles' ends, and q · dq is given, [blocks, B, T, H]."""
-        return self._up(do, v, k, entering, True, None if ends is None else q, ends)
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, initial: InitialStates, ends: Tensor | None
+    ) -> QueryGrads:
+        """A forward scan. `ends` [M, H, K, V] asks for what a gate's gradient needs: it is filled with the states at
+        the tiles' ends."""
 
     def key_value_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, leaving: InitialStates, ends: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """dk and dv [B, T, H, K or V], given the gradients of the states that leave the tiles; with `ends` also v · dv
-        [blocks, B, T, H] and the products of those states with their gradients [blocks, M, H]."""
-        if self.hopper:
-            return reverse_scan(self.tiles, q, k, v, do, self.gates, leaving, self.scale, ends)
-        shared = self.gates, self.steepest, leaving, self.scale, self.config
-        partner = None if ends is None else v
-        dv, v_dv, at_end = walk(self.tiles, k, q, do, *shared, down=True, partner=partner, ends=ends)
-        dk, _, _ = walk(self.tiles, v, do, q, *shared, down=True, transposed=True)
-        return dk, dv, v_dv, at_end
-
-    def _up(
-        self,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        entering: InitialStates,
-        transposed: bool,
-        partner: Tensor | None,
-        ends: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        how: dict[str, Any] = {"transposed": transposed, "partner": partner, "ends": ends}
-        if self.hopper:
-            return forward_scan(self.tiles, a, b, c, self.gates, entering, self.scale, **how)
-        return walk(self.tiles, a, b, c, self.gates, self.steepest, entering, self.scale, self.config, **how)[:2]
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, d_final: InitialStates, ends: Tensor | None
+    ) -> KeyValueGrads:
+        """A reverse scan, given the gradients of the states that the tiles end with."""

@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScalarConfig:
-    """chunk: tokens per step of a walk. widest: columns of the state that one program of a walk holds.
+    """chunk: tokens per step of a scan. widest: columns of the state that one program of a scan holds.
 
-    reach: the largest decay of a chunk, as a power of two, that is not steep (see walk): 2^{reach/2} must leave room in
-    the dtype, and its exponent's rounding must not show in fp32.
+    max_log2_decay: the largest decay of a chunk, as a power of two, whose weights are products (see chunk_scan):
+        2^{max_log2_decay/2} must leave room in the dtype, and its exponent's rounding must not show in fp32.
     """
 
     chunk: int
@@ -19,7 +19,7 @@ class ScalarConfig:
     stages: int
     widest: int
     state_stages: int = 3
-    reach: float = 160.0
+    max_log2_decay: float = 160.0
     precision: str = "tf32"  # of products in fp32, where states meet fp16 inputs
 
 
@@ -27,10 +27,12 @@ def scalar_config(k: Tensor, v: Tensor, gated: bool) -> ScalarConfig:
     """The configuration of the scalar classes' kernels for these head sizes and dtype."""
     widest = max(k.shape[-1], v.shape[-1])
     if v.dtype == torch.float32:
-        return ScalarConfig(chunk=32, warps=8, stages=1, widest=64, state_stages=1, reach=32.0, precision="ieee")
-    reach = 16.0 if v.dtype == torch.float16 else 160.0
+        return ScalarConfig(
+            chunk=32, warps=8, stages=1, widest=64, state_stages=1, max_log2_decay=32.0, precision="ieee"
+        )
+    max_log2_decay = 16.0 if v.dtype == torch.float16 else 160.0
     if widest > 128:
-        return ScalarConfig(chunk=64, warps=8, stages=1, widest=64, reach=reach)
+        return ScalarConfig(chunk=64, warps=8, stages=1, widest=64, max_log2_decay=max_log2_decay)
     if widest > 64 and not gated:
         return ScalarConfig(chunk=128, warps=8, stages=2, widest=128)
-    return ScalarConfig(chunk=64, warps=4, stages=2, widest=64, reach=reach)
+    return ScalarConfig(chunk=64, warps=4, stages=2, widest=64, max_log2_decay=max_log2_decay)

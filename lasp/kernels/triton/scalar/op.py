@@ -7,62 +7,64 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
-from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.device import for_hopper
-from lasp.kernels.triton.scalar.backend import Walks
+from lasp.kernels.triton.device import GLUON, for_hopper
+from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
-from lasp.kernels.triton.scalar.gates import cumulate, gate_grads
-from lasp.kernels.triton.scalar.tile_states import tile_states
+from lasp.kernels.triton.scalar.gates import gate_grads
+from lasp.kernels.triton.scalar.portable import Portable
 from lasp.kernels.triton.shared.operands import contiguous, laid_out, per_q_head
-from lasp.kernels.triton.shared.state_passing import InitialStates, Scan
+from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import tiles_of
+
+if GLUON:
+    from lasp.kernels.triton.hopper.scalar import Hopper
 
 
 @dataclass(frozen=True)
 class TritonLinear:
-    """decay None, [H] or [B, T, H]. Kept for backward: what enters the tiles, and what walks read of gates."""
+    """decay None, [H] or [B, T, H]. Kept for backward: the tiles' initial states and what kernels read of gates."""
 
     config: ScalarConfig | None = None  # None takes it from the table
 
     def summarize(self, x: Inputs, wanted: bool):
-        x, tiles, config = self._prepare(x)
-        gates = cumulate(tiles, x.decay, x.v, config.chunk)
-        states, transitions, steepest = tile_states(tiles, x.k, x.v, gates, config)
-        scan = Scan(tiles, states, transitions, down=False, ahead=wanted)
-        return scan.summary, (x, tiles, config, gates, steepest, scan)
+        x, kernels = contiguous(x), self._backend(x)
+        states, transitions, saved = kernels.tile_states(x.k, x.v, x.decay)
+        passing = StatePassing(tiles_of(x), states, transitions, reverse=False, ahead=wanted)
+        return passing.summary, (x, kernels, saved, passing)
 
     def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
-        x, tiles, config, gates, steepest, scan = partial
-        entering, outgoing = scan.enter(incoming.wait())
-        o = self._walks(x, tiles, gates, steepest, config).outputs(x.q, x.k, x.v, entering)
-        return o, outgoing, (scan.transitions, gates, steepest, *entering)
+        x, kernels, saved, passing = partial
+        initial, final_states = passing.enter(incoming.wait())
+        o = kernels.outputs(x.q, x.k, x.v, saved, initial)
+        return o, final_states, (passing.transitions, *initial, *saved)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
-        (x, tiles, config), do = self._prepare(x), laid_out(do)
-        transitions, gates, *_ = kept
-        states, _, _ = tile_states(tiles, x.q, do, gates, config, backward=True, scale=x.scale)
-        scan = Scan(tiles, states, transitions, down=True, ahead=wanted)
-        return scan.summary and scan.summary.state, (x, tiles, config, do, scan)
+        x, do, kernels = contiguous(x), laid_out(do), self._backend(x)
+        (transitions, local, incoming, passed), saved = kept[:4], kept[4:]
+        assert local is not None
+        initial = InitialStates(local, incoming, passed)
+        d_states = kernels.tile_states_grad(x.q, do, saved)
+        passing = StatePassing(tiles_of(x), d_states, transitions, reverse=True, ahead=wanted)
+        return passing.summary and passing.summary.state, (
+            x,
+            kernels,
+            do,
+            saved,
+            InitialStates(local, incoming, passed),
+            passing,
+        )
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, tiles, config, do, scan), (_, gates, steepest, local, *came) = partial, kept
-        assert local is not None
-        entering = InitialStates(local, *came)
-        walks = self._walks(x, tiles, gates, steepest, config)
+        x, kernels, do, saved, initial, passing = partial
         gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
-        ends = None if gate is None else torch.empty_like(entering.local)
-        dq, q_dq = walks.query_grads(x.q, x.k, x.v, do, entering, ends)
-        leaving, d_incoming = scan.enter(d_outgoing.wait())
-        dk, dv, v_dv, at_end = walks.key_value_grads(x.q, x.k, x.v, do, leaving, ends)
-        dg = None
-        if gate is not None:
-            assert q_dq is not None and v_dv is not None and at_end is not None
-            dg = gate_grads(tiles, gate, q_dq, v_dv, at_end)
-        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, dg, None, d_incoming)
+        ends = None if gate is None else torch.empty_like(initial.local)
+        dq, q_dq = kernels.query_grads(x.q, x.k, x.v, do, saved, initial, ends)
+        d_final, d_incoming = passing.enter(d_outgoing.wait())
+        dk, dv, v_dv, at_end = kernels.key_value_grads(x.q, x.k, x.v, do, saved, d_final, ends)
+        d_gate = None if gate is None else gate_grads(tiles_of(x), gate, q_dq, v_dv, at_end)
+        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, d_gate, None, d_incoming)
 
-    @staticmethod
-    def _walks(x: Inputs, tiles: Tiles, gates: Tensor | None, steepest: Tensor | None, config: ScalarConfig) -> Walks:
-        return Walks(tiles, gates, steepest, x.scale, config, for_hopper(x.k, x.v))
-
-    def _prepare(self, x: Inputs) -> tuple[Inputs, Tiles, ScalarConfig]:
-        return contiguous(x), tiles_of(x), self.config or scalar_config(x.k, x.v, x.decay is not None)
+    def _backend(self, x: Inputs) -> Backend:
+        if for_hopper(x.k, x.v):
+            return Hopper(tiles_of(x), x.scale)
+        return Portable(tiles_of(x), x.scale, self.config or scalar_config(x.k, x.v, x.decay is not None))

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.device import GLUON, block_of, cdiv, for_hopper
+from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.config import ScalarConfig
 from lasp.kernels.triton.scalar.gates import load_gates
 from lasp.kernels.triton.shared.decay import LOG2_E, NONE
-
-if GLUON:
-    from lasp.kernels.triton.hopper.tile_states import tile_states_on_hopper
 
 
 @triton.jit
@@ -32,7 +29,7 @@ def _states(
     gates,  # see gates.cumulate
     states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
-    steepest,  # [M, H] fp32: the largest log2 decay of their chunks, negated, written forward
+    largest_decay,  # [M, H] fp32: the largest log2 decay of their chunks, negated, written forward
     start,
     length,
     scale,
@@ -80,7 +77,7 @@ def _states(
     tl.store(states + (tile * H + h) * K * V + rows[:, None] * V + cols[None, :], state * scale, mask=inside)
     if DECAY != NONE and not BACKWARD:
         tl.store(transitions + tile * H + h, passed / LOG2_E, mask=block == 0)
-        tl.store(steepest + tile * H + h, most, mask=block == 0)
+        tl.store(largest_decay + tile * H + h, most, mask=block == 0)
 
 
 def tile_states(
@@ -95,21 +92,19 @@ def tile_states(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """S [M, H, K, V] of every tile from k, v, log A [M, H], and the largest log2 decay of a chunk, negated [M, H].
 
-    Backward D from q and do, and nothing else. The kernels for Hopper do not ask how steep a chunk is.
+    Backward D from q and do, and nothing else.
     """
-    if for_hopper(k, v):
-        return *tile_states_on_hopper(tiles, k, v, gates, backward=backward, scale=scale), None
     (heads, value_dim), (q_heads, key_dim) = v.shape[2:], k.shape[2:]
     states = v.new_empty(tiles.count, heads, key_dim, value_dim, dtype=torch.float32)
     none = gates is None or backward
-    transitions, steepest = (None if none else states.new_empty(tiles.count, heads) for _ in range(2))
+    transitions, largest_decay = (None if none else states.new_empty(tiles.count, heads) for _ in range(2))
     block_k, block_v = min(128, block_of(key_dim)), min(128, block_of(value_dim))
     grid = (tiles.count, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v))
     launch(
         _states, grid,
-        k, v, gates, states, transitions, steepest, tiles.start, tiles.length, scale, heads, heads // q_heads,
+        k, v, gates, states, transitions, largest_decay, tiles.start, tiles.length, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, DECAY=Decay.of(gates).value, BACKWARD=backward,
         PRECISION=config.precision, num_warps=8 if block_k * block_v > 64 * 64 else 4, num_stages=config.state_stages,
         pdl=True,
     )  # fmt: skip
-    return states, transitions, steepest
+    return states, transitions, largest_decay

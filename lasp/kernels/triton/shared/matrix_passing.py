@@ -1,7 +1,8 @@
 """Phase 2 of the delta rule: the state passes from tile to tile, X -> A X + S with a matrix A (math §1).
 
-As in `scan` it need not wait for what enters a segment: the products of transitions that this meets are states, too,
-which start from the identity and to which nothing is added. Their columns are found beside those of the states.
+As in `state_passing` it need not wait for what enters a segment: the products of transitions that this meets are
+states, too, which start from the identity and to which nothing is added. Their columns are found beside those of the
+states.
 
 Products of many transitions must not lose precision: three TF32 products stand for one of fp32.
 """
@@ -17,11 +18,11 @@ from lasp.kernels.triton.launch import launch
 
 
 @triton.jit
-def _scan(
+def _pass_by_matrix(
     states,  # [M, H, K, V] summaries of the tiles: forward S, backward D
     transitions,  # [M, H, K, K]
     start,  # [N, H, K, V] what enters each segment; None is zero
-    entering,  # [M, H, K, V] what enters each tile
+    initial,  # [M, H, K, V] what enters each tile
     end,  # [N, H, K, V] what leaves each segment
     passed,  # [M, H, K, K] the product of the transitions before each tile, unless None
     total,  # [N, H, K, K] and that of all of a segment
@@ -32,21 +33,21 @@ def _scan(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BLOCK: tl.constexpr,
-    DOWN: tl.constexpr,  # from the last tile to the first, with Aᵀ
+    REVERSE: tl.constexpr,  # from the last tile to the first, with Aᵀ
     STAGES: tl.constexpr,
 ):
     block = tl.program_id(2)
     blocks: tl.constexpr = (V + BV - 1) // BV
     if passed is None or block < blocks:
-        _columns(block, states, transitions, start, entering, end, first, H, K, V, BK, BV, BLOCK, DOWN, STAGES)
+        _columns(block, states, transitions, start, initial, end, first, H, K, V, BK, BV, BLOCK, REVERSE, STAGES)
     else:
-        _columns(block - blocks, None, transitions, None, passed, total, first, H, K, K, BK, BV, BLOCK, DOWN, STAGES)
+        _columns(block - blocks, None, transitions, None, passed, total, first, H, K, K, BK, BV, BLOCK, REVERSE, STAGES)
 
 
 @triton.jit
 def _columns(
-    block, states, transitions, start, entering, end, first, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, DOWN: tl.constexpr,
+    block, states, transitions, start, initial, end, first, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of the states, or, where these are None, of the identity."""
@@ -61,15 +62,15 @@ def _columns(
         x += tl.load(start + (n * H + h) * K * V + place, mask=inside, other=0.0)
     low, high = tl.load(first + n).to(tl.int64), tl.load(first + n + 1).to(tl.int64)
     for i in tl.range(0, high - low, num_stages=STAGES):
-        tile = ((high - 1 - i) if DOWN else (low + i)) * H + h
+        tile = ((high - 1 - i) if REVERSE else (low + i)) * H + h
         s = tl.zeros([BK, BV], tl.float32)
         if states is not None:
             s = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
-        tl.store(entering + tile * K * V + place, x, mask=inside)
+        tl.store(initial + tile * K * V + place, x, mask=inside)
         if BK == BLOCK:
             k = tl.arange(0, BK)
             square = (rows < K)[:, None] & (k < K)[None, :]
-            across = k[None, :] * K + rows[:, None] if DOWN else rows[:, None] * K + k[None, :]
+            across = k[None, :] * K + rows[:, None] if REVERSE else rows[:, None] * K + k[None, :]
             a = tl.load(transitions + tile * K * K + across, mask=square, other=0.0)
             x = tl.dot(a, x, s, input_precision="tf32x3")
         else:  # A is too large to be held: x comes back in pieces from where it has just been written
@@ -78,10 +79,10 @@ def _columns(
             for piece in range(tl.cdiv(K, BLOCK)):
                 k = piece * BLOCK + tl.arange(0, BLOCK)
                 square = (rows < K)[:, None] & (k < K)[None, :]
-                across = k[None, :] * K + rows[:, None] if DOWN else rows[:, None] * K + k[None, :]
+                across = k[None, :] * K + rows[:, None] if REVERSE else rows[:, None] * K + k[None, :]
                 a = tl.load(transitions + tile * K * K + across, mask=square, other=0.0)
                 part = (k < K)[:, None] & (cols < V)[None, :]
-                y = tl.load(entering + tile * K * V + k[:, None] * V + cols[None, :], mask=part, other=0.0)
+                y = tl.load(initial + tile * K * V + k[:, None] * V + cols[None, :], mask=part, other=0.0)
                 x = tl.dot(a, y, x, input_precision="tf32x3")
     tl.store(end + (n * H + h) * K * V + place, x, mask=inside)
 
@@ -123,31 +124,31 @@ def pass_by_matrix(
     tiles: Tiles,
     states: Tensor,
     transitions: Tensor,
-    down: bool,
+    reverse: bool,
     start: Tensor | None,
     passed: Tensor | None,
     total: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What enters the tiles [M, H, K, V] and what leaves the segments [N, H, K, V]; fills `passed` and `total`, if they
-    are there: see scan.Scan."""
+    are there: see state_passing.StatePassing."""
     heads, key_dim, value_dim = states.shape[1:]
     segments = tiles.first.numel() - 1
-    entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
+    initial, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
     block_k, columns = block_of(key_dim), value_dim + (0 if passed is None else key_dim)
     at_once = multiprocessors(states.device) // (segments * heads)
     block_v = next((wide for wide in (16, 32) if cdiv(columns, wide) <= at_once), 64)
     blocks = cdiv(value_dim, block_v) + (0 if passed is None else cdiv(key_dim, block_v))
     launch(
-        _scan, (segments, heads, blocks),
-        states, transitions, start, entering, end, passed, total, tiles.first, heads,
+        _pass_by_matrix, (segments, heads, blocks),
+        states, transitions, start, initial, end, passed, total, tiles.first, heads,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=_held(block_k),
-        DOWN=down, STAGES=(3 if block_v == 16 else 2) if block_k <= 128 else 1, num_warps=8,
+        REVERSE=reverse, STAGES=(3 if block_v == 16 else 2) if block_k <= 128 else 1, num_warps=8,
     )  # fmt: skip
-    return entering, end
+    return initial, end
 
 
 def add_incoming(tiles: Tiles, local: Tensor, incoming: Tensor | None, passed: Tensor | None) -> Tensor:
-    """What enters each tile, [M, H, K, V], of the parts of scan.InitialStates; takes the place of `local`."""
+    """What enters each tile, [M, H, K, V], of the parts of InitialStates; takes the place of `local`."""
     if incoming is not None:
         count, heads, key_dim, value_dim = local.shape
         block_v = min(64, block_of(value_dim))

@@ -16,7 +16,7 @@ def contiguous(x: Inputs) -> Inputs:
 def laid_out(x: Tensor) -> Tensor:
     """x with the memory layout that the kernels assume: contiguous, and from an address on that 16 divides.
 
-    A copy has to live until its half of the op has ended, since kernels that overlap may get its memory (see overlap).
+    A copy has to live until its half of the op has ended, since kernels that overlap may get its memory (see pdl).
     """
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -1,4 +1,4 @@
-"""Phase 2: the state passes from tile to tile of a segment, X -> A X + S (math §1), up or, for gradients, down.
+"""Phase 2: the state passes from tile to tile of a segment, X -> A X + S (math §1), in reverse for gradients.
 
 It is linear in what enters the segment, so that an exchange need not be waited for: with x_t what enters tile t of a
 segment that nothing enters, and P_t the product of the transitions of the tiles before,
@@ -20,15 +20,15 @@ from lasp.kernels.triton.device import block_of, cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
-from lasp.kernels.triton.shared.matrix_passing import pass_by_matrix
+from lasp.kernels.triton.shared.matrix_passing import add_incoming, pass_by_matrix
 
 
 @triton.jit
-def _scan(
+def _pass_states(
     states,  # [M, H, K, V] summaries of the tiles (forward S, backward D)
     transitions,  # [M, H] or [M, H, K] logarithms
     start,  # [N, H, K, V] what enters each segment; None is zero
-    entering,  # [M, H, K, V] what enters each tile
+    initial,  # [M, H, K, V] what enters each tile
     end,  # [N, H, K, V] what leaves each segment
     passed,  # [M, H] or [M, H, K] the product of the transitions before each tile, unless None
     totals,  # [N, H] or [N, H, K] and that of all of a segment
@@ -39,7 +39,7 @@ def _scan(
     BK: tl.constexpr,
     BV: tl.constexpr,
     CLASS: tl.constexpr,
-    DOWN: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     block = tl.program_id(2)
@@ -58,9 +58,9 @@ def _scan(
         width, channels, writes = K, rows, (rows < K) & (block % tl.cdiv(V, BV) == 0)
     low, high = tl.load(first + n).to(tl.int64), tl.load(first + n + 1).to(tl.int64)
     for i in tl.range(0, high - low, num_stages=4):  # or each load would wait for the store before it
-        tile = ((high - 1 - i) if DOWN else (low + i)) * H + h
+        tile = ((high - 1 - i) if REVERSE else (low + i)) * H + h
         s = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
-        tl.store(entering + tile * K * V + place, x, mask=inside)
+        tl.store(initial + tile * K * V + place, x, mask=inside)
         if CLASS != NONE:
             if passed is not None:
                 tl.store(passed + tile * width + channels, total, mask=writes)
@@ -96,67 +96,87 @@ def load_initial_state(
 
 
 class InitialStates(NamedTuple):
-    """What enters each tile, or in a scan down leaves it, fp32: `local` [M, H, K, V], and what comes into its segment,
-    `incoming` [N, H, K, V] (None: nothing), after the transitions before the tile, whose product is `passed`."""
+    """What each tile starts from, in a reverse scan the gradient of its final state, fp32: `local` [M, H, K, V], and
+    what comes into its segment, `incoming` [N, H, K, V] (None: nothing), after the transitions before the tile, whose
+    product is `passed`."""
 
     local: Tensor
     incoming: Tensor | None = None
     passed: Tensor | None = None
 
 
-class Scan:
-    """The scan of one direction, up or down, with transitions of any class (lasp.kernels.summary).
+class StatePassing:
+    """From tile to tile, forward or in reverse, with transitions of any class (lasp.kernels.summary).
 
-    ahead: it runs at once, which tells what the segments do to a state, `summary` (of a scan down D and the transposed
-    A), and leaves what comes in to those who read what enters the tiles. Else it runs when that is there, and starts
+    ahead: it runs at once, which tells what the segments do to a state, `summary` (in reverse D and the transposed A),
+    and leaves what comes in to those who read the tiles' initial states. Else it runs when that is there, and starts
     with it.
     """
 
-    def __init__(self, tiles: Tiles, states: Tensor, transitions: Tensor | None, *, down: bool, ahead: bool):
+    final: Tensor | None = None  # nobody needs to write the segments' final states: see OneTile
+
+    def __init__(self, tiles: Tiles, states: Tensor, transitions: Tensor | None, *, reverse: bool, ahead: bool):
         self.transitions = transitions
         self.summary: Summary | None = None
         self._passed: Tensor | None = None
-        self._over = tiles, states, transitions, down
+        self._over = tiles, states, transitions, reverse
         if ahead:
             totals = None
             if transitions is not None:
                 self._passed = torch.empty_like(transitions)
                 totals = transitions.new_empty(tiles.first.numel() - 1, *transitions.shape[1:])
-            self._local, end = _pass(*self._over, None, self._passed, totals)
-            self.summary = Summary(end, totals)
+            self._local, final = _pass(*self._over, None, self._passed, totals)
+            self.summary = Summary(final, totals)
 
     def enter(self, incoming: Tensor | None) -> tuple[InitialStates, Pending[Tensor]]:
-        """What enters the tiles and what leaves the segments, [N, H, K, V], given what enters these; None is zero."""
+        """The tiles' initial states and the segments' final ones, [N, H, K, V], given what comes in; None is zero."""
         incoming = None if incoming is None else incoming.contiguous()
         if self.summary is None:
-            entering, end = _pass(*self._over, incoming, None, None)
-            return InitialStates(entering), Pending(lambda: end)
+            initial, final = _pass(*self._over, incoming, None, None)
+            return InitialStates(initial), Pending(lambda: final)
         state, total = self.summary.state, self.summary.transition
         if incoming is None:
             return InitialStates(self._local), Pending(lambda: state)
         return InitialStates(self._local, incoming, self._passed), Pending(lambda: state + apply(total, incoming))
+
+    def enter_by_matrix(self, incoming: Tensor | None) -> tuple[Tensor | None, Pending[Tensor]]:
+        """`enter` of a class whose transitions are matrices, which no other kernel applies on its way."""
+        parts, final = self.enter(incoming)
+        return add_incoming(self._over[0], *parts), final
+
+
+class OneTile:
+    """The same where every segment is one tile: nothing passes. Whoever scans the tiles writes their `final` states."""
+
+    transitions = None
+
+    def __init__(self, summary: Summary | None, final: Tensor):
+        self.summary, self.final = summary, final
+
+    def enter_by_matrix(self, incoming: Tensor | None) -> tuple[Tensor | None, Pending[Tensor]]:
+        return None if incoming is None else incoming.contiguous(), Pending(lambda: self.final)
 
 
 def _pass(
     tiles: Tiles,
     states: Tensor,
     transitions: Tensor | None,
-    down: bool,
+    reverse: bool,
     start: Tensor | None,
     passed: Tensor | None,
     totals: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What enters the tiles and what leaves the segments; fills `passed` and `totals`, if they are there."""
     if transitions is not None and transitions.ndim == 4:
-        return pass_by_matrix(tiles, states, transitions, down, start, passed, totals)
+        return pass_by_matrix(tiles, states, transitions, reverse, start, passed, totals)
     heads, key_dim, value_dim = states.shape[1:]
     segments = tiles.first.numel() - 1
-    entering, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
+    initial, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
     kind = {None: NONE, 2: SCALAR, 3: DIAGONAL}[None if transitions is None else transitions.ndim].value
     block_k, block_v = min(32, next_power_of_2(key_dim)), min(64, block_of(value_dim))
     launch(
-        _scan, (segments, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v)),
-        states, transitions, start, entering, end, passed, totals, tiles.first, heads,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, DOWN=down, num_warps=4, pdl=True,
+        _pass_states, (segments, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v)),
+        states, transitions, start, initial, end, passed, totals, tiles.first, heads,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, REVERSE=reverse, num_warps=4, pdl=True,
     )  # fmt: skip
-    return entering, end
+    return initial, end

@@ -1,0 +1,90 @@
+"""What the delta rule asks of its kernels (see delta.op).
+
+Two answer: `portable` everywhere, `hopper.delta` for the commonest heads on Hopper. Which, is chosen once a call.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Inputs
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta.rescale import Factors
+
+
+class Terms(NamedTuple):
+    """What is known of every chunk of C tokens without a state. ut: T of the UT transform [B, T, H, C]. gates: see
+    ut_transform. scores: P [B, T, H, C], what each token reads of those of its chunk up to itself. factors: what reads
+    and writes the state."""
+
+    ut: Tensor
+    gates: Tensor
+    scores: Tensor | None
+    factors: Factors
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a call's tokens are cut. first_chunk: [M], the first of the chunks that lie in each tile."""
+
+    tiles: Tiles
+    chunks: Tiles
+    first_chunk: Tensor
+
+
+class Grads(NamedTuple):
+    """dq, dk [B, T, H, K] for every value head, dv, the decay's if it is learned, and beta's."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    d_decay: Tensor | None
+    d_beta: Tensor
+
+
+class Recomputed(NamedTuple):
+    """For some heads, of every chunk: u [B, T, heads, V] and the state it starts from [chunks, heads, V, K]."""
+
+    u: Tensor
+    states: Tensor
+
+
+class Backend(Protocol):
+    """The steps of one call."""
+
+    states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
+
+    def head_grads_dtype(self, x: Inputs) -> torch.dtype:
+        """Of dq and dk for every value head."""
+
+    def terms(self, x: Inputs) -> Terms:
+        """What summaries need, early; `scores` may be missing."""
+
+    def with_scores(self, x: Inputs, terms: Terms) -> Terms:
+        """All of them, once the summaries are on their way; `scores` may be unwritten until `outputs` has run."""
+
+    def terms_again(self, x: Inputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
+        """All of them in backward, from those that were saved."""
+
+    def tile_states(self, x: Inputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
+        """Fills S [M, H, K, V] and A [M, H, K, K] of every tile."""
+
+    def outputs(self, x: Inputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
+        """o [B, T, H, V], a forward scan from the tiles' initial states; fills their `final` ones, if it is there."""
+
+    def tile_states_grad(self, x: Inputs, terms: Terms, do: Tensor, states: Tensor) -> None:
+        """Fills D [M, H, K, V] of every tile."""
+
+    def recompute(
+        self, x: Inputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
+    ) -> None:
+        """Backward's forward scan of some heads. pdl: nothing it reads or writes has to do with the kernel before."""
+
+    def gradients(
+        self, x: Inputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
+        d_initial: Tensor | None, heads: range, grads: Grads,
+    ) -> None:  # fmt: skip
+        """Fills `grads` for some heads, a reverse scan from the gradients of the tiles' final states; fills
+        `d_initial`, those of their initial states, if it is there."""

@@ -1,0 +1,70 @@
+"""The kernels of the delta rule for Hopper, without a decay or with one number a token and head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.recurrence import Inputs
+from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY
+from lasp.kernels.triton.delta.rescale import Factors
+from lasp.kernels.triton.delta.ut_transform import ut_transform
+from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan
+from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan
+
+
+@dataclass(frozen=True)
+class Hopper:
+    """A `Backend`. States and transitions of tiles come from one scan; `outputs` computes the scores on its way, for
+    itself and for backward; `gradients` is one reverse scan."""
+
+    cut: Cut
+    states_at_once = 1
+
+    def head_grads_dtype(self, x: Inputs) -> torch.dtype:
+        return x.q.dtype
+
+    def terms(self, x: Inputs) -> Terms:
+        assert x.beta is not None
+        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, torch.bfloat16)
+        return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
+
+    def with_scores(self, x: Inputs, terms: Terms) -> Terms:
+        return terms._replace(scores=torch.empty_like(terms.ut))
+
+    def terms_again(self, x: Inputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
+        return Terms(ut, gates, scores, Factors(x.q, x.k, x.k))
+
+    def tile_states(self, x: Inputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
+        forward_scan(SUMMARY, self.cut, x, terms, final=states, transitions=transitions)
+
+    def outputs(self, x: Inputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
+        o = torch.empty_like(x.v)
+        forward_scan(OUTPUTS, self.cut, x, terms, initial=initial, final=final, y=o)
+        return o
+
+    def tile_states_grad(self, x: Inputs, terms: Terms, do: Tensor, states: Tensor) -> None:
+        reverse_scan(self.cut, x, terms, do, d_initial=states)
+
+    def recompute(
+        self, x: Inputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
+    ) -> None:
+        u, states = into
+        forward_scan(STATES, self.cut, x, terms, initial=initial, y=u, states=states, heads=heads, pdl=pdl)
+
+    def gradients(
+        self, x: Inputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
+        d_initial: Tensor | None, heads: range, grads: Grads,
+    ) -> None:  # fmt: skip
+        reverse_scan(
+            self.cut,
+            x,
+            terms,
+            do,
+            d_final=d_final,
+            d_initial=d_initial,
+            heads=heads,
+            recomputed=recomputed,
+            grads=grads,
+        )
