@@ -33,6 +33,7 @@ from lasp.kernels.triton.hopper.delta_shared import (
     split_gates,
     state_places,
 )
+from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     SHARED,
@@ -40,7 +41,6 @@ from lasp.kernels.triton.hopper.shared import (
     C,
     barrier,
     clear_tail,
-    make_ring,
     rows_of,
     send_rows,
     states_of,
@@ -52,17 +52,14 @@ from lasp.kernels.triton.shared.decay import NONE
 
 
 @gluon.jit
-def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
+def _fetch(sources, buffers, ring, numbers, MODE: gl.constexpr):
     q, k, v, ut, gates = sources
     q_rows, k_rows, v_rows, t_rows, lines = buffers
     begin, count, chunk, h, H, G = numbers
-    STAGES: gl.constexpr = full.shape[0]
     row_bytes: gl.constexpr = 2 * (2 * SIZE + C + (SIZE if MODE == OUTPUTS else 0))
     for i in range(gl.cdiv(count, C)):
         at = begin.to(gl.int32) + i * C
-        stage = i % STAGES
-        filled = full.index(stage)
-        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+        filled, stage = ring.acquire(i), i % ring.stages
         fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
         mbarrier.expect(filled, C * row_bytes)
         tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
@@ -74,11 +71,10 @@ def _fetch(sources, buffers, full, empty, numbers, MODE: gl.constexpr):
 
 @gluon.jit
 def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
-    buffers, given, given_x, given_p, full, empty = shared
+    buffers, given, given_x, given_p, ring = shared
     q_rows, k_rows, v_rows, t_rows, lines = buffers
     initial, final, transitions, y, y_rows, states, scores, scores_rows = tensors
     begin, count, chunk, h, row, scale, H, HEADS = numbers
-    STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
     x = gl.zeros([SIZE, SIZE], gl.float32, STATE)
     if initial is not None:
@@ -100,7 +96,7 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
         y += (begin * heads + head) * SIZE
     nothing = gl.zeros([SIZE, C], gl.float32, COLUMNS)
     for i in range(gl.cdiv(count, C)):
-        stage = i % STAGES
+        stage = i % ring.stages
         kc, tc = k_rows.index(stage), t_rows.index(stage)
         betas, passed, from_starts, to_ends = split_gates(lines.index(stage))
         before = x.to(dtype)
@@ -110,7 +106,7 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
             barrier()
             state = ((chunk + i) * HEADS + row) * SIZE
             tma.async_copy_shared_to_global(states, [state.to(gl.int32), 0], given_x)
-        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        ring.wait(i)
         if DECAY != NONE:
             x *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if count - i * C < C:
@@ -184,7 +180,7 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
             fence_async_shared()
             tma.store_wait(0)  # of P or the state, and of u the chunk before
         barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+        ring.release(i)
         if MODE >= OUTPUTS:
             send_rows(y, y_rows, out, begin, i, count, head * SIZE, heads * SIZE, TOKEN_ROWS)
     if MODE >= OUTPUTS:
@@ -240,15 +236,15 @@ def _forward_scan(
     given = gl.allocate_shared_memory(dtype, [copies, C, SIZE], SHARED) if MODE >= OUTPUTS else k_rows
     given_x = gl.allocate_shared_memory(dtype, [SIZE, SIZE], SHARED) if MODE == STATES else k_rows
     given_p = gl.allocate_shared_memory(dtype, [C, C], SHARED) if MODE == OUTPUTS else k_rows
-    full, empty = make_ring(STAGES, 1)
+    ring = make_ring(STAGES, 1)
     buffers = (q_rows, k_rows, v_rows, t_rows, lines)
-    shared = (buffers, given, given_x, given_p, full, empty)
+    shared = (buffers, given, given_x, given_p, ring)
     tensors = (initial, final, transitions, y, y_rows, states, scores, scores_rows)
     numbers = (begin, count, chunk, h, row, scale, H, HEADS)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, numbers, MODE, FINAL, DECAY)),
-            (_fetch, ((q, k, v, ut, gates), buffers, full, empty, (begin, count, chunk, h, H, G), MODE)),
+            (_fetch, ((q, k, v, ut, gates), buffers, ring, (begin, count, chunk, h, H, G), MODE)),
         ],
         [1],
         [24],

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -33,19 +32,19 @@ def _add(a, b):
 
 
 @gluon.jit
-def add_up(sums, summed, taken, d_decay, d_beta, numbers):
+def add_up(sums, ring, d_decay, d_beta, numbers):
     """The gradients of beta and of the decay, chunk by chunk, from what the two groups of warps know of them."""
     begin, count, h, H = numbers
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         i = chunks - 1 - step
-        mbarrier.wait(summed.index(0), step & 1)
+        ring.wait(step)
         for_beta = gl.convert_layout(gl.sum(sums.index(0).load(PAIRS), axis=0), PAIR)
         if d_decay is not None:
             change = gl.convert_layout(gl.sum(sums.index(1).load(PAIRS), axis=0), PAIR)
             carried = gl.sum(gl.sum(sums.index(2).load(PAIRS), axis=0), axis=0)
         barrier()
-        mbarrier.arrive(taken.index(0), count=1)
+        ring.release(step)
         place = i * C + gl.arange(0, C, layout=PAIR)
         at = (begin + place) * H + h
         gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
@@ -62,7 +61,7 @@ def _half_sums(tile):
 
 @gluon.jit
 def stage_gradients(
-    grad, chunk_rows, gates, given, sums, taken, phase, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
+    grad, chunk_rows, gates, given, sums, ring, step, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
 ):
     """The second part of a chunk: dq and dk take the place of G, dv that of dr."""
     qc, kc, vc, doc, uc, drc, x, g, pc, tc = chunk_rows
@@ -102,7 +101,7 @@ def stage_gradients(
     forget = -betas.load(gl.SliceLayout(0, TOKENS_LEFT))
     forgotten = (tc.permute((1, 0)).load(TOKENS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
     dk = warpgroup_mma(forgotten, kc, dk, is_async=True)
-    mbarrier.wait(taken, phase)
+    ring.acquire(step)
     if LEARNED:
         total = whole_decay(from_starts, gl.SliceLayout(1, TOKENS))[:, None]
         for half in gl.static_range(2):

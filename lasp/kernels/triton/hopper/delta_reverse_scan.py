@@ -32,6 +32,7 @@ from lasp.kernels.triton.hopper.delta_shared import (
     split_gates,
     state_places,
 )
+from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     SHARED,
@@ -39,7 +40,6 @@ from lasp.kernels.triton.hopper.shared import (
     C,
     barrier,
     clear_tail,
-    make_ring,
     rows_of,
     states_of,
     store_tokens,
@@ -51,27 +51,24 @@ from lasp.kernels.triton.shared.decay import NONE
 
 
 @gluon.jit
-def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
+def _fetch(sources, buffers, rings, numbers, GRADIENTS: gl.constexpr):
     """k, do, P and gates come some chunks ahead. So do T and q for summaries; gradients have room for one chunk's T and
     q, and u, X and v, which come while the chunk's first part runs."""
     q, k, v, do, u, ut, scores, states, gates = sources
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
-    full, empty, soon, free, late = barriers
+    ring, rest_ring, late_ring = rings
     begin, count, chunk, h, row, H, HEADS, G = numbers
-    STAGES: gl.constexpr = full.shape[0]
-    REST: gl.constexpr = soon.shape[0]
     chunks = gl.cdiv(count, C)
     for step in range(chunks + 1):
         if step > 0:
             i = chunks - step
             at = begin.to(gl.int32) + i * C
-            stage = (step - 1) % REST
-            filled = soon.index(stage)
-            mbarrier.wait(free.index(stage), ((step - 1) // REST & 1) ^ 1)
+            filled, stage = rest_ring.acquire(step - 1), (step - 1) % rest_ring.stages
             mbarrier.expect(filled, 2 * C * (C + SIZE))
             tma.async_copy_global_to_shared(ut, [at, h * C], filled, t_rows.index(stage))
             tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
             if GRADIENTS:
+                late = late_ring.full.index(0)  # its buffers are free where those of the rest are
                 mbarrier.expect(late, 2 * (2 * C * SIZE + SIZE * SIZE))
                 tma.async_copy_global_to_shared(u, [at, row * SIZE], late, u_rows.index(0))
                 state = ((chunk + i) * HEADS + row) * SIZE
@@ -80,9 +77,7 @@ def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
         if step < chunks:
             i = chunks - 1 - step
             at = begin.to(gl.int32) + i * C
-            stage = step % STAGES
-            filled = full.index(stage)
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            filled, stage = ring.acquire(step), step % ring.stages
             fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
             mbarrier.expect(filled, 2 * C * (2 * SIZE + C))
             tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
@@ -92,13 +87,11 @@ def _fetch(sources, buffers, barriers, numbers, GRADIENTS: gl.constexpr):
 
 @gluon.jit
 def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
-    buffers, gs, drs, sums, barriers = shared
+    buffers, gs, drs, sums, rings = shared
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
-    full, empty, soon, free, late, summed, taken = barriers
+    ring, rest_ring, late_ring, sums_ring = rings
     d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
     start, begin, count, h, scale, H = numbers
-    STAGES: gl.constexpr = full.shape[0]
-    REST: gl.constexpr = soon.shape[0]
     dtype: gl.constexpr = k_rows.dtype
     grad = gl.zeros([SIZE, SIZE], gl.float32, STATE)
     if d_final is not None:
@@ -107,15 +100,15 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         i = chunks - 1 - step
-        stage = step % STAGES
+        stage = step % ring.stages
         zero = step >> 20  # which the compiler does not know: addresses that never change it keeps, and so spills
-        rest = zero if GRADIENTS else step % REST
+        rest = zero if GRADIENTS else step % rest_ring.stages
         cut = count - i * C < C
         kc, doc, pc = k_rows.index(stage), do_rows.index(stage), p_rows.index(stage)
         tc, qc = t_rows.index(rest), q_rows.index(rest)
         betas, passed, from_starts, to_ends = split_gates(lines.index(stage))
         before = grad.to(dtype)
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        ring.wait(step)
         if DECAY != NONE:
             grad *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if cut:
@@ -138,7 +131,7 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
         if DECAY != NONE:
             du *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
         du = warpgroup_mma(doc.permute((1, 0)), pc, du, is_async=True)
-        mbarrier.wait(soon.index(step % REST), step // REST & 1)
+        rest_ring.wait(step)
         if cut:
             clear_tail(tc, i, count, SCORE_ROWS)
             clear_tail(qc, i, count, TOKEN_ROWS)
@@ -157,7 +150,7 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
         if GRADIENTS:
             uc, drc = u_rows.index(zero), drs.index(zero)
             drc.permute((1, 0)).store(dr.to(dtype))
-            mbarrier.wait(late, step & 1)
+            late_ring.wait(step)
             if cut:
                 clear_tail(uc, i, count, TOKEN_ROWS)
             fence_async_shared()
@@ -165,17 +158,16 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
             chunk_rows = (qc, kc, v_rows.index(zero), doc, uc, drc, xs.index(zero), gs.index(zero), pc, tc)
             gates = (betas, passed, from_starts, to_ends)
             given = gs._reinterpret(dtype, [2, C, SIZE], SHARED)
-            phase = (step & 1) ^ 1
             grad = stage_gradients(
-                grad, chunk_rows, gates, given, sums, taken.index(0), phase, scale, d_decay is not None, DECAY
+                grad, chunk_rows, gates, given, sums, sums_ring, step, scale, d_decay is not None, DECAY
             )
         else:
             grad = warpgroup_mma_wait(0, deps=(grad,))
         barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
-        mbarrier.arrive(free.index(step % REST), count=1)
+        ring.release(step)
+        rest_ring.release(step)
         if GRADIENTS:
-            mbarrier.arrive(summed.index(0), count=1)
+            mbarrier.arrive(sums_ring.full.index(0), count=1)
             if cut:
                 first = gl.load(start + gl.program_id(0), volatile=True)  # anew, so that nothing is kept for this case
                 mine = (first * H + h) * SIZE
@@ -246,23 +238,19 @@ def _reverse_scan(
     gs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
     drs = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
     sums = gl.allocate_shared_memory(gl.float32, [3, 2, C], SUMS) if GRADIENTS else lines
-    full, empty = make_ring(STAGES, 1)
-    soon, free = make_ring(REST, 1)
-    lates, _ = make_ring(1, 1)
-    late = lates.index(0)
-    summed, taken = make_ring(1, 1)
+    ring, rest_ring, late_ring, sums_ring = make_ring(STAGES, 1), make_ring(REST, 1), make_ring(1, 1), make_ring(1, 1)
     buffers = (k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs)
-    shared = (buffers, gs, drs, sums, (full, empty, soon, free, late, summed, taken))
+    shared = (buffers, gs, drs, sums, (ring, rest_ring, late_ring, sums_ring))
     tensors = (d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
     sources = (q, k, v, do, u, ut, scores, states, gates)
     numbers = (start, begin, count, h, scale, H)
-    arriving, where = (full, empty, soon, free, late), (begin, count, chunk, h, row, H, HEADS, G)
+    arriving, where = (ring, rest_ring, late_ring), (begin, count, chunk, h, row, H, HEADS, G)
     if GRADIENTS:
         gl.warp_specialize(
             [
                 (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
-                (add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
+                (add_up, (sums, sums_ring, d_decay, d_beta, (begin, count, h, H))),
             ],
             [1, 1],
             [24, 24],

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
@@ -37,7 +38,6 @@ from lasp.kernels.triton.hopper.shared import (
     half_rows,
     load_gates,
     load_initial_state,
-    make_ring,
     rows_of,
     send_rows,
     whole_decay,
@@ -49,14 +49,11 @@ from lasp.kernels.triton.shared.state_passing import InitialStates
 
 
 @gluon.jit
-def _fetch(a, b, c, partner, buffers, full, empty, begin, count, h, GA, GB, GC, GP, SUMS: gl.constexpr):
+def _fetch(a, b, c, partner, buffers, ring, begin, count, h, GA, GB, GC, GP, SUMS: gl.constexpr):
     a_rows, b_rows, c_rows, partner_rows = buffers
-    STAGES: gl.constexpr = full.shape[0]
     row = begin.to(gl.int32)
     for i in range(gl.cdiv(count, C)):
-        stage = i % STAGES
-        filled = full.index(stage)
-        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+        filled, stage = ring.acquire(i), i % ring.stages
         mbarrier.expect(filled, 2 * C * SIZE * (4 if SUMS else 3))
         tma.async_copy_global_to_shared(a, [row + i * C, h // GA * SIZE], filled, a_rows.index(stage))
         tma.async_copy_global_to_shared(b, [row + i * C, h // GB * SIZE], filled, b_rows.index(stage))
@@ -78,12 +75,11 @@ def _compute(
     TRANSPOSED: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    buffers, x_halves, outputs, gates_copies, full, empty = shared
+    buffers, x_halves, outputs, gates_copies, ring = shared
     gates, initial, y, y_rows, products, ends = tensors
     begin, count, h, scale, TOKENS, H = numbers
     a_rows, b_rows, c_rows, partner_rows = buffers
     xs, gs = x_halves.index(PART), gates_copies.index(PART)
-    STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = xs.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] >= col[None, :]
@@ -105,11 +101,11 @@ def _compute(
     fence_async_shared()
     barrier()
     for i in range(chunks):
-        stage = i % STAGES
+        stage = i % ring.stages
         ac, bc, cc = a_rows.index(stage), b_rows.index(stage), c_rows.index(2 * stage + PART)
         if DECAY != NONE:
             g, _ = load_gates(gates, begin, gl.minimum(i + 1, chunks - 1), count, h, H, DECAY)
-        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        ring.wait(i)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(ac, i, count, WIDE_ROWS)
             clear_tail(bc, i, count, WIDE_ROWS)
@@ -149,7 +145,7 @@ def _compute(
         fence_async_shared()
         tma.store_wait(0)  # of the chunk before, whose buffer is the next one's
         barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+        ring.release(i)
         send_rows(y, y_rows, out, begin, i, count, h * SIZE + PART * HALF, H * SIZE, ROWS)
     tma.store_wait(0)
     if TRANSPOSED:
@@ -201,16 +197,16 @@ def _forward_scan(
     x_halves = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
     outputs = gl.allocate_shared_memory(dtype, [4, C, HALF], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
-    full, empty = make_ring(STAGES)
+    ring = make_ring(STAGES)
     buffers = (a_rows, b_rows, c_rows, partner_rows)
-    shared = (buffers, x_halves, outputs, gates_copies, full, empty)
+    shared = (buffers, x_halves, outputs, gates_copies, ring)
     tensors = (gates, (local, incoming, passed, owner), y, y_rows, products, ends)
     numbers = (begin, count, h, scale, TOKENS, H)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, numbers, 0, DECAY, TRANSPOSED, SUMS)),
             (_compute, (shared, tensors, numbers, 1, DECAY, TRANSPOSED, SUMS)),
-            (_fetch, (a, b, c, partner if SUMS else c, buffers, full, empty, begin, count, h, GA, GB, GC, GP, SUMS)),
+            (_fetch, (a, b, c, partner if SUMS else c, buffers, ring, begin, count, h, GA, GB, GC, GP, SUMS)),
         ],
         [4, 1],
         [REGISTERS, 24],

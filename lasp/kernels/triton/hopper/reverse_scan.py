@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
@@ -35,7 +36,6 @@ from lasp.kernels.triton.hopper.shared import (
     half_rows,
     load_gates,
     load_initial_state,
-    make_ring,
     rows_of,
     send_rows,
     whole_decay,
@@ -50,15 +50,12 @@ PASSAGE = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
 
 
 @gluon.jit
-def _fetch(q, k, v, do, buffers, full, empty, begin, count, h, G):
+def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
     q_rows, k_rows, v_rows, do_rows = buffers
-    STAGES: gl.constexpr = full.shape[0]
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         row = begin.to(gl.int32) + (chunks - 1 - step) * C
-        stage = step % STAGES
-        filled = full.index(stage)
-        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * SIZE * 4)
         tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, k_rows.index(stage))
         tma.async_copy_global_to_shared(q, [row, h // G * SIZE], filled, q_rows.index(stage))
@@ -77,12 +74,11 @@ def _compute(
     DECAY: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    buffers, x_copies, outputs, gates_copies, full, empty, ready = shared
+    buffers, x_copies, outputs, gates_copies, ring, ready = shared
     gates, initial, v_dv, ends, at_end = tensors
     begin, count, h, scale, H = numbers
     q_rows, k_rows, v_rows, do_rows = buffers
     out, gs = outputs.index(PART), gates_copies.index(PART)
-    STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = out.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] <= col[None, :]
@@ -111,12 +107,12 @@ def _compute(
     mbarrier.arrive(ready, count=1)
     for step in range(chunks):
         i = chunks - 1 - step
-        stage = step % STAGES
+        stage = step % ring.stages
         qc, kc, vc, doc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage), do_rows.index(stage)
         if DECAY != NONE:
             g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         mbarrier.wait(ready, step & 1)
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(qc, i, count, WIDE_ROWS)
             clear_tail(kc, i, count, WIDE_ROWS)
@@ -164,7 +160,7 @@ def _compute(
         out.store(yc.to(dtype))
         fence_async_shared()
         barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+        ring.release(step)
         send_rows(y, y_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
     tma.store_wait(0)
 
@@ -206,18 +202,18 @@ def _reverse_scan(
     x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, SIZE], SHARED)  # one is read while the next is written
     outputs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
-    full, empty = make_ring(STAGES)
+    ring = make_ring(STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=2)
     buffers = (q_rows, k_rows, v_rows, do_rows)
-    shared = (buffers, x_copies, outputs, gates_copies, full, empty, ready)
+    shared = (buffers, x_copies, outputs, gates_copies, ring, ready)
     tensors = (gates, (local, incoming, passed, owner), v_dv, ends, at_end)
     numbers = (begin, count, h, scale, H)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY, SUMS)),
             (_compute, (shared, tensors, dk, dk_rows, numbers, 1, DECAY, SUMS)),
-            (_fetch, (q, k, v, do, buffers, full, empty, begin, count, h, G)),
+            (_fetch, (q, k, v, do, buffers, ring, begin, count, h, G)),
         ],
         [4, 1],
         [REGISTERS, 24],

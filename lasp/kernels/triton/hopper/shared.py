@@ -3,7 +3,7 @@
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.delta.ut_transform import CHUNK
@@ -39,18 +39,6 @@ def states_of(x: Tensor) -> TensorDescriptor:
     """How states, x [chunks, heads, 128, 128], come and go, one by one: as the rows of them all."""
     rows, size = x.shape[0] * x.shape[1] * SIZE.value, SIZE.value
     return TensorDescriptor(x, [rows, size], [size, 1], [size, size], SHARED.value)
-
-
-@gluon.jit
-def make_ring(STAGES: gl.constexpr, READERS: gl.constexpr = 2):
-    """Barriers for as many chunks: a fetched one is full, and empty when all readers, groups of warps, are done with
-    it."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=READERS)
-    return full, empty
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
@@ -32,7 +33,6 @@ from lasp.kernels.triton.hopper.shared import (
     clear_tail,
     half_rows,
     load_gates,
-    make_ring,
     rows_of,
 )
 from lasp.kernels.triton.launch import launch
@@ -47,14 +47,11 @@ def _place(step, chunks, BACKWARD: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(k, v, k_rows, v_rows, full, empty, begin, count, h, G, BACKWARD: gl.constexpr):
-    STAGES: gl.constexpr = full.shape[0]
+def _fetch(k, v, k_rows, v_rows, ring, begin, count, h, G, BACKWARD: gl.constexpr):
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         row = begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
-        stage = step % STAGES
-        filled = full.index(stage)
-        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * SIZE * 2)
         tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, k_rows.index(stage))
         tma.async_copy_global_to_shared(v, [row, h * SIZE], filled, v_rows.index(stage))
@@ -71,9 +68,8 @@ def _compute(
     DECAY: gl.constexpr,
     BACKWARD: gl.constexpr,
 ):
-    k_rows, v_rows, weights_copies, full, empty = shared
+    k_rows, v_rows, weights_copies, ring = shared
     begin, count, h, scale, H = numbers
-    STAGES: gl.constexpr = full.shape[0]
     dtype: gl.constexpr = k_rows.dtype
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
@@ -83,7 +79,7 @@ def _compute(
         g, end = load_gates(gates, begin, _place(0, last + 1, BACKWARD), count, h, H, DECAY)
     for step in range(chunks):
         i = _place(step, chunks, BACKWARD)
-        stage = step % STAGES
+        stage = step % ring.stages
         kc, vc = k_rows.index(stage), v_rows.index(stage)
         if DECAY != NONE:
             weights = weights_copies.index(2 * PART + step % 2)
@@ -91,14 +87,14 @@ def _compute(
             weights.store(gl.exp2(passed - (end - g if BACKWARD else g)))
             ahead = _place(gl.minimum(step + 1, last), chunks, BACKWARD)
             g, end = load_gates(gates, begin, ahead, count, h, H, DECAY)
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(kc, i, count, WIDE_ROWS)
             clear_tail(vc, i, count, WIDE_ROWS)
             fence_async_shared()
         keys = kc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
         barrier()
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)  # of the step before
+        ring.release(step + ring.stages - 1, pred=step > 0)  # of the step before
         if DECAY == NONE:
             state = warpgroup_mma(keys, vc, state, is_async=True)
         else:
@@ -136,14 +132,14 @@ def _tile_states(
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     weights_copies = gl.allocate_shared_memory(gl.float32, [4, C], GATES_SHARED)
-    full, empty = make_ring(STAGES)
-    shared = (k_rows, v_rows, weights_copies, full, empty)
+    ring = make_ring(STAGES)
+    shared = (k_rows, v_rows, weights_copies, ring)
     numbers = (begin, count, h, scale, H)
     gl.warp_specialize(
         [
             (_compute, (shared, gates, states, transitions, numbers, 0, DECAY, BACKWARD)),
             (_compute, (shared, gates, states, transitions, numbers, 1, DECAY, BACKWARD)),
-            (_fetch, (k, v, k_rows, v_rows, full, empty, begin, count, h, G, BACKWARD)),
+            (_fetch, (k, v, k_rows, v_rows, ring, begin, count, h, G, BACKWARD)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -45,14 +45,7 @@ class TritonLinear:
         initial = InitialStates(local, incoming, passed)
         d_states = kernels.tile_states_grad(x.q, do, saved)
         passing = StatePassing(tiles_of(x), d_states, transitions, reverse=True, ahead=wanted)
-        return passing.summary and passing.summary.state, (
-            x,
-            kernels,
-            do,
-            saved,
-            InitialStates(local, incoming, passed),
-            passing,
-        )
+        return passing.summary and passing.summary.state, (x, kernels, do, saved, initial, passing)
 
     def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         x, kernels, do, saved, initial, passing = partial
