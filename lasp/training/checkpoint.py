@@ -251,7 +251,7 @@ def _save(state_dict: dict[str, Any], directory: Path, *, alone: bool = False) -
         with _quiet():
             dcp.save(state_dict, checkpoint_id=directory, no_dist=alone)
     except CheckpointException as error:  # no Exception
-        raise OSError(f"checkpoint {directory}: got {error}, expected to write it") from error
+        raise OSError(f"checkpoint {directory}: got {_reasons(error)}, expected to write it") from error
 
 
 def _load(state_dict: dict[str, Any], path: Path, *, alone: bool = False) -> None:
@@ -259,7 +259,13 @@ def _load(state_dict: dict[str, Any], path: Path, *, alone: bool = False) -> Non
         with _quiet():
             unpickling.load(state_dict, path, no_dist=alone)
     except (Exception, CheckpointException) as error:  # the latter is no Exception; the causes are of many kinds
-        raise ValueError(f"checkpoint {path}: got {error}, expected a complete one of this model") from error
+        raise ValueError(f"checkpoint {path}: got {_reasons(error)}, expected a complete one of this model") from error
+
+
+def _reasons(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return repr(error)
+    return "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ tests use SGD.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,7 @@ class DeepSpeedEngine:
             self.model.save_checkpoint(
                 directory.parent, tag=directory.name, client_state={"step": step}, save_latest=False
             )
-            shared = directory.glob("mp_rank_*") if self.world.rank == 0 else ()
-            own = [*directory.glob(f"*pp_rank_{self.world.rank}_*"), *shared]
+            own = [*self._parts(directory), *(_whole_parts(directory) if self.world.rank == 0 else ())]
             for path in own:
                 files.flush(path)
             return own
@@ -112,7 +111,7 @@ class DeepSpeedEngine:
         path = checkpoint.find_resumable(self.config.run_dir, self.config, self.world.device, self._check)
         if path is None:
             return 0
-        with only_data(*_saved_classes()):
+        with only_data(path, *_saved_classes()):
             loaded, state = self.model.load_checkpoint(path.parent, tag=path.name)
         require(loaded is not None, f"checkpoint {path}", "nothing that DeepSpeed could load", "a complete one")
         return state["step"]
@@ -135,16 +134,29 @@ class DeepSpeedEngine:
         parts = len(list(path.glob("*_optim_states.pt")))
         fits = self.stage == 0 or parts == self.world.size
         require(fits, f"checkpoint {path}", f"one of {parts} ranks", f"one of {self.world.size}, as the world has")
+        for file in (*self._parts(path), *_whole_parts(path)):  # before DeepSpeed's own messages, so that all refuse it
+            with only_data(path, *_saved_classes()):
+                torch.load(file, map_location="cpu", mmap=True)
+
+    def _parts(self, directory: Path) -> Iterable[Path]:
+        """The files that this rank alone writes and reads."""
+        return directory.glob(f"*pp_rank_{self.world.rank}_*")
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """A checkpoint's whole weights by name, float32, put together on this process."""
     if checkpoint.read_config(path)["deepspeed"]["stage"] == 0:
-        return torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+        with only_data(path):
+            return torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with only_data(*_saved_classes()):
+    with only_data(path, *_saved_classes()):
         return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+
+
+def _whole_parts(directory: Path) -> Iterable[Path]:
+    """The file that rank 0 writes and all ranks read; none in stage 3."""
+    return directory.glob("mp_rank_*")
 
 
 def _saved_classes() -> tuple[type, ...]:

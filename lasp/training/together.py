@@ -16,7 +16,7 @@ def together(group: Group, action: Callable[[], Result]) -> list[Result]:
     What one rank raises is raised on all, told with its rank: a ValueError, FloatingPointError or OSError as such, any
     other exception as a RuntimeError.
     """
-    if comm.size(group) == 1:
+    if group is None or comm.size(group) == 1:
         return [action()]
     result, failure, cause = None, None, None
     try:

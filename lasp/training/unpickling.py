@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's: torch.load takes data only, whatever its caller asks for
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA_CLASSES = (
     metadata.Metadata,
     metadata.TensorStorageMetadata,
@@ -27,6 +28,11 @@ _METADATA_CLASSES = (
     metadata.StorageMeta,
     metadata._MEM_FORMAT_ENCODING,
     filesystem._StorageInfo,
+    filesystem._StoragePrefix,
+    planner.SavePlan,  # this and the following: Megatron keeps its plans
+    planner.WriteItem,
+    planner.WriteItemType,
+    planner.TensorWriteData,
     torch.serialization._get_layout,
 )
 _METADATA_NAMES: dict[tuple[str, str], Any] = {
@@ -35,12 +41,14 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,  # its name in Python 3.13
+    (_MEGATRON, "MCoreMetadata"): metadata.Metadata,
+    (_MEGATRON, "MCoreSavePlan"): planner.SavePlan,
 }
 
 
 def load(state_dict: dict[str, Any], path: str | Path, *, no_dist: bool) -> None:
     """Fills a state dict from a directory of torch.distributed.checkpoint."""
-    with only_data():
+    with only_data(path):
         dcp.load(state_dict, storage_reader=_Reader(path), no_dist=no_dist)
 
 
@@ -53,13 +61,18 @@ def read_metadata(path: str | Path) -> Metadata:
 
 
 @contextmanager
-def only_data(*classes: type) -> Iterator[None]:
-    """Inside it every `torch.load` of this process takes tensors, plain data and instances of `classes`, no more."""
+def only_data(path: str | Path, *classes: type) -> Iterator[None]:
+    """Inside it every `torch.load` of this process takes tensors, plain data and instances of `classes`, no more.
+
+    What else is in the checkpoint that is loaded from `path` raises ValueError.
+    """
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
         with torch.serialization.safe_globals(list(classes)):
             yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint {path}: got a pickle of more than data, expected tensors and numbers") from error
     finally:
         if before is None:
             del os.environ[_FORCE]
