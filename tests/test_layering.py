@@ -18,11 +18,17 @@ MAY_IMPORT = {
     "integrations": {"kernels", "parallel", "models", "data", "config", "training"},
 }
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
-READS_ENVIRONMENT = {"lasp/training/runtime.py"}  # a process learns its rank from its launcher
+READS_ENVIRONMENT = {
+    "lasp/training/runtime.py",  # a process learns its rank from its launcher
+    "lasp/training/unpickling.py",  # PyTorch is told by a variable to read nothing but data
+}
 # Outside lasp/parallel: process start-up, checkpoints and sharded parameters, but never a collective.
 KNOWS_DISTRIBUTED = {
     "lasp/training/runtime.py": {"torch.distributed"},
     "lasp/training/checkpoint.py": {"torch.distributed"},
+    "lasp/training/deepspeed.py": {"torch.distributed"},
+    "lasp/training/integrity.py": {"torch.distributed.tensor"},
+    "lasp/training/unpickling.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.config import SOFTMAX, ModelConfig, options_of, require, require_empty
 from lasp.models import Decoder, count_parameters
-from lasp.training import checkpoint
+from lasp.training import checkpoint, unpickling
 
 VOCABULARY_MULTIPLE = 128
 SHAPE_FILE = "lasp.json"  # in a checkpoint: the ModelConfig of its weights
@@ -106,13 +106,13 @@ def load(source: str | Path) -> Decoder:
         decoder = Decoder(read_shape(folder))
     ours = decoder.state_dict()
     try:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        saved = unpickling.read_metadata(folder).state_dict_metadata
         theirs = {}
         for _, their, _, _ in _places(ours, decoder.config):
             entry = saved[their]
             assert isinstance(entry, TensorStorageMetadata)
             theirs[their] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load(theirs, checkpoint_id=folder, no_dist=True)
+        unpickling.load(theirs, folder, no_dist=True)
     except Exception as error:  # of many kinds
         raise ValueError(f"checkpoint {folder}: got {error!r}, expected a complete one of this model") from error
     decoder.to_empty(device="cpu")

@@ -1,11 +1,14 @@
 """Checkpoints: a directory per saved step, complete or absent, and a file `latest` that names the last one.
 
-    run_dir/checkpoints/step-00001000/    torch.distributed.checkpoint files and config.json
+    run_dir/checkpoints/step-00001000/    torch.distributed.checkpoint files, config.json, SHA256SUMS
     run_dir/checkpoints/latest            "step-00001000"
 
-A step is written under a temporary name, flushed to disk and renamed; `latest` moves last. run_dir is one directory
-that every rank sees. A checkpoint may be loaded by another number of ranks: only the random generators' states belong
-to ranks, and those of ranks that were not there stay as they are.
+A step is written under a temporary name, checked, flushed to disk and renamed; `latest` moves last. run_dir is one
+directory that every rank sees. A checkpoint may be loaded by another number of ranks: only the random generators'
+states belong to ranks, and those of ranks that were not there stay as they are.
+
+What lasp deletes has exactly a name that lasp gives, and is older than the checkpoint just saved. So copies under names
+of one's own stay, and so do later steps where `latest` was set back, until the run replaces them when it gets there.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,59 +24,101 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lasp.config import ModelConfig, TrainConfig, require
+from lasp.config import ModelConfig, TrainConfig, require, require_empty
 from lasp.models import Decoder
+from lasp.parallel import comm
 from lasp.parallel.agreement import agree
+from lasp.parallel.comm import Group
+from lasp.training import files, unpickling
+from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums, require_finite, verify
+from lasp.training.ownership import Lock
+from lasp.training.together import on_rank_0, together
 
 CONFIG_FILE = "config.json"
 
 
 def save(
-    run_dir: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+    run_dir: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    lock: Lock | None = None,
 ) -> None:
     """Saves model, optimiser, generators and the number of steps taken; keeps the newest config.checkpoint_keep.
 
-    The number of steps also is the position in the data: step s reads contexts s * batch_contexts and on.
+    The number of steps also is the position in the data: step s reads contexts s * batch_contexts and on. Raises
+    FloatingPointError on every rank, and saves nothing, if a weight or a state of the optimiser is not finite.
     """
-    state_dict = {**_training_state(model, optimizer), **_generators(), "step": step}
-    commit(run_dir, step, config, lambda directory: dcp.save(state_dict, checkpoint_id=directory))
+    training = _training_state(model, optimizer)
+    require_finite(_tensors(training), _world())
+
+    def write(directory: Path) -> Iterable[Path]:
+        _save({**training, **_generators(), "step": step}, directory)
+        return directory.glob(f"__{_rank()}_*")
+
+    commit(run_dir, step, config, write, lock)
 
 
-def commit(run_dir: str | Path, step: int, config: TrainConfig, write: Callable[[Path], object]) -> None:
+def commit(
+    run_dir: str | Path,
+    step: int,
+    config: TrainConfig,
+    write: Callable[[Path], Iterable[Path]],
+    lock: Lock | None = None,
+) -> None:
     """Makes what `write(directory)` saves the run's last checkpoint.
 
-    `write` is called on every rank and returns on rank 0 when every rank has written its part.
+    `write` is called on every rank and returns, when every rank has written its part, the files that are this rank's.
+    Raises on every rank what one raises: ValueError if the lock is given and no longer held, or if rank 0 does not see
+    a file of another rank.
     """
-    root = _root(run_dir)
+    root, group = _root(run_dir), _world()
     unfinished, finished = root / f"unfinished-step-{step:08d}", root / f"step-{step:08d}"
-    write(unfinished)
-    if _rank() != 0:
-        return
-    _write(unfinished / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2))
-    shutil.rmtree(finished, ignore_errors=True)
-    unfinished.rename(finished)
-    _flush(root)
-    _write(root / "latest.new", finished.name)
-    (root / "latest.new").replace(root / "latest")
-    _flush(root)
-    for old in sorted(root.glob("step-*"))[: -config.checkpoint_keep]:
-        shutil.rmtree(old)
+
+    def begin() -> None:
+        if lock is not None:
+            lock.require_held()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def finish() -> None:
+        _write(unfinished / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2))
+        _seal(unfinished, parts)
+        if lock is not None:
+            lock.require_held()
+        if finished.exists():
+            _say(f"{finished} was there: replaced by step {step} of this run")
+            files.discard(finished)
+        # A crash between these two leaves no doubt: latest.new counts once the directory has its name.
+        _write(root / "latest.new", finished.name)
+        unfinished.rename(finished)
+        files.flush(root)
+        files.move_latest(root)
+        older = [path for saved, path in files.saved(root).items() if saved < step]
+        for path in older[: max(0, len(older) + 1 - config.checkpoint_keep)]:
+            files.discard(path)
+
+    on_rank_0(group, begin)
+    own = write(unfinished)
+    parts = together(group, lambda: checksums(own))
+    on_rank_0(group, finish)
 
 
 def restore(run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> int:
-    """Loads the latest checkpoint, if there is one, and returns the number of steps taken (0 if there is none).
+    """Loads the latest intact checkpoint, if there is any; returns the number of steps taken (0 if there is none).
 
-    Raises ValueError on every rank if it is of another model or damaged, or if ranks do not see the same one.
+    Raises ValueError on every rank if it is of another model, if all are damaged, or if ranks do not see the same ones.
     """
     path = find_resumable(run_dir, config, next(model.parameters()).device)
     if path is None:
         return 0
     training = _training_state(model, optimizer)
-    saved = _metadata(path).state_dict_metadata
+    saved = unpickling.read_metadata(path).state_dict_metadata
     generators = {name: state for name, state in _generators().items() if name in saved}
     state_dict = {**training, **generators, "step": 0}
     _load(state_dict, path)
@@ -90,35 +135,52 @@ def find_resumable(
 ) -> Path | None:
     """The directory of the checkpoint to go on from, if there is one; removes what an interrupted save left.
 
-    Raises ValueError on every rank if it is of another model or engine, if `check` raises that, or if ranks do not see
-    the same one.
+    That is the one that `latest` names; if it is damaged, the newest intact one before it, which `latest` names from
+    then on. Raises ValueError on every rank if there is none, if it is of another model or engine, if `check` raises
+    that, or if ranks do not see the same ones.
     """
-    path = latest(run_dir)
+    root, group = _root(run_dir), _world()
+    candidates: list[Path] = []
 
-    def require_resumable() -> Path | None:
+    def list_candidates() -> list[Path]:
+        path = latest(run_dir)
+        if path is not None:
+            step = files.step_of(path)
+            older = [p for saved, p in files.saved(root).items() if step is not None and saved < step]
+            candidates.extend([path, *reversed(older)])
+        return candidates
+
+    agree(group, device, list_candidates)
+    path = _newest_intact(candidates, group)
+
+    def require_resumable() -> None:
         if path is not None:
             require_same_model(path, config.model)
             engine = _engine(path)
             require(engine == config.engine, f"checkpoint {path}", f"one of engine {engine!r}", repr(config.engine))
             check(path)
-        return path
 
-    agree(dist.group.WORLD if dist.is_initialized() else None, device, require_resumable)
-    if _rank() == 0:
-        for leftover in _root(run_dir).glob("unfinished-*"):
-            shutil.rmtree(leftover)
+    agree(group, device, require_resumable)
+    on_rank_0(group, lambda: _tidy(root, path))
     return path
 
 
 def save_weights(path: str | Path, model: Decoder) -> None:
-    """Writes a directory that `load_model` reads and TrainConfig.initial_weights can name: weights alone."""
-    with _alone():
-        dcp.save({"model": model.state_dict()}, checkpoint_id=path, no_dist=True)
-    _write(Path(path) / CONFIG_FILE, json.dumps({"model": dataclasses.asdict(model.config)}, indent=2))
+    """Writes a new directory that `load_model` reads and TrainConfig.initial_weights can name: weights alone."""
+    directory = require_empty(path)
+    weights = {"model": model.state_dict()}
+    require_finite(_tensors(weights), None)
+    _save(weights, directory, alone=True)
+    _write(directory / CONFIG_FILE, json.dumps({"model": dataclasses.asdict(model.config)}, indent=2))
+    _seal(directory, [])
 
 
-def load_model(path: str | Path, model: nn.Module) -> None:
-    """Loads the weights of a checkpoint directory into a model on one process. Raises ValueError if it is damaged."""
+def load_model(path: str | Path, model: nn.Module, *, on_all_ranks: bool = False) -> None:
+    """Loads the weights of a checkpoint directory into a model, whole on this process.
+
+    Raises ValueError if it is damaged. If all ranks load it at once, they share the work of looking.
+    """
+    verify(Path(path), _world() if on_all_ranks else None)
     if _engine(path) == "deepspeed":
         from lasp.training.deepspeed import load_weights
 
@@ -130,14 +192,24 @@ def load_model(path: str | Path, model: nn.Module) -> None:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The directory of a run's last complete checkpoint. Raises ValueError if `latest` names one that is not there."""
-    pointer = _root(run_dir) / "latest"
-    if not pointer.exists():
-        return None
-    path = pointer.parent / pointer.read_text().strip()
-    if not path.is_dir():
-        raise ValueError(f"{pointer}: got {path.name!r}, expected the name of a checkpoint beside it")
-    return path
+    """The directory of a run's last complete checkpoint, None if nothing was saved.
+
+    Raises ValueError if `latest` names one that is not there, or is lost itself.
+    """
+    root = _root(run_dir)
+    for pointer in (root / "latest.new", root / "latest"):
+        if pointer.exists():
+            name = pointer.read_text().strip()
+            if name and (root / name).is_dir():
+                return root / name
+            if pointer.name == "latest":
+                raise ValueError(f"{pointer}: got {name!r}, expected the name of a checkpoint beside it")
+    if saved := list(files.saved(root).values()):
+        raise ValueError(
+            f"{root / 'latest'}: got no such file beside {', '.join(path.name for path in saved)}, expected one with "
+            f"the name to go on from; run: echo {saved[-1].name} > {root / 'latest'} (or move them away to begin anew)"
+        )
+    return None
 
 
 def require_latest(run_dir: str | Path) -> Path:
@@ -174,26 +246,85 @@ def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {"model": model_state, "optimizer": optimizer_state}
 
 
+def _save(state_dict: dict[str, Any], directory: Path, *, alone: bool = False) -> None:
+    try:
+        with _quiet():
+            dcp.save(state_dict, checkpoint_id=directory, no_dist=alone)
+    except CheckpointException as error:  # no Exception
+        raise OSError(f"checkpoint {directory}: got {_reasons(error)}, expected to write it") from error
+
+
 def _load(state_dict: dict[str, Any], path: Path, *, alone: bool = False) -> None:
     try:
-        with _alone():
-            dcp.load(state_dict, checkpoint_id=path, no_dist=alone)
+        with _quiet():
+            unpickling.load(state_dict, path, no_dist=alone)
     except (Exception, CheckpointException) as error:  # the latter is no Exception; the causes are of many kinds
-        raise ValueError(f"checkpoint {path}: got {error}, expected a complete one of this model") from error
+        raise ValueError(f"checkpoint {path}: got {_reasons(error)}, expected a complete one of this model") from error
+
+
+def _reasons(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return repr(error)
+    return "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for, where it is
         yield
 
 
-def _metadata(path: Path) -> Any:
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except Exception as error:
-        raise ValueError(f"checkpoint {path}: got {error!r}, expected readable metadata") from error
+def _newest_intact(candidates: list[Path], group: Group) -> Path | None:
+    """The first of them that is intact. Raises ValueError, on every rank, if there are some and none is."""
+    damage: list[str] = []
+    for path in candidates:
+        try:
+            verify(path, group)
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        if damage:
+            _say(f"{'; '.join(damage)}. Going on from {path}")
+        return path
+    if damage:
+        raise ValueError("; ".join(damage))
+    return None
+
+
+def _tidy(root: Path, path: Path | None) -> None:
+    """Removes what an interrupted save has left, makes `latest` name `path`, and tells of later steps."""
+    if path is not None:
+        pointer = root / "latest"
+        if not pointer.exists() or pointer.read_text().strip() != path.name:
+            _write(root / "latest.new", path.name)
+            files.move_latest(root)
+        step = files.step_of(path)
+        later = [p.name for saved, p in files.saved(root).items() if step is not None and saved > step]
+        if later:
+            _say(f"{root}: going on from {path.name}; {', '.join(later)} will be replaced when the run gets there")
+    files.remove_leftovers(root)
+
+
+def _seal(directory: Path, parts: list[dict[str, str]]) -> None:
+    """Writes a directory's checksums: those that ranks have computed of the files they wrote, and of all others."""
+    there = {path.name for path in directory.iterdir()}
+    for rank, part in enumerate(parts):
+        missing = sorted(part.keys() - there)
+        require(not missing, f"checkpoint {directory}", f"no {missing[:1]} of rank {rank}", "what every rank wrote")
+    known = {name: checksum for part in parts for name, checksum in part.items()}
+    others = checksums(directory / name for name in there - known.keys())
+    _write(directory / CHECKSUMS_FILE, format_checksums(known | others))
+    files.flush(directory)
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested state dict, by their names."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}" if name else key)
 
 
 def _generators() -> dict[str, torch.Tensor]:
@@ -210,7 +341,16 @@ def _set_generators(states: dict[str, torch.Tensor]) -> None:
 
 
 def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return comm.rank(_world())
+
+
+def _world() -> Group:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _say(text: str) -> None:
+    if _rank() == 0:
+        print(text, flush=True)
 
 
 def _root(run_dir: str | Path) -> Path:
@@ -222,10 +362,3 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(directory: Path) -> None:
-    """Makes renames within a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

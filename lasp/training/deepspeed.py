@@ -15,18 +15,22 @@ tests use SGD.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lasp.config import TrainConfig, require
 from lasp.models.decoder import Block
-from lasp.training import checkpoint
+from lasp.training import checkpoint, files, integrity
 from lasp.training.engine import build_model
 from lasp.training.optimizer import build_optimizer, clip_gradients, require_finite, set_learning_rate
+from lasp.training.ownership import Lock
 from lasp.training.runtime import World
+from lasp.training.unpickling import only_data
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -88,23 +92,41 @@ class DeepSpeedEngine:
             self.model.step()
             return grad_norm
         self.model.step()
-        return require_finite(float(self.model.get_global_grad_norm()))
+        return require_finite(float(self.model.get_global_grad_norm()), "gradient norm")
 
-    def save(self, step: int) -> None:
-        def write(directory: Path) -> None:
+    def save(self, step: int, lock: Lock) -> None:
+        def write(directory: Path) -> list[Path]:
             self.model.save_checkpoint(
                 directory.parent, tag=directory.name, client_state={"step": step}, save_latest=False
             )
+            own = [*self._parts(directory), *(_whole_parts(directory) if self.world.rank == 0 else ())]
+            for path in own:
+                files.flush(path)
+            return own
 
-        checkpoint.commit(self.config.run_dir, step, self.config, write)
+        integrity.require_finite(self._tensors(), dist.group.WORLD)
+        checkpoint.commit(self.config.run_dir, step, self.config, write, lock)
 
     def restore(self) -> int:
         path = checkpoint.find_resumable(self.config.run_dir, self.config, self.world.device, self._check)
         if path is None:
             return 0
-        loaded, state = self.model.load_checkpoint(path.parent, tag=path.name)
+        with only_data(path, *_saved_classes()):
+            loaded, state = self.model.load_checkpoint(path.parent, tag=path.name)
         require(loaded is not None, f"checkpoint {path}", "nothing that DeepSpeed could load", "a complete one")
         return state["step"]
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is saved of this rank: weights, and the pieces of them in which ZeRO keeps optimiser states."""
+        for name, weight in self.model.module.named_parameters():
+            yield name, getattr(weight, "ds_tensor", weight)  # this rank's part, in stage 3
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
+        for index, piece in enumerate(pieces):
+            yield f"piece {index} of the weights", piece
+            for name, state in optimizer.state.get(piece, {}).items():
+                if isinstance(state, Tensor):
+                    yield f"{name} of piece {index}", state
 
     def _check(self, path: Path) -> None:
         saved = checkpoint.read_config(path)["deepspeed"]["stage"]
@@ -112,16 +134,38 @@ class DeepSpeedEngine:
         parts = len(list(path.glob("*_optim_states.pt")))
         fits = self.stage == 0 or parts == self.world.size
         require(fits, f"checkpoint {path}", f"one of {parts} ranks", f"one of {self.world.size}, as the world has")
+        for file in (*self._parts(path), *_whole_parts(path)):  # before DeepSpeed's own messages, so that all refuse it
+            with only_data(path, *_saved_classes()):
+                torch.load(file, map_location="cpu", mmap=True)
+
+    def _parts(self, directory: Path) -> Iterable[Path]:
+        """The files that this rank alone writes and reads."""
+        return directory.glob(f"*pp_rank_{self.world.rank}_*")
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """A checkpoint's whole weights by name, float32, put together on this process."""
     if checkpoint.read_config(path)["deepspeed"]["stage"] == 0:
-        file = path / "mp_rank_00_model_states.pt"
-        return torch.load(file, map_location="cpu", weights_only=False)["module"]
+        with only_data(path):
+            return torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+    with only_data(path, *_saved_classes()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+
+
+def _whole_parts(directory: Path) -> Iterable[Path]:
+    """The file that rank 0 writes and all ranks read; none in stage 3."""
+    return directory.glob("mp_rank_*")
+
+
+def _saved_classes() -> tuple[type, ...]:
+    """Those of DeepSpeed whose instances it saves beside tensors; they hold numbers."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return LossScaler, ZeroStageEnum, fragment_address
 
 
 def _import(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from lasp.models import Decoder
 from lasp.parallel.apply import parallelize, reduce_gradients
 from lasp.training import checkpoint
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from lasp.training.ownership import Lock
 from lasp.training.runtime import World
 
 
@@ -34,8 +35,11 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, step: int) -> None:
-        """Saves a checkpoint of the run after that many steps."""
+    def save(self, step: int, lock: Lock) -> None:
+        """Saves a checkpoint of the run, which holds the lock, after that many steps.
+
+        Raises FloatingPointError on every rank, and saves nothing, if a weight or a state is not finite.
+        """
         ...
 
     def restore(self) -> int:
@@ -64,7 +68,7 @@ def build_model(config: TrainConfig, device: torch.device) -> Decoder:
         model.double()
     if config.initial_weights is not None:
         checkpoint.require_same_model(Path(config.initial_weights), config.model)
-        checkpoint.load_model(config.initial_weights, model)
+        checkpoint.load_model(config.initial_weights, model, on_all_ranks=True)
     return model
 
 
@@ -95,8 +99,8 @@ class NativeEngine:
         self.optimizer.zero_grad()
         return grad_norm
 
-    def save(self, step: int) -> None:
-        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config)
+    def save(self, step: int, lock: Lock) -> None:
+        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config, lock)
 
     def restore(self) -> int:
         return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config)

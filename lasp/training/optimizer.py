@@ -60,7 +60,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
             by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
     totals = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
     norm = math.hypot(*[(t.full_tensor() if isinstance(t, DTensor) else t).item() for t in totals])
-    require_finite(norm)
+    require_finite(norm, "gradient norm")
     scale = min(1.0, max_norm / (norm + 1e-6))
     if scale < 1.0:
         for grads in by_mesh.values():
@@ -68,8 +68,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return norm
 
 
-def require_finite(norm: float) -> float:
-    """The gradient norm; FloatingPointError if it is not finite."""
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm: got {norm}, expected a finite number")
-    return norm
+def require_finite(value: float, name: str) -> float:
+    """The value; FloatingPointError if it is not finite."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name}: got {value}, expected a finite number")
+    return value

@@ -20,7 +20,8 @@ from lasp.parallel import Sequence, SequenceParallel, comm
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
-from lasp.training.optimizer import learning_rate
+from lasp.training.optimizer import learning_rate, require_finite
+from lasp.training.ownership import hold
 from lasp.training.runtime import World, join_world
 
 
@@ -28,10 +29,10 @@ def train(config: TrainConfig) -> float:
     """Runs a configuration to its last step, from its last checkpoint if there is one; returns the held-out loss.
 
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
-    the checkpoint that is there; FileNotFoundError for files that are not; FloatingPointError for gradients that
-    overflow.
+    the checkpoint that is there, or if another run is alive in run_dir; FileNotFoundError for files that are not;
+    FloatingPointError for gradients, a held-out loss or states to be saved that are not finite.
     """
-    with join_world(config) as world:
+    with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
         training, held_out = open_data(config)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
@@ -72,7 +73,7 @@ def train(config: TrainConfig) -> float:
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
                 if taken % config.checkpoint_every == 0 or last:
-                    engine.save(taken)
+                    engine.save(taken, lock)
         return valid_loss
 
 
@@ -128,7 +129,10 @@ def count_labels(context: Context) -> int:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World) -> float:
-    """The mean loss over all labels of the held-out contexts, in nats per token, without balancing losses."""
+    """The mean loss over all labels of the held-out contexts, in nats per token, without balancing losses.
+
+    Raises FloatingPointError on every rank if it is not finite.
+    """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for context in share(held_out, world):
@@ -136,7 +140,7 @@ def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, wo
         total += torch.stack([part.double() for part in model(batch.tokens, batch.seq, labels=batch.labels)])
     model.train()
     loss_sum, count = all_ranks(total).tolist()
-    return loss_sum / max(1, count)
+    return require_finite(loss_sum / max(1, count), "held-out loss")
 
 
 def all_ranks(x: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ import torch
 from lasp.config import DeepSpeedConfig, ParallelConfig
 from lasp.models import Decoder
 from lasp.training import checkpoint
+from lasp.training.deepspeed import DeepSpeedEngine
 from lasp.training.metrics import read_metrics
 from lasp.training.train import train
 from tests.parallel import test_training
 from tests.parallel.test_training import alone
+from tests.training.test_unpickling import Payload, seal
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
 pytest.importorskip("deepspeed")
@@ -126,8 +128,47 @@ def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
     with pytest.raises(ValueError, match="got \"one of engine 'deepspeed'\", expected 'native'"):
         train(replace(again, engine="native", deepspeed=DeepSpeedConfig()))
     ranks.barrier(f"{again.run_dir} was refused")
+    last = checkpoint.require_latest(again.run_dir)
+    (file,) = last.glob(f"*pp_rank_{ranks.size - 1}_*_optim_states.pt")
     if ranks.rank == 0:
-        next(checkpoint.require_latest(again.run_dir).glob("*_optim_states.pt")).unlink()
+        torch.save(Payload(last / "it ran"), file)
+        seal(last)
+    ranks.barrier(f"{again.run_dir} holds code")
+    with pytest.raises(ValueError, match="got a pickle of more than data"):
+        train(again)
+    with pytest.raises(ValueError, match="got a pickle of more than data"):
+        final_weights(again)
+    ranks.barrier(f"{again.run_dir} was refused again")
+    if ranks.rank == 0:
+        file.unlink()
+        seal(last)
     ranks.barrier(f"{again.run_dir} is of fewer ranks")
     with pytest.raises(ValueError, match=f"got 'one of {ranks.size - 1} ranks', expected one of {ranks.size}"):
         train(again)
+    ranks.barrier(f"{again.run_dir} was refused once more")
+    if ranks.rank == 0:
+        (last / "SHA256SUMS").write_text("")
+    ranks.barrier(f"{last} is damaged")
+    assert train(replace(again, steps=2)) > 0  # the one before it
+    assert checkpoint.require_latest(again.run_dir).name == "step-00000002"
+
+
+@pytest.mark.no_exchange
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_not_finite_is_not_saved(stage, ranks, config, monkeypatch):
+    step = DeepSpeedEngine.step
+
+    def overflow(self, lr):
+        norm = step(self, lr)
+        weight = self.model.module.norm.weight
+        if ranks.rank == ranks.size - 1:
+            getattr(weight, "ds_tensor", weight).data[0] = float("nan")
+        return norm
+
+    monkeypatch.setattr(DeepSpeedEngine, "step", overflow)
+    monkeypatch.setattr("lasp.training.train.evaluate", lambda *_: 0.0)
+    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=60)
+    config = replace(config, parallel=parallel, deepspeed=DeepSpeedConfig(stage=stage), steps=1)
+    with pytest.raises(FloatingPointError, match=rf"^rank {ranks.size - 1}: norm\.weight: got values from nan"):
+        train(config)
+    assert checkpoint.latest(config.run_dir) is None

@@ -30,6 +30,7 @@ from lasp.integrations.megatron.sequence import shard_batch
 from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
+from lasp.training.unpickling import only_data, read_metadata
 
 
 def train(run: Run) -> list[float]:
@@ -173,7 +174,7 @@ class Training:
         latest = self._folder / "latest"
         if not latest.exists():
             return 0
-        parts = dist_checkpointing.load(self._parts(is_loading=True), str(self._folder / latest.read_text()))
+        parts = _load(self._parts(is_loading=True), self._folder / latest.read_text())
         self.model.module.load_state_dict(parts["model"], strict=False)  # local norms have no _extra_state
         self.optimizer.load_state_dict(parts["optimizer"])
         self.schedule.load_state_dict(parts["schedule"])
@@ -194,7 +195,14 @@ def load_weights(model: Any, source: str, shape: ModelConfig) -> None:
     """Loads this rank's part of a checkpoint's weights. Raises ValueError on every rank if it is of another shape."""
     require_same_shape(Path(source), shape)
     parts = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
-    model.load_state_dict(dist_checkpointing.load(parts, source), strict=False)
+    model.load_state_dict(_load(parts, Path(source)), strict=False)
+
+
+def _load(parts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Megatron unpickles what it finds: here only what is data, and ValueError for a table of contents that is code."""
+    read_metadata(folder)
+    with only_data(folder):
+        return dist_checkpointing.load(parts, str(folder))
 
 
 def _forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:

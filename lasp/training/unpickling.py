@@ -1,0 +1,98 @@
+"""Reads checkpoints that anyone may have written: tensors and plain data are taken, code is refused.
+
+A pickle can name any function and have it called. torch.distributed.checkpoint keeps its table of contents as a pickle,
+and it and DeepSpeed unpickle whatever is not a tensor without a restriction; here both read data only.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import Metadata
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's: torch.load takes data only, whatever its caller asks for
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_METADATA_CLASSES = (
+    metadata.Metadata,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.TensorProperties,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    filesystem._StoragePrefix,
+    planner.SavePlan,  # this and the following: Megatron keeps its plans
+    planner.WriteItem,
+    planner.WriteItemType,
+    planner.TensorWriteData,
+    torch.serialization._get_layout,
+)
+_METADATA_NAMES: dict[tuple[str, str], Any] = {
+    **{(kind.__module__, kind.__qualname__): kind for kind in _METADATA_CLASSES},
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    ("torch", "Size"): torch.Size,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,  # its name in Python 3.13
+    (_MEGATRON, "MCoreMetadata"): metadata.Metadata,
+    (_MEGATRON, "MCoreSavePlan"): planner.SavePlan,
+}
+
+
+def load(state_dict: dict[str, Any], path: str | Path, *, no_dist: bool) -> None:
+    """Fills a state dict from a directory of torch.distributed.checkpoint."""
+    with only_data(path):
+        dcp.load(state_dict, storage_reader=_Reader(path), no_dist=no_dist)
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """What a directory of torch.distributed.checkpoint holds. Raises ValueError if that cannot be read, or is code."""
+    try:
+        return _Reader(path).read_metadata()
+    except Exception as error:
+        raise ValueError(f"checkpoint {path}: got {error!r}, expected readable metadata") from error
+
+
+@contextmanager
+def only_data(path: str | Path, *classes: type) -> Iterator[None]:
+    """Inside it every `torch.load` of this process takes tensors, plain data and instances of `classes`, no more.
+
+    What else is in the checkpoint that is loaded from `path` raises ValueError.
+    """
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint {path}: got a pickle of more than data, expected tensors and numbers") from error
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            contents = _MetadataUnpickler(file).load()
+        if not isinstance(contents, Metadata):
+            raise pickle.UnpicklingError(f"a pickled {type(contents).__name__}")
+        contents.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return contents
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _METADATA_NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name}, which no checkpoint's metadata names") from None
