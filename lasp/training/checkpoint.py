@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,17 +34,28 @@ CONFIG_FILE = "config.json"
 
 
 def save(
-    run_dir: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+    run_dir: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    record: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Saves model, optimiser, generators and the number of steps taken; keeps the newest config.checkpoint_keep.
 
-    The number of steps also is the position in the data: step s reads contexts s * batch_contexts and on.
+    record: what to write beside the configuration (see lasp.training.same_run).
     """
     state_dict = {**_training_state(model, optimizer), **_generators(), "step": step}
-    commit(run_dir, step, config, lambda directory: dcp.save(state_dict, checkpoint_id=directory))
+    commit(run_dir, step, config, lambda directory: dcp.save(state_dict, checkpoint_id=directory), record)
 
 
-def commit(run_dir: str | Path, step: int, config: TrainConfig, write: Callable[[Path], object]) -> None:
+def commit(
+    run_dir: str | Path,
+    step: int,
+    config: TrainConfig,
+    write: Callable[[Path], object],
+    record: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Makes what `write(directory)` saves the run's last checkpoint.
 
     `write` is called on every rank and returns on rank 0 when every rank has written its part.
@@ -53,7 +65,7 @@ def commit(run_dir: str | Path, step: int, config: TrainConfig, write: Callable[
     write(unfinished)
     if _rank() != 0:
         return
-    _write(unfinished / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2))
+    _write(unfinished / CONFIG_FILE, json.dumps({**dataclasses.asdict(config), **record}, indent=2))
     shutil.rmtree(finished, ignore_errors=True)
     unfinished.rename(finished)
     _flush(root)

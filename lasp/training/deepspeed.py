@@ -90,13 +90,13 @@ class DeepSpeedEngine:
         self.model.step()
         return require_finite(float(self.model.get_global_grad_norm()))
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, record: dict[str, Any]) -> None:
         def write(directory: Path) -> None:
             self.model.save_checkpoint(
                 directory.parent, tag=directory.name, client_state={"step": step}, save_latest=False
             )
 
-        checkpoint.commit(self.config.run_dir, step, self.config, write)
+        checkpoint.commit(self.config.run_dir, step, self.config, write, record)
 
     def restore(self) -> int:
         path = checkpoint.find_resumable(self.config.run_dir, self.config, self.world.device, self._check)

@@ -1,7 +1,7 @@
 """Who holds the weights and updates them: PyTorch itself, or DeepSpeed (lasp.training.deepspeed)."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, step: int) -> None:
-        """Saves a checkpoint of the run after that many steps."""
+    def save(self, step: int, record: dict[str, Any]) -> None:
+        """Saves a checkpoint of the run after that many steps, with a record beside its configuration."""
         ...
 
     def restore(self) -> int:
@@ -95,8 +95,8 @@ class NativeEngine:
         self.optimizer.zero_grad()
         return grad_norm
 
-    def save(self, step: int) -> None:
-        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config)
+    def save(self, step: int, record: dict[str, Any]) -> None:
+        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config, record)
 
     def restore(self) -> int:
         return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config)

@@ -1,0 +1,37 @@
+"""What all ranks do together ends alike on each of them: an error of one is an error of all."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from lasp.parallel import comm
+from lasp.parallel.comm import Group
+
+Result = TypeVar("Result")
+_KINDS = (ValueError, FloatingPointError, OSError)
+
+
+def together(group: Group, action: Callable[[], Result]) -> list[Result]:
+    """Runs `action` on every rank; everybody's results, in rank order, once all are through.
+
+    What one rank raises is raised on all, told with its rank: a ValueError, FloatingPointError or OSError as such, any
+    other exception as a RuntimeError.
+    """
+    if group is None or comm.size(group) == 1:
+        return [action()]
+    result, failure, cause = None, None, None
+    try:
+        result = action()
+    except Exception as error:
+        cause = error
+        failure = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError), str(error) or repr(error)
+    outcomes = comm.gather_objects((result, failure), group)
+    for rank, (_, failed) in enumerate(outcomes):
+        if failed is not None:
+            kind, text = failed
+            raise kind(f"rank {rank}: {text}") from cause
+    return [result for result, _ in outcomes]
+
+
+def on_rank_0(group: Group, action: Callable[[], Result]) -> Result | None:
+    """As `together`, but only rank 0 acts; its result, on every rank."""
+    return together(group, lambda: action() if comm.rank(group) == 0 else None)[0]
