@@ -3,7 +3,25 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Annotated, Literal
+
+from lasp.fields import (
+    Allowed,
+    Beta,
+    Count,
+    CountOrZero,
+    FieldName,
+    FilePath,
+    NotNegative,
+    Part,
+    Positive,
+    PositiveOrInf,
+    Seconds,
+    Seed,
+    SomePart,
+    check_fields,
+    require,
+)
 
 LINEAR, SOFTMAX = "L", "N"
 MIXERS = (
@@ -17,27 +35,14 @@ MIXERS = (
     "gated_delta_net",
     "kda",
 )
-
-
-def require(condition: bool, field: str, got: object, expected: str) -> None:
-    """Raises ValueError that names the field, what was got and what was expected."""
-    if not condition:
-        raise ValueError(f"{field}: got {got!r}, expected {expected}")
-
-
-def require_choice(config: object, *fields: str) -> None:
-    """Raises ValueError unless each of the fields holds one of the values its Literal type lists."""
-    hints = get_type_hints(type(config))
-    for field in fields:
-        choices, got = get_args(hints[field]), getattr(config, field)
-        require(got in choices, field, got, f"one of {', '.join(map(str, choices))}")
-
-
-def require_at_least(config: object, least: float, *fields: str) -> None:
-    """Raises ValueError unless each of the fields is a finite number of at least `least`."""
-    for field in fields:
-        got = getattr(config, field)
-        require(math.isfinite(got) and got >= least, field, got, f"at least {least}")
+Mixer = Annotated[str, Allowed(f"one of {', '.join(MIXERS)}", MIXERS.__contains__)]
+Pattern = Annotated[
+    str,
+    Allowed(
+        f"at least one letter and only the letters {LINEAR} and {SOFTMAX}",
+        lambda letters: bool(letters) and set(letters) <= {LINEAR, SOFTMAX},
+    ),
+]
 
 
 def require_empty(output: str | Path) -> Path:
@@ -55,45 +60,40 @@ class ModelConfig:
     until there are `num_layers` layers.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    pattern: str = "LLLN"
-    mixer: str = "gated_delta_net"
-    head_dim: int | None = None  # key size of every head; hidden_size // num_heads if None
-    value_head_dim: int | None = None  # value size of the linear layers' heads; head_dim if None
-    num_kv_heads: int | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
-    conv_width: int = 4  # of the mixers that have a short convolution
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-6
+    vocab_size: Count
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    intermediate_size: Count
+    pattern: Pattern = "LLLN"
+    mixer: Mixer = "gated_delta_net"
+    head_dim: Count | None = None  # key size of every head; hidden_size // num_heads if None
+    value_head_dim: Count | None = None  # value size of the linear layers' heads; head_dim if None
+    num_kv_heads: Count | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
+    conv_width: Count = 4  # of the mixers that have a short convolution
+    rope_theta: Positive = 500_000.0
+    norm_eps: Positive = 1e-6
     tie_embeddings: bool = True
-    init_std: float = 0.02
-    num_experts: int = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
-    experts_per_token: int = 2
-    expert_intermediate_size: int | None = None  # of each expert; intermediate_size if None
-    num_shared_experts: int = 0  # besides, for every token
-    moe_every: int = 1  # the last of so many layers has experts in its MLP's place
+    init_std: NotNegative = 0.02
+    num_experts: CountOrZero = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
+    experts_per_token: Count = 2
+    expert_intermediate_size: Count | None = None  # of each expert; intermediate_size if None
+    num_shared_experts: CountOrZero = 0  # besides, for every token
+    moe_every: Count = 1  # the last of so many layers has experts in its MLP's place
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize_expert_weights: bool = True  # those of a token's experts to the sum 1
-    aux_loss_weight: float = 0.01  # of the load-balancing loss
-    z_loss_weight: float = 0.0  # of the router's z-loss
-    expert_bias_rate: float = 0.0  # of balancing by biases instead of a loss; 0: no biases
+    aux_loss_weight: NotNegative = 0.01  # of the load-balancing loss
+    z_loss_weight: NotNegative = 0.0  # of the router's z-loss
+    expert_bias_rate: NotNegative = 0.0  # of balancing by biases instead of a loss; 0: no biases
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "conv_width"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
-        for letter in self.pattern:
-            require(letter in (LINEAR, SOFTMAX), "pattern", self.pattern, f"only the letters {LINEAR} and {SOFTMAX}")
-        require(bool(self.pattern), "pattern", self.pattern, "at least one letter")
+        check_fields(self)
         require(
             self.num_layers % len(self.pattern) == 0,
             "num_layers",
             self.num_layers,
             f"a multiple of {self.pattern!r}'s length",
         )
-        require(self.mixer in MIXERS, "mixer", self.mixer, f"one of {', '.join(MIXERS)}")
         if self.head_dim is None:
             require(
                 self.hidden_size % self.num_heads == 0,
@@ -108,10 +108,6 @@ class ModelConfig:
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
-        require_at_least(self, 0, "num_experts", "num_shared_experts", "aux_loss_weight", "z_loss_weight")
-        require_at_least(self, 0, "expert_bias_rate")
-        require_choice(self, "router_scores")
-        require(self.expert_size >= 1, "expert_intermediate_size", self.expert_size, "at least 1")
         if self.num_experts:
             chosen, every = self.experts_per_token, self.moe_every
             require(
@@ -164,21 +160,17 @@ def options_of(config: ModelConfig) -> str:
 class ParallelConfig:
     """How ranks share the work: data_parallel groups, each splitting its contexts over sequence_parallel ranks."""
 
-    sequence_parallel: int = 1
-    data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
+    sequence_parallel: Count = 1
+    data_parallel: Count | None = None  # what the world leaves: world size / sequence_parallel, if None
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     state_exchange: Literal["auto", "all_gather", "ring", "scan", "hierarchical", "symmetric_memory"] = "auto"
     softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
-    expert_parallel: int = 1  # ranks that share the experts of a mixture between them, of whichever groups above
+    expert_parallel: Count = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
-    timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
+    timeout: Seconds = 600.0  # seconds after which a collective that a rank does not join ends the run
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "sequence_parallel", "expert_parallel")
-        if self.data_parallel is not None:
-            require_at_least(self, 1, "data_parallel")
-        require_choice(self, "layout", "state_exchange", "softmax")
-        require(0 < self.timeout < math.inf, "timeout", self.timeout, "a positive number of seconds")
+        check_fields(self)
 
     def mesh_shape(self, world_size: int) -> tuple[int, int]:
         """(data_parallel, sequence_parallel) in a world of this size; ValueError if they do not make it up."""
@@ -197,40 +189,30 @@ class ParallelConfig:
 class DataConfig:
     """Token files as `lasp prepare` (or Megatron) writes them: path prefixes, without .bin and .idx."""
 
-    train: str
-    valid: str
-    tokenizer: str = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
-    eval_contexts: int = 8  # held-out contexts in every evaluation
+    train: FilePath
+    valid: FilePath
+    tokenizer: FilePath = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
+    eval_contexts: Count = 8  # held-out contexts in every evaluation
 
     def __post_init__(self) -> None:
-        for field in ("train", "valid", "tokenizer"):
-            require(bool(getattr(self, field)), field, getattr(self, field), "a path")
-        require_at_least(self, 1, "eval_contexts")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule (equations in lasp.training.optimizer)."""
 
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1  # of matrices only
+    lr: Positive = 3e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.1  # of matrices only
     schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2  # of the steps, at the end of a "wsd" run
-    min_ratio: float = 0.1  # learning rate at the end / lr
-    clip_norm: float = 1.0  # of the gradient's norm over all parameters and ranks
+    warmup_steps: CountOrZero = 100
+    decay_fraction: SomePart = 0.2  # of the steps, at the end of a "wsd" run
+    min_ratio: Part = 0.1  # learning rate at the end / lr
+    clip_norm: PositiveOrInf = 1.0  # of the gradient's norm over all parameters and ranks
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
-        require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
-        )
-        require_at_least(self, 0, "weight_decay", "warmup_steps")
-        require_choice(self, "schedule")
-        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a number in (0, 1]")
-        require(0 <= self.min_ratio <= 1, "min_ratio", self.min_ratio, "a number in [0, 1]")
-        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number (inf: no clipping)")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +223,7 @@ class DeepSpeedConfig:
     offload: bool = False  # optimiser states and update to the CPU
 
     def __post_init__(self) -> None:
-        require_choice(self, "stage")
+        check_fields(self)
         require(self.stage > 0 or not self.offload, "offload", self.offload, "False with stage 0")
 
 
@@ -251,29 +233,27 @@ class TrainConfig:
 
     model: ModelConfig
     data: DataConfig
-    run_dir: str  # checkpoints, metrics and plots
-    steps: int
-    context_length: int
+    run_dir: FilePath  # checkpoints, metrics and plots
+    steps: Count
+    context_length: Count
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"  # who holds the weights and updates them
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    initial_weights: str | None = None  # a directory of `lasp import`, or a checkpoint, to begin from
+    initial_weights: FilePath | None = None  # a directory of `lasp import`, or a checkpoint, to begin from
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch_contexts: int = 1  # one at a time on every data-parallel group: the others are accumulated
+    batch_contexts: Count = 1  # one at a time on every data-parallel group: the others are accumulated
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # layers' activations, in the backward pass, instead of keeping them
-    eval_every: int = 100  # steps
-    checkpoint_every: int = 1000  # steps; the last step is always saved
-    checkpoint_keep: int = 2
-    seed: int = 0
+    eval_every: Count = 100  # steps
+    checkpoint_every: Count = 1000  # steps; the last step is always saved
+    checkpoint_keep: Count = 2
+    seed: Seed = 0
+    allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
 
     def __post_init__(self) -> None:
-        require(bool(self.run_dir), "run_dir", self.run_dir, "a path")
-        require_at_least(self, 1, "steps", "batch_contexts", "eval_every", "checkpoint_every", "checkpoint_keep")
-        require_at_least(self, 2, "context_length")
-        require_at_least(self, 0, "seed")
-        require_choice(self, "dtype", "device", "engine")
+        check_fields(self)
+        require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         if self.engine == "deepspeed":
             require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")

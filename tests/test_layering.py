@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "models": {"kernels", "config"},
     "data": {"config"},
     "training": {"kernels", "parallel", "models", "data", "config"},
-    "integrations": {"kernels", "parallel", "models", "data", "config", "training"},
+    "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "training"},
 }
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {

@@ -31,9 +31,12 @@ def _pairs(name: str, contexts: Iterable[Context], vocab_size: int) -> np.ndarra
     for context in contexts:
         tokens, labels = context.tokens(0, context.length).numpy(), context.labels(0, context.length).numpy()
         scored = labels != IGNORED
-        if scored.any() and (top := max(tokens.max(), labels.max())) >= vocab_size:
-            raise ValueError(f"{name}: got token {top}, expected ids below vocab_size={vocab_size}")
-        pairs, times = np.unique(tokens[scored] * vocab_size + labels[scored], return_counts=True)
+        first, second = tokens[scored], labels[scored]
+        ids = np.concatenate([first, second])
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.size:
+            raise ValueError(f"{name}: got token {outside[0]}, expected ids below vocab_size={vocab_size}")
+        pairs, times = np.unique(first * vocab_size + second, return_counts=True)
         counts[pairs] += times
     if not counts.any():
         raise ValueError(f"{name}: got no token with a label, expected at least one")

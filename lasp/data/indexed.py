@@ -5,6 +5,7 @@
 (i32 [S]) and byte offsets in `.bin` (i64 [S]); the sequence number at which each document begins, then S (i64 [D + 1]).
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
+SAMPLES, SAMPLE_TOKENS = 256, 4096  # what a fingerprint reads of the tokens
 FLOAT_CODES = {6: "float64", 7: "float32"}  # in Megatron's table, but no tokens
 
 
@@ -136,6 +138,21 @@ class TokenFile:
             raise IndexError(f"document: got {index}, expected 0 to {self.num_documents - 1} in {self.bin_path}")
         return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]
 
+    def fingerprint(self, vocab_size: int | None = None) -> str:
+        """What tells these files from others, at the cost of a few reads however large they are.
+
+        The numbers of tokens and documents, their type, and a hash of all documents' borders and of 256 blocks of 4096
+        tokens, the first, the last and evenly between: of all tokens, if there are fewer than a million. Larger files
+        that differ only between the blocks have one fingerprint. With a vocab_size, raises ValueError for a token in
+        the blocks that is not of the vocabulary.
+        """
+        tokens = self.tokens if vocab_size is None else VocabularyTokens(self, vocab_size)
+        digest = hashlib.blake2b(self.document_starts.tobytes(), digest_size=16)
+        starts = np.linspace(0, max(0, self.num_tokens - SAMPLE_TOKENS), SAMPLES, dtype=np.int64)
+        for start in np.unique(starts):
+            digest.update(tokens[np.arange(start, min(start + SAMPLE_TOKENS, self.num_tokens))].tobytes())
+        return f"{self.num_tokens} {self.dtype} tokens in {self.num_documents} documents, hash {digest.hexdigest()}"
+
     def _read_index(self) -> tuple[np.dtype, np.ndarray]:
         """The tokens' type and the documents' starts, from the checked index."""
         size = self.idx_path.stat().st_size
@@ -175,3 +192,24 @@ class TokenFile:
     def _expect(self, condition: bool, got: str, expected: str) -> None:
         if not condition:
             raise ValueError(f"{self.idx_path}: got {got}, expected {expected}")
+
+
+class VocabularyTokens:
+    """A token file's tokens, which may be read at any places [N] of the file as long as they are of the vocabulary."""
+
+    def __init__(self, file: TokenFile, vocab_size: int) -> None:
+        self._file, self._vocab_size = file, vocab_size
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Raises ValueError naming the file, the document, the position in it and the id, if one is not."""
+        file, ids = self._file, self._file.tokens[places]
+        outside = (ids < 0) | (ids >= self._vocab_size)
+        if outside.any():
+            place = places[outside][0]
+            document = np.searchsorted(file.document_starts, place, side="right") - 1
+            position = place - file.document_starts[document]
+            raise ValueError(
+                f"{file.bin_path}: got token id {ids[outside][0]} at position {position} of document {document}, "
+                f"expected 0 to {self._vocab_size - 1} (vocab_size={self._vocab_size})"
+            )
+        return ids

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lasp.data.indexed import TokenFile
+from lasp.data.indexed import TokenFile, VocabularyTokens
 
 IGNORED = -100  # the label of positions without a loss, PyTorch's cross-entropy's default
 
@@ -23,7 +23,9 @@ class Context:
     `cu_seqlens`, int64 [pieces + 1] on the CPU, begins with 0 and ends with `length`.
     """
 
-    def __init__(self, tokens: np.ndarray, pieces: np.ndarray, sources: np.ndarray, ends: np.ndarray) -> None:
+    def __init__(
+        self, tokens: np.ndarray | VocabularyTokens, pieces: np.ndarray, sources: np.ndarray, ends: np.ndarray
+    ) -> None:
         """tokens [file]: all documents; pieces [P + 1]: where they begin in the context, then its length;
         sources [P]: where they begin in `tokens`; ends [P]: where the documents they belong to end in `tokens`."""
         self._tokens, self._pieces, self._sources, self._ends = tokens, pieces, sources, ends
@@ -61,10 +63,19 @@ class PackedContexts:
 
     Each epoch has its own order of the documents, given by `seed` and the epoch's number; with shuffle=False each has
     the file's. A context may hold the end of one epoch and the beginning of the next. Raises ValueError if there are
-    fewer tokens than one context has, and what `TokenFile` raises.
+    fewer tokens than one context has, and what `TokenFile` raises. With a `vocab_size` whoever reads a token that is
+    not below it, or negative, gets a ValueError.
     """
 
-    def __init__(self, prefix: str | Path, context_length: int, *, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        context_length: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
         self.file = TokenFile(prefix)
         if not 1 <= context_length <= self.file.num_tokens:
             raise ValueError(
@@ -74,6 +85,7 @@ class PackedContexts:
         if seed < 0:
             raise ValueError(f"seed: got {seed}, expected at least 0")
         self.context_length, self.seed, self.shuffle = context_length, seed, shuffle
+        self.vocab_size = vocab_size
         self._epoch = lru_cache(maxsize=2)(self._order)  # a context touches at most two
 
     @property
@@ -96,7 +108,8 @@ class PackedContexts:
             parts.append(self._pieces(epoch, offset, stop))
             begin += stop - offset
         lengths, sources, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Context(self.file.tokens, np.concatenate([[0], np.cumsum(lengths)]), sources, ends)
+        tokens = self.file.tokens if self.vocab_size is None else VocabularyTokens(self.file, self.vocab_size)
+        return Context(tokens, np.concatenate([[0], np.cumsum(lengths)]), sources, ends)
 
     def _pieces(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pieces at start…stop of an epoch's stream: their lengths, places and documents' ends in the file."""

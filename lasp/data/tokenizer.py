@@ -80,14 +80,19 @@ def load_tokenizer(name_or_path: str | Path = BYTE, *, eod: str | None = None) -
         if eod is not None:
             raise ValueError(f"eod: got {eod!r}, expected None for the byte tokenizer, whose end of document is 256")
         return ByteTokenizer()
-    path = Path(name_or_path)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
+    return JsonTokenizer(tokenizer_file(name_or_path), eod)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.json at a path or in the folder there. Raises FileNotFoundError if there is none."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
         raise FileNotFoundError(
-            f"tokenizer: {path} is not there; expected {BYTE!r} or a Hugging Face tokenizer.json's path"
+            f"tokenizer: {file} is not there; expected {BYTE!r} or a Hugging Face tokenizer.json's path"
         )
-    return JsonTokenizer(path, eod)
+    return file
 
 
 def _in_range(ids: np.ndarray | list[int], vocab_size: int) -> np.ndarray:

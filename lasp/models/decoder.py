@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasp.config import ModelConfig, require
 from lasp.models.layers import RMSNorm, SwiGLU
-from lasp.models.loss import IGNORE, linear_cross_entropy
+from lasp.models.loss import IGNORE, linear_cross_entropy, require_ids
 from lasp.models.memory import Memory
 from lasp.models.mixers import make_mixer
 from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
@@ -112,8 +112,8 @@ class Decoder(nn.Module):
             lasp.models.moe.balance), so that the mean is that of the cross-entropy plus these losses.
 
         Raises:
-            ValueError: tokens or labels that do not fit `seq`, or memory with a `seq` that is not one rank's whole
-                sequence.
+            ValueError: tokens or labels that do not fit `seq` or the vocabulary, or memory with a `seq` that is not one
+                rank's whole sequence.
         """
         local = seq.positions.shape[0]
         require(
@@ -125,6 +125,8 @@ class Decoder(nn.Module):
             labels is not None and list(labels.shape),
             f"the shape of tokens {list(tokens.shape)}",
         )
+        if not tokens.is_cuda:  # where the embedding's lookup asserts as much
+            require_ids("tokens", tokens, self.config.vocab_size)
         x = self.embedding(tokens)
         routings: list[Routing] = []
         for index, layer in enumerate(self.layers):

@@ -22,16 +22,34 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     hidden: [..., D].  weight: [vocabulary, D].  labels: [...] int64.
     Returns the sum, a float32 scalar (float64 for float64), and the count, an int64 scalar. Differentiable once, in
     hidden and weight. On CUDA it is liger-kernel's fused implementation where that is installed, PyTorch otherwise.
-    Raises ValueError if labels do not have the shape of hidden without D.
+    Raises ValueError if labels do not have the shape of hidden without D, or are neither -100 nor in the vocabulary
+    (see `require_ids`).
     """
     require(
         labels.shape == hidden.shape[:-1], "labels", list(labels.shape), f"the tokens' shape {list(hidden.shape[:-1])}"
     )
+    require_ids("labels", labels, weight.shape[0], ignored=True)
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     count = (labels != IGNORE).sum()
     if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float64 and (liger := _liger()) is not None:
         return liger(weight, hidden, labels), count
     return _ChunkedCrossEntropy.apply(hidden, weight, labels), count
+
+
+def require_ids(field: str, ids: Tensor, vocab_size: int, *, ignored: bool = False) -> None:
+    """Raises ValueError unless all ids are in the vocabulary (or -100, if those are ignored).
+
+    On CUDA, where the host would have to wait for them, a device-side assertion fails instead, as in PyTorch's own
+    embeddings and losses: check what you read while it is on the host, as `lasp.data` does.
+    """
+    fits = (ids >= 0) & (ids < vocab_size)
+    if ignored:
+        fits |= ids == IGNORE
+    if ids.is_cuda:
+        torch._assert_async(fits.all(), f"{field} are outside the vocabulary of {vocab_size}")
+    elif not ids.is_meta and not fits.all():
+        expected = f"0 to {vocab_size - 1} (the vocabulary)" + (f", or {IGNORE}" if ignored else "")
+        require(False, field, ids[~fits][0].item(), expected)
 
 
 @cache

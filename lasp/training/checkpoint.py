@@ -16,9 +16,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     lock: Lock | None = None,
+    record: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Saves model, optimiser, generators and the number of steps taken; keeps the newest config.checkpoint_keep.
 
-    The number of steps also is the position in the data: step s reads contexts s * batch_contexts and on. Raises
-    FloatingPointError on every rank, and saves nothing, if a weight or a state of the optimiser is not finite.
+    record: what to write beside the configuration (see lasp.training.same_run). Raises FloatingPointError on every
+    rank, and saves nothing, if a weight or a state of the optimiser is not finite.
     """
     training = _training_state(model, optimizer)
     require_finite(_tensors(training), _world())
@@ -61,7 +63,7 @@ def save(
         _save({**training, **_generators(), "step": step}, directory)
         return directory.glob(f"__{_rank()}_*")
 
-    commit(run_dir, step, config, write, lock)
+    commit(run_dir, step, config, write, lock, record)
 
 
 def commit(
@@ -70,6 +72,7 @@ def commit(
     config: TrainConfig,
     write: Callable[[Path], Iterable[Path]],
     lock: Lock | None = None,
+    record: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Makes what `write(directory)` saves the run's last checkpoint.
 
@@ -87,7 +90,7 @@ def commit(
         unfinished.mkdir(parents=True)
 
     def finish() -> None:
-        _write(unfinished / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2))
+        _write(unfinished / CONFIG_FILE, json.dumps({**dataclasses.asdict(config), **record}, indent=2))
         _seal(unfinished, parts)
         if lock is not None:
             lock.require_held()

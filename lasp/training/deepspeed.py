@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         self.model.step()
         return require_finite(float(self.model.get_global_grad_norm()), "gradient norm")
 
-    def save(self, step: int, lock: Lock) -> None:
+    def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
         def write(directory: Path) -> list[Path]:
             self.model.save_checkpoint(
                 directory.parent, tag=directory.name, client_state={"step": step}, save_latest=False
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
             return own
 
         integrity.require_finite(self._tensors(), dist.group.WORLD)
-        checkpoint.commit(self.config.run_dir, step, self.config, write, lock)
+        checkpoint.commit(self.config.run_dir, step, self.config, write, lock, record)
 
     def restore(self) -> int:
         path = checkpoint.find_resumable(self.config.run_dir, self.config, self.world.device, self._check)

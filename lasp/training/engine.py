@@ -1,7 +1,7 @@
 """Who holds the weights and updates them: PyTorch itself, or DeepSpeed (lasp.training.deepspeed)."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, step: int, lock: Lock) -> None:
-        """Saves a checkpoint of the run, which holds the lock, after that many steps.
+    def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
+        """Saves a checkpoint of the run, which holds the lock, after that many steps; a record beside its settings.
 
         Raises FloatingPointError on every rank, and saves nothing, if a weight or a state is not finite.
         """
@@ -99,8 +99,8 @@ class NativeEngine:
         self.optimizer.zero_grad()
         return grad_norm
 
-    def save(self, step: int, lock: Lock) -> None:
-        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config, lock)
+    def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
+        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config, lock, record)
 
     def restore(self) -> int:
         return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config)

@@ -1,6 +1,12 @@
-"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard events, all from rank 0."""
+"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard events, all from rank 0.
+
+metrics.jsonl is only ever appended to: a run that goes on from step s writes {"resumed_from": s}, and records of later
+steps that stand before it no longer count.
+"""
 
 import json
+import os
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+RESUMED = "resumed_from"
 
 # Dense bf16 FLOP/s of one GPU as its vendor states them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
@@ -40,9 +47,36 @@ def model_flop_utilisation(flops_per_token: float, tokens_per_second: float, dev
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run, in order. Raises FileNotFoundError if the run left none."""
-    with open(Path(run_dir) / METRICS_FILE) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # a crash may have cut the last one short
+    """The records of a run, in order, without those of steps that were taken again after a stop.
+
+    Warns of lines that are not records, and leaves them out. Raises FileNotFoundError if the run left none.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    records: list[dict[str, Any]] = []
+    unreadable = []
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break  # being written, or cut short by a crash
+            record = _parse(line)
+            if record is None:
+                unreadable.append(number)
+            elif RESUMED in record:
+                records = [r for r in records if r["step"] <= record[RESUMED]]
+            else:
+                records.append(record)
+    if unreadable:
+        warnings.warn(f"{path}: left out {len(unreadable)} unreadable lines, first line {unreadable[0]}", stacklevel=2)
+    return records
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get(RESUMED, record.get("step")) if isinstance(record, dict) else None
+    return record if isinstance(step, int) else None
 
 
 class Metrics:
@@ -54,11 +88,11 @@ class Metrics:
             return
         path = Path(run_dir)
         path.mkdir(parents=True, exist_ok=True)
-        # A run that stopped after its last checkpoint has reported steps that are about to be taken again.
-        kept = [r for r in read_metrics(path) if r["step"] <= first_step] if (path / METRICS_FILE).exists() else []
-        self.file = open(path / METRICS_FILE, "w")  # noqa: SIM115 (closed by __exit__)
-        self.file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file.flush()
+        self.file = open(path / METRICS_FILE, "ab+")  # noqa: SIM115 (closed by __exit__)
+        if self.file.tell() > 0:
+            self.file.seek(-1, os.SEEK_END)
+            cut_short = self.file.read() != b"\n"
+            self._append({RESUMED: first_step}, before="\n" if cut_short else "")
         self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=first_step + 1)
         columns = (
             TextColumn("training"),
@@ -86,12 +120,15 @@ class Metrics:
         """Records named values of a step (of training if there is a `loss` among them, else of an evaluation)."""
         if self.silent:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self._append({"step": step, **values})
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
         if "loss" in values:
             self.progress.update(self.bar, completed=step, loss=values["loss"], rate=values["tokens_per_second"])
+
+    def _append(self, record: dict[str, Any], before: str = "") -> None:
+        self.file.write(f"{before}{json.dumps(record)}\n".encode())
+        self.file.flush()
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""

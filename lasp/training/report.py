@@ -65,6 +65,7 @@ def _bigram_loss(config: dict[str, Any]) -> float | None:
     if config["model"]["vocab_size"] > MAX_VOCAB:
         return None
     data, length = config["data"], config["context_length"]
-    train, valid = (PackedContexts(data[split], length, seed=0, shuffle=False) for split in ("train", "valid"))
+    options: dict[str, Any] = {"seed": 0, "shuffle": False, "vocab_size": config["model"]["vocab_size"]}
+    train, valid = (PackedContexts(data[split], length, **options) for split in ("train", "valid"))
     held_out = (valid[i] for i in range(data["eval_contexts"]))
-    return bigram_loss(train.one_epoch(), held_out, config["model"]["vocab_size"])
+    return bigram_loss(train.one_epoch(), held_out, options["vocab_size"])

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lasp.config import TrainConfig, require
+from lasp.training.same_run import require_same_on_ranks, settings
+from lasp.training.together import together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,12 @@ class World:
 def join_world(config: TrainConfig) -> Iterator[World]:
     """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), or is a world of one.
 
-    A process group that exists already is used, and left as it is. Raises ValueError on every rank, before any process
-    group exists, if the run does not fit the world or the machine.
+    A process group that exists already is used, and left as it is. Raises ValueError on every rank if the run does not
+    fit the world or the machine, or if ranks were given different settings.
     """
     exists = dist.is_initialized()
     rank = dist.get_rank() if exists else int(os.environ.get("RANK", 0))
     size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
-    mesh_shape = config.mesh_shape(size)
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not exists:
         dist.init_process_group(
@@ -45,6 +46,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
             device_id=device if device.type == "cuda" else None,
         )
     try:
+        require_same_on_ranks(together(dist.group.WORLD, lambda: settings(config)))
+        mesh_shape = config.mesh_shape(size)
         yield World(
             rank=rank,
             size=size,

@@ -17,23 +17,28 @@ from lasp.config import TrainConfig, require
 from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
+from lasp.parallel.agreement import agree
+from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.runtime import World, join_world
+from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.together import together
 
 
 def train(config: TrainConfig) -> float:
     """Runs a configuration to its last step, from its last checkpoint if there is one; returns the held-out loss.
 
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
-    the checkpoint that is there, or if another run is alive in run_dir; FileNotFoundError for files that are not;
+    the checkpoint that is there, for ranks with other settings or data than others, for tokens that are not in the
+    vocabulary, or if another run is alive in run_dir; FileNotFoundError for files that are not there;
     FloatingPointError for gradients, a held-out loss or states to be saved that are not finite.
     """
     with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
-        training, held_out = open_data(config)
+        training, held_out, fingerprints = open_data(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
         sp = SequenceParallel(
@@ -44,28 +49,31 @@ def train(config: TrainConfig) -> float:
             device=world.device,
         )
         first_step = engine.restore()
+        seen = position(config, fingerprints) if first_step else 0
 
         tokens_per_step = config.batch_contexts * config.context_length
         flops, peak = flops_per_token(config.model, config.context_length), peak_flops(world.device, config.dtype)
         if first_step >= config.steps:
-            return evaluate(engine.model, held_out, sp, world)
+            valid_loss = evaluate(engine.model, held_out, sp, world)
+            say_finished(config, world, first_step, valid_loss)
+            return valid_loss
         with Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank) as metrics:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
-                contexts = [training[step * config.batch_contexts + i] for i in range(config.batch_contexts)]
+                contexts = [training[seen + i] for i in range(config.batch_contexts)]
                 loss = compute_gradients(engine, contexts, sp, world)
                 grad_norm = engine.step(lr)
                 balance = balance_experts(engine.model, all_ranks) if config.model.num_experts else {}
 
-                taken = step + 1
+                taken, seen = step + 1, seen + config.batch_contexts
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
                 values |= balance
                 if peak is not None:
                     values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
-                metrics.log(taken, **values, tokens=taken * tokens_per_step)
+                metrics.log(taken, **values, tokens=seen * config.context_length)
 
                 last = taken == config.steps
                 if taken % config.eval_every == 0 or last:
@@ -73,28 +81,58 @@ def train(config: TrainConfig) -> float:
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
                 if taken % config.checkpoint_every == 0 or last:
-                    engine.save(taken, lock)
+                    engine.save(taken, lock, record(seen * config.context_length, fingerprints))
+        say_finished(config, world, taken, valid_loss)
         return valid_loss
 
 
-def open_data(config: TrainConfig) -> tuple[PackedContexts, list[Context]]:
-    """The training contexts without end, and the held-out ones of every evaluation: the file's first, unshuffled."""
-    got, needed = config.model.vocab_size, load_tokenizer(config.data.tokenizer).vocab_size
-    require(got >= needed, "vocab_size", got, f"at least the tokenizer's {needed}")
-    training = PackedContexts(config.data.train, config.context_length, seed=config.seed)
-    held_out = PackedContexts(config.data.valid, config.context_length, seed=config.seed, shuffle=False)
-    wanted, there = config.data.eval_contexts, held_out.num_contexts
-    require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {config.data.valid} holds")
-    return training, [held_out[i] for i in range(wanted)]
+def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[Context], dict[str, str]]:
+    """The training contexts without end, the held-out ones of every evaluation (the file's first, unshuffled), and
+    fingerprints of the files, which are the same on every rank."""
+    data, length, seed, vocab_size = config.data, config.context_length, config.seed, config.model.vocab_size
+    opened: list[PackedContexts] = []
+
+    def read() -> dict[str, str]:
+        needed = load_tokenizer(data.tokenizer).vocab_size
+        require(vocab_size >= needed, "vocab_size", vocab_size, f"at least the tokenizer's {needed}")
+        training = PackedContexts(data.train, length, seed=seed, vocab_size=vocab_size)
+        held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
+        wanted, there = data.eval_contexts, held_out.num_contexts
+        require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {data.valid} holds")
+        opened.extend([training, held_out])
+        return {
+            "data.train": training.file.fingerprint(vocab_size),
+            "data.valid": held_out.file.fingerprint(vocab_size),
+            "data.tokenizer": tokenizer_fingerprint(data.tokenizer),
+        }
+
+    fingerprints = together(dist.group.WORLD, read)
+    require_same_on_ranks(fingerprints)
+    training, held_out = opened
+    return training, [held_out[i] for i in range(data.eval_contexts)], fingerprints[world.rank]
+
+
+def position(config: TrainConfig, fingerprints: dict[str, str]) -> int:
+    """The number of the first context after those that the run's last checkpoint has seen.
+
+    Raises ValueError on every rank if that is a checkpoint of another run.
+    """
+
+    def tokens() -> int:
+        path = checkpoint.require_latest(config.run_dir)
+        return tokens_seen(path, checkpoint.read_config(path), settings(config, fingerprints))
+
+    seen, *_ = together(dist.group.WORLD, tokens)
+    return -(-seen // config.context_length)  # where another context length was permitted, a part of one is left out
 
 
 def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World) -> float:
     """The mean loss over all labels of the contexts; the engine gets each rank's part of its gradient."""
     labels = max(1, sum(count_labels(context) for context in contexts))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for context in share(contexts, world):
-        batch = read_batch(context, sp, world.device)
-        loss_sum, _ = engine.model(batch.tokens, batch.seq, labels=batch.labels)
+    for batch in read_batches(share(contexts, world), sp, world):
+        tokens, targets = batch.tokens.to(world.device), batch.labels.to(world.device)
+        loss_sum, _ = engine.model(tokens, batch.seq, labels=targets)
         engine.backward(loss_sum / labels)
         total += loss_sum.detach()
     return all_ranks(total).item() / labels
@@ -109,10 +147,20 @@ class Batch:
     seq: Sequence
 
 
-def read_batch(context: Context, sp: SequenceParallel, device: torch.device) -> Batch:
-    seq = sp.sequence(context.length, context.cu_seqlens)
-    tokens, labels = local_batch(context, seq.partition.ranges)
-    return Batch(tokens.to(device), labels.to(device), seq)
+def read_batches(contexts: list[Context], sp: SequenceParallel, world: World) -> list[Batch]:
+    """This rank's units of some contexts, on the CPU.
+
+    Raises ValueError on every rank if one of them reads a token that is not in the vocabulary.
+    """
+    sequences = [sp.sequence(context.length, context.cu_seqlens) for context in contexts]
+    batches: list[Batch] = []
+
+    def read() -> None:
+        for context, seq in zip(contexts, sequences, strict=True):
+            batches.append(Batch(*local_batch(context, seq.partition.ranges), seq))
+
+    agree(dist.group.WORLD, world.device, read)
+    return batches
 
 
 def share(contexts: list[Context], world: World) -> list[Context]:
@@ -135,9 +183,9 @@ def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, wo
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for context in share(held_out, world):
-        batch = read_batch(context, sp, world.device)
-        total += torch.stack([part.double() for part in model(batch.tokens, batch.seq, labels=batch.labels)])
+    for batch in read_batches(share(held_out, world), sp, world):
+        tokens, labels = batch.tokens.to(world.device), batch.labels.to(world.device)
+        total += torch.stack([part.double() for part in model(tokens, batch.seq, labels=labels)])
     model.train()
     loss_sum, count = all_ranks(total).tolist()
     return require_finite(loss_sum / max(1, count), "held-out loss")
@@ -159,3 +207,9 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
     if first_step:
         lines.append(f"going on from the checkpoint of step {first_step} in {config.run_dir}")
     return "\n".join(lines)
+
+
+def say_finished(config: TrainConfig, world: World, step: int, valid_loss: float) -> None:
+    if world.rank == 0:
+        path = checkpoint.latest(config.run_dir)
+        print(f"finished {step} of {config.steps} steps: held-out loss {valid_loss:.4f}, checkpoint {path}", flush=True)

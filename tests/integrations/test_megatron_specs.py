@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lasp.integrations.megatron import LinearSelfAttention, SoftmaxCoreAttention, gpt_layer_specs
 from lasp.integrations.megatron.experts import GroupedExperts
 from lasp.integrations.megatron.run import Run
+from tests.training.test_config import fields_of, require_checked
 
 RUN = Run(preset="tiny", data="d", run_dir="r", steps=1, sequence_length=64)
 
@@ -133,6 +134,11 @@ def test_bad_core_attention(changes, message):
 def test_bad_runs(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(RUN, **changes)
+
+
+@pytest.mark.parametrize(("config", "field"), fields_of(RUN))
+def test_every_field_of_a_run_is_checked(config, field):
+    require_checked(config, field)
 
 
 def test_runs_that_do_not_fit_the_ranks():

@@ -235,3 +235,9 @@ def test_tensors_that_do_not_fit_are_refused():
         model(tokens[0], sequence(8))
     with pytest.raises(ValueError, match=r"labels: got \[1, 7\]"):
         model(tokens, sequence(8), labels=tokens[:, 1:])
+    size = model.config.vocab_size
+    for bad in (size, -1):
+        with pytest.raises(ValueError, match=f"tokens: got {bad}, expected 0 to {size - 1} "):
+            model(tokens.masked_fill(torch.arange(8) == 3, bad), sequence(8))
+        with pytest.raises(ValueError, match=f"labels: got {bad}, expected 0 to {size - 1} .*or -100"):
+            model(tokens, sequence(8), labels=tokens.masked_fill(torch.arange(8) == 3, bad))

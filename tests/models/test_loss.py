@@ -95,3 +95,13 @@ def test_labels_of_another_shape_are_refused():
     hidden, weight, labels = _inputs(torch.float32, 6)
     with pytest.raises(ValueError, match=r"labels: got \[1, 5\], expected the tokens' shape \[1, 6\]"):
         linear_cross_entropy(hidden, weight, labels[:, 1:])
+
+
+@pytest.mark.parametrize("label", [7, -1, -101, 2**40])
+def test_labels_outside_the_vocabulary_are_refused(label):
+    hidden, weight = torch.randn(1, 6, 4), torch.randn(7, 4)
+    labels = torch.tensor([[0, 6, -100, label, -100, 1]])
+    with pytest.raises(ValueError, match=rf"labels: got {label}, expected 0 to 6 \(the vocabulary\), or -100"):
+        linear_cross_entropy(hidden, weight, labels)
+    labels[0, 3] = -100
+    assert linear_cross_entropy(hidden, weight, labels)[1] == 3

@@ -1,9 +1,12 @@
 import dataclasses
+import math
+import pathlib
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 
-from lasp.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from lasp.training.recipes import RECIPES
 
 MODEL = {"vocab_size": 257, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "intermediate_size": 64}
@@ -31,6 +34,56 @@ def test_every_recipe_is_a_valid_frozen_config(name):
 def test_run_directories_of_recipes_differ():
     directories = [recipe().run_dir for recipe in RECIPES.values()]
     assert len(set(directories)) == len(directories)
+
+
+CONFIGS = (make().model, make().data, make(), ParallelConfig(), OptimizerConfig(), DeepSpeedConfig())
+
+
+def fields_of(*configs):
+    return [pytest.param(c, f.name, id=f"{type(c).__name__}-{f.name}") for c in configs for f in dataclasses.fields(c)]
+
+
+def require_checked(config, field):
+    """A field whose annotation is a bare int, float or str takes some of these: give it a type of lasp.fields."""
+    kind = str(get_type_hints(type(config))[field])
+    wrong = [object(), [], {}, b"", 1j, -1, -1.0, math.nan, -math.inf, "", "\0", (object(),), 10**400]
+    wrong += [] if "bool" in kind else [True, False]
+    wrong += [] if "Optional" in kind else [None]
+    wrong += [] if "float" in kind else [2**64, 0.5, math.inf]
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{field}: got .*expected"):
+            replace(config, **{field: value})
+
+
+@pytest.mark.parametrize(("config", "field"), fields_of(*CONFIGS))
+def test_every_field_is_checked(config, field):
+    require_checked(config, field)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (make().model, "rope_theta", 0),
+        (make().model, "norm_eps", 0.0),
+        (make().model, "head_dim", 0),
+        (make().model, "init_std", math.inf),
+        (ParallelConfig(), "timeout", 1e300),
+        (DeepSpeedConfig(), "stage", True),
+        (OptimizerConfig(), "betas", [0.9, 0.95]),
+        (OptimizerConfig(), "betas", (0.9,)),
+        (OptimizerConfig(), "betas", (0.9, True)),
+        (make(), "allow_changed", "seed"),
+        (make(), "run_dir", pathlib.Path("run")),
+    ],
+)
+def test_values_at_the_edge_are_refused(config, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: got .*expected"):
+        replace(config, **{field: value})
+
+
+def test_values_at_the_edge_are_taken():
+    assert make(seed=2**64 - 1, allow_changed=("seed", "data")).seed == 2**64 - 1
+    assert OptimizerConfig(lr=1, clip_norm=math.inf, betas=(0, 0.5), weight_decay=0).lr == 1
 
 
 @pytest.mark.parametrize(

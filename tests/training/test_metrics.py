@@ -36,11 +36,53 @@ def test_resuming_forgets_the_steps_that_are_taken_again(tmp_path):
     assert [r["valid_loss"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
 
 
+def test_resuming_only_appends(tmp_path):
+    """So neither a kill nor a full disk costs what was there."""
+    file = tmp_path / metrics.METRICS_FILE
+    file.write_text('{"step": 1, "valid_loss": 1.0}\n{"step": 2, "valid_loss": 2.0}\nnot a record\n')
+    before = file.read_bytes()
+    for step in (1, 2):
+        with open_metrics(tmp_path, first_step=1) as run:
+            assert file.read_bytes().startswith(before)
+            run.log(2, valid_loss=20.0 * step)
+        before = file.read_bytes()
+    with pytest.warns(UserWarning, match="unreadable"):
+        assert [r["valid_loss"] for r in read_metrics(tmp_path)] == [1.0, 40.0]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    with open_metrics(tmp_path) as run:
+        run.log(1, valid_loss=2.0)
+
+    def full(record):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(metrics.json, "dumps", full)
+    with pytest.raises(OSError, match="No space"):
+        open_metrics(tmp_path, first_step=1)
+    assert read_metrics(tmp_path) == [{"step": 1, "valid_loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "line", [b'\0\0\0{"step": 9', b"\xff\xfe", b"[1, 2]", b"7", b'{"loss": 1.0}', b'{"step": null}', b'{"step": 2, "lo']
+)
+def test_unreadable_lines_are_left_out_with_one_warning(tmp_path, line):
+    file = tmp_path / metrics.METRICS_FILE
+    file.write_bytes(b'{"step": 1, "loss": 1.0}\n' + line + b"\n" + line + b"\n")
+    with open_metrics(tmp_path, first_step=1) as run:
+        run.log(2, valid_loss=2.0)
+    with pytest.warns(UserWarning) as seen:
+        assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "valid_loss": 2.0}]
+    assert [str(warning.message) for warning in seen] == [f"{file}: left out 2 unreadable lines, first line 2"]
+
+
+@pytest.mark.filterwarnings("ignore:.*unreadable")
 def test_a_line_that_a_crash_cut_short_is_forgotten(tmp_path):
     (tmp_path / metrics.METRICS_FILE).write_text(json.dumps({"step": 1, "loss": 1.0}) + '\n{"step": 2, "lo')
-    with open_metrics(tmp_path, first_step=1):
-        pass
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    with open_metrics(tmp_path, first_step=1) as run:
+        run.log(2, valid_loss=2.0)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "valid_loss": 2.0}]
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Batches from Megatron's own indexed datasets."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lasp.data.tokenizer import Tokenizer
 from lasp.integrations.megatron.run import Run
+from lasp.models.loss import require_ids
 
 
 class _Vocabulary:
@@ -40,11 +42,29 @@ def build_dataset(run: Run, tokenizer: Tokenizer) -> GPTDataset:
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
 
 
-def micro_batches(dataset: GPTDataset, run: Run, step: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
-    """The step's batches [micro_batch, sequence_length] of one data-parallel rank; the same after a restart."""
-    first = step * run.global_batch
+def order(dataset: GPTDataset) -> str:
+    """A hash of the order of the sequences. A run of more steps has another one if it needs more epochs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in (dataset.document_index, dataset.shuffle_index):
+        digest.update(index.tobytes())
+    return f"hash {digest.hexdigest()}"
+
+
+def micro_batches(
+    dataset: GPTDataset, run: Run, step: int, rank: int, ranks: int, vocab_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """The step's batches [micro_batch, sequence_length] of one data-parallel rank; the same after a restart.
+
+    Raises ValueError for a token that is not in the vocabulary.
+    """
+    first = step * run.global_batch  # which no restart may change
     mine = range(first + rank * run.micro_batch, first + run.global_batch, ranks * run.micro_batch)
     for start in mine:
         samples = [dataset[index] for index in range(start, start + run.micro_batch)]
         names = ("tokens", "labels", "loss_mask", "position_ids")
-        yield {name: torch.stack([sample[name] for sample in samples]) for name in names}
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+        for name in ("tokens", "labels"):
+            require_ids(
+                f"{name} of {run.data} in sequences {start} to {start + run.micro_batch - 1}", batch[name], vocab_size
+            )
+        yield batch

@@ -1,57 +1,57 @@
 """What a training run on Megatron-Core is: its options, checked before any process group exists, and its model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.config import ModelConfig, require, require_at_least, require_choice
+from lasp.config import Mixer, ModelConfig, Pattern, require
+from lasp.fields import Allowed, Count, CountOrZero, FieldName, FilePath, NotNegative, Positive, check_fields
 from lasp.integrations.megatron.gpt import gpt_layer_specs
 from lasp.integrations.megatron.loss import summing
 from lasp.integrations.megatron.pattern import check_config, layer_letters
 from lasp.integrations.megatron.presets import PRESETS
 from lasp.integrations.megatron_weights import VOCABULARY_MULTIPLE, shape_of
 
+Preset = Annotated[str, Allowed(f"one of {', '.join(PRESETS)}", PRESETS.__contains__)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A run of `launch/megatron.sh`; data parallelism takes the ranks that the other sizes leave."""
 
-    preset: str  # one of lasp.integrations.megatron.presets.PRESETS
-    data: str  # prefix of token files, as `lasp prepare` or Megatron write them
-    run_dir: str  # checkpoints, and Megatron's index of the data
-    steps: int
-    sequence_length: int
-    global_batch: int = 8  # sequences of a step
-    micro_batch: int = 1  # sequences of a forward pass
-    tokenizer: str = "byte"  # what the data was prepared with: "byte" or the path of a tokenizer.json
+    preset: Preset  # one of lasp.integrations.megatron.presets.PRESETS
+    data: FilePath  # prefix of token files, as `lasp prepare` or Megatron write them
+    run_dir: FilePath  # checkpoints, and Megatron's index of the data
+    steps: Count
+    sequence_length: Count
+    global_batch: Count = 8  # sequences of a step
+    micro_batch: Count = 1  # sequences of a forward pass
+    tokenizer: FilePath = "byte"  # what the data was prepared with: "byte" or the path of a tokenizer.json
     model: Literal["gpt", "hybrid"] = "gpt"  # hybrid: megatron-core's HybridModel
-    mixer: str = "gated_delta_net"
-    pattern: str = "LLLN"  # L: linear attention, N: softmax; "L" is a pure model
-    tensor_parallel: int = 1  # with Megatron's sequence parallelism
-    context_parallel: int = 1
-    pipeline_parallel: int = 1
-    expert_parallel: int = 1
+    mixer: Mixer = "gated_delta_net"
+    pattern: Pattern = "LLLN"  # L: linear attention, N: softmax; "L" is a pure model
+    tensor_parallel: Count = 1  # with Megatron's sequence parallelism
+    context_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    expert_parallel: Count = 1
     distributed_optimizer: bool = False  # over data parallelism; wants Apex or TransformerEngine
     recompute: bool = False  # every layer in the backward pass
-    lr: float = 3e-4
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    rope_theta: float = 500_000.0
-    save_every: int = 1000  # steps; the last one is always saved
-    initial_weights: str | None = None  # a directory of `lasp export --to megatron`, or a checkpoint, to begin from
-    seed: int = 0
+    lr: NotNegative = 3e-4
+    warmup_steps: CountOrZero = 100
+    weight_decay: NotNegative = 0.1
+    clip_norm: NotNegative = 1.0  # 0: no clipping
+    rope_theta: Positive = 500_000.0
+    save_every: Count = 1000  # steps; the last one is always saved
+    initial_weights: FilePath | None = None  # a checkpoint, or what `lasp export --to megatron` wrote, to begin from
+    seed: CountOrZero = 0  # NumPy's and Megatron's own want 32 bits
+    allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
 
     def __post_init__(self) -> None:
-        require(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
-        require_choice(self, "model")
-        require_at_least(self, 1, "steps", "sequence_length", "global_batch", "micro_batch", "save_every")
-        require_at_least(self, 1, "tensor_parallel", "context_parallel", "pipeline_parallel", "expert_parallel")
-        require_at_least(self, 0, "lr", "warmup_steps", "weight_decay", "seed")
+        check_fields(self)
         chunks = self.tensor_parallel * (2 * self.context_parallel if self.context_parallel > 1 else 1)
         expected = f"a multiple of {chunks}: tensor_parallel, times 2 · context_parallel if that is above 1"
         require(self.sequence_length % chunks == 0, "sequence_length", self.sequence_length, expected)

@@ -3,9 +3,13 @@
 `launch/megatron.sh` starts it. It goes on from the last checkpoint in the run's directory, on any mesh.
 """
 
+import json
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,30 +26,52 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lasp.config import ModelConfig, require
-from lasp.data.tokenizer import load_tokenizer
+from lasp.data import TokenFile, Tokenizer, load_tokenizer
 from lasp.integrations.megatron.cpu import run_on_cpu
-from lasp.integrations.megatron.data import build_dataset, micro_batches
+from lasp.integrations.megatron.data import build_dataset, micro_batches, order
 from lasp.integrations.megatron.run import Run
 from lasp.integrations.megatron.sequence import shard_batch
 from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
+from lasp.parallel.agreement import agree
+from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.together import together
 from lasp.training.unpickling import only_data, read_metadata
+
+RUN_FILE = "run.json"  # in a checkpoint: the run's options, and what it was trained on
+MAY_CHANGE = (  # when a run goes on: see lasp.training.same_run
+    "run_dir",
+    "steps",
+    "micro_batch",
+    "tensor_parallel",
+    "context_parallel",
+    "pipeline_parallel",
+    "expert_parallel",
+    "distributed_optimizer",
+    "recompute",
+    "save_every",
+    "initial_weights",
+    "allow_changed",
+)
+PART_OF_A_CHECKPOINT = ("preset", "model", "mixer", "pattern", "rope_theta", "sequence_length", "global_batch")
 
 
 def train(run: Run) -> list[float]:
     """Trains to the end of the run; the loss of every step, the same on every rank.
 
     Raises:
-        ValueError: on every rank, before the model is built, if the run does not fit the ranks.
+        ValueError: on every rank, before the model is built, if the run does not fit the ranks, or ranks were given
+            different settings or data; then, if the checkpoint to go on from is another run's, or for a token that is
+            not in the vocabulary.
     """
     spread = run.distributed_optimizer
     expected = "False: Megatron restores its checkpoints with Apex's or TransformerEngine's Adam only"
     require(HAVE_APEX_OR_TE or not spread, "distributed_optimizer", spread, expected)
     config = join_mesh(run)
-    tokenizer = load_tokenizer(run.tokenizer)
-    state = Training(run, config, tokenizer.vocab_size)
+    tokenizer, fingerprints = open_data(run)
     dataset = build_dataset(run, tokenizer)
+    state = Training(run, config, tokenizer.vocab_size, fingerprints | {"data.order": order(dataset)})
     losses = []
     for step in range(state.restore(), run.steps):
         started = time.perf_counter()
@@ -58,10 +84,24 @@ def train(run: Run) -> list[float]:
     return losses
 
 
+def open_data(run: Run) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer, and fingerprints of the files, which are the same on every rank."""
+    tokenizers = []
+
+    def read() -> dict[str, str]:
+        tokenizers.append(load_tokenizer(run.tokenizer))
+        data = TokenFile(run.data).fingerprint(tokenizers[0].vocab_size)
+        return {"data": data, "tokenizer": tokenizer_fingerprint(run.tokenizer)}
+
+    everybody = together(dist.group.WORLD, read)
+    require_same_on_ranks(everybody)
+    return tokenizers[0], everybody[0]
+
+
 def join_mesh(run: Run) -> TransformerConfig:
     """Makes this process a rank of Megatron's mesh, seeds it, and returns the configuration of the run's model.
 
-    Raises ValueError on every rank, before the mesh exists, if the run does not fit the ranks.
+    Raises ValueError on every rank, before the mesh exists, if the run does not fit the ranks or is not theirs all.
     """
     cpu = not torch.cuda.is_available()
     if cpu:
@@ -71,6 +111,7 @@ def join_mesh(run: Run) -> TransformerConfig:
     config = run.transformer_config(cpu)
     if not dist.is_initialized():
         dist.init_process_group("gloo" if cpu else "nccl")
+    require_same_on_ranks(together(dist.group.WORLD, lambda: settings(run)))
     run.data_parallel(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=run.tensor_parallel,
@@ -88,8 +129,8 @@ def join_mesh(run: Run) -> TransformerConfig:
 class Training:
     """The model, its optimizer and the learning-rate schedule."""
 
-    def __init__(self, run: Run, config: Any, vocab_size: int):
-        self.run = run
+    def __init__(self, run: Run, config: Any, vocab_size: int, fingerprints: Mapping[str, str] = MappingProxyType({})):
+        self.run, self.vocab_size, self.fingerprints = run, vocab_size, fingerprints
         self.shape = run.shape(config, vocab_size) if run.model == "gpt" else None
         model = run.build(config, vocab_size)
         if run.initial_weights is not None:
@@ -141,12 +182,19 @@ class Training:
     def step(self, dataset: Any, step: int) -> float:
         """One update; the mean loss per token over all ranks."""
         run, ranks = self.run, parallel_state.get_data_parallel_world_size()
+        batches: list[dict[str, Tensor]] = []
+
+        def read() -> None:
+            rank = parallel_state.get_data_parallel_rank()
+            batches.extend(micro_batches(dataset, run, step, rank, ranks, self.vocab_size))
+
+        agree(dist.group.WORLD, comm.message_device(dist.group.WORLD), read)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.schedule.step(increment=1)
         seen = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=micro_batches(dataset, run, step, parallel_state.get_data_parallel_rank(), ranks),
+            data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=run.global_batch // (ranks * run.micro_batch),
             seq_length=run.sequence_length,
@@ -167,18 +215,32 @@ class Training:
         if dist.get_rank() == 0:
             if self.shape is not None:
                 write_shape(folder, self.shape)
+            seen = step * self.run.global_batch * self.run.sequence_length
+            saved = asdict(self.run) | record(seen, dict(self.fingerprints))
+            (folder / RUN_FILE).write_text(json.dumps(saved, indent=2))
             (self._folder / "latest").write_text(folder.name)
 
     def restore(self) -> int:
-        """Loads the last checkpoint, if there is one; the number of steps that have been taken."""
+        """Loads the last checkpoint, if there is one; the number of steps that have been taken.
+
+        Raises ValueError on every rank if it is another run's.
+        """
         latest = self._folder / "latest"
         if not latest.exists():
             return 0
-        parts = _load(self._parts(is_loading=True), self._folder / latest.read_text())
+        folder = self._folder / latest.read_text()
+        together(dist.group.WORLD, lambda: self._require_same_run(folder))
+        parts = _load(self._parts(is_loading=True), folder)
         self.model.module.load_state_dict(parts["model"], strict=False)  # local norms have no _extra_state
         self.optimizer.load_state_dict(parts["optimizer"])
         self.schedule.load_state_dict(parts["schedule"])
         return parts["step"]
+
+    def _require_same_run(self, folder: Path) -> None:
+        file = folder / RUN_FILE
+        require(file.is_file(), f"checkpoint {folder}", f"no {RUN_FILE}", "one")
+        current = settings(self.run, self.fingerprints)
+        tokens_seen(folder, json.loads(file.read_text()), current, may_change=MAY_CHANGE, fixed=PART_OF_A_CHECKPOINT)
 
     @property
     def _folder(self) -> Path:

@@ -7,9 +7,9 @@
     shared     what several of them use
     decode     one token in one launch, any operation
 
-Three phases serve one rank and many (math §1): every tile of tokens is scanned for its summary, the state is passed from
-tile to tile (shared.state_passing), and another scan finds outputs (or gradients) with each tile's initial state in
-registers. What a rank tells others comes out of the second phase, and what it is told is added to its tiles' initial
+Three phases serve one rank and many (math §1): every tile of tokens is scanned for its summary, the state is passed
+from tile to tile (shared.state_passing), and another scan finds outputs (or gradients) with each tile's initial state
+in registers. What a rank tells others comes out of the second phase, and what it is told is added to its tiles' initial
 states.
 
 Names in kernels: H value heads, G = H // Hq value heads per q/k head, K, V head sizes, BK, BV blocks of them (powers of
