@@ -15,7 +15,7 @@ class RecurrentGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         implementation = generation_config.cache_implementation
         require(implementation in (None, "dynamic"), "cache_implementation", implementation, "None: a RecurrentCache")
         assists = bool(getattr(generation_config, "is_assistant", False))

@@ -29,7 +29,7 @@ __all__ = ["LaspConfig", "LaspForCausalLM"]
 FIXED = {"output_attentions": False, "output_router_logits": False, "is_causal": True}  # one answer each
 
 
-class LaspForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
+class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
     """A `Decoder`, on one device, with the calling convention of Transformers. Works with `generate` and `Trainer`."""
 
     config_class = LaspConfig
@@ -150,28 +150,28 @@ class LaspForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
             logits=logits, labels=None, vocab_size=vocabulary, shift_labels=targets, num_items_in_batch=items
         )
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.decoder.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.decoder.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head; None if the embeddings are tied."""
         return self.decoder.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         require(self.decoder.head is not None, "set_output_embeddings", "a head", "none: the embeddings are tied")
         self.decoder.head = new_embeddings
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.decoder.config = self.config.shape
         return embeddings
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As Transformers does it; beside the weights lies what trust_remote_code needs to find lasp's classes."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             Path(save_directory, f"{CODE}.py").write_text(REMOTE_CODE)
 
