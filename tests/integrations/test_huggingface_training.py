@@ -12,6 +12,8 @@ from tests.integrations.huggingface_models import logits_of, new_decoder, padded
 
 transformers = pytest.importorskip("transformers")
 
+from transformers.utils import find_labels
+
 from lasp.integrations.huggingface import CACHE, to_huggingface
 
 both_heads = pytest.mark.parametrize("tied", [False, True])
@@ -53,6 +55,7 @@ def test_losses_are_those_of_transformers_own_models(gen):
         torch.testing.assert_close(model(tokens, **arguments).loss, total / count)
         for items in (17, torch.tensor(17)):
             torch.testing.assert_close(model(tokens, **arguments, num_items_in_batch=items).loss, total / 17)
+    assert find_labels(type(model)) == ["labels"]  # all of these a Trainer waits for before it reports a loss
 
 
 @both_heads

@@ -1,7 +1,5 @@
 """Labels as Transformers hands them over."""
 
-from typing import Any
-
 from torch import Tensor
 
 from lasp.config import require
@@ -21,9 +19,8 @@ def next_labels(batch: Batch, labels: Tensor | None, shift_labels: Tensor | None
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
-    """Raises ValueError unless all are in the vocabulary, or -100 among labels."""
-    known = ids if name == "input_ids" else ids[ids != IGNORE]
-    if known.numel():
-        least, most = known.aminmax()
-        got: Any = f"{int(least)} to {int(most)}"
-        require(int(least) >= 0 and int(most) < vocabulary, name, got, f"0 to {vocabulary - 1}, the vocabulary")
+    """Raises ValueError unless all ids are in the vocabulary."""
+    if ids.numel():
+        least, most = (int(bound) for bound in ids.aminmax())
+        inside = least >= 0 and most < vocabulary
+        require(inside, name, f"{least} to {most}", f"0 to {vocabulary - 1}, the vocabulary")

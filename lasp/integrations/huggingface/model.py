@@ -19,6 +19,7 @@ from lasp.integrations.huggingface.loss import check_ids, next_labels
 from lasp.models import Decoder
 from lasp.models.decays import ConstantDecay
 from lasp.models.layers import at_least_float32
+from lasp.models.loss import IGNORE
 
 REMOTE_CODE = '''"""For trust_remote_code: the classes are those of the lasp that is installed."""
 
@@ -26,7 +27,6 @@ from lasp.integrations.huggingface import LaspConfig, LaspForCausalLM
 
 __all__ = ["LaspConfig", "LaspForCausalLM"]
 '''
-FIXED = {"output_attentions": False, "output_router_logits": False, "is_causal": True}  # one answer each
 
 
 class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
@@ -62,7 +62,6 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -79,25 +78,24 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
             cache: a RecurrentCache, what came before these tokens; updated in place. Before Transformers 5.24 it is
                 called past_key_values, here and in what is returned.
             cache_position: the columns' indices.
-            labels: [B, T], not shifted, -100 where there is none. shift_labels: the same, shifted by the caller.
+            labels: [B, T], not shifted, -100 where there is none.
+            kwargs: shift_labels, the labels as shifted by the caller (by name, a Trainer would wait for them).
             num_items_in_batch: what the sum of the cross-entropies is divided by; the labels' number if None.
             logits_to_keep: of the last so many columns, 0 for all; or these columns' indices.
 
         Raises:
             ValueError: what is not honoured, by name; ids or labels outside the vocabulary.
         """
-        for name, value in kwargs.items():
-            known = name in FIXED and value == FIXED[name]
-            expected = FIXED.get(name, "no such argument")
-            require(value is None or known, name, type(value).__name__, str(expected))
-        wants_attentions = getattr(self.config, "output_attentions", False)
-        require(not wants_attentions, "output_attentions", wants_attentions, "False: no weights are ever formed")
+        shift_labels = kwargs.pop("shift_labels", None)
+        refuse_others({"output_attentions": getattr(self.config, "output_attentions", None), **kwargs})
         require((input_ids is None) != (inputs_embeds is None), "input_ids", "both or none", "it or inputs_embeds")
         given: Any = inputs_embeds if input_ids is None else input_ids
-        dimensions = 3 if input_ids is None else 2
-        require(given.ndim == dimensions, "input_ids", list(given.shape), "[batch, tokens] (inputs_embeds: , hidden])")
+        shape, dimensions = list(given.shape), 3 if input_ids is None else 2
+        require(
+            len(shape) == dimensions, "input_ids", shape, "[batch, tokens]; of inputs_embeds [batch, tokens, hidden]"
+        )
         wants_cache = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
-        cache = cache_for(past_key_values, cache, wants_cache, given.shape[0])
+        cache = cache_for(past_key_values, cache, wants_cache, shape[0])
         batch = read_batch(
             given.shape[:2],
             given.device,
@@ -112,19 +110,21 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
             max_length_k=max_length_k,
         )
         targets = next_labels(batch, labels, shift_labels)
-        everywhere = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        require(everywhere or targets is None, "logits_to_keep", logits_to_keep, "0, which is all, with labels")
-
-        x = batch.pack(given)
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if targets is not None:
+            require(whole, "logits_to_keep", logits_to_keep, "0, which is all, with labels")
+            check_ids("labels", targets[targets != IGNORE], self.config.vocab_size)
         if input_ids is not None:
-            check_ids("input_ids", x, self.get_input_embeddings().weight.shape[0])
-            x = self.get_input_embeddings()(x)
+            input_ids = input_ids.masked_fill(~batch.valid, 0)  # whatever stands at padding
+            check_ids("input_ids", input_ids, self.config.vocab_size)
+
+        x = given if input_ids is None else self.get_input_embeddings()(input_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
         recomputing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         last, _ = self.decoder.hidden_states(
-            x,
+            batch.pack(x),
             batch.sequence(cache),
             memory=cache,
             recompute=self._gradient_checkpointing_func if recomputing else None,
@@ -144,10 +144,8 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
-        vocabulary = logits.shape[-1]
-        check_ids("labels", targets, vocabulary)
         return self.loss_function(
-            logits=logits, labels=None, vocab_size=vocabulary, shift_labels=targets, num_items_in_batch=items
+            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=items
         )
 
     def get_input_embeddings(self) -> Any:
@@ -193,6 +191,15 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
             with torch.no_grad():
                 module.init_parameters(None)
+
+
+def refuse_others(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of forward that nothing is made of, unless they say what is so anyway."""
+    said_anyway = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+    for name, value in arguments.items():
+        only = said_anyway.get(name)
+        same = value is None or (only is not None and value is only)
+        require(same, name, type(value).__name__, "no such argument" if only is None else f"{only}, as it always is")
 
 
 def to_huggingface(decoder: Decoder, **kwargs: Any) -> LaspForCausalLM:
