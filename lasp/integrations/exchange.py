@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lasp.config import ModelConfig, options_of, require, require_empty
 from lasp.data import load_tokenizer
 from lasp.integrations.huggingface import LaspConfig, to_huggingface
+from lasp.integrations.huggingface.tokenizer import export_tokenizer
 from lasp.integrations.llama import from_llama
 from lasp.models import Decoder, count_parameters
 from lasp.training import checkpoint
@@ -24,10 +25,16 @@ def export_run(run_dir: str, output: str) -> str:
     if config["dtype"] == "float64":
         decoder.double()
     checkpoint.load_model(path, decoder)
-    tokenizer = config["data"]["tokenizer"]
-    to_huggingface(decoder, eos_token_id=load_tokenizer(tokenizer).eod).save_pretrained(output)
-    if tokenizer != "byte":
-        PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(output)
+    eod, tokenizer = load_tokenizer(config["data"]["tokenizer"]).eod, export_tokenizer(config["data"]["tokenizer"])
+    ends = list(dict.fromkeys((eod, tokenizer.eos_token_id)))  # of documents, as trained, and of a chat's turns
+    model = to_huggingface(
+        decoder,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
     return f"{output}: {count_parameters(decoder.config):,} parameters of {path}"
 
 

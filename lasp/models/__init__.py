@@ -3,7 +3,7 @@
 from lasp.models.decoder import Decoder
 from lasp.models.flops import count_active_parameters, count_parameters, flops_per_token
 from lasp.models.loss import linear_cross_entropy
-from lasp.models.memory import Memory
+from lasp.models.memory import Memory, Rows
 from lasp.models.presets import (
     PRESETS,
     linear_llama3_1b,
@@ -19,6 +19,7 @@ __all__ = [
     "PRESETS",
     "Decoder",
     "Memory",
+    "Rows",
     "SequenceOps",
     "count_active_parameters",
     "count_parameters",

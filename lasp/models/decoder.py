@@ -1,6 +1,8 @@
 """The language model: embedding, blocks of a mixer and an MLP or experts, head."""
 
-from typing import overload
+from collections.abc import Callable
+from functools import partial
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lasp.config import ModelConfig, require
-from lasp.models.layers import RMSNorm, SwiGLU
+from lasp.models.layers import RMSNorm, SwiGLU, at_least_float32
 from lasp.models.loss import IGNORE, linear_cross_entropy, require_ids
 from lasp.models.memory import Memory
 from lasp.models.mixers import make_mixer
@@ -127,25 +129,59 @@ class Decoder(nn.Module):
         )
         if not tokens.is_cuda:  # where the embedding's lookup asserts as much
             require_ids("tokens", tokens, self.config.vocab_size)
-        x = self.embedding(tokens)
+        x, routings = self.hidden_states(self.embedding(tokens), seq, memory=memory, recompute=self._recompute())
+        if labels is None:
+            return self.logits(x)
+        loss_sum, count = self._loss(x, labels.masked_fill(~seq.valid.to(labels.device), IGNORE))
+        if routings and self.training:
+            loss_sum = loss_sum + self.balance.loss(routings, count, seq)
+        return loss_sum, count
+
+    def hidden_states(
+        self,
+        x: Tensor,
+        seq: Any,
+        *,
+        memory: Memory | None = None,
+        recompute: Callable[..., Any] | None = None,
+        inputs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """What the head takes: embedded tokens x [B, T, hidden] behind all blocks and the last norm; and the routings.
+
+        seq: as in `forward`, or `Rows` for a memory.
+        recompute: `torch.utils.checkpoint.checkpoint` or its like, to call the blocks by; not with a memory.
+        inputs: gets each block's input.
+        """
         routings: list[Routing] = []
+        layer: Any
         for index, layer in enumerate(self.layers):
+            if inputs is not None:
+                inputs.append(x)
             if memory is not None:
                 x, routing = layer(x, memory.attach(seq, index))
-            elif self.checkpoint_layers and torch.is_grad_enabled():
-                # Blocks draw no random numbers.
-                x, routing = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
+            elif recompute is not None:
+                x, routing = recompute(layer, x, seq)
             else:
                 x, routing = layer(x, seq)
             if routing is not None:
                 routings.append(routing)
         if memory is not None:
-            memory.advance(local)
-        x = self.norm(x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        if labels is None:
-            return F.linear(x, weight)
-        loss_sum, count = linear_cross_entropy(x, weight, labels.masked_fill(~seq.valid.to(labels.device), IGNORE))
-        if routings and self.training:
-            loss_sum = loss_sum + self.balance.loss(routings, count, seq)
-        return loss_sum, count
+            memory.advance(seq)
+        return self.norm(x), routings
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def _recompute(self) -> Callable[..., Any] | None:
+        if not (self.checkpoint_layers and torch.is_grad_enabled()):
+            return None
+        return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # blocks draw no random numbers
+
+    def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the cross-entropies and their number."""
+        if self.head is None or type(self.head) is nn.Linear:
+            return linear_cross_entropy(x, (self.embedding if self.head is None else self.head).weight, labels)
+        # What has taken the head's place, such as an adapter around it, is more than a weight.
+        logits, labels = at_least_float32(self.head(x)).flatten(0, -2), labels.flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), (labels != IGNORE).sum()

@@ -26,11 +26,11 @@ def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary position embedding (arXiv:2104.09864) of x [B, T, H, K], the two halves of K being the rotated pairs.
 
-    The angles are formed in float64: at position 1M, float32 would be off by 0.06 radians.
+    positions: [T], or [B, T]. The angles are formed in float64: at position 1M, float32 would be off by 0.06 radians.
     """
     half = x.shape[-1] // 2
     exponents = torch.arange(half, device=x.device, dtype=torch.float64) / half
-    angles = positions.to(x.device, torch.float64)[:, None, None] * theta**-exponents
+    angles = positions.to(x.device, torch.float64)[..., None, None] * theta**-exponents
     wide = torch.promote_types(x.dtype, torch.float32)
     return _rotate_pairs(x, angles.cos().to(wide), angles.sin().to(wide))
 

@@ -1,6 +1,7 @@
 """What a model remembers of the tokens before the ones at hand: for generation and for long sequences in segments."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,34 +11,66 @@ from lasp.kernels import causal_conv1d, delta_rule, linear_attention, softmax_at
 from lasp.models.sequence import SequenceOps, ShardedSequence
 
 
+class Rows:
+    """Rows of unequal length, one behind the other in a batch of one, [1, sum of lengths, ...]: a `seq` for a memory.
+
+    lengths: each row's, on the host; 0 where a row gets no token this time.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.lengths = lengths
+        self.offsets = torch.tensor([0, *accumulate(lengths)], device=device)
+        self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        self.valid = torch.ones_like(self.positions, dtype=torch.bool)
+
+
 class Memory:
     """Per layer, the outgoing state of each of its ops, in the order in which the layer calls them.
 
     slots: slots[layer][i] is the i-th op's: the state [B, H, K, V] of linear attention or the delta rule, the last
-    inputs [B, width - 1, D] of a convolution, or the keys and values [B, tokens, Hkv, K] of softmax attention.
-    tokens: how many tokens have been seen.
+    inputs [B, width - 1, D] of a convolution, or of softmax attention a list of pairs, keys and values
+    [B, tokens, Hkv, K]: one pair of all rows, or one of each row once their lengths differ.
+    tokens: how many tokens have been seen; [B] int64 once rows have come as `Rows`.
 
-    It starts empty, with any batch size; the rows of a batch are sequences of one length. Gradients flow through it.
+    It starts empty, with any batch size. Gradients flow through it.
     """
 
     def __init__(self) -> None:
         self.slots: dict[int, list[Any]] = {}
-        self.tokens = 0
+        self.tokens: int | Tensor = 0
         self._accepted: ShardedSequence | None = None
 
-    def attach(self, seq: ShardedSequence, layer: int) -> "RememberingOps":
+    def attach(self, seq: ShardedSequence | Rows, layer: int) -> "RememberingOps":
         """`seq` for one layer's next call: its ops start from this memory's states and leave theirs in it.
 
-        Raises ValueError unless `seq` is one rank's, without padding or packed documents.
+        Raises ValueError unless `seq` is one rank's, without padding or packed documents, or `Rows`.
         """
-        if seq is not self._accepted:
+        if not isinstance(seq, Rows) and seq is not self._accepted:
             _require_whole(seq)
             self._accepted = seq
         return RememberingOps(seq, self.slots.setdefault(layer, []), self.tokens)
 
-    def advance(self, tokens: int) -> None:
-        """All layers have seen that many tokens more."""
-        self.tokens += tokens
+    def advance(self, seq: SequenceOps | Rows) -> None:
+        """All layers have seen the tokens of `seq`."""
+        new = torch.tensor(seq.lengths, device=seq.offsets.device) if isinstance(seq, Rows) else seq.positions.shape[0]
+        self.tokens = self.tokens + new
+
+    def select(self, rows: Tensor) -> None:
+        """Row i goes on from what was row rows[i]; rows may be repeated or left out."""
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.index_select(0, rows.to(x.device))
+
+        def select(slot: Any) -> Any:
+            if isinstance(slot, Tensor):
+                return chosen(slot)
+            if len(slot) > 1:
+                return [slot[row] for row in rows.tolist()]
+            return [tuple(chosen(x) for x in pair) for pair in slot]
+
+        self.slots = {layer: [select(slot) for slot in slots] for layer, slots in self.slots.items()}
+        if isinstance(self.tokens, Tensor):
+            self.tokens = chosen(self.tokens)
 
 
 def _require_whole(seq: ShardedSequence) -> None:
@@ -51,11 +84,25 @@ def _require_whole(seq: ShardedSequence) -> None:
 
 
 class RememberingOps:
-    """The ops of a `seq` of one rank, with a past. Good for one call of one layer."""
+    """The ops of a `seq` of one rank, with a past. Good for one call of one layer.
 
-    def __init__(self, seq: SequenceOps, slots: list[Any], tokens: int):
-        self.positions, self.valid = seq.positions + tokens, seq.valid
+    positions: [T], or [B, T] where rows of a batch have pasts of unequal length.
+    """
+
+    def __init__(self, seq: SequenceOps | Rows, slots: list[Any], tokens: int | Tensor):
+        self._rows = seq if isinstance(seq, Rows) else None
+        self._offsets = None if self._rows is None else self._rows.offsets
+        self._unequal = self._rows is not None or isinstance(tokens, Tensor)
+        self.positions, self.valid = seq.positions + self._before(tokens), seq.valid
         self._slots, self._next = slots, 0
+
+    def _before(self, tokens: int | Tensor) -> int | Tensor:
+        """How many tokens precede each of those at hand, in a shape to add to their positions."""
+        if not isinstance(tokens, Tensor):
+            return tokens
+        if self._rows is None:
+            return tokens[:, None]
+        return torch.cat([past.expand(n) for past, n in zip(tokens, self._rows.lengths, strict=True)])
 
     def sum(self, x: Tensor) -> Tensor:
         return x
@@ -72,7 +119,7 @@ class RememberingOps:
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return linear_attention(q, k, v, decay, scale=scale, initial_state=state, output_final_state=True)
+            return linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 
@@ -80,25 +127,58 @@ class RememberingOps:
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return delta_rule(q, k, v, beta, decay, scale=scale, initial_state=state, output_final_state=True)
+            return delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 
+    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+        return {"initial_state": state, "output_final_state": True, "cu_seqlens": self._offsets}
+
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         def op(past):
-            keys, values = k, v
+            new = list(zip(self._apart(k), self._apart(v), strict=True))
+            if past is not None and len(past) < len(new):  # of all rows so far: their lengths were equal
+                past = list(zip(*(x.split(1) for x in past[0]), strict=True))
             if past is not None:
-                keys, values = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-            return softmax_attention(q, keys, values, scale=scale)[0], (keys, values)
+                new = [
+                    (torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1))
+                    for (old_k, old_v), (k, v) in zip(past, new, strict=True)
+                ]
+            rows = zip(self._apart(q), new, strict=True)
+            return self._together([_attend(row, keys, values, scale) for row, (keys, values) in rows]), new
 
         return self._step(op)
+
+    def _apart(self, x: Tensor) -> list[Tensor]:
+        """Row by row, if their lengths differ."""
+        if self._rows is not None:
+            return list(x.split(self._rows.lengths, dim=1))
+        return list(x.split(1)) if self._unequal else [x]
+
+    def _together(self, rows: list[Tensor]) -> Tensor:
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=0 if self._rows is None else 1)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         def op(tail):
             if tail is None:
-                tail = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-            rows = torch.cat([tail, x], dim=1)
-            last = rows[:, x.shape[1] :].clone()  # a view would keep all of rows
-            return causal_conv1d(x, weight, bias, initial_tail=tail), last
+                rows = x.shape[0] if self._rows is None else len(self._rows.lengths)
+                tail = x.new_zeros(rows, weight.shape[1] - 1, x.shape[2])
+            y = causal_conv1d(x, weight, bias, initial_tail=tail, cu_seqlens=self._offsets)
+            return y, self._last(tail, x)
 
         return self._step(op)
+
+    def _last(self, tail: Tensor, x: Tensor) -> Tensor:
+        """The last rows of each [tail, x], as many as tail has; a copy, since a view would keep all of x."""
+        if self._rows is None:
+            return torch.cat([tail, x], dim=1)[:, x.shape[1] :].clone()
+        return torch.stack(
+            [torch.cat([old, new])[len(new) :] for old, new in zip(tail, x[0].split(self._rows.lengths), strict=True)]
+        )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """What the last tokens of a row see, of which there may be none."""
+    if q.shape[1] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    return softmax_attention(q, k, v, scale=scale)[0]

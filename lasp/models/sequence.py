@@ -15,7 +15,7 @@ class SequenceOps(Protocol):
 
     @property
     def positions(self) -> Tensor:
-        """[T] int64: each token's position in its document."""
+        """[T] int64, or [B, T] where rows differ: each token's position in its document."""
         ...
 
     @property

@@ -8,28 +8,12 @@ import torch
 from lasp.config import MIXERS
 from lasp.models import Decoder, Memory, tiny
 from lasp.parallel import SequenceParallel
+from tests.integrations.huggingface_models import assert_same_weights, logits_of, new_decoder, tokens_of
 
 transformers = pytest.importorskip("transformers")
 
 from lasp.integrations.huggingface import LaspConfig, LaspForCausalLM, to_huggingface
 from lasp.integrations.llama import from_llama, llama_shape, to_llama
-
-
-def tokens_of(gen, batch, length, vocabulary=64):
-    return torch.randint(0, vocabulary, (batch, length), generator=gen)
-
-
-def logits_of(decoder, tokens):
-    with torch.no_grad():
-        return decoder(tokens, SequenceParallel(None).sequence(tokens.shape[1]))
-
-
-def new_decoder(gen, mixer="gated_delta_net", pattern="LLLN", **changes):
-    decoder = Decoder(replace(tiny(mixer, pattern), **changes))
-    with torch.no_grad():  # norms, too, which begin as ones
-        for parameter in decoder.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=gen) / 20)
-    return decoder
 
 
 def new_llama(gen, **changes):
@@ -41,12 +25,6 @@ def new_llama(gen, **changes):
         for parameter in llama.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=gen) / 10)
     return llama
-
-
-def assert_same_weights(got, expected):
-    assert got.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert torch.equal(got[name], weight), name
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -119,14 +97,6 @@ def test_loss_is_that_of_the_labels_shifted(gen):
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     total, count = decoder(tokens, SequenceParallel(None).sequence(23), labels=shifted)
     torch.testing.assert_close(loss, total / count)
-
-
-def test_padding_is_refused(gen):
-    model = to_huggingface(new_decoder(gen))
-    mask = torch.ones(2, 5, dtype=torch.int64)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="attention_mask: got 'masked tokens', expected no padding"):
-        model(tokens_of(gen, 2, 5), attention_mask=mask)
 
 
 def test_bad_configurations_are_refused():

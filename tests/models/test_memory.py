@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lasp.models import Memory
+from lasp.models import Memory, Rows
 from lasp.parallel import SequenceParallel
 from tests.models.helpers import MODELS, assert_same, decoder, gradients, random_tokens, sequence
 
@@ -56,3 +56,31 @@ def test_only_whole_sequences_of_one_rank_are_remembered():
     padded = SequenceParallel(None, layout="zigzag").sequence(13)
     with pytest.raises(ValueError, match="seq: got part of a sequence, padding or packed"):
         model(random_tokens(1, 14), padded, memory=Memory())
+
+
+@every_model
+def test_rows_of_unequal_length_are_remembered_each_for_itself(mixer, pattern):
+    """Two rounds of new tokens, none of them in one row, then single tokens; and rows change places in between."""
+    model, memory = decoder(mixer, pattern), Memory()
+    texts = [random_tokens(1, length) for length in (9, 23, 4)]
+    rounds = [[2, 17, 3], [5, 4, 0]]
+    with torch.no_grad():
+        expected = [model(text, sequence(text.shape[1])) for text in texts]
+        got: list[list[torch.Tensor]] = [[], [], []]
+        done = [0, 0, 0]
+        for lengths in rounds:
+            parts = [text[:, at : at + n] for text, at, n in zip(texts, done, lengths, strict=True)]
+            x = model.embedding(torch.cat(parts, dim=1))
+            hidden, _ = model.hidden_states(x, Rows(lengths, x.device), memory=memory)
+            for row, logits in enumerate(model.logits(hidden).split(lengths, dim=1)):
+                got[row].append(logits)
+            done = [at + n for at, n in zip(done, lengths, strict=True)]
+        assert memory.tokens.tolist() == done == [7, 21, 3]
+        memory.select(torch.tensor([2, 1, 0, 1]))
+        assert memory.tokens.tolist() == [3, 21, 7, 21]
+        token = torch.cat([texts[row][:, done[row] : done[row] + 1] for row in (2, 1, 0, 1)])
+        last = model(token, sequence(1), memory=memory)
+    for row, place in ((0, 2), (1, 1), (2, 0)):
+        logits = torch.cat([*got[row], last[place : place + 1]], dim=1)
+        assert (logits - expected[row][:, : done[row] + 1]).abs().max() <= 1e-10
+    assert torch.equal(last[1], last[3])

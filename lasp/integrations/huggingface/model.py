@@ -1,0 +1,211 @@
+"""lasp's decoder as Transformers' causal language model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lasp.config import require
+from lasp.integrations.huggingface.batch import read_batch
+from lasp.integrations.huggingface.cache import CACHE
+from lasp.integrations.huggingface.config import CODE, LaspConfig
+from lasp.integrations.huggingface.generation import RecurrentGenerationMixin, cache_for
+from lasp.integrations.huggingface.loss import check_ids, next_labels
+from lasp.models import Decoder
+from lasp.models.decays import ConstantDecay
+from lasp.models.layers import at_least_float32
+from lasp.models.loss import IGNORE
+
+REMOTE_CODE = '''"""For trust_remote_code: the classes are those of the lasp that is installed."""
+
+from lasp.integrations.huggingface import LaspConfig, LaspForCausalLM
+
+__all__ = ["LaspConfig", "LaspForCausalLM"]
+'''
+
+
+class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
+    """A `Decoder`, on one device, with the calling convention of Transformers. Works with `generate` and `Trainer`."""
+
+    config_class = LaspConfig
+    base_model_prefix = "decoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+
+    def __init__(self, config: LaspConfig):
+        super().__init__(config)
+        self.decoder = Decoder(config.shape)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Any = None,
+        cache_position: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits [B, T, vocabulary] of the next token at each of T columns; zeros where a column holds no token.
+
+        Args:
+            input_ids: [B, T] integers; or inputs_embeds [B, T, hidden] in their place.
+            attention_mask: [B, columns], those in the cache first: 1 where there is a token, 0 at padding, wherever it
+                is. Tokens see, and states hold, what they would without the padding.
+            position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents, as
+                DataCollatorWithFlattening gives them; they begin at the positions 0.
+            cache: a RecurrentCache, what came before these tokens; updated in place. Before Transformers 5.24 it is
+                called past_key_values, here and in what is returned.
+            cache_position: the columns' indices.
+            labels: [B, T], not shifted, -100 where there is none.
+            kwargs: shift_labels, the labels as shifted by the caller (by name, a Trainer would wait for them).
+            num_items_in_batch: what the sum of the cross-entropies is divided by; the labels' number if None.
+            logits_to_keep: of the last so many columns, 0 for all; or these columns' indices.
+
+        Raises:
+            ValueError: what is not honoured, by name; ids or labels outside the vocabulary.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        refuse_others({"output_attentions": getattr(self.config, "output_attentions", None), **kwargs})
+        require((input_ids is None) != (inputs_embeds is None), "input_ids", "both or none", "it or inputs_embeds")
+        given: Any = inputs_embeds if input_ids is None else input_ids
+        shape, dimensions = list(given.shape), 3 if input_ids is None else 2
+        require(
+            len(shape) == dimensions, "input_ids", shape, "[batch, tokens]; of inputs_embeds [batch, tokens, hidden]"
+        )
+        wants_cache = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
+        cache = cache_for(past_key_values, cache, wants_cache, shape[0])
+        batch = read_batch(
+            given.shape[:2],
+            given.device,
+            cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        )
+        targets = next_labels(batch, labels, shift_labels)
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if targets is not None:
+            require(whole, "logits_to_keep", logits_to_keep, "0, which is all, with labels")
+            check_ids("labels", targets[targets != IGNORE], self.config.vocab_size)
+        if input_ids is not None:
+            input_ids = input_ids.masked_fill(~batch.valid, 0)  # whatever stands at padding
+            check_ids("input_ids", input_ids, self.config.vocab_size)
+
+        x = given if input_ids is None else self.get_input_embeddings()(input_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        recomputing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        last, _ = self.decoder.hidden_states(
+            batch.pack(x),
+            batch.sequence(cache),
+            memory=cache,
+            recompute=self._gradient_checkpointing_func if recomputing else None,
+            inputs=states,
+        )
+        if cache is not None:
+            cache.record(batch.valid)
+        last = batch.unpack(last)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.logits(last[:, kept])
+        output = CausalLMOutputWithPast(
+            loss=None if targets is None else self._loss(logits, targets, num_items_in_batch),
+            logits=logits,
+            hidden_states=None if states is None else (*map(batch.unpack, states), last),
+            **{CACHE: cache},
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+        return self.loss_function(
+            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=items
+        )
+
+    def get_input_embeddings(self) -> Any:
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.decoder.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head; None if the embeddings are tied."""
+        return self.decoder.head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        require(self.decoder.head is not None, "set_output_embeddings", "a head", "none: the embeddings are tied")
+        self.decoder.head = new_embeddings
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.decoder.config = self.config.shape
+        return embeddings
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As Transformers does it; beside the weights lies what trust_remote_code needs to find lasp's classes."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            Path(save_directory, f"{CODE}.py").write_text(REMOTE_CODE)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        require(every_n_layers == 1, "every_n_layers", every_n_layers, "1: every block is recomputed")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+
+    def _init_weights(self, module: Any) -> None:
+        """Called for what is not in a checkpoint: buffers always, parameters of a module that are missing."""
+        if isinstance(module, ConstantDecay):
+            module.log_decay = at_least_float32(module.log_decay)  # a half model's decays, too
+        if not hasattr(module, "init_parameters"):
+            super()._init_weights(module)
+        elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
+            with torch.no_grad():
+                module.init_parameters(None)
+
+
+def refuse_others(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of forward that nothing is made of, unless they say what is so anyway."""
+    said_anyway = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+    for name, value in arguments.items():
+        only = said_anyway.get(name)
+        same = value is None or (only is not None and value is only)
+        require(same, name, type(value).__name__, "no such argument" if only is None else f"{only}, as it always is")
+
+
+def to_huggingface(decoder: Decoder, **kwargs: Any) -> LaspForCausalLM:
+    """A Transformers model with the decoder's own tensors; kwargs are more fields of its configuration."""
+    with torch.device("meta"):
+        model = LaspForCausalLM(LaspConfig.of(decoder.config, **kwargs))
+    model.decoder = decoder
+    model.config.dtype = next(decoder.parameters()).dtype
+    return model
