@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
+from lasp.names import ExchangeName, LayoutName, SoftmaxName
+
 LINEAR, SOFTMAX = "L", "N"
 MIXERS = (
     "linear",
@@ -166,9 +168,9 @@ class ParallelConfig:
 
     sequence_parallel: int = 1
     data_parallel: int | None = None  # what the world leaves: world size / sequence_parallel, if None
-    layout: Literal["contiguous", "zigzag"] = "contiguous"
-    state_exchange: Literal["auto", "all_gather", "ring", "scan", "hierarchical", "symmetric_memory"] = "auto"
-    softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
+    layout: LayoutName = "contiguous"
+    state_exchange: ExchangeName = "auto"
+    softmax: SoftmaxName = "auto"
     expert_parallel: int = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: float = 600.0  # seconds after which a collective that a rank does not join ends the run
