@@ -22,6 +22,7 @@ from lasp.fields import (
     check_fields,
     require,
 )
+from lasp.names import ExchangeName, LayoutName, SoftmaxName
 
 LINEAR, SOFTMAX = "L", "N"
 MIXERS = (
@@ -162,9 +163,9 @@ class ParallelConfig:
 
     sequence_parallel: Count = 1
     data_parallel: Count | None = None  # what the world leaves: world size / sequence_parallel, if None
-    layout: Literal["contiguous", "zigzag"] = "contiguous"
-    state_exchange: Literal["auto", "all_gather", "ring", "scan", "hierarchical", "symmetric_memory"] = "auto"
-    softmax: Literal["auto", "ring", "all_gather", "ulysses", "ulysses_ring"] = "auto"
+    layout: LayoutName = "contiguous"
+    state_exchange: ExchangeName = "auto"
+    softmax: SoftmaxName = "auto"
     expert_parallel: Count = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: Seconds = 600.0  # seconds after which a collective that a rank does not join ends the run

@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "lasp").rglob("*.py"))
 # What a part of lasp may import of the rest: kernels <- parallel <- training -> models, data.
 MAY_IMPORT = {
     "kernels": set(),
-    "parallel": {"kernels"},
+    "parallel": {"kernels", "names"},
     "models": {"kernels", "config"},
     "data": {"config"},
     "training": {"kernels", "parallel", "models", "data", "config"},

@@ -1,7 +1,7 @@
 """`SequenceParallel`, which lives as long as the process group, and `Sequence`, which is one batch."""
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from lasp.kernels.conv import check_conv, convolve
 from lasp.kernels.linear import check_delta, check_linear, run_op
 from lasp.kernels.recurrence import Alone, Boundary, Inputs
 from lasp.kernels.softmax import Mask, check_softmax
+from lasp.names import ExchangeName, LayoutName, SoftmaxName
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
 from lasp.parallel.exchange import make_exchange
@@ -44,9 +45,9 @@ class SequenceParallel:
         self,
         group: dist.ProcessGroup | None,
         *,
-        layout: Literal["contiguous", "zigzag"] = "contiguous",
-        state_exchange: str = "auto",
-        softmax: str = "auto",
+        layout: LayoutName = "contiguous",
+        state_exchange: ExchangeName = "auto",
+        softmax: SoftmaxName = "auto",
         device: torch.device | str | None = None,
     ):
         self.group, self.rank, self.size = group, comm.rank(group), comm.size(group)

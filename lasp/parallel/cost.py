@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lasp.names import ExchangeName
+
 CALIBRATION = Path.home() / ".cache" / "lasp" / "links.json"
 
 
@@ -54,6 +56,11 @@ class Costs:
 
     inside: Links = Links(Link(21e-6, 245e9), Link(21e-6, 320e9), Link(6e-6, 262e9))
     across: Links = Links(Link(60e-6, 40e9), Link(50e-6, 45e9))
+
+    @property
+    def measured_across(self) -> bool:
+        """Whether calibration has replaced the guess."""
+        return self.across != Costs().across
 
     def links(self, ranks: int, node: int) -> Links:
         """Those that bind so many ranks, of which `node` share a machine."""
@@ -115,6 +122,15 @@ def hierarchical_seconds(costs: Costs, message: Message, ranks: int, node: int) 
     share, nodes = Message(message.state // node, ways=message.ways), ranks // node
     inside = sum(seconds("all_gather", costs.inside, part, node) for part in (message, share))
     return inside + seconds("scan", costs.across, share, nodes)
+
+
+def candidates(costs: Costs, ranks: int, node: int) -> tuple[ExchangeName, ...]:
+    """What `auto` chooses from: across nodes, the all-gather alone until somebody has measured their links."""
+    if node == ranks:
+        return "symmetric_memory", "all_gather", "scan"
+    if not costs.measured_across:
+        return ("all_gather",)
+    return ("all_gather", "scan", "hierarchical") if node > 1 else ("all_gather", "scan")
 
 
 def choose(costs: Costs, message: Message, ranks: int, node: int, names: tuple[str, ...]) -> str:

@@ -10,8 +10,11 @@ A `Fragment` is a piece of one document inside one unit. Fragments are what the 
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
-LAYOUTS = ("contiguous", "zigzag")
+from lasp.names import LayoutName
+
+LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 PADDING = -1  # the document number of padding
 
 

@@ -1,23 +1,29 @@
 """The cost model against the schedules, played message by message, and against itself."""
 
 import math
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from benchmarks import simulate
+from lasp.names import ExchangeName
+from lasp.parallel import comm, exchange
 from lasp.parallel.cost import (
     Costs,
     Link,
     Links,
     Message,
     blocks,
+    candidates,
     choose,
     hierarchical_seconds,
     scan_seconds,
     seconds,
 )
 from lasp.parallel.exchange.auto import Auto
+from lasp.parallel.layout import Layout
 from lasp.parallel.topology import ranks_per_node
 
 LINKS = Links(Link(20e-6, 200e9), Link(40e-6, 300e9), Link(10e-6, 370e9))
@@ -80,6 +86,29 @@ def test_a_link_is_fitted_to_times():
     fitted = Link.fit(sizes, [link.seconds(size) for size in sizes])
     assert fitted.latency == pytest.approx(link.latency, rel=1e-3)
     assert fitted.bandwidth == pytest.approx(link.bandwidth, rel=1e-3)
+
+
+def test_links_that_nobody_measured_decide_nothing(tmp_path):
+    """Calibration of the links inside nodes leaves those across a guess."""
+    replace(Costs(), inside=LINKS).save(tmp_path / "links.json")
+    for guess in (Costs(), Costs.read(tmp_path / "links.json")):
+        assert candidates(guess, 64, 8) == candidates(guess, 64, 1) == ("all_gather",)
+        assert candidates(guess, 8, 8) == ("symmetric_memory", "all_gather", "scan")
+    replace(Costs(), across=LINKS).save(tmp_path / "links.json")
+    measured = Costs.read(tmp_path / "links.json")
+    assert candidates(measured, 64, 8) == ("all_gather", "scan", "hierarchical")
+    assert candidates(measured, 64, 1) == ("all_gather", "scan")
+
+
+def test_auto_across_nodes_is_the_all_gather_until_links_are_measured(monkeypatch):
+    monkeypatch.setattr(comm, "message_device", lambda group: torch.device("cuda"))
+    for costs, names in ((Costs(), {"all_gather"}), (Costs(across=LINKS), {"all_gather", "scan"})):
+        monkeypatch.setattr(exchange, "topology", lambda group, costs=costs: (costs, 1))
+        assert set(exchange.make_exchange("auto", Layout("contiguous", 4), None).exchanges) == names
+
+
+def test_every_exchange_has_a_name():
+    assert set(exchange.EXCHANGES) == set(get_args(ExchangeName))
 
 
 def test_auto_takes_the_fastest_and_tells_its_name():

@@ -6,10 +6,11 @@ from typing import Protocol
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
+from lasp.names import ExchangeName
 from lasp.parallel import comm
 from lasp.parallel.combine import Breaks
 from lasp.parallel.comm import Group
-from lasp.parallel.cost import Link, Message, blocks
+from lasp.parallel.cost import Link, Message, blocks, candidates
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.hierarchical import Hierarchical
@@ -56,19 +57,18 @@ def _blocks(link: Link, ranks: int, ways: int) -> Callable[[int], int]:
 
 
 def _auto(layout: Layout, group: Group) -> StateExchange:
-    """On GPUs whichever costs least; on CPUs the all-gather."""
+    """On GPUs whichever of the candidates costs least; on CPUs the all-gather."""
     if comm.message_device(group).type == "cpu":
         return AllGather(layout, group)
     costs, node = topology(group)
-    exchanges: dict[str, StateExchange] = {"all_gather": AllGather(layout, group), "scan": _scan(layout, group)}
-    if 1 < node < layout.ranks:
-        exchanges["hierarchical"] = _hierarchical(layout, group)
-    if node == layout.ranks and isinstance(fastest := symmetric_memory(layout, group), SymmetricMemory):
-        exchanges = {"symmetric_memory": fastest, **exchanges}
+    names = candidates(costs, layout.ranks, node)
+    exchanges: dict[str, StateExchange] = {name: EXCHANGES[name](layout, group) for name in names}
+    if not isinstance(exchanges.get("symmetric_memory"), SymmetricMemory):
+        exchanges.pop("symmetric_memory", None)
     return Auto(exchanges, costs, layout.ranks, node)
 
 
-EXCHANGES: dict[str, Callable[[Layout, Group], StateExchange]] = {
+EXCHANGES: dict[ExchangeName, Callable[[Layout, Group], StateExchange]] = {
     "auto": _auto,
     "all_gather": AllGather,
     "ring": _ring,
@@ -78,7 +78,7 @@ EXCHANGES: dict[str, Callable[[Layout, Group], StateExchange]] = {
 }
 
 
-def make_exchange(name: str, layout: Layout, group: Group) -> StateExchange:
+def make_exchange(name: ExchangeName, layout: Layout, group: Group) -> StateExchange:
     """Collective: every rank of the group makes the same exchange at the same time. ValueError for an unknown name."""
     if name not in EXCHANGES:
         raise ValueError(f"state_exchange: got {name!r}, expected one of {', '.join(EXCHANGES)}")

@@ -7,12 +7,14 @@ is left to visit. Outputs, log-sum-exps, dQ and the travelling dK, dV are summed
 """
 
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.blocks import Mask
+from lasp.names import SoftmaxName
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.cost import Costs
@@ -24,7 +26,7 @@ from lasp.parallel.softmax.plan import coarsen, make_plan
 from lasp.parallel.softmax.visits import GatheredVisits, RingVisits
 from lasp.parallel.topology import topology
 
-STRATEGIES = ("auto", "ring", "all_gather", "ulysses", "ulysses_ring")
+STRATEGIES: tuple[str, ...] = get_args(SoftmaxName)
 
 
 class SoftmaxStrategy:
