@@ -8,9 +8,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.config import TrainConfig, require
+from lasp.parallel import comm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def join_world(config: TrainConfig) -> Iterator[World]:
             rank=rank,
             size=size,
             device=device,
-            mesh=init_device_mesh(device.type, mesh_shape, mesh_dim_names=("dp", "sp")),
+            mesh=comm.make_mesh(device.type, torch.arange(size, device="cpu").view(mesh_shape), ("dp", "sp")),
         )
     finally:
         if not exists:
