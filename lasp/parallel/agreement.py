@@ -55,13 +55,14 @@ def _facts(value: object) -> dict[str, str]:
 
 def _differences(ranks: list[dict[str, str]]) -> str:
     """What the ranks' facts do not have in common."""
-    names = ["call"] if len({facts["call"] for facts in ranks}) > 1 else list(dict.fromkeys(chain(*ranks)))
-    found = []
-    for name in names:
-        values = [facts.get(name, "nothing") for facts in ranks]
-        if len(set(values)) > 1:
-            found.append(f"{name}: got {_list(dict(enumerate(values)))}")
-    return f"{', '.join(found)}, expected the same on all ranks ({ranks[0]['call']})"
+    same_call = len({facts["call"] for facts in ranks}) == 1
+    told = []
+    for name in dict.fromkeys(chain(*ranks)) if same_call else ["call"]:
+        values = dict(enumerate(facts.get(name, "nothing") for facts in ranks))
+        if len(set(values.values())) > 1:
+            told.append(f"{name}: {_list(values)}")
+    where = f" in {ranks[0]['call']}" if same_call else ""
+    return f"got different arguments on different ranks, expected the same{where}: {', '.join(told)}"
 
 
 def _story(error: Exception) -> str:

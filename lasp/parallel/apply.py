@@ -21,6 +21,7 @@ from lasp.models.moe import Experts
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree, agree_on_cpus
 from lasp.parallel.experts import ExpertParallel
+from lasp.parallel.groups import flatten, make_mesh
 
 Model = TypeVar("Model", bound=nn.Module)
 _HOLDERS, _EXPERTS = "expert_holders", "experts"  # axes of the mesh on which experts are placed
@@ -53,7 +54,7 @@ def parallelize(
         ValueError: compute_dtype without fsdp; experts or ranks that expert_parallel does not divide; experts whose
             rows the ranks that hold them do not.
     """
-    everyone = comm.flat(mesh)
+    everyone = flatten(mesh)
     group = everyone.get_group()
     mixtures = [module for module in model.modules() if isinstance(module, Experts)] if expert_parallel > 1 else []
 
@@ -71,8 +72,8 @@ def parallelize(
             comm.broadcast(tensor.detach(), group)
     if mixtures:
         ranks = everyone.mesh.view(-1, expert_parallel)
-        placed = comm.make_mesh(mesh.device_type, ranks, (_HOLDERS, _EXPERTS))
-        comm.flat(placed)  # DTensor then takes norms over both axes in one all-reduce
+        placed = make_mesh(mesh.device_type, ranks, (_HOLDERS, _EXPERTS))
+        flatten(placed)  # DTensor then takes norms over both axes in one all-reduce
         for experts in mixtures:
             _spread(experts, placed, fsdp)
     if fsdp:
@@ -96,7 +97,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    everyone = comm.flat(mesh).get_group()
+    everyone = flatten(mesh).get_group()
     together: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

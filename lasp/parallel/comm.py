@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
 
 from lasp.kernels.pending import Pending
 
@@ -59,29 +57,6 @@ def split(group: Group, size: int) -> tuple[Group, Group]:
         None if len(own) == 1 else dist.new_group(own, patience, use_local_synchronization=True) for own in members
     )
     return near, far
-
-
-def wait_as_long_as_the_world(group: dist.ProcessGroup) -> None:
-    """Gives a group the timeout of the default one, which PyTorch's meshes do not hand on."""
-    assert dist.group.WORLD is not None
-    _set_timeout(timedelta(seconds=timeout(dist.group.WORLD)), group)
-
-
-def make_mesh(device_type: str, ranks: Tensor, names: tuple[str, ...]) -> DeviceMesh:
-    """A mesh with these axes whose groups wait as long as the world. Collective."""
-    made = DeviceMesh(device_type, ranks, mesh_dim_names=names)
-    for name in names:
-        wait_as_long_as_the_world(made.get_group(name))
-    return made
-
-
-def flat(mesh: DeviceMesh) -> DeviceMesh:
-    """All ranks of a mesh along one axis; made once per mesh. Collective."""
-    if mesh.ndim == 1:
-        return mesh
-    flattened = mesh._flatten("_".join(mesh.mesh_dim_names or ()))
-    wait_as_long_as_the_world(flattened.get_group())
-    return flattened
 
 
 def gather_objects(x: Any, group: Group) -> list[Any]:
