@@ -29,7 +29,7 @@ from ranks import join, machine, say
 from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
-from lasp.parallel import SequenceParallel, comm
+from lasp.parallel import SequenceParallel, comm, leave
 from lasp.parallel.cost import CALIBRATION, Costs, Link, Links
 
 Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "softmax"]
@@ -194,7 +194,7 @@ def main(settings: Settings) -> None:
         say(machine())
         exchanges(settings, clock)
         ops(settings, clock)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

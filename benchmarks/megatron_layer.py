@@ -26,6 +26,7 @@ from ranks import machine, say
 from torch import Tensor, nn
 from traffic import Traffic
 
+from lasp.parallel import leave
 from lasp.parallel.exchange import make_exchange
 from lasp.parallel.layout import Layout
 
@@ -236,7 +237,7 @@ def main(settings: Settings) -> None:
             say(f"without Megatron's layer: {missing}")
     for tokens in settings.tokens:
         compare(tokens, layers, settings, Clock(device, settings.runs))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 from lasp.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from lasp.data import Context
 from lasp.models import PRESETS, count_active_parameters, count_parameters, flops_per_token
-from lasp.parallel import SequenceParallel
+from lasp.parallel import SequenceParallel, leave
 from lasp.training.balance import balance_experts
 from lasp.training.engine import make_engine
 from lasp.training.metrics import model_flop_utilisation, peak_flops
@@ -191,7 +191,7 @@ def main(settings: Settings) -> None:
             "megatron": megatron(shape, data, run),
         }
         report(case, shape, settings, device, {name: measure(path, clock) for name, path in paths.items()})
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from watch import Watched
 from lasp.config import SOFTMAX
 from lasp.kernels import delta_rule, linear_attention
 from lasp.models import flops_per_token, linear_llama3_1b, tiny
+from lasp.parallel import leave
 from lasp.parallel.cost import Message
 from lasp.parallel.exchange import Auto
 from lasp.parallel.topology import topology
@@ -271,7 +272,7 @@ def main(settings: Settings) -> None:
         measure_op(settings, points, mode, op, tokens)
     for pattern in settings.models:
         measure_model(pattern, points, lengths)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

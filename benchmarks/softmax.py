@@ -28,7 +28,7 @@ from torch import Tensor
 from lasp.kernels import softmax_attention
 from lasp.kernels.blocks import Mask
 from lasp.kernels.softmax import zeros_like
-from lasp.parallel import SequenceParallel
+from lasp.parallel import SequenceParallel, leave
 from lasp.parallel.layout import Layout, Partition
 from lasp.parallel.softmax.op import AttendVisits
 from lasp.parallel.softmax.plan import make_plan, pairs
@@ -260,7 +260,7 @@ def main(settings: Settings) -> None:
         for offsets in ([0, settings.accuracy_tokens], packed(settings.accuracy_tokens)):
             accuracy(offsets, settings, device)
     if together:
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from steps import Trainer, Way
 
 from lasp.config import ModelConfig
 from lasp.models import count_active_parameters, linear_llama3_1b, linear_moe_a0_3b_2b, tiny
+from lasp.parallel import leave
 from lasp.training.metrics import model_flop_utilisation, peak_flops
 
 Case = Literal["llama", "hybrid", "moe"]
@@ -128,7 +129,7 @@ def main(settings: Settings) -> None:
     benchmark = Benchmark(settings, clock)
     for case in settings.cases:
         getattr(benchmark, case)()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

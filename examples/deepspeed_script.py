@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from lasp.parallel import SequenceParallel
+from lasp.parallel import SequenceParallel, leave
 
 VOCABULARY, HIDDEN, HEADS, TOKENS, STEPS = 100, 64, 4, 501, 5
 
@@ -67,7 +67,7 @@ def main(stage):
         engine.step()
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.6f}", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

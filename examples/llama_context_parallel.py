@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lasp.parallel import SequenceParallel
+from lasp.parallel import SequenceParallel, leave
 
 TOKENS, STEPS = 1001, 3
 
@@ -86,4 +86,4 @@ if __name__ == "__main__":
         print(
             f"losses on {dist.get_world_size()} ranks {together}, on one {alone}; {len(grads)} gradients are equal, too"
         )
-    dist.destroy_process_group()
+    leave()

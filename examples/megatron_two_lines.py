@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lasp.integrations.megatron import gpt_layer_specs, run_on_cpu, shard_batch  # line 1
+from lasp.integrations.megatron import gpt_layer_specs, leave_mesh, run_on_cpu, shard_batch  # line 1
 
 VOCABULARY, LENGTH, STEPS = 64, 256, 10
 
@@ -69,7 +69,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"step {step + 1}  loss {losses[-1]:.3f}")
     assert losses[-1] < losses[0]
-    dist.destroy_process_group()
+    leave_mesh()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from lasp.parallel import SequenceParallel
+from lasp.parallel import SequenceParallel, leave
 
 VOCABULARY, HIDDEN, HEADS, TOKENS, STEPS = 100, 64, 4, 501, 5
 
@@ -86,4 +86,4 @@ if __name__ == "__main__":
         for step, losses in enumerate(zip(together, alone, strict=True)):
             print(f"{step:4d}  {losses[0]:9.6f}  {losses[1]:8.6f}")
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4 if gpu else 1e-5, atol=0.0)
-    dist.destroy_process_group()
+    leave()

@@ -4,6 +4,8 @@ if __name__ == "__main__":
     import tyro
 
     from lasp.integrations.megatron.run import Run
+    from lasp.integrations.megatron.sequence import leave_mesh
     from lasp.integrations.megatron.train import train
 
     train(tyro.cli(Run))
+    leave_mesh()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import attention
 
 from lasp.kernels.blocks import Block, Mask
+from lasp.kernels.lasting import lasting
 
 _TILE = 256  # rows of scores that the dense form holds at a time
 _LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to plan for a new length
@@ -162,6 +163,7 @@ class Flash:
 
 
 @lru_cache(maxsize=64)
+@lasting
 def _transfer(cuts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(cuts, dtype=torch.int32, device=device)
 

@@ -1,6 +1,8 @@
 """What the public ops accept. A failure is a ValueError that names the argument, what was got and what was expected."""
 
 import math
+from collections.abc import Collection
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,17 +15,33 @@ def require(condition: bool, name: str, got: object, expected: str) -> None:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
+def choice(name: str, value: object, choices: Collection[str]) -> None:
+    require(value in choices, name, repr(value), f"one of {', '.join(choices)}")
+
+
+def number(name: str, x: object, kind: type, expected: str) -> None:
+    """kind: numbers.Real or numbers.Integral."""
+    require(isinstance(x, kind) and not isinstance(x, bool), name, repr(x), expected)
+
+
+def tensor(name: str, x: object) -> None:
+    require(isinstance(x, Tensor), name, "None" if x is None else f"a {type(x).__name__}", "a tensor")
+
+
 def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     require(tuple(x.shape) == expected, name, f"shape {list(x.shape)}", f"{meaning} = {list(expected)}")
 
 
-def same_kind(reference: Tensor, **tensors: Tensor | None) -> None:
-    """All on one device, floating point."""
+def same_kind(required: dict[str, Tensor], **optional: Tensor | None) -> None:
+    """Floating point tensors, all on the device of the first."""
+    given = required | {name: x for name, x in optional.items() if x is not None}
+    for name, x in given.items():
+        tensor(name, x)
+    first, reference = next(iter(required.items()))
     require(reference.dtype in DTYPES, "dtype", reference.dtype, "float64, float32, bfloat16 or float16")
-    for name, x in tensors.items():
-        if x is not None:
-            require(x.device == reference.device, name, f"device {x.device}", f"{reference.device}, as v")
-            require(x.is_floating_point(), name, f"dtype {x.dtype}", "floating point")
+    for name, x in given.items():
+        require(x.device == reference.device, name, f"device {x.device}", f"{reference.device}, as {first}")
+        require(x.is_floating_point(), name, f"dtype {x.dtype}", "floating point")
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -56,15 +74,18 @@ def decay(g: Tensor | None, v: Tensor, key_dim: int, causal: bool) -> None:
 
 def scale(value: float | None, key_dim: int) -> float:
     """The factor of the scores: K ** -0.5 if None; it must be finite and not zero."""
-    value = key_dim**-0.5 if value is None else float(value)
+    if value is None:
+        return key_dim**-0.5
+    number("scale", value, Real, "a number, or None")
     require(math.isfinite(value) and value != 0, "scale", value, "a finite number other than 0")
-    return value
+    return float(value)
 
 
 def state(s: Tensor | None, count: int, v: Tensor, key_dim: int) -> None:
     """[N, H, K, V] in fp32 (fp64 for fp64 inputs)."""
     if s is None:
         return
+    tensor("initial_state", s)
     shape("initial_state", s, (count, v.shape[2], key_dim, v.shape[3]), "[N, H, K, V]")
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for {v.dtype} inputs")
@@ -74,6 +95,7 @@ def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, read: bool = Tru
     """[N + 1] int32 or int64 from 0 to `tokens`, not decreasing, with B = 1. read=False looks at the shape alone."""
     if offsets is None:
         return
+    tensor("cu_seqlens", offsets)
     require(offsets.dtype in (torch.int32, torch.int64), "cu_seqlens", f"dtype {offsets.dtype}", "int32 or int64")
     require(offsets.ndim == 1 and offsets.numel() >= 2, "cu_seqlens", f"shape {list(offsets.shape)}", "[N + 1], N >= 1")
     require(batch == 1, "cu_seqlens", f"a batch of {batch}", "B = 1 for packed documents")

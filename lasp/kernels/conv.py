@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels import checks, fused
+from lasp.kernels.autocast import exempt
 from lasp.kernels.segments import Segments
 
 
@@ -36,6 +37,7 @@ def causal_conv1d(
     checks.cu_seqlens(cu_seqlens, batch, tokens)
     segments = Segments(batch, tokens, cu_seqlens)
     if initial_tail is not None:
+        checks.tensor("initial_tail", initial_tail)
         expected = (segments.count, weight.shape[1] - 1, channels)
         checks.shape("initial_tail", initial_tail, expected, "[N, width - 1, D]")
         checks.require(initial_tail.dtype == x.dtype, "initial_tail", f"dtype {initial_tail.dtype}", f"{x.dtype}, as x")
@@ -44,7 +46,7 @@ def causal_conv1d(
 
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raises ValueError unless the tensors fit together."""
-    checks.same_kind(x, weight=weight, bias=bias)
+    checks.same_kind({"x": x, "weight": weight}, bias=bias)
     checks.require(x.ndim == 3 and x.shape[1] >= 1, "x", f"shape {list(x.shape)}", "[B, T, D] with at least one token")
     checks.require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "[D, width]")
     checks.shape("weight", weight, (x.shape[2], weight.shape[1]), "[D, width]")
@@ -52,6 +54,7 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         checks.shape("bias", bias, (x.shape[2],), "[D]")
 
 
+@exempt
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, segments: Segments) -> Tensor:
     """The convolution over any segments; tail [N, width - 1, D] or None."""
     channels, width = x.shape[2], weight.shape[1]

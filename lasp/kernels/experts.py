@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.kernels.autocast import Function
 from lasp.kernels.fused import swiglu
 
 # torch 2.13 documents the first name; older versions have only the second.
@@ -72,7 +73,7 @@ class RowOrder:
         return _Permute.apply(x, self.inverse, self.order, 1)
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(Function):
     """Both directions read rows: adding them up, as indexing's own backward does, has no fixed order on GPUs."""
 
     @staticmethod

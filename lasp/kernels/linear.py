@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lasp.kernels import checks
+from lasp.kernels import autocast, checks
 from lasp.kernels.recurrence import Alone, Boundary, Inputs, Op, run
 from lasp.kernels.reference.chunk import ChunkedOp, NonCausalOp
 from lasp.kernels.segments import Segments
@@ -48,6 +48,7 @@ def linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), cu_seqlens that do not end at T,
             or inputs that backend="triton" does not support.
     """
+    q, k, v = autocast.unify(q, k, v)
     check_linear(q, k, v, decay, causal)
     return _run(q, k, v, decay, None, scale, causal, initial_state, output_final_state, cu_seqlens, backend)
 
@@ -76,13 +77,14 @@ def delta_rule(
     Raises:
         ValueError: as `linear_attention`.
     """
+    q, k, v = autocast.unify(q, k, v)
     check_delta(q, k, v, beta, decay)
     return _run(q, k, v, decay, beta, scale, True, initial_state, output_final_state, cu_seqlens, backend)
 
 
 def check_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) -> None:
     """Raises ValueError unless the tensors fit together."""
-    checks.same_kind(v, q=q, k=k, decay=decay)
+    checks.same_kind({"v": v, "q": q, "k": k}, decay=decay)
     checks.heads(q, k, v)
     checks.decay(decay, v, k.shape[-1], causal)
 
@@ -90,7 +92,7 @@ def check_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: 
 def check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None) -> None:
     """Raises ValueError unless the tensors fit together."""
     check_linear(q, k, v, decay, causal=True)
-    checks.same_kind(v, beta=beta)
+    checks.same_kind({"v": v, "beta": beta})
     checks.shape("beta", beta, tuple(v.shape[:3]), "[B, T, H]")
 
 

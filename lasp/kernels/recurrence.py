@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.autocast import Function
 from lasp.kernels.pending import Pending
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
@@ -125,7 +126,7 @@ def run(
         )
 
 
-class _Recurrence(torch.autograd.Function):
+class _Recurrence(Function):
     @staticmethod
     def forward(ctx, op, boundary, scale, segments, output_final_state, q, k, v, decay, beta, initial_state):
         x = Inputs(q, k, v, decay, beta, scale, segments)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import checks
+from lasp.kernels.lasting import lasting
 
 
 class Segments:
@@ -28,6 +29,7 @@ class Segments:
         self._tiles: dict[tuple[int, torch.device], Tiles] = {}
 
     @cached_property
+    @lasting
     def offsets(self) -> Tensor:
         """[N + 1] int64 on the host: segment n is the flat tokens offsets[n] … offsets[n + 1] - 1."""
         if self.cu_seqlens is None:
@@ -36,17 +38,20 @@ class Segments:
         checks.offset_values(offsets, self.batch * self.tokens)
         return offsets
 
+    @lasting
     def chunks(self, size: int, device: torch.device) -> "Chunks":
         if (size, device) not in self._chunks:
             self._chunks[size, device] = Chunks(self.offsets, size, device)
         return self._chunks[size, device]
 
+    @lasting
     def first_chunks(self, size: int, chunk: int, device: torch.device) -> Tensor:
         """[M]: for every tile of `size` tokens the first of the tiles of `chunk` tokens, which divides it, in it."""
         if self.cu_seqlens is None:
             return _row_first_chunks(self.batch, self.tokens, size, chunk, device)
         return _first_chunks(self.tiles(size, device), self.tiles(chunk, device))
 
+    @lasting
     def tiles(self, size: int, device: torch.device) -> "Tiles":
         if self.cu_seqlens is None:
             return _row_tiles(self.batch, self.tokens, size, device)

@@ -5,12 +5,13 @@ in fp32 (fp64 for fp64).
 """
 
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.kernels import checks
+from lasp.kernels import autocast, checks
 from lasp.kernels.attention import accumulation_dtype, calls
 from lasp.kernels.blocks import Block, Mask, string
 
@@ -45,6 +46,7 @@ def softmax_attention(
     Raises:
         ValueError: shapes, dtypes, devices or cu_seqlens that do not fit, or a window below 1.
     """
+    q, k, v = autocast.cast(q, k, v)
     check_softmax(q, k, v, window)
     (batch, tokens), keys = q.shape[:2], k.shape[1]
     checks.cu_seqlens(cu_seqlens, batch, tokens)
@@ -69,7 +71,7 @@ def document_blocks(offsets: list[int], mask: Mask) -> list[Block]:
 
 def check_softmax(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
     """Raises ValueError unless the tensors fit together."""
-    checks.same_kind(q, k=k, v=v)
+    checks.same_kind({"q": q, "k": k, "v": v})
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.require(x.ndim == 4, name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
     checks.require(q.shape[1] >= 1, "q", f"shape {list(q.shape)}", "at least one token")
@@ -77,7 +79,9 @@ def check_softmax(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
     checks.shape("v", v, (*k.shape[:3], v.shape[3]), "[B, S, Hkv, V] with k's B, S and heads")
     checks.require(q.shape[2] % k.shape[2] == 0, "q", f"{q.shape[2]} heads", f"a multiple of k's {k.shape[2]}")
     checks.require(q.dtype == k.dtype == v.dtype, "dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "the same for all")
-    checks.require(window is None or window >= 1, "window", window, "at least 1, or None")
+    if window is not None:
+        checks.number("window", window, Integral, "at least 1, or None")
+        checks.require(window >= 1, "window", window, "at least 1, or None")
 
 
 class Accumulator:
@@ -172,7 +176,7 @@ def attend_grad(
                 total.add(where, part)
 
 
-class _SoftmaxAttention(torch.autograd.Function):
+class _SoftmaxAttention(autocast.Function):
     @staticmethod
     def forward(ctx, q, k, v, blocks, mask):
         total = Accumulator(q, v.shape[-1])

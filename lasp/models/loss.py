@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.config import require
+from lasp.kernels.autocast import Function, cast
 from lasp.kernels.fused import fused
 
 IGNORE = -100
@@ -29,6 +30,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
         labels.shape == hidden.shape[:-1], "labels", list(labels.shape), f"the tokens' shape {list(hidden.shape[:-1])}"
     )
     require_ids("labels", labels, weight.shape[0], ignored=True)
+    hidden, weight = cast(hidden, weight)
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     count = (labels != IGNORE).sum()
     if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float64 and (liger := _liger()) is not None:
@@ -74,7 +76,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tens
     return loss, softmax.where(~hit, softmax - 1).where(valid, 0).to(logits.dtype)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(Function):
     """Forms the gradients in the forward pass, while a chunk's logits are there; backward only scales them."""
 
     @staticmethod

@@ -1,38 +1,73 @@
-"""All ranks fail together: what one refuses, every one refuses, so that nobody waits for a message that never comes."""
+"""All ranks make the same call, or all of them refuse it: nobody waits for a message that never comes.
+
+Before a call that sends messages, each rank says in one small message of its own what it is about to do. So whatever
+one rank alone gets wrong (bad arguments, other options, another operation altogether) is a ValueError on every rank.
+"""
 
 import zlib
 from collections.abc import Callable
+from itertools import chain
 
 import torch
-import torch.distributed as dist
 
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 
 
-def agree(group: Group, device: torch.device, check: Callable[[], object]) -> None:
-    """Runs `check` on every rank; raises ValueError on all of them if one raised it or if what it returned differs.
+def agree(group: Group, device: torch.device, check: Callable[[], object], *, call: str = "a check") -> None:
+    """Runs `check` on every rank; raises ValueError on all of them if it failed on one or if what it returned differs.
 
-    The value returned stands for what must be equal on all ranks (shapes, dtypes, options); it is compared by its repr.
-    Costs one small all-gather and a look at its result on the host.
+    The value returned stands for what must be equal on all ranks (shapes, dtypes, options): a dict by name, or anything
+    else; it is compared by its repr, and so is `call`, what the ranks are about to do. Any exception is a failure; on
+    one rank alone it is raised as it is. Costs one small all-gather and a look at its result on the host.
     """
-    error, value = None, ""
+    if comm.size(group) == 1:
+        check()
+        return
+    error, facts = None, {"call": call}
     try:
-        value = repr(check())
-    except ValueError as raised:
+        facts |= _facts(check())
+    except Exception as raised:
         error = raised
-    if comm.size(group) > 1:
-        mine = torch.tensor([error is not None, zlib.crc32(value.encode())], dtype=torch.int64, device=device)
-        flags = comm.replicate(mine, group).tolist()
-        if any(failed for failed, _ in flags):
-            messages: list[str | None] = [None] * len(flags)
-            dist.all_gather_object(messages, None if error is None else str(error), group=group)
-            told = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
-            raise ValueError("; ".join(told)) from error
-        if len({checksum for _, checksum in flags}) > 1:
-            values: list[str | None] = [None] * len(flags)
-            dist.all_gather_object(values, value, group=group)
-            told = [f"rank {rank}: {text}" for rank, text in enumerate(values)]
-            raise ValueError(f"got different arguments on different ranks, expected the same: {'; '.join(told)}")
-    elif error is not None:
-        raise error
+    checksum = zlib.crc32(repr(facts).encode())
+    mine = torch.tensor([error is not None, checksum], dtype=torch.int64, device=device)
+    flags = comm.replicate(mine, group, f"agreement on {call}").tolist()
+    if any(failed for failed, _ in flags):
+        told = comm.gather_objects(None if error is None else _story(error), group)
+        raise ValueError(_list({rank: story for rank, story in enumerate(told) if story is not None})) from error
+    if len({checksum for _, checksum in flags}) > 1:
+        raise ValueError(_differences(comm.gather_objects(facts, group)))
+
+
+def agree_on_cpus(group: Group, check: Callable[[], object], *, call: str) -> None:
+    """`agree`, for calls that are made all the time: where messages live on GPUs, whose host would have to wait for
+    them, each rank looks at its own arguments only."""
+    device = comm.message_device(group)
+    if device.type == "cpu":
+        agree(group, device, check, call=call)
+    else:
+        check()
+
+
+def _facts(value: object) -> dict[str, str]:
+    return {name: repr(x) for name, x in value.items()} if isinstance(value, dict) else {"arguments": repr(value)}
+
+
+def _differences(ranks: list[dict[str, str]]) -> str:
+    """What the ranks' facts do not have in common."""
+    same_call = len({facts["call"] for facts in ranks}) == 1
+    told = []
+    for name in dict.fromkeys(chain(*ranks)) if same_call else ["call"]:
+        values = dict(enumerate(facts.get(name, "nothing") for facts in ranks))
+        if len(set(values.values())) > 1:
+            told.append(f"{name}: {_list(values)}")
+    where = f" in {ranks[0]['call']}" if same_call else ""
+    return f"got different arguments on different ranks, expected the same{where}: {', '.join(told)}"
+
+
+def _story(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _list(told: dict[int, str]) -> str:
+    return "; ".join(f"rank {rank}: {text}" for rank, text in told.items())

@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lasp.kernels import checks
 from lasp.models.moe import Experts
 from lasp.parallel import comm
+from lasp.parallel.agreement import agree, agree_on_cpus
 from lasp.parallel.experts import ExpertParallel
+from lasp.parallel.groups import flatten, make_mesh
 
 Model = TypeVar("Model", bound=nn.Module)
 _HOLDERS, _EXPERTS = "expert_holders", "experts"  # axes of the mesh on which experts are placed
@@ -52,18 +54,26 @@ def parallelize(
         ValueError: compute_dtype without fsdp; experts or ranks that expert_parallel does not divide; experts whose
             rows the ranks that hold them do not.
     """
-    checks.require(fsdp or compute_dtype is None, "compute_dtype", f"{compute_dtype} without fsdp", "None")
-    everyone = _flat(mesh)
+    everyone = flatten(mesh)
+    group = everyone.get_group()
     mixtures = [module for module in model.modules() if isinstance(module, Experts)] if expert_parallel > 1 else []
-    if expert_parallel > 1:
-        _check_experts(mixtures, everyone.size(), expert_parallel, fsdp)
+
+    def check() -> object:
+        checks.require(fsdp or compute_dtype is None, "compute_dtype", f"{compute_dtype} without fsdp", "None")
+        if expert_parallel > 1:
+            _check_experts(mixtures, everyone.size(), expert_parallel, fsdp)
+        tensors = [(x.dtype, list(x.shape)) for x in (*model.parameters(), *model.buffers())]
+        options = {"fsdp": fsdp, "compute_dtype": compute_dtype, "expert_parallel": expert_parallel}
+        return options | {"model": tensors}
+
+    agree(group, comm.message_device(group), check, call="parallelize")
     if not fsdp:
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), group=everyone.get_group(), group_src=0)
+            comm.broadcast(tensor.detach(), group)
     if mixtures:
         ranks = everyone.mesh.view(-1, expert_parallel)
-        placed = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(_HOLDERS, _EXPERTS))
-        _flat(placed)  # DTensor then takes norms over both axes in one all-reduce
+        placed = make_mesh(mesh.device_type, ranks, (_HOLDERS, _EXPERTS))
+        flatten(placed)  # DTensor then takes norms over both axes in one all-reduce
         for experts in mixtures:
             _spread(experts, placed, fsdp)
     if fsdp:
@@ -87,7 +97,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    everyone = _flat(mesh).get_group()
+    everyone = flatten(mesh).get_group()
     together: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -97,6 +107,11 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
             if isinstance(grad, DTensor):
                 group, grad = grad.device_mesh[_HOLDERS].get_group(), grad.to_local()
             together.setdefault((group, grad.dtype), []).append(grad)
+
+    def check() -> object:
+        return {"gradients": [(dtype, sum(grad.numel() for grad in grads)) for (_, dtype), grads in together.items()]}
+
+    agree_on_cpus(everyone, check, call="reduce_gradients")
     for (group, _), grads in together.items():
         total = comm.all_reduce(torch.cat([grad.flatten() for grad in grads]), group).wait()
         for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
@@ -127,10 +142,3 @@ def _spread(experts: Experts, mesh: DeviceMesh, fsdp: bool) -> None:
 def _add_up(sharded: FSDPModule) -> None:
     sharded.set_gradient_divide_factor(1.0)  # each rank's gradient is its part of a sum …
     sharded.set_force_sum_reduction_for_comms(True)  # … which gloo, too, can take
-
-
-def _flat(mesh: DeviceMesh) -> DeviceMesh:
-    """All ranks of the mesh along one axis; made once per mesh."""
-    if mesh.ndim == 1:
-        return mesh
-    return mesh._flatten("_".join(mesh.mesh_dim_names or ()))

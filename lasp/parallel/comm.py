@@ -1,7 +1,8 @@
 """Every message between ranks. `group` is a ProcessGroup, or None for one rank alone; ranks are ranks of the group.
 
 A call starts the transfer and returns a `Pending`; its `wait()` gives what has arrived. The tensors sent must not be
-changed before that.
+changed before that. A transfer that fails, or that others do not join in time, is a RuntimeError that names this rank,
+the group and the transfer; on GPUs NCCL's watchdog says as much, and ends the process.
 """
 
 from collections.abc import Callable, Generator
@@ -58,21 +59,28 @@ def split(group: Group, size: int) -> tuple[Group, Group]:
     return near, far
 
 
-def gather_objects(x: Any, group: dist.ProcessGroup) -> list[Any]:
+def gather_objects(x: Any, group: Group) -> list[Any]:
     """Everybody's x, in rank order; the host waits."""
-    objects: list[Any] = [None] * size(group)
-    dist.all_gather_object(objects, x, group=group)
+    objects: list[Any] = [x] * size(group)
+    if len(objects) > 1:
+        _naming("gather_objects", group, lambda: dist.all_gather_object(objects, x, group=group))
     return objects
+
+
+def broadcast(x: Tensor, group: Group) -> None:
+    """Rank 0's x, in place."""
+    if size(group) > 1:
+        _naming(f"broadcast of {list(x.shape)}", group, lambda: dist.broadcast(x, group=group, group_src=0))
 
 
 def all_gather(x: Tensor, group: Group) -> Pending[Tensor]:
     """[R, *x.shape]: everybody's x, in rank order."""
-    return _gather(x, group)
+    return _gather(x, group, "all_gather")
 
 
-def replicate(x: Tensor, group: Group) -> Tensor:
+def replicate(x: Tensor, group: Group, purpose: str = "replicate") -> Tensor:
     """As `all_gather`, at once: to make whole what the ranks hold in parts, rather than to compute with it."""
-    return _gather(x, group).wait()
+    return _gather(x, group, purpose).wait()
 
 
 def all_reduce(x: Tensor, group: Group) -> Pending[Tensor]:
@@ -80,7 +88,11 @@ def all_reduce(x: Tensor, group: Group) -> Pending[Tensor]:
     result = x.clone(memory_format=torch.contiguous_format)
     if size(group) == 1:
         return Pending(lambda: result)
-    return _after([dist.all_reduce(result, group=group, async_op=True)], (), result)
+
+    def start() -> list:
+        return [dist.all_reduce(result, group=group, async_op=True)]
+
+    return _transfer("all_reduce", group, start, (result,), result)
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Pending[Tensor]:
@@ -89,7 +101,11 @@ def reduce_scatter(x: Tensor, group: Group) -> Pending[Tensor]:
         return Pending(lambda: x[0])
     x = x.contiguous()
     result = x.new_empty(x.shape[1:])
-    return _after([_reduce_scatter(result.flatten(), x.flatten(), group=group, async_op=True)], (x,), result)
+
+    def start() -> list:
+        return [_reduce_scatter(result.flatten(), x.flatten(), group=group, async_op=True)]
+
+    return _transfer("reduce_scatter", group, start, (x,), result)
 
 
 def all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> Pending[Tensor]:
@@ -98,8 +114,11 @@ def all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> 
         return Pending(lambda: x)
     x = x.contiguous()
     result = x.new_empty(sum(receive), *x.shape[1:])
-    work = dist.all_to_all_single(result, x, receive, send, group=group, async_op=True)
-    return _after([work], (x,), result)
+
+    def start() -> list:
+        return [dist.all_to_all_single(result, x, receive, send, group=group, async_op=True)]
+
+    return _transfer("all_to_all", group, start, (x,), result)
 
 
 def shift(tensors: tuple[Tensor, ...], group: Group, distance: int = 1) -> Pending[tuple[Tensor, ...]]:
@@ -112,7 +131,7 @@ def shift(tensors: tuple[Tensor, ...], group: Group, distance: int = 1) -> Pendi
     after, before = (rank(group) + distance) % ranks, (rank(group) - distance) % ranks
     messages = [dist.P2POp(dist.isend, t, group=group, group_peer=after) for t in tensors]
     messages += [dist.P2POp(dist.irecv, t, group=group, group_peer=before) for t in results]
-    return _after(dist.batch_isend_irecv(messages), tensors, results)
+    return _transfer("shift", group, lambda: dist.batch_isend_irecv(messages), tensors, results)
 
 
 def send_receive(
@@ -127,7 +146,7 @@ def send_receive(
         result = torch.empty_like(received[0], memory_format=torch.contiguous_format)
         messages.append(dist.P2POp(dist.irecv, result, group=group, group_peer=received[1]))
     # Batched, even if single: NCCL runs unbatched messages of one group one after the other.
-    return _after(dist.batch_isend_irecv(messages), (outgoing,), result)
+    return _transfer("send_receive", group, lambda: dist.batch_isend_irecv(messages), (outgoing, result), result)
 
 
 def start(steps: Generator[None, None, Result], *used: Tensor | None) -> Pending[Result]:
@@ -181,19 +200,37 @@ def _run(steps: Generator[None, None, Result]) -> Result:
             return stop.value
 
 
-def _gather(x: Tensor, group: Group) -> Pending[Tensor]:
+def _gather(x: Tensor, group: Group, operation: str) -> Pending[Tensor]:
     if size(group) == 1:
         return Pending(lambda: x[None])
     x = x.contiguous()
     result = x.new_empty(size(group), *x.shape)
-    return _after([_all_gather(result.flatten(), x.flatten(), group=group, async_op=True)], (x,), result)
+
+    def start() -> list:
+        return [_all_gather(result.flatten(), x.flatten(), group=group, async_op=True)]
+
+    return _transfer(operation, group, start, (x,), result)
 
 
-def _after(works: list, sent: tuple[Tensor | None, ...], result: Result) -> Pending[Result]:
+def _transfer(
+    operation: str, group: Group, start: Callable[[], list], sent: tuple[Tensor | None, ...], result: Result
+) -> Pending[Result]:
+    """`start` begins it, and returns what is to be waited for."""
+    works = _naming(operation, group, start)
+
     def finish() -> Result:
-        for work in works:
-            work.wait()
-        _ = sent  # alive until here
+        _naming(operation, group, lambda: [work.wait() for work in works], *sent)
         return result
 
     return Pending(finish)
+
+
+def _naming(operation: str, group: Group, step: Callable[[], Result], *tensors: Tensor | None) -> Result:
+    """Takes a step of an operation on these tensors; an error says so."""
+    try:
+        return step()
+    except RuntimeError as error:
+        assert group is not None
+        of = "".join(f" {x.dtype} {list(x.shape)}" for x in tensors if x is not None)
+        where = f"rank {rank(group)} of group {group.group_desc!r}, ranks {dist.get_process_group_ranks(group)}"
+        raise RuntimeError(f"{where} of the world: {operation}{of}: {error}") from error

@@ -1,26 +1,31 @@
 """`SequenceParallel`, which lives as long as the process group, and `Sequence`, which is one batch."""
 
+import zlib
+from array import array
+from collections.abc import Callable
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.kernels import checks
+from lasp.kernels import autocast, checks
 from lasp.kernels.conv import check_conv, convolve
+from lasp.kernels.lasting import lasting
 from lasp.kernels.linear import check_delta, check_linear, run_op
 from lasp.kernels.recurrence import Alone, Boundary, Inputs
 from lasp.kernels.softmax import Mask, check_softmax
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
 from lasp.parallel import comm
-from lasp.parallel.agreement import agree
-from lasp.parallel.exchange import make_exchange
+from lasp.parallel.agreement import agree, agree_on_cpus
+from lasp.parallel.exchange import EXCHANGES, make_exchange
 from lasp.parallel.halo import HaloPlan, halo
 from lasp.parallel.layout import PADDING, Layout, Partition
 from lasp.parallel.linear import AcrossDocuments, AcrossUnits, LocalSegments
-from lasp.parallel.loss import global_mean
-from lasp.parallel.softmax import SoftmaxStrategy
+from lasp.parallel.loss import accumulation_dtype, global_mean
+from lasp.parallel.softmax import STRATEGIES, SoftmaxStrategy
 
 
 class SequenceParallel:
@@ -37,8 +42,10 @@ class SequenceParallel:
             split instead) or "ulysses_ring" (heads as far as they divide, a ring for the rest).
         device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
 
+    Collective: all ranks of the group make it together.
+
     Raises:
-        ValueError: an unknown name, or a group that this process is not in.
+        ValueError: an unknown name or a group that this process is not in, and options that differ between the ranks.
     """
 
     def __init__(
@@ -52,10 +59,17 @@ class SequenceParallel:
     ):
         self.group, self.rank, self.size = group, comm.rank(group), comm.size(group)
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
+        self._messages = comm.message_device(group)
+
+        def check() -> dict:
+            checks.choice("state_exchange", state_exchange, EXCHANGES)
+            checks.choice("softmax", softmax, STRATEGIES)
+            return {"layout": Layout(layout, self.size), "state_exchange": state_exchange, "softmax": softmax}
+
+        agree(group, self._messages, check, call="SequenceParallel")
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
         self.softmax = SoftmaxStrategy(softmax, group)
-        self._messages = comm.message_device(group)
         self.device = self._messages if device is None else torch.device(device)
         self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
 
@@ -72,23 +86,18 @@ class SequenceParallel:
             ValueError: on every rank, if the arguments do not fit or differ between ranks.
         """
 
-        def check() -> object:
+        def check() -> dict:
+            checks.number("tokens", tokens, Integral, "at least 1")
             checks.require(tokens >= 1, "tokens", tokens, "at least 1")
             checks.cu_seqlens(cu_seqlens, 1, tokens)
-            return tokens, aligned, None if cu_seqlens is None else cu_seqlens.tolist()
+            offsets = None if cu_seqlens is None else cu_seqlens.tolist()
+            return {"tokens": int(tokens), "aligned": bool(aligned), "cu_seqlens": offsets}
 
-        agree(self.group, self._messages, check)
+        agree(self.group, self._messages, check, call="sequence")
         offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
         return Sequence(self, Partition(self.layout, self.rank, offsets, aligned), cu_seqlens is not None)
 
-    @torch.compiler.disable
-    def agree(self, check: Any) -> None:
-        """Runs a check of an op's arguments; on CPU groups all ranks fail together (NCCL would have to synchronise)."""
-        if self._messages.type == "cpu":
-            agree(self.group, self._messages, check)
-        else:
-            check()
-
+    @lasting
     def halo_plan(self, partition: Partition, width: int, device: torch.device) -> HaloPlan:
         key = (partition.unit_length, width, device)
         if key not in self._halos:
@@ -106,8 +115,11 @@ class Sequence:
         self.parallel, self.partition, self.packed = parallel, partition, packed
         self._segments: dict[int, LocalSegments] = {}
         self._boundaries: dict[tuple[int, bool], Boundary] = {}
+        offsets = zlib.crc32(array("q", partition.offsets).tobytes())
+        self._identity = f"{partition.tokens} tokens, {partition.documents} documents ({offsets:x})"
 
     @cached_property
+    @lasting
     def positions(self) -> Tensor:
         """[T_local] int64: each token's position within its document; 0 for padding."""
         device = self.parallel.device
@@ -115,6 +127,7 @@ class Sequence:
         return torch.cat([torch.arange(start, stop, device=device) * real for start, stop, real in starts])
 
     @cached_property
+    @lasting
     def valid(self) -> Tensor:
         """[T_local] bool: False for padding."""
         device = self.parallel.device
@@ -127,9 +140,17 @@ class Sequence:
 
     def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
         """The inverse, on every rank: `tokens` elements along `dim`. Its gradient must be equal on all ranks."""
-        expected = self.partition.local_tokens
-        checks.require(local.shape[dim] == expected, "local", f"{local.shape[dim]} tokens", f"{expected}")
-        return _Unshard.apply(local, self, dim)
+
+        def check() -> dict:
+            checks.tensor("local", local)
+            checks.number("dim", dim, Integral, "a dimension of local")
+            checks.require(-local.ndim <= dim < local.ndim, "dim", dim, f"one of the {local.ndim} of local")
+            expected = self.partition.local_tokens
+            checks.require(local.shape[dim] == expected, "local", f"{local.shape[dim]} tokens", f"{expected}")
+            return _signature(local=local) | {"dim": dim % local.ndim}
+
+        self._agree("unshard", check)
+        return self._unshard(local, dim)
 
     def linear_attention(
         self,
@@ -146,14 +167,17 @@ class Sequence:
         """`lasp.kernels.linear_attention` over the whole sequence.
 
         q, k, v, decay are this rank's; initial and final state [N, H, K, V] are the same on every rank, and so are
-        their gradients. What one rank refuses is a ValueError on every rank of a CPU group, here and in other ops.
+        their gradients. What one rank refuses, or calls otherwise than the others, is a ValueError on every rank of a
+        CPU group, here and in all methods that send messages.
         """
+        q, k, v = autocast.unify(q, k, v)
 
-        def check() -> object:
+        def check() -> dict:
             check_linear(q, k, v, decay, causal)
-            return *self._check_recurrence(q, v, decay, initial_state), checks.scale(scale, q.shape[-1]), causal
+            facts = self._check_recurrence(q, k, v, decay, None, scale, initial_state, output_final_state)
+            return facts | {"causal": bool(causal)}
 
-        self.parallel.agree(check)
+        self._agree("linear_attention", check)
         return self._recurrence(q, k, v, decay, None, scale, causal, initial_state, output_final_state)
 
     def delta_rule(
@@ -169,12 +193,13 @@ class Sequence:
         output_final_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`lasp.kernels.delta_rule` over the whole sequence, with states as in `linear_attention`."""
+        q, k, v = autocast.unify(q, k, v)
 
-        def check() -> object:
+        def check() -> dict:
             check_delta(q, k, v, beta, decay)
-            return *self._check_recurrence(q, v, decay, initial_state), checks.scale(scale, q.shape[-1])
+            return self._check_recurrence(q, k, v, decay, beta, scale, initial_state, output_final_state)
 
-        self.parallel.agree(check)
+        self._agree("delta_rule", check)
         return self._recurrence(q, k, v, decay, beta, scale, True, initial_state, output_final_state)
 
     def softmax_attention(
@@ -202,15 +227,17 @@ class Sequence:
             ValueError: on every rank of a CPU group, for what does not fit, also heads that "ulysses" or "ulysses_ring"
                 cannot split.
         """
+        q, k, v = autocast.cast(q, k, v)
 
-        def check() -> object:
+        def check() -> dict:
             check_softmax(q, k, v, window)
             checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
             self.parallel.softmax.check(q, k, self.partition)
             self._check_tokens(q)
-            return *_signature(q, k, v), checks.scale(scale, q.shape[-1]), causal, window
+            options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
+            return _signature(q=q, k=k, v=v) | _gradients(q, k, v) | options
 
-        self.parallel.agree(check)
+        self._agree("softmax_attention", check)
         mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
@@ -220,12 +247,12 @@ class Sequence:
         The gradients of weight and bias are this rank's part of a sum.
         """
 
-        def check() -> object:
+        def check() -> dict:
             check_conv(x, weight, bias)
             self._check_tokens(x)
-            return _signature(x, weight, bias)
+            return _signature(x=x, weight=weight, bias=bias) | _gradients(x)
 
-        self.parallel.agree(check)
+        self._agree("causal_conv1d", check)
         local, width = self._local(x.shape[0]), weight.shape[1]
         x, tail = self._tail(x, width) if width > 1 else (x, None)
         return local.unfold(convolve(local.fold(x), weight, bias, tail, local.segments))
@@ -235,11 +262,33 @@ class Sequence:
 
         loss_sum: scalar, this rank's sum. count: scalar, this rank's number of terms. 0 where there is none anywhere.
         """
+
+        def check() -> dict:
+            checks.tensor("loss_sum", loss_sum)
+            checks.require(loss_sum.is_floating_point(), "loss_sum", f"dtype {loss_sum.dtype}", "floating point")
+            checks.shape("loss_sum", loss_sum, (), "a scalar")
+            if isinstance(count, Tensor):
+                checks.shape("count", count, (), "a scalar")
+            else:
+                checks.number("count", count, Real, "a number")
+            return {"loss_sum": accumulation_dtype(loss_sum)}
+
+        self._agree("mean", check)
         return global_mean(loss_sum, count, self.parallel.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x, on every rank: for statistics of the whole sequence. No gradient goes through."""
+
+        def check() -> dict:
+            checks.tensor("x", x)
+            return _signature(x=x)
+
+        self._agree("sum", check)
         return comm.all_reduce(x.detach(), self.parallel.group).wait()
+
+    @torch.compiler.disable
+    def _agree(self, method: str, check: Callable[[], dict]) -> None:
+        agree_on_cpus(self.parallel.group, lambda: check() | {"sequence": self._identity}, call=method)
 
     @torch.compiler.disable  # messages have no place in a graph: a compiled model breaks here, once, and goes on behind
     def _recurrence(self, q, k, v, decay, beta, scale, causal, initial_state, output_final_state):
@@ -283,10 +332,14 @@ class Sequence:
             tails[:, index] = before[:, unit] * same_document[:, None]
         return x, tails.flatten(0, 1)
 
+    @lasting
     def _local(self, batch: int) -> LocalSegments:
         if batch not in self._segments:
             self._segments[batch] = LocalSegments(self.partition, batch)
         return self._segments[batch]
+
+    def _unshard(self, local: Tensor, dim: int) -> Tensor:
+        return _Unshard.apply(local, self, dim)
 
     def _shard(self, x: Tensor, dim: int) -> Tensor:
         parts = []
@@ -300,10 +353,12 @@ class Sequence:
             parts.append(x.new_zeros(shape))
         return torch.cat(parts, dim)
 
-    def _check_recurrence(self, q: Tensor, v: Tensor, decay: Tensor | None, initial_state: Tensor | None) -> tuple:
+    def _check_recurrence(self, q, k, v, decay, beta, scale, initial_state, output_final_state) -> dict:
         self._check_tokens(v)
         checks.state(initial_state, v.shape[0] * self.partition.documents, v, q.shape[-1])
-        return _signature(q, v, decay, initial_state)
+        gradients = _gradients(q, k, v, decay, beta, initial_state) | _gradients(initial_state, of="initial_state")
+        options = {"scale": checks.scale(scale, q.shape[-1]), "output_final_state": bool(output_final_state)}
+        return _signature(q=q, v=v, decay=decay, initial_state=initial_state) | gradients | options
 
     def _check_tokens(self, x: Tensor) -> None:
         expected = self.partition.local_tokens
@@ -311,7 +366,7 @@ class Sequence:
         checks.require(x.shape[0] == 1 or not self.packed, "batch", x.shape[0], "1 for packed documents")
 
 
-class _Unshard(torch.autograd.Function):
+class _Unshard(autocast.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, sequence: Sequence, dim: int) -> Tensor:
         ctx.sequence, ctx.dim = sequence, dim
@@ -325,5 +380,10 @@ class _Unshard(torch.autograd.Function):
         return ctx.sequence._shard(d, ctx.dim), None, None
 
 
-def _signature(*tensors: Tensor | None) -> tuple:
-    return tuple(None if x is None else (tuple(x.shape), x.dtype) for x in tensors)
+def _signature(**tensors: Tensor | None) -> dict:
+    return {name: None if x is None else (x.dtype, list(x.shape)) for name, x in tensors.items()}
+
+
+def _gradients(*tensors: Tensor | None, of: str = "any input") -> dict:
+    """Whether backward will come to an operation on these, and send messages of its own."""
+    return {f"gradient of {of}": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import checks
+from lasp.kernels.autocast import Function
 from lasp.kernels.recurrence import Boundary
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
@@ -61,6 +62,7 @@ class DocumentSequence(Sequence):
         layout = parallel.layout
 
         def check() -> object:
+            checks.tensor("cu_seqlens", cu_seqlens)
             offsets = cu_seqlens.tolist()
             checks.cu_seqlens(cu_seqlens, 1, offsets[-1])
             for start, stop in pairwise(offsets):
@@ -68,7 +70,7 @@ class DocumentSequence(Sequence):
                 checks.require((stop - start) % layout.units == 0, "document length", stop - start, expected)
             return offsets
 
-        agree(parallel.group, parallel._messages, check)
+        agree(parallel.group, parallel._messages, check, call="DocumentSequence")
         offsets = sorted(set(cu_seqlens.tolist()))
         super().__init__(parallel, DocumentPartition(layout, parallel.rank, offsets), packed=True)
 
@@ -77,10 +79,7 @@ class DocumentSequence(Sequence):
         checks.require(x.shape[dim] == self.partition.tokens, "x", f"{x.shape[dim]} tokens", f"{self.partition.tokens}")
         return x.index_select(dim, self._tokens_of(self.parallel.rank, x.device))
 
-    def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
-        """The inverse, on every rank. Its gradient must be equal on all ranks."""
-        expected = self.partition.local_tokens
-        checks.require(local.shape[dim] == expected, "local", f"{local.shape[dim]} tokens", f"{expected}")
+    def _unshard(self, local: Tensor, dim: int) -> Tensor:
         return _Unshard.apply(local, self, dim)
 
     def _boundary(self, batch: int, causal: bool) -> Boundary:
@@ -114,7 +113,7 @@ class DocumentSequence(Sequence):
         return torch.cat([torch.arange(f.start, f.stop, device=device) for f in self.partition.of(rank)])
 
 
-class _Unshard(torch.autograd.Function):
+class _Unshard(Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, sequence: DocumentSequence, dim: int) -> Tensor:
         ctx.sequence, ctx.dim = sequence, dim

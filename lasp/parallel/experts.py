@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lasp.kernels.autocast import Function
 from lasp.kernels.experts import RowOrder
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
@@ -41,7 +42,7 @@ class ExpertParallel:
         return _Exchange.apply(by_expert.undo(y), receive, send, self.group)
 
 
-class _Exchange(torch.autograd.Function):
+class _Exchange(Function):
     """send[r] rows of x go to rank r; receive[r] rows of it arrive. In backward their gradients go back."""
 
     @staticmethod

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.kernels.autocast import Function
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Partition
@@ -64,7 +65,7 @@ def halo(x: Tensor, plan: HaloPlan, units: int, width: int) -> tuple[Tensor, Ten
     return x, tail.unflatten(0, (units, width - 1)).movedim(2, 0)
 
 
-class _Halo(torch.autograd.Function):
+class _Halo(Function):
     """x [B, T_local, D] -> x, the tokens received [received, B, D]."""
 
     @staticmethod

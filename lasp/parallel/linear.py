@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lasp.kernels.lasting import lasting
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Kept
 from lasp.kernels.segments import Segments
@@ -64,6 +65,7 @@ class Places:
         """Whether these are the places 0 to count - 1."""
         return self._slice == slice(0, count, 1)
 
+    @lasting
     def on(self, device: torch.device) -> slice | Tensor:
         if self._slice is not None:
             return self._slice

@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.kernels.autocast import Function
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
+
+
+def accumulation_dtype(loss_sum: Tensor) -> torch.dtype:
+    return torch.float64 if loss_sum.dtype == torch.float64 else torch.float32
 
 
 def global_mean(loss_sum: Tensor, count: Tensor, group: Group) -> Tensor:
@@ -18,10 +23,10 @@ def global_mean(loss_sum: Tensor, count: Tensor, group: Group) -> Tensor:
     return _GlobalMean.apply(loss_sum, count, group)
 
 
-class _GlobalMean(torch.autograd.Function):
+class _GlobalMean(Function):
     @staticmethod
     def forward(ctx: Any, loss_sum: Tensor, count: Tensor, group: Group) -> Tensor:
-        dtype = torch.float64 if loss_sum.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(loss_sum)
         both = torch.stack([loss_sum.to(dtype), torch.as_tensor(count, device=loss_sum.device).to(dtype)])
         total, number = comm.all_reduce(both, group).wait()
         ctx.save_for_backward(number.clamp(min=1))

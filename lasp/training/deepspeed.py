@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lasp.config import TrainConfig, require
 from lasp.models.decoder import Block
+from lasp.parallel.groups import wait_as_long_as_the_world
 from lasp.training import checkpoint, files, integrity
 from lasp.training.engine import build_model
 from lasp.training.optimizer import build_optimizer, clip_gradients, require_finite, set_learning_rate
@@ -72,6 +73,7 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, world.size),
             dist_init_required=False,
         )
+        wait_as_long_as_the_world(self.model.data_parallel_group)  # DeepSpeed's own copy of the world
         if self.stage == 3:
             for weight in {model.embedding.weight, *([] if model.head is None else [model.head.weight])}:
                 deepspeed.zero.register_external_parameter(model, weight)

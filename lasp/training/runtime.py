@@ -8,21 +8,26 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.config import TrainConfig, require
+from lasp.parallel.groups import leave, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class World:
-    """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours."""
+    """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours.
+
+    doing: what the run is at, for the note that an error gets.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    doing: str = "its start"
 
 
 @contextmanager
@@ -45,18 +50,20 @@ def join_world(config: TrainConfig) -> Iterator[World]:
             store=dist.HashStore() if size == 1 else None,
             device_id=device if device.type == "cuda" else None,
         )
+    world = None
     try:
         require_same_on_ranks(together(dist.group.WORLD, lambda: settings(config)))
         mesh_shape = config.mesh_shape(size)
-        yield World(
-            rank=rank,
-            size=size,
-            device=device,
-            mesh=init_device_mesh(device.type, mesh_shape, mesh_dim_names=("dp", "sp")),
-        )
-    finally:
+        mesh = make_mesh(device.type, torch.arange(size, device="cpu").view(mesh_shape), ("dp", "sp"))
+        world = World(rank=rank, size=size, device=device, mesh=mesh)
+        yield world
+    except BaseException as error:
+        error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")
         if not exists:
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # the others may never come
+        raise
+    if not exists:
+        leave()
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:

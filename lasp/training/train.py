@@ -60,6 +60,7 @@ def train(config: TrainConfig) -> float:
         with Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank) as metrics:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
+                world.doing = f"step {step + 1}"
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
                 contexts = [training[seen + i] for i in range(config.batch_contexts)]

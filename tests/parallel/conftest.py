@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from lasp.parallel import leave
 from tests.parallel.harness import Ranks, WrongOnSomeRank, launched
 from tests.parallel.zero_exchange import zero_exchange
 
@@ -44,7 +45,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         sys.stdout.flush()
         os._exit(3)
     ranks.barrier("end")  # a launcher may end the others with the first: let all print their reports before
-    dist.destroy_process_group()
+    ranks.groups.clear()
+    leave()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

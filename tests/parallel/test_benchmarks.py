@@ -115,6 +115,7 @@ def test_a_report_of_nothing_says_so(tmp_path):
 FAILING = """
 from pathlib import Path
 import torch, torch.distributed as dist
+from lasp.parallel import leave
 from scaling import FewRuns, Point, Points, Settings
 from watch import Watched
 
@@ -128,7 +129,7 @@ points = Points(Settings(output=Path({output!r})), FewRuns(torch.device("cpu"), 
 for case in ("too large", "small"):
     point = Point(mode="weak", case=case, exchange="none", ranks=2, tokens=1, work=1.0)
     points.measure(point, lambda: make(case == "too large"))
-dist.destroy_process_group()
+leave()
 """
 
 

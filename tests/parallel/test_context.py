@@ -68,41 +68,122 @@ def refusals(parallel: SequenceParallel):
     short = local + 1 if wrong else local
     heads = 5 if wrong else 4
     gate = rows(2) + (0.5 if wrong else -0.5)
-    dtype = torch.float32 if wrong else F64
-    q, v = rows(2, 3), rows(2, 4)
-    yield "tokens: got", lambda: sequence.linear_attention(*(rows(2, 3, tokens=short) for _ in range(3)))
-    yield "expected natural logarithms, at most 0", lambda: sequence.linear_attention(q, q, v, gate)
-    yield "different ranks", lambda: sequence.linear_attention(*(x.to(dtype) for x in (q, q, v)))
-    yield "a multiple of q's", lambda: sequence.linear_attention(q, q, rows(5 if wrong else 2, 4))
-    yield "beta", lambda: sequence.delta_rule(q, q, v, rows(3 if wrong else 2))
-    yield "tokens: got", lambda: sequence.softmax_attention(*(rows(4, 3, tokens=short) for _ in range(3)))
-    yield "a multiple of k's", lambda: sequence.softmax_attention(rows(heads, 3), rows(2, 3), rows(2, 3))
-    yield "window", lambda: sequence.softmax_attention(q, q, q, window=0 if wrong else 1)
-    yield "weight", lambda: sequence.causal_conv1d(rows(3), torch.zeros(2 if wrong else 3, 4, dtype=F64))
-    yield (
-        "initial_state",
-        lambda: sequence.linear_attention(q, q, v, initial_state=torch.zeros(2 if wrong else 1, 2, 3, 4, dtype=F64)),
-    )
+    q, v, beta, state = rows(2, 3), rows(2, 4), rows(2), torch.zeros(1, 2, 3, 4, dtype=F64)
+    x, weight, one = rows(3), torch.zeros(3, 4, dtype=F64), torch.ones(())
+    linear, delta, softmax = sequence.linear_attention, sequence.delta_rule, sequence.softmax_attention
+    yield "tokens: got", lambda: linear(*(rows(2, 3, tokens=short) for _ in range(3)))
+    yield "expected natural logarithms, at most 0", lambda: linear(q, q, v, gate)
+    yield "a multiple of q's", lambda: linear(q, q, rows(5 if wrong else 2, 4))
+    yield "beta", lambda: delta(q, q, v, rows(3 if wrong else 2))
+    yield "tokens: got", lambda: softmax(*(rows(4, 3, tokens=short) for _ in range(3)))
+    yield "a multiple of k's", lambda: softmax(rows(heads, 3), rows(2, 3), rows(2, 3))
+    yield "window", lambda: softmax(q, q, q, window=0 if wrong else 1)
+    yield "weight", lambda: sequence.causal_conv1d(x, torch.zeros(2 if wrong else 3, 4, dtype=F64))
+    yield "initial_state", lambda: linear(q, q, v, initial_state=torch.zeros(2 if wrong else 1, 2, 3, 4, dtype=F64))
     yield "tokens: got 0", lambda: parallel.sequence(0 if wrong else 1)
     yield "expected 9", lambda: parallel.sequence(9, torch.tensor([0, 10 if wrong else 9]))
     yield "do not decrease", lambda: parallel.sequence(9, torch.tensor([0, 5, 3 if wrong else 6, 9]))
+    yield "local: got", lambda: sequence.unshard(rows(2, tokens=short))
+    yield "dim: got 7", lambda: sequence.unshard(x, dim=7 if wrong else 1)
+    yield "loss_sum: got shape", lambda: sequence.mean(torch.ones(2) if wrong else one, one)
+    yield "loss_sum: got dtype torch.int64", lambda: sequence.mean(torch.tensor(1) if wrong else one, one)
+    yield "count: got shape", lambda: sequence.mean(one, torch.ones(2) if wrong else one)
+    for nothing in (None, 3.0, [1.0], "text"):  # in the place of a tensor
+
+        def or_nothing(right: object, nothing: object = nothing) -> object:
+            return nothing if wrong else right
+
+        yield "q: got", lambda other=or_nothing: linear(other(q), q, v)
+        yield "k: got", lambda other=or_nothing: linear(q, other(q), v)
+        yield "v: got", lambda other=or_nothing: softmax(q, q, other(q))
+        yield "beta: got", lambda other=or_nothing: delta(q, q, v, other(beta))
+        yield "weight: got", lambda other=or_nothing: sequence.causal_conv1d(x, other(weight))
+        yield "local: got", lambda other=or_nothing: sequence.unshard(other(x))
+        yield "loss_sum: got", lambda other=or_nothing: sequence.mean(other(one), one)
+        yield "x: got", lambda other=or_nothing: sequence.sum(other(x))
+        if nothing != 3.0:
+            yield "count: got", lambda other=or_nothing: sequence.mean(one, other(one))
+            yield "tokens: got", lambda other=or_nothing: parallel.sequence(other(10))
+        if nothing is not None:
+            yield "decay: got", lambda other=or_nothing: linear(q, q, v, other(None))
+            yield "initial_state: got", lambda other=or_nothing: delta(q, q, v, beta, initial_state=other(state))
+            yield "cu_seqlens: got", lambda other=or_nothing: parallel.sequence(10, other(None))
+        if nothing not in (None, 3.0):
+            yield "scale: got", lambda other=or_nothing: softmax(q, q, q, scale=other(1.0))
+            yield "window: got", lambda other=or_nothing: softmax(q, q, q, window=other(1))
+
+
+def differences(parallel: SequenceParallel):
+    """Calls that would do on one rank, with what the last of several ranks does otherwise than the others."""
+    other = parallel.rank == parallel.size - 1
+    sequence, longer = parallel.sequence(10), parallel.sequence(10, torch.tensor([0, 3, 10]))
+    tokens = len(sequence.positions)
+    q, x = torch.zeros(1, tokens, 2, 4, dtype=F64), torch.zeros(1, tokens, 3, dtype=F64)
+    one, gate, state = torch.ones(()), torch.zeros(1, tokens, 2, dtype=F64), torch.zeros(1, 2, 4, 4, dtype=F64)
+    weight = torch.zeros(3, 4, dtype=F64)
+    linear, softmax, conv = sequence.linear_attention, sequence.softmax_attention, sequence.causal_conv1d
+
+    def single(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [x.float() if other else x for x in tensors]
+
+    def wanted(x: torch.Tensor) -> torch.Tensor:
+        return x.clone().requires_grad_() if other else x
+
+    yield "q: rank 0: .*float64.*float32", lambda: linear(*single(q, q, q))
+    yield "output_final_state: rank 0: False", lambda: linear(q, q, q, output_final_state=other)
+    yield "causal: rank 0: False", lambda: linear(q, q, q, causal=other)
+    yield "scale: rank 0: 0.5", lambda: linear(q, q, q, scale=1.0 if other else None)
+    yield "decay: rank 0: None", lambda: linear(q, q, q, gate if other else None)
+    yield "initial_state: rank 0: None", lambda: linear(q, q, q, initial_state=state if other else None)
+    yield "gradient of any input: rank 0: False", lambda: linear(q, q, wanted(q))
+    yield "gradient of initial_state: rank 0: False", lambda: linear(wanted(q), q, q, initial_state=wanted(state))
+    yield "gradient of any input: rank 0: False", lambda: softmax(q, wanted(q), q)
+    yield "causal: rank 0: False", lambda: softmax(q, q, q, causal=other)
+    yield "window: rank 0: 2", lambda: softmax(q, q, q, window=None if other else 2)
+    yield "k: rank 0: .*2, 4.*1, 4", lambda: softmax(q, *(q[:, :, : 1 if other else 2] for _ in range(2)))
+    yield "weight: rank 0: .*3, 4.*3, 2", lambda: conv(x, weight[:, 2:] if other else weight)
+    yield "bias: rank 0: None", lambda: conv(x, weight, weight[:, 0] if other else None)
+    yield "gradient of any input: rank 0: False", lambda: conv(wanted(x), weight)
+    yield "dim: rank 0: 1", lambda: sequence.unshard(x.expand(tokens, tokens, 3), dim=0 if other else 1)
+    yield "x: rank 0: .*float64.*float32", lambda: sequence.sum(*single(x))
+    yield "loss_sum: rank 0: torch.float64", lambda: sequence.mean(*single(one.double()), one)
+    yield "sequence: rank 0: '10 tokens, 1 ", lambda: (longer if other else sequence).sum(x)
+    yield "call: rank 0: sum", lambda: sequence.unshard(x) if other else sequence.sum(x)
+    yield "tokens: rank 0: 9", lambda: parallel.sequence(10 if other else 9)
+    yield "aligned: rank 0: False", lambda: parallel.sequence(10, aligned=other)
+    for option, values in (("layout", ("contiguous", "zigzag")), ("state_exchange", ("ring", "all_gather"))):
+        choice = {option: values[other]}
+        yield f"{option}: rank 0: .*{values[0]}", lambda choice=choice: SequenceParallel(parallel.group, **choice)
 
 
 @pytest.mark.mpi
 @pytest.mark.no_exchange
 @pytest.mark.cpu_only("on NCCL groups each rank checks its own arguments")
 def test_every_rank_refuses_what_one_refuses(group: dist.ProcessGroup):
-    check_refusals(SequenceParallel(group))
+    parallel = SequenceParallel(group)
+    check_refusals(parallel, rf"rank {parallel.size - 1}: .*" if parallel.size > 1 else "")
 
 
 def test_one_rank_refuses():
-    check_refusals(SequenceParallel(None))
+    check_refusals(SequenceParallel(None), "")
 
 
-def check_refusals(parallel: SequenceParallel):
+def check_refusals(parallel: SequenceParallel, who: str):
     for message, call in refusals(parallel):
-        if message != "different ranks" or parallel.size > 1:
-            with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=who + message):
+            call()
+
+
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.cpu_only("on NCCL groups each rank checks its own arguments")
+def test_ranks_that_call_otherwise_than_others_are_told(group: dist.ProcessGroup):
+    parallel = SequenceParallel(group)
+    for message, call in differences(parallel):
+        if parallel.size == 1:
+            call()
+        else:
+            with pytest.raises(ValueError, match=f"different ranks, .*{message}"):
                 call()
 
 

@@ -4,10 +4,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from lasp.config import require
-from lasp.parallel import Sequence, SequenceParallel
+from lasp.parallel import Sequence, SequenceParallel, leave
 from lasp.parallel.documents import DocumentSequence
 
 _BATCHES_KEPT = 16  # packed ones: as many as a pipeline may have in flight
@@ -73,6 +74,13 @@ class ContextParallel:
 def context_parallel(group: Any) -> ContextParallel:
     """The one of this process group, shared by all its layers."""
     return ContextParallel(group)
+
+
+def leave_mesh() -> None:
+    """Ends this process's groups, Megatron's among them, once every rank has come here."""
+    parallel_state.destroy_model_parallel()
+    context_parallel.cache_clear()
+    leave()
 
 
 def shard_batch(batch: dict[str, Tensor], group: Any, packed: Any = None) -> dict[str, Tensor]:

@@ -113,12 +113,14 @@ def join_mesh(run: Run) -> TransformerConfig:
         dist.init_process_group("gloo" if cpu else "nccl")
     require_same_on_ranks(together(dist.group.WORLD, lambda: settings(run)))
     run.data_parallel(dist.get_world_size())
+    assert dist.group.WORLD is not None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=run.tensor_parallel,
         context_parallel_size=run.context_parallel,
         pipeline_model_parallel_size=run.pipeline_parallel,
         expert_model_parallel_size=run.expert_parallel,
         expert_tensor_parallel_size=run.expert_tensor_parallel,
+        distributed_timeout_minutes=comm.timeout(dist.group.WORLD) / 60,
     )
     torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     if not cpu:

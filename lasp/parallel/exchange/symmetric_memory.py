@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.kernels.lasting import lasting
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm, native
 from lasp.parallel.combine import Breaks, reach
@@ -53,6 +54,7 @@ class SymmetricMemory:
     waited for collects that first, and one on another stream than the last goes on behind that.
     """
 
+    @lasting
     def __init__(self, layout: Layout, group: dist.ProcessGroup):
         self.layout, self.group, self.rank = layout, group, comm.rank(group)
         self.device = comm.message_device(group)
@@ -121,6 +123,7 @@ class SymmetricMemory:
             self._last_stream = current, stream
         return current
 
+    @lasting
     def _prepare(
         self, shape: torch.Size, transition: int, dtype: torch.dtype, breaks: Breaks, backward: bool
     ) -> tuple[Any, bool]:

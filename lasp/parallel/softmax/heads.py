@@ -7,9 +7,9 @@ need no process groups of their own.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lasp.kernels.autocast import Function
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
@@ -48,7 +48,7 @@ class Inner:
         return _Redistribute.apply(self, False, *tensors)
 
 
-class _Redistribute(torch.autograd.Function):
+class _Redistribute(Function):
     @staticmethod
     def forward(ctx: Any, inner: Inner, to_tokens: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.inner, ctx.to_tokens = inner, to_tokens

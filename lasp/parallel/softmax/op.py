@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.kernels.autocast import Function
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from lasp.parallel.softmax.visits import Visit, Visits
@@ -14,7 +15,7 @@ from lasp.parallel.softmax.visits import Visit, Visits
 Way = Callable[[Tensor, Tensor], Visits]  # how this rank's k and v, and everybody else's, go visiting
 
 
-class AttendVisits(torch.autograd.Function):
+class AttendVisits(Function):
     """o [B, T_local, H, V] of q over the keys and values that visit it. blocks: what q sees of each rank's keys."""
 
     @staticmethod

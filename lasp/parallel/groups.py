@@ -1,0 +1,52 @@
+"""Process groups from their beginning to their end: meshes whose groups wait no longer than the world, and leaving."""
+
+import atexit
+import gc
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from lasp.parallel import comm
+
+
+def make_mesh(device_type: str, ranks: Tensor, names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh with these axes. Collective."""
+    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
+    for name in names:
+        wait_as_long_as_the_world(mesh.get_group(name))
+    return mesh
+
+
+def flatten(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of a mesh along one axis; made once per mesh. Collective."""
+    if mesh.ndim == 1:
+        return mesh
+    flat = mesh._flatten("_".join(mesh.mesh_dim_names or ()))
+    wait_as_long_as_the_world(flat.get_group())
+    return flat
+
+
+def wait_as_long_as_the_world(*groups: dist.ProcessGroup) -> None:
+    """Gives groups the timeout of the default one. PyTorch gives its own to groups that are made without one."""
+    assert dist.group.WORLD is not None
+    for group in groups:
+        _set_pg_timeout(timedelta(seconds=comm.timeout(dist.group.WORLD)), group)
+
+
+def leave() -> None:
+    """Ends this process's groups, once every rank of the world has come here."""
+    dist.barrier()
+    dist.destroy_process_group()
+    gc.collect()
+
+
+@atexit.register
+def _end() -> None:
+    """Before Python ends: a group of gloo's joins its threads when nobody refers to it any more. One that lives on may
+    still be about to drop its last message, whose tensors are Python's, and that aborts a process which is ending."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    gc.collect()
