@@ -10,8 +10,8 @@ from lasp.kernels.recurrence import Alone, Inputs, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.delta import op as delta
-from lasp.kernels.triton.delta.ut_transform import CHUNK
 from lasp.kernels.triton.device import cdiv
+from lasp.kernels.triton.shared.tiles import CHUNK
 from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error
 

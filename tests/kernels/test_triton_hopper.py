@@ -83,7 +83,7 @@ for constants in every:
         absent = () if constants["FINAL"] else ("d_initial",)
         if not constants["GRADIENTS"]:
             absent += ("d_final", "v", "u", "states", "dq", "dq_rows", "dk", "dk_rows", "dv", "dv_rows", "d_beta")
-        absent += () if constants["GRADIENTS"] and constants["DECAY"] else ("d_decay",)
+        absent += () if constants["GRADIENTS"] and constants["DECAY"] else ("decay", "d_decay")
     else:
         absent = () if constants.get("SUMS") else ("partner", "products", "v_dv", "ends", "at_end")
         absent += () if constants["DECAY"] else ("gates",)

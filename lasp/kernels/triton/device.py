@@ -8,7 +8,7 @@ from torch import Tensor
 
 MAX_HEAD = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HOPPER_HEAD = 128  # the size of heads that the walks for Hopper serve
+HOPPER_HEAD = 128  # the size of heads that the scans for Hopper serve
 GLUON = triton.__version__.startswith("3.6.")  # they are in its experimental language, and have run with this version
 
 
@@ -30,7 +30,7 @@ def block_of(size: int) -> int:
 
 
 def for_hopper(k: Tensor, v: Tensor) -> bool:
-    """Whether walks of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
+    """Whether scans of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
     served = k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
     there = v.device.type != "cpu" and torch.cuda.is_available()
     return GLUON and served and there and torch.cuda.get_device_capability() == (9, 0)

@@ -15,11 +15,11 @@ from torch import Tensor
 from lasp.kernels.decay import Decay
 from lasp.kernels.triton.delta.backend import Cut, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, TRANSITION, DeltaConfig
-from lasp.kernels.triton.delta.ut_transform import CHUNK
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
+from lasp.kernels.triton.shared.tiles import CHUNK
 
 
 @triton.jit(do_not_specialize=["FIRST_HEAD"])
@@ -29,7 +29,7 @@ def _forward_scan(
     written,
     totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
     v,  # [tokens, H, V]
-    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    gates,  # [chunks, H, 4, C]: beta, b, e^b, e^{b_C - b}
     ut,  # [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS
     initial,  # [M, H, K, V] fp32, for OUTPUTS and STATES, or None: zero
@@ -99,13 +99,13 @@ def _forward_scan(
         tc = tl.load(ut + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         ahead = place + C < count
         gate = gates + ((chunk + i) * H + h) * 4 * C + c
-        betas = tl.load(gate)
+        betas = tl.load(gate).to(tl.float32)
         if DECAY == DIAGONAL:
             wc = tl.load(written + at_k, mask=here_k, other=0.0).to(work)
             total = tl.load(totals + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0)[None, :]
         elif DECAY != NONE:
-            from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
-            total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1)
+            from_start, to_end = tl.load(gate + 2 * C).to(tl.float32), tl.load(gate + 3 * C).to(tl.float32)
+            total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1).to(tl.float32)
         if MODE != TRANSITION:
             v_t = v_next
             v_next = tl.load(v + at_v + C * H * V, mask=ahead[None, :] & in_v[:, None], other=0.0)

@@ -25,7 +25,7 @@ def _outputs(
     local,  # [M, H, K, V] fp32: see InitialStates
     incoming,
     passed,
-    o,  # [tokens, H, V]; without the second term in steep chunks
+    o,  # [tokens, H, V]; without the second term in secondary chunks
     owner,
     start,
     length,
@@ -65,7 +65,7 @@ def _outputs(
 
 
 def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, o: Tensor, config: DiagonalConfig) -> None:
-    """Writes o [B, T, H, V], for steep chunks without what their tokens read of each other."""
+    """Writes o [B, T, H, V], for secondary chunks without what their tokens read of each other."""
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     block_v = min(block_of(value_dim), config.outputs.columns)
     launch(

@@ -25,7 +25,7 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
-from lasp.kernels.triton.shared.rows import load_rows, store_rows
+from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -146,17 +146,20 @@ def _rescale(
         here = i * C + tl.arange(0, C) < count
         token = begin + i * C
         slot = (begin // C + tile + i) * H + h
-        g = load_rows(decay, token, here, h, H, cols, K).to(tl.float32)
+        g = load_decays(decay, token, here, h, H, cols, K)
         qc = load_rows(q, token, here, h // G, H // G, cols, K)
         kc = load_rows(k, token, here, h // G, H // G, cols, K)
         b = tl.cumsum(g, axis=0)
         end = tl.sum(g, axis=0)
         largest = tl.max(-end, axis=0)
         half = tl.where(largest + tl.zeros([1, 1], tl.float32) > MAX_LN_DECAY, 0.0, 0.5)
+        to_end = end[None, :] - b
+        if largest > MAX_LN_DECAY:  # a difference of large sums has too few digits
+            to_end = tl.cumsum(g, axis=0, reverse=True) - g
         tl.store(ends + slot * K + cols, end, mask=cols < K)
         tl.store(ln_chunk_decay + slot, largest)
         store_rows(q_out, qc * (scale * tl.exp(b - half * end[None, :])), token, here, h, H, cols, K)
-        store_rows(k_out, kc * tl.exp((end[None, :] - b) - half * end[None, :]), token, here, h, H, cols, K)
+        store_rows(k_out, kc * tl.exp(to_end - half * end[None, :]), token, here, h, H, cols, K)
 
 
 def rescale(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, config: DiagonalConfig) -> Rescaled:

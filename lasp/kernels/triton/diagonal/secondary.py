@@ -14,9 +14,10 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, operand
 from lasp.kernels.triton.launch import launch
-from lasp.kernels.triton.shared.rows import add_rows, load_rows
+from lasp.kernels.triton.shared.decay import unless_shut
+from lasp.kernels.triton.shared.rows import add_rows, load_decays, load_rows
 
-CHUNKS = 8  # that one program looks at; most often none of them is steep
+CHUNKS = 8  # that one program looks at; most often none of them is secondary
 SUB = tl.constexpr(16)
 
 
@@ -24,7 +25,7 @@ SUB = tl.constexpr(16)
 def _within(decay, g, token, place, here, count, h, H, cols, K: tl.constexpr):
     """Gates from a sub-chunk's start up to each token, and from each token (without it) to the sub-chunk's end."""
     following = here & (place % SUB + 1 < SUB) & (place + 1 < count)
-    after = load_rows(decay, token + 1, following, h, H, cols, K).to(tl.float32)
+    after = load_decays(decay, token + 1, following, h, H, cols, K)
     shape: tl.constexpr = [g.shape[0] // SUB, SUB, g.shape[1]]
     up = tl.cumsum(tl.reshape(g, shape), axis=1)
     down = tl.cumsum(tl.reshape(after, shape), axis=1, reverse=True)
@@ -38,7 +39,7 @@ def _same(row):
 
 
 @triton.jit
-def _any_steep(
+def _any_secondary(
     ln_chunk_decay, begin, tile, first, count, h, H, C: tl.constexpr, N: tl.constexpr, MAX_LN_DECAY: tl.constexpr
 ):
     chunk = first + tl.arange(0, N)
@@ -73,7 +74,7 @@ def _secondary_outputs(
     first = tl.program_id(1) * N
     begin, count = tl.load(start + tile), tl.load(length + tile)
     row = tl.arange(0, C)
-    if _any_steep(ln_chunk_decay, begin, tile, first, count, h, H, C, N, MAX_LN_DECAY):
+    if _any_secondary(ln_chunk_decay, begin, tile, first, count, h, H, C, N, MAX_LN_DECAY):
         for i in range(first, tl.minimum(first + N, tl.cdiv(count, C))):
             if tl.load(ln_chunk_decay + (begin // C + tile + i) * H + h) > MAX_LN_DECAY:
                 place = i * C + row
@@ -84,7 +85,7 @@ def _secondary_outputs(
                     cols = at + tl.arange(0, BK)
                     qc = load_rows(q, token, here, h // G, H // G, cols, K).to(tl.float32) * scale
                     kc = load_rows(k, token, here, h // G, H // G, cols, K).to(tl.float32)
-                    g = load_rows(decay, token, here, h, H, cols, K).to(tl.float32)
+                    g = load_decays(decay, token, here, h, H, cols, K)
                     up, down = _within(decay, g, token, place, here, count, h, H, cols, K)
                     q_up = qc * tl.exp(up)
                     weight = tl.zeros([C, BK], tl.float32)
@@ -107,7 +108,7 @@ def _secondary_outputs(
                             k_behind = load_rows(k, token - d, behind, h // G, H // G, cols, K)
                             score = tl.sum(qc * k_behind * tl.exp(gap), axis=1)
                             p += tl.where(row[None, :] == row[:, None] - d, score[:, None], 0.0)
-                            gap += load_rows(decay, token - d, behind, h, H, cols, K).to(tl.float32)
+                            gap += load_decays(decay, token - d, behind, h, H, cols, K)
                 for at in range(0, V, BV):
                     rows = at + tl.arange(0, BV)
                     vc = load_rows(v, token, here, h, H, rows, V).to(OPERAND)
@@ -145,7 +146,7 @@ def _secondary_gradients(
     first = tl.program_id(1) * N
     begin, count = tl.load(start + tile), tl.load(length + tile)
     row = tl.arange(0, C)
-    if _any_steep(ln_chunk_decay, begin, tile, first, count, h, H, C, N, MAX_LN_DECAY):
+    if _any_secondary(ln_chunk_decay, begin, tile, first, count, h, H, C, N, MAX_LN_DECAY):
         for i in range(first, tl.minimum(first + N, tl.cdiv(count, C))):
             if tl.load(ln_chunk_decay + (begin // C + tile + i) * H + h) > MAX_LN_DECAY:
                 place = i * C + row
@@ -163,7 +164,7 @@ def _secondary_gradients(
                     cols = at + tl.arange(0, BK)
                     qc = load_rows(q, token, here, h // G, H // G, cols, K).to(tl.float32) * scale
                     kc = load_rows(k, token, here, h // G, H // G, cols, K).to(tl.float32)
-                    g = load_rows(decay, token, here, h, H, cols, K).to(tl.float32)
+                    g = load_decays(decay, token, here, h, H, cols, K)
                     up, down = _within(decay, g, token, place, here, count, h, H, cols, K)
                     e_up = tl.exp(up)
                     zero = tl.zeros([C, BK], tl.float32)
@@ -201,7 +202,7 @@ def _secondary_gradients(
                         for d in range(SUB):  # q_i with k_{i-d}, and k_j with q_{j+d}
                             behind, ahead = here & (place % SUB >= d), (place % SUB + d < SUB) & (place + d < count)
                             if d > 0:
-                                gap_ahead += load_rows(decay, token + d, ahead, h, H, cols, K).to(tl.float32)
+                                gap_ahead += load_decays(decay, token + d, ahead, h, H, cols, K)
                             k_behind = load_rows(k, token - d, behind, h // G, H // G, cols, K) * tl.exp(gap)
                             q_ahead = load_rows(q, token + d, ahead, h // G, H // G, cols, K).to(tl.float32)
                             q_ahead = (q_ahead * scale) * tl.exp(gap_ahead)
@@ -214,10 +215,11 @@ def _secondary_gradients(
                             dkc += from_q
                             if d > 0:  # a token's own score does not decay
                                 both += qc * from_k - kc * from_q
-                            gap += load_rows(decay, token - d, behind, h, H, cols, K).to(tl.float32)
+                            gap += load_decays(decay, token - d, behind, h, H, cols, K)
                     add_rows(dq, dqc * scale, token, here, h, H, cols, K)
                     add_rows(dk, dkc, token, here, h, H, cols, K)
-                    add_rows(dg, tl.cumsum(both, axis=0, reverse=True), token, here, h, H, cols, K)
+                    dgc = unless_shut(tl.cumsum(both, axis=0, reverse=True), g)
+                    add_rows(dg, dgc, token, here, h, H, cols, K)
                 for at in range(0, V, BV):
                     rows = at + tl.arange(0, BV)
                     doc = load_rows(do, token, here, h, H, rows, V).to(OPERAND)
@@ -235,7 +237,7 @@ def secondary_outputs(
     scale: float,
     config: DiagonalConfig,
 ) -> None:
-    """Adds Σ_{j<=i, same chunk} P_ij v_j to the rows of o [B, T, H, V] that belong to steep chunks."""
+    """Adds Σ_{j<=i, same chunk} P_ij v_j to the rows of o [B, T, H, V] that belong to secondary chunks."""
     _over_chunks(_secondary_outputs, tiles, (q, k, v, decay, ln_chunk_decay, o), scale, config)
 
 

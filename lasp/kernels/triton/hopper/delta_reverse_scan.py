@@ -205,7 +205,8 @@ def _reverse_scan(
     dk_rows,
     dv,
     dv_rows,
-    d_decay,  # [tokens, H], if the decay is learned
+    decay,  # [tokens, H], if it is learned
+    d_decay,
     d_beta,  # [tokens, H]
     start,
     length,
@@ -250,7 +251,7 @@ def _reverse_scan(
             [
                 (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
-                (add_up, (sums, sums_ring, d_decay, d_beta, (begin, count, h, H))),
+                (add_up, (sums, sums_ring, decay, d_decay, d_beta, (begin, count, h, H))),
             ],
             [1, 1],
             [24, 24],
@@ -285,12 +286,13 @@ def reverse_scan(
     u, states = recomputed or (None, None)
     assert terms.scores is not None
     v = x.v if recomputed else None
+    learned = None if d_decay is None else x.decay
     rows = [None if y is None else rows_of(y, SIZE.value) for y in (x.q, x.k, do, v, u, dq, dk, dv)]
     launch(
         _reverse_scan, (cut.tiles.count, len(heads)),
         *rows[:3], terms.gates, rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
         *rows[3:5], None if states is None else states_of(states),
-        dq, rows[5], dk, rows[6], dv, rows[7], d_decay, d_beta,
+        dq, rows[5], dk, rows[6], dv, rows[7], learned, d_decay, d_beta,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
         GRADIENTS=recomputed is not None, FINAL=d_initial is not None, DECAY=scan_decay(x.decay).value,
         STAGES=2 if recomputed else 3, num_warps=8, pdl=True,

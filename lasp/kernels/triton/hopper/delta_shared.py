@@ -1,8 +1,8 @@
-"""What the walks of the delta rule share (delta_up, delta_down): layouts, and how a chunk's gates come.
+"""What the scans of the delta rule share: layouts, and how a chunk's gates come.
 
 Eight warps hold a state, transposed, [V, K]: two groups of them half of V each. Of what has a row for every token of a
 chunk, each group has half of the columns. All run the same code. (With code of its own for each group, as in `up`, a
-walk that gives all gradients took 1.3 times as long: together the two did not fit where instructions are kept.)
+scan that gives all gradients took 1.3 times as long: together the two did not fit where instructions are kept.)
 """
 
 from triton.experimental import gluon

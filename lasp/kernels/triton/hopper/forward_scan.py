@@ -1,4 +1,4 @@
-"""Walks up a tile, for o and dq (see walk): each of two groups of warps holds half of the state's columns.
+"""Forward scans over a tile, for o and dq (see chunk_scan): each of two groups of warps holds half of the state's columns.
 
     y_i = scale · (w_i a_iᵀ X + Σ_{j<=i} w_ij (a_i·b_j) c_j)          X <- w X + Σ_j w_j b_j c_jᵀ
 
@@ -165,13 +165,13 @@ def _forward_scan(
     c,  # half rows of [tokens, H // GC, SIZE]
     partner,  # half rows of [tokens, H // GP, SIZE]: for sums of partner · y, if SUMS
     gates,  # see gates.cumulate
-    local,  # [M, H, SIZE, SIZE]: X before the walk, its transpose if TRANSPOSED, with the next two: see InitialStates
+    local,  # [M, H, SIZE, SIZE]: X before the scan, its transpose if TRANSPOSED, with the next two: see InitialStates
     incoming,  # [N, H, SIZE, SIZE]
     passed,  # [M, H]
     y,  # [tokens, H, SIZE]
     y_rows,  # half rows of it
     products,  # [2, tokens, H]: those sums, each over half a row
-    ends,  # like local: X after the walk, if SUMS
+    ends,  # like local: X after the scan, if SUMS
     owner,
     start,
     length,

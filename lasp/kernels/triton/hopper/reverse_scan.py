@@ -1,4 +1,4 @@
-"""The walk down a tile, for dk and dv at once (see walk): one group of warps computes dv, the other dk.
+"""The reverse scan over a tile, for dk and dv at once (see chunk_scan): one group of warps computes dv, the other dk.
 
     dv_i = scale · (w_i k_iᵀ X + Σ_{j>=i} w_ij (k_i·q_j) do_j)          X <- w X + Σ_j w_j q_j do_jᵀ
     dk_i = scale · (w_i X v_i  + Σ_{j>=i} w_ij (v_i·do_j) q_j)
@@ -172,7 +172,7 @@ def _reverse_scan(
     v,  # rows of [tokens, H, SIZE]
     do,
     gates,  # see gates.cumulate
-    local,  # [M, H, SIZE, SIZE]: X · scale before the walk, with the next two: see InitialStates
+    local,  # [M, H, SIZE, SIZE]: X · scale before the scan, with the next two: see InitialStates
     incoming,  # [N, H, SIZE, SIZE]
     passed,  # [M, H]
     dk,  # [tokens, H, SIZE]

@@ -1,4 +1,4 @@
-"""What these walks share: sizes, layouts, and how chunks come and go."""
+"""What these scans share: sizes, layouts, and how chunks come and go."""
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -6,9 +6,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lasp.kernels.triton.delta.ut_transform import CHUNK
 from lasp.kernels.triton.device import HOPPER_HEAD
-from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E
+from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, SHUT
+from lasp.kernels.triton.shared.tiles import CHUNK
 
 SIZE, HALF = gl.constexpr(HOPPER_HEAD), gl.constexpr(HOPPER_HEAD // 2)
 C = gl.constexpr(CHUNK)  # tokens of a chunk: gates are summed within as many
@@ -48,7 +48,8 @@ def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
     place = gl.arange(0, C, layout=LINE)
     here = gl.minimum(C, count - i * C)
     if DECAY == CONSTANT:
-        rate = gl.load(gates + h).to(gl.float32) * LOG2_E
+        rate = gl.load(gates + h).to(gl.float32)
+        rate = gl.where(rate < SHUT, SHUT, rate) * LOG2_E
         return rate * gl.minimum(place + 1, here).to(gl.float32), rate * here.to(gl.float32)
     else:
         last = gl.maximum(here - 1, 0)

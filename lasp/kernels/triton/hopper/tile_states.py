@@ -42,7 +42,7 @@ from lasp.kernels.triton.shared.decay import LOG2_E, NONE
 
 @gluon.jit
 def _place(step, chunks, BACKWARD: gl.constexpr):
-    """Which chunk comes at a step: the walk begins where nothing has decayed."""
+    """Which chunk comes at a step: the scan begins where nothing has decayed."""
     return step if BACKWARD else chunks - 1 - step
 
 

@@ -30,7 +30,7 @@ from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.config import ScalarConfig
 from lasp.kernels.triton.scalar.gates import load_gates
-from lasp.kernels.triton.shared.decay import CONSTANT, NONE, log2_rate
+from lasp.kernels.triton.shared.decay import NONE
 from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial_state
 
 
@@ -79,13 +79,15 @@ def _steps(
             g = end - passed if REVERSE else passed
             p = tl.dot(ac, bt, input_precision=PRECISION)
             if PAIRWISE:
-                gap = log2_rate(gates, h) * tl.abs(i_row - i_col) if DECAY == CONSTANT else g[:, None] - g[None, :]
+                gap = (g[:, None] - g[None, :]).to(tl.float32)
+                left, g, end = (end - g).to(tl.float32), g.to(tl.float32), end.to(tl.float32)
                 p = (p * tl.exp2(tl.where(seen, gap, float("-inf")))).to(dtype)
                 yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
                 yc = tl.dot(p, cc, yc * tl.exp2(g)[:, None], input_precision=PRECISION)
-                cc = (cc * tl.exp2(end - g)[:, None]).to(dtype)
+                cc = (cc * tl.exp2(left)[:, None]).to(dtype)
                 x = tl.dot(bt, cc, x * tl.exp2(end), input_precision=PRECISION)
             else:
+                g, end = g.to(tl.float32), end.to(tl.float32)
                 cc = (cc * tl.exp2(0.5 * end - g)[:, None]).to(dtype)
                 x *= tl.exp2(0.5 * end)
                 yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)

@@ -2,8 +2,8 @@
 
     S = Σ_t (k_t e^{b_end - b_t}) v_tᵀ        D = scale · Σ_t (q_t e^{b_t}) do_tᵀ        log A = b_end
 
-b is the cumulative decay from the tile's start. Each is walked from the end towards which it decays, so that a decay is
-known when its token comes: no exponent is above zero, and the sum needs no rescaling. The walk that follows (phase 3)
+b is the cumulative decay from the tile's start. Each is scanned from the end towards which it decays, so that a decay is
+known when its token comes: no exponent is above zero, and the sum needs no rescaling. The scan that follows (phase 3)
 begins where this one stops, with what the cache still holds.
 """
 
@@ -53,7 +53,7 @@ def _states(
     state = tl.zeros([BK, BV], tl.float32)
     half: tl.constexpr = v.dtype.element_ty == tl.float16
     dtype: tl.constexpr = tl.float32 if half and DECAY != NONE else v.dtype.element_ty  # fp16 holds no small decay
-    passed, most = 0.0, 0.0  # log2 decay of the chunks walked so far, and the largest
+    passed, most = 0.0, 0.0  # log2 decay of the chunks passed so far, and the largest
     chunks = tl.cdiv(count, C)
     for step in range(chunks):
         i = step if BACKWARD else chunks - 1 - step
@@ -69,7 +69,8 @@ def _states(
         vc = tl.load(v + at_v, mask=here[:, None] & (cols < V)[None, :], other=0.0)
         if DECAY != NONE:
             b, end = load_gates(gates, begin, i, count, h, H, C, C, DECAY)
-            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b))[:, None]).to(dtype)
+            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b).to(tl.float32))[:, None]).to(dtype)
+            end = end.to(tl.float32)
             passed += end
             most = tl.maximum(most, -end)
         state = tl.dot(kt.to(dtype), vc.to(dtype), state, input_precision=PRECISION)

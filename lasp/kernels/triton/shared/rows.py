@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.shared.decay import bounded
+
 
 @triton.jit
 def here_rows(here, cols, D: tl.constexpr):
@@ -21,6 +23,12 @@ def load_rows(x, token, here, head, heads, cols, D: tl.constexpr):
     """[C, BD], zero where there is no token or no column."""
     base, offsets = rows_at(token, here, head, heads, cols, D)
     return tl.load((x + base) + offsets, mask=here_rows(here, cols, D), other=0.0)
+
+
+@triton.jit
+def load_decays(decay, token, here, h, H, cols, K: tl.constexpr):
+    """[C, BK] in fp32, bounded: zero where there is no token."""
+    return bounded(load_rows(decay, token, here, h, H, cols, K))
 
 
 @triton.jit

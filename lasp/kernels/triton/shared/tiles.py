@@ -11,10 +11,10 @@ LONGEST_TILE, SHORTEST_TILE = 8192, 64
 
 
 def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -> int:
-    """Tokens per tile: as many tiles as the multiprocessors walk at once, a program each, or so many times as many that
+    """Tokens per tile: as many tiles as the multiprocessors scan at once, a program each, or so many times as many that
     they are not too long.
 
-    One tile more would be walked alone when all others are done. Sequences of so many tokens share no tiles. Offsets
+    One tile more would be scanned alone when all others are done. Sequences of so many tokens share no tiles. Offsets
     within a tile fit into 32 bits.
     """
     addressable = 2**31 // (heads * MAX_HEAD * SHORTEST_TILE) * SHORTEST_TILE
