@@ -1,4 +1,4 @@
-"""Forward scans over a tile, for o and dq (see chunk_scan): each of two groups of warps holds half of the state's columns.
+"""Forward scans, for o and dq (see chunk_scan): each of two groups of warps holds half of the state's columns.
 
     y_i = scale · (w_i a_iᵀ X + Σ_{j<=i} w_ij (a_i·b_j) c_j)          X <- w X + Σ_j w_j b_j c_jᵀ
 
