@@ -6,12 +6,10 @@ returns dq, dk, dv.
 """
 
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import attention
 
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.lasting import lasting
@@ -58,18 +56,6 @@ def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, t
 def _prefers_cudnn(device: torch.device) -> bool:
     """From Hopper on, where PyTorch's flash attention leaves much of the speed unused."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def take_flash_attention_3(device: torch.device) -> None:
-    """Puts FlashAttention 3 behind PyTorch's flash attention, if it is installed, built for this GPU, and nobody chose.
-
-    FlashAttention 2 is what PyTorch has of its own; any other that PyTorch knows serves once a user activates it.
-    """
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    known = hasattr(attention, "list_flash_attention_impls") and "FA3" in attention.list_flash_attention_impls()
-    if hopper and known and attention.current_flash_attention_impl() is None and find_spec("flash_attn_interface"):
-        attention.activate_flash_attention_impl("FA3")
 
 
 class FlashCPU:
@@ -124,7 +110,7 @@ class CuDNN:
 
 
 class Flash:
-    """PyTorch's FlashAttention 2 or what took its place: any block; several segments (then B = 1) in one call."""
+    """PyTorch's FlashAttention 2 or what its user activated: any block; several segments (then B = 1) in one call."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
@@ -150,8 +136,6 @@ class Flash:
     @staticmethod
     def _arguments(block: Block, device: torch.device) -> tuple[tuple, dict[str, int]]:
         """Cumulative lengths with the longest ones, and the window in which the causal mask is the case right = 0."""
-        if device.type == "cuda":
-            take_flash_attention_3(device)
         cuts: list[Tensor | None] = [None, None]
         if len(block.q) > 2:
             cuts = [_offsets(block.q, device), _offsets(block.k, device)]

@@ -14,12 +14,12 @@ from lasp.models.sequence import SequenceOps, ShardedSequence
 class Rows:
     """Rows of unequal length, one behind the other in a batch of one, [1, sum of lengths, ...]: a `seq` for a memory.
 
-    lengths: each row's, on the host; 0 where a row gets no token this time.
+    lengths: each row's; 0 where a row gets no token this time. offsets: [B + 1] int64 on the host, where they begin.
     """
 
     def __init__(self, lengths: list[int], device: torch.device):
         self.lengths = lengths
-        self.offsets = torch.tensor([0, *accumulate(lengths)], device=device)
+        self.offsets = torch.tensor([0, *accumulate(lengths)], device="cpu")
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         self.valid = torch.ones_like(self.positions, dtype=torch.bool)
 
@@ -52,7 +52,7 @@ class Memory:
 
     def advance(self, seq: SequenceOps | Rows) -> None:
         """All layers have seen the tokens of `seq`."""
-        new = torch.tensor(seq.lengths, device=seq.offsets.device) if isinstance(seq, Rows) else seq.positions.shape[0]
+        new = torch.tensor(seq.lengths, device=seq.positions.device) if isinstance(seq, Rows) else seq.positions.shape[0]
         self.tokens = self.tokens + new
 
     def select(self, rows: Tensor) -> None:

@@ -54,5 +54,8 @@ def test_bad_arguments(tmp_path):
         bigram_loss(data.one_epoch(), data.one_epoch(), 5000)
     with pytest.raises(ValueError, match="train: got token 5, expected ids below vocab_size=5"):
         bigram_loss(data.one_epoch(), data.one_epoch(), VOCAB - 1)
+    negative = Context(np.array([1, -1]), np.array([0, 2]), np.array([0]), np.array([2]))
+    with pytest.raises(ValueError, match="valid: got token -1, expected ids below vocab_size=6"):
+        bigram_loss(data.one_epoch(), [negative], VOCAB)
     with pytest.raises(ValueError, match="valid: got no token with a label"):
         bigram_loss(data.one_epoch(), [], VOCAB)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lasp.data import TokenFile, TokenFileWriter
-from lasp.data.indexed import DTYPES, HEADER, token_dtype
+from lasp.data.indexed import DTYPES, HEADER, VocabularyTokens, token_dtype
 
 DTYPE_LIST = [dtype.newbyteorder("=") for dtype in DTYPES.values()]
 LENGTHS = [5, 1, 12, 3]
@@ -184,3 +184,60 @@ def test_missing_files(prefix, ending):
 def test_document_number_out_of_range(prefix):
     with pytest.raises(IndexError, match="got 4, expected 0 to 3"):
         TokenFile(prefix).document(4)
+
+
+def test_a_fingerprint_tells_what_was_trained_on(tmp_path, documents):
+    def fingerprint(name, documents, dtype=np.uint16):
+        with TokenFileWriter(tmp_path / name, dtype) as writer:
+            for document in documents:
+                writer.add_document(document)
+        return TokenFile(tmp_path / name).fingerprint()
+
+    first = fingerprint("a", documents)
+    assert first == fingerprint("b", documents)
+    assert first.startswith("21 uint16 tokens in 4 documents, hash ")
+    others = [
+        [*documents[:-1], documents[-1] ^ 1],
+        [documents[1], documents[0], *documents[2:]],
+        [np.concatenate(documents[:2]), *documents[2:]],
+        [documents[0][:-1], np.append(documents[0][-1:], documents[1]), *documents[2:]],
+    ]
+    assert len({first, *(fingerprint("c", other) for other in others), fingerprint("d", documents, np.int32)}) == 6
+
+
+def test_a_fingerprint_reads_little_of_a_large_file(tmp_path, monkeypatch):
+    with TokenFileWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_document(np.zeros(2**23, np.uint16))
+    file, read = TokenFile(tmp_path / "data"), []
+    tokens = file.tokens
+
+    class Recorder:
+        def __getitem__(self, places):
+            read.append(places)
+            return tokens[places]
+
+    monkeypatch.setattr(file, "tokens", Recorder())
+    file.fingerprint(70_000)  # a vocabulary that the tokens' type cannot leave
+    places = np.concatenate(read)
+    assert len(read) == 256
+    assert len(places) == 2**20
+    assert (places.min(), places.max()) == (0, 2**23 - 1)
+
+
+@pytest.mark.parametrize(("dtype", "bad"), [(np.uint16, 300), (np.int32, 300), (np.int32, -1), (np.int64, 2**40)])
+def test_tokens_outside_the_vocabulary_are_named(tmp_path, dtype, bad):
+    with TokenFileWriter(tmp_path / "data", dtype) as writer:
+        for length in LENGTHS:
+            writer.add_document(np.arange(length))
+    file = TokenFile(tmp_path / "data")
+    tokens = file.tokens.copy()
+    tokens[8] = bad
+    tokens.tofile(tmp_path / "data.bin")
+    file = TokenFile(tmp_path / "data")
+    known = VocabularyTokens(file, 257)
+    np.testing.assert_array_equal(known[np.array([9, 0, 17])], [3, 0, 11])
+    place = rf"data\.bin: got token id {bad} at position 2 of document 2, expected 0 to 256 \(vocab_size=257\)"
+    for look in (lambda: known[np.array([20, 8, 1])], lambda: file.fingerprint(257)):
+        with pytest.raises(ValueError, match=place):
+            look()
+    assert file.fingerprint() != ""

@@ -68,8 +68,7 @@ def test_blocks_are_recomputed(tied, options, gen):
     score = partial(model, ids, attention_mask=mask)
     expected = gradients(model, score().logits.square().sum())
     assert len(calls) == 1
-    with pytest.warns(FutureWarning):
-        model.gradient_checkpointing_enable(options)
+    model.gradient_checkpointing_enable(options)
     assert_same(
         gradients(model, score().logits.square().sum()) if options is None else backward(model, score), expected
     )
@@ -80,7 +79,7 @@ def test_blocks_are_recomputed(tied, options, gen):
         model.train()(ids)
     assert len(calls) == 5
     with pytest.raises(ValueError, match="every_n_layers: got 2"):
-        model.activation_checkpointing_enable(every_n_layers=2)
+        model.gradient_checkpointing_enable(every_n_layers=2)
 
 
 def backward(model, score):
@@ -117,7 +116,7 @@ def test_adapters_within_blocks_learn(gen):
             setattr(decoder.layers.get_submodule(path), leaf, Adapted(module))
     model, tokens = to_huggingface(decoder), tokens_of(gen, 1, 9)
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert all(gradient.abs().max() > 0 for gradient in gradients(decoder, model(tokens, labels=tokens).loss))
 
 

@@ -1,7 +1,8 @@
-"""What cannot be built is refused with a ValueError, from the configuration alone: so on every rank alike."""
+"""What cannot be built or read is refused with a ValueError."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ megatron = pytest.importorskip("megatron.core")
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lasp.data import TokenFileWriter, load_tokenizer
 from lasp.integrations.megatron import LinearSelfAttention, SoftmaxCoreAttention, gpt_layer_specs
+from lasp.integrations.megatron.data import build_dataset, micro_batches, order
 from lasp.integrations.megatron.experts import GroupedExperts
 from lasp.integrations.megatron.run import Run
 from tests.training.test_config import fields_of, require_checked
@@ -161,3 +164,27 @@ def test_presets_fit_clusters(preset):
     assert run.data_parallel(64) == 2
     shape = run.transformer_config(cpu=False)
     assert len(gpt_layer_specs(shape, "LLLN", pp_rank=1).layer_specs) == shape.num_layers // 2
+
+
+def test_more_epochs_are_another_order(tmp_path):
+    """Megatron shuffles all epochs at once, so that a run of more steps may not be the one that was begun."""
+    write(tmp_path, np.arange(1600) % 256)
+    run = replace(RUN, data=str(tmp_path / "data"), run_dir=str(tmp_path / "run"), global_batch=4)
+    first, same, other = (order(build_dataset(replace(run, steps=n), load_tokenizer("byte"))) for n in (2, 3, 30))
+    assert first == same != other
+
+
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
+    tokens = np.arange(1600) % 256
+    tokens[100] = 300
+    write(tmp_path, tokens)
+    run = replace(RUN, data=str(tmp_path / "data"), run_dir=str(tmp_path / "run"), global_batch=24)
+    dataset = build_dataset(run, load_tokenizer("byte"))
+    with pytest.raises(ValueError, match=r"tokens of .*data in sequences \d+ to \d+: got 300, expected 0 to 256"):
+        list(micro_batches(dataset, run, 0, 0, 1, vocab_size=257))
+    assert len(list(micro_batches(dataset, run, 0, 0, 1, vocab_size=301))) == 24
+
+
+def write(folder, tokens):
+    with TokenFileWriter(folder / "data", np.uint16) as writer:
+        writer.add_document(tokens)

@@ -97,6 +97,11 @@ def test_training_in_bf16(gen, four, shared_tmp_path, preset):
     assert [spread.step(data, step) for step in range(5)] == pytest.approx(losses, abs=0.02)
     whole.save(5)
     again = start()
+    for field, other in (("mixer", "gla"), ("rope_theta", 1e4), ("seed", 7)):
+        again.run = replace(run, **{field: other})
+        with pytest.raises(ValueError, match=f"{field}: got {other!r}, expected {getattr(run, field)!r}, as in"):
+            again.restore()
+    again.run = replace(run, seed=7, allow_changed=("seed",))
     assert again.restore() == 5
     assert again.step(data, 5) == whole.step(data, 5)
     assert again.step(data, 6) == whole.step(data, 6)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import attention as registry
 
-from lasp.kernels import attention, softmax_attention
+from lasp.kernels import softmax_attention
 from lasp.kernels.attention import CuDNN, Dense, Flash
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
@@ -121,32 +121,14 @@ def test_bad_input_is_named():
             call()
 
 
-@pytest.mark.parametrize(
-    ("capability", "installed", "chosen", "taken"),
-    [
-        ((9, 0), True, None, "FA3"),
-        ((9, 0), False, None, None),
-        ((8, 0), True, None, None),
-        ((9, 0), True, "FA4", "FA4"),
-    ],
-)
-def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, capability, installed, chosen, taken):
-    """The kernels themselves are PyTorch's to call; here a registration of the same name stands in for them."""
+def test_pytorch_keeps_the_flash_attention_that_was_chosen(monkeypatch, tmp_path):
+    """It is one for the whole process, so no library's to change, even where FlashAttention 3 is installed."""
     if not hasattr(registry, "register_flash_attention_impl"):
         pytest.skip("this PyTorch knows no other flash attention than its own")
-
-    class Handle:
-        def remove(self):
-            pass
-
-    monkeypatch.setattr("torch.nn.attention._registry._FLASH_ATTENTION_IMPLS", {"FA3": Handle, "FA4": Handle})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
-    if chosen is not None:
-        registry.activate_flash_attention_impl(chosen)
-    try:
-        attention.take_flash_attention_3.__wrapped__(torch.device("cuda", 0))
-        assert registry.current_flash_attention_impl() == taken
-    finally:
-        if registry.current_flash_attention_impl() is not None:
-            registry.restore_flash_attention_impl()
+    called = []
+    monkeypatch.setattr("torch.nn.attention._registry._FLASH_ATTENTION_IMPLS", {"FA3": lambda: called.append("FA3")})
+    (tmp_path / "flash_attn_interface.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    Flash._arguments(Block((0, 8), (0, 8)), torch.device("cuda", 0))
+    assert not called and registry.current_flash_attention_impl() is None

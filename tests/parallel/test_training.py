@@ -1,13 +1,15 @@
 """A run of `lasp train` on many ranks is the run of one: losses, gradient norms and weights, in float64."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from lasp.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from lasp.data import IGNORED, PackedContexts, TokenFileWriter
+from lasp.data import IGNORED, PackedContexts, TokenFile, TokenFileWriter
 from lasp.models import Decoder, tiny
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
@@ -196,3 +198,41 @@ def test_ranks_that_see_different_checkpoints_are_refused_everywhere(ranks, conf
         monkeypatch.setattr(checkpoint, "latest", lambda run_dir: None)
     with pytest.raises(ValueError, match="different arguments on different ranks"):
         train(config)
+
+
+OTHERS = {
+    "seed": lambda c: replace(c, seed=7),
+    "optimizer.lr": lambda c: replace(c, optimizer=replace(c.optimizer, lr=0.5)),
+    "parallel.sequence_parallel": lambda c: replace(c, parallel=replace(c.parallel, sequence_parallel=3)),
+}
+
+
+@pytest.mark.no_exchange
+@pytest.mark.parametrize("field", OTHERS)
+def test_ranks_with_other_settings_are_refused_everywhere(ranks, config, field):
+    last = ranks.size - 1
+    with pytest.raises(ValueError, match=f"^{field}: got .* on rank.* on rank {last}; expected the same on every rank"):
+        train(OTHERS[field](config) if ranks.rank == last else config)
+
+
+@pytest.mark.no_exchange
+def test_ranks_with_other_data_under_one_path_are_refused_everywhere(ranks, config, monkeypatch):
+    if ranks.rank == 0:
+        monkeypatch.setattr(TokenFile, "fingerprint", lambda file, vocab_size: "other")
+    with pytest.raises(ValueError, match=r"^data\.train: got 'other' on rank 0, '.* tokens in .*' on rank"):
+        train(config)
+
+
+@pytest.mark.no_exchange
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_token_outside_the_vocabulary_that_one_rank_reads_is_refused_everywhere(ranks, config, monkeypatch, split):
+    path = Path(f"{getattr(config.data, split)}.bin")
+    if ranks.rank == 0:
+        tokens = np.fromfile(path, np.uint16)
+        tokens[3] = 300
+        tokens.tofile(path)
+    ranks.barrier(f"{path} is written")
+    monkeypatch.setattr(TokenFile, "fingerprint", lambda file, vocab_size: "as of a file that is too large")
+    parallel = replace(config.parallel, sequence_parallel=ranks.size)
+    with pytest.raises(ValueError, match=rf"{path.name}: got token id 300 at position \d+ of document"):
+        train(replace(config, parallel=parallel, steps=50))

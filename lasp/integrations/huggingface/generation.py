@@ -16,10 +16,10 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        implementation = generation_config.cache_implementation
-        require(implementation in (None, "dynamic"), "cache_implementation", implementation, "None: a RecurrentCache")
         assists = bool(getattr(generation_config, "is_assistant", False))
         require(not assists, "assistant_model", type(self).__name__, "a model whose cache can be rolled back")
+        implementation = generation_config.cache_implementation
+        require(implementation in (None, "dynamic"), "cache_implementation", implementation, "None: a RecurrentCache")
         mask = model_kwargs.get("attention_mask")
         padded_right = mask is not None and not bool(mask[:, -1].all())
         require(not padded_right, "attention_mask", "padding on the right", "padding on the left, to go on from a text")

@@ -43,11 +43,11 @@ def build_dataset(run: Run, tokenizer: Tokenizer) -> GPTDataset:
 
 
 def order(dataset: GPTDataset) -> str:
-    """A hash of the order of the sequences. A run of more steps has another one if it needs more epochs."""
+    """What tells this order of sequences from others. A run of more steps has another one if it needs more epochs."""
     digest = hashlib.blake2b(digest_size=16)
     for index in (dataset.document_index, dataset.shuffle_index):
         digest.update(index.tobytes())
-    return f"hash {digest.hexdigest()}"
+    return f"{len(dataset.shuffle_index)} sequences, hash {digest.hexdigest()}"
 
 
 def micro_batches(

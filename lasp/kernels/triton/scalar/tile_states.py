@@ -3,8 +3,8 @@
     S = Σ_t (k_t e^{b_end - b_t}) v_tᵀ        D = scale · Σ_t (q_t e^{b_t}) do_tᵀ        log A = b_end
 
 b is the cumulative decay from the tile's start. Each is scanned from the end towards which it decays, so that a decay
-is known when its token comes: no exponent is above zero, and the sum needs no rescaling. The scan that follows (phase 3)
-begins where this one stops, with what the cache still holds.
+is known when its token comes: no exponent is above zero, and the sum needs no rescaling. The scan that follows (phase
+3) begins where this one stops, with what the cache still holds.
 """
 
 import torch
