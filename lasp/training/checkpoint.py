@@ -94,8 +94,9 @@ def commit(
         if finished.exists():
             _say(f"{finished} was there: replaced by step {step} of this run")
             files.discard(finished)
-        # A crash between these two leaves no doubt: latest.new counts once the directory has its name.
+        # Before the rename, so that a crash leaves no doubt: latest.new counts once the directory has its name.
         _write(root / "latest.new", finished.name)
+        files.flush(root)
         unfinished.rename(finished)
         files.flush(root)
         files.move_latest(root)
