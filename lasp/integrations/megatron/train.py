@@ -30,7 +30,7 @@ from lasp.integrations.megatron.sequence import shard_batch
 from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
-from lasp.training.unpickling import only_data, read_metadata
+from lasp.training.storage import only_data, read_metadata
 
 
 def train(run: Run) -> list[float]:
