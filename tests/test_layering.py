@@ -20,7 +20,7 @@ MAY_IMPORT = {
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {
     "lasp/training/runtime.py",  # a process learns its rank from its launcher
-    "lasp/training/unpickling.py",  # PyTorch is told by a variable to read nothing but data
+    "lasp/training/storage.py",  # PyTorch is told by a variable to read nothing but data
 }
 # Outside lasp/parallel: process start-up, checkpoints and sharded parameters, but never a collective.
 KNOWS_DISTRIBUTED = {
@@ -28,7 +28,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/checkpoint.py": {"torch.distributed"},
     "lasp/training/deepspeed.py": {"torch.distributed"},
     "lasp/training/integrity.py": {"torch.distributed.tensor"},
-    "lasp/training/unpickling.py": {"torch.distributed.checkpoint"},
+    "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},

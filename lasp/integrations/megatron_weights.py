@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.config import SOFTMAX, ModelConfig, options_of, require, require_empty
 from lasp.models import Decoder, count_parameters
-from lasp.training import checkpoint, unpickling
+from lasp.training import checkpoint, storage
 
 VOCABULARY_MULTIPLE = 128
 SHAPE_FILE = "lasp.json"  # in a checkpoint: the ModelConfig of its weights
@@ -93,7 +92,7 @@ def save(decoder: Decoder, output: str | Path) -> None:
     if decoder.head is None:
         ours["head.weight"] = ours["embedding.weight"]
     theirs = {their: there(ours[our]).contiguous() for our, their, there, _ in _places(ours, shape)}
-    dcp.save(theirs, checkpoint_id=folder, no_dist=True)
+    storage.save(theirs, folder, alone=True)
     torch.save({}, folder / "common.pt")  # Megatron's place for what is no tensor
     (folder / "metadata.json").write_text(json.dumps(_NOTE))
     write_shape(folder, dataclasses.replace(shape, tie_embeddings=False))
@@ -105,16 +104,14 @@ def load(source: str | Path) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(read_shape(folder))
     ours = decoder.state_dict()
-    try:
-        saved = unpickling.read_metadata(folder).state_dict_metadata
-        theirs = {}
-        for _, their, _, _ in _places(ours, decoder.config):
-            entry = saved[their]
-            assert isinstance(entry, TensorStorageMetadata)
-            theirs[their] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        unpickling.load(theirs, folder, no_dist=True)
-    except Exception as error:  # of many kinds
-        raise ValueError(f"checkpoint {folder}: got {error!r}, expected a complete one of this model") from error
+    saved = storage.read_metadata(folder).state_dict_metadata
+    theirs = {}
+    for _, their, _, _ in _places(ours, decoder.config):
+        entry = saved.get(their)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"checkpoint {folder}: got no tensor {their}, expected a complete one of this model")
+        theirs[their] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    storage.load(theirs, folder, alone=True)
     decoder.to_empty(device="cpu")
     decoder.init_weights()  # for buffers that no checkpoint has
     decoder.load_state_dict({our: back(theirs[their]) for our, their, _, back in _places(ours, decoder.config)})

@@ -15,18 +15,14 @@ import dataclasses
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lasp.config import ModelConfig, TrainConfig, require, require_empty
@@ -34,7 +30,7 @@ from lasp.models import Decoder
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
 from lasp.parallel.comm import Group
-from lasp.training import files, unpickling
+from lasp.training import files, storage
 from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums, require_finite, verify
 from lasp.training.ownership import Lock
 from lasp.training.together import on_rank_0, together
@@ -60,7 +56,7 @@ def save(
     require_finite(_tensors(training), _world())
 
     def write(directory: Path) -> Iterable[Path]:
-        _save({**training, **_generators(), "step": step}, directory)
+        storage.save({**training, **_generators(), "step": step}, directory)
         return directory.glob(f"__{_rank()}_*")
 
     commit(run_dir, step, config, write, lock, record)
@@ -89,6 +85,11 @@ def commit(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
+    def finish_own() -> dict[str, str]:
+        for path in own:
+            files.flush(path)
+        return checksums(own)
+
     def finish() -> None:
         _write(unfinished / CONFIG_FILE, json.dumps({**dataclasses.asdict(config), **record}, indent=2))
         _seal(unfinished, parts)
@@ -97,8 +98,9 @@ def commit(
         if finished.exists():
             _say(f"{finished} was there: replaced by step {step} of this run")
             files.discard(finished)
-        # A crash between these two leaves no doubt: latest.new counts once the directory has its name.
+        # Before the rename, so that a crash leaves no doubt: latest.new counts once the directory has its name.
         _write(root / "latest.new", finished.name)
+        files.flush(root)
         unfinished.rename(finished)
         files.flush(root)
         files.move_latest(root)
@@ -107,8 +109,8 @@ def commit(
             files.discard(path)
 
     on_rank_0(group, begin)
-    own = write(unfinished)
-    parts = together(group, lambda: checksums(own))
+    own = list(write(unfinished))
+    parts = together(group, finish_own)
     on_rank_0(group, finish)
 
 
@@ -121,10 +123,10 @@ def restore(run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
     if path is None:
         return 0
     training = _training_state(model, optimizer)
-    saved = unpickling.read_metadata(path).state_dict_metadata
+    saved = storage.read_metadata(path).state_dict_metadata
     generators = {name: state for name, state in _generators().items() if name in saved}
     state_dict = {**training, **generators, "step": 0}
-    _load(state_dict, path)
+    storage.load(state_dict, path)
     set_state_dict(model, optimizer, model_state_dict=training["model"], optim_state_dict=training["optimizer"])
     _set_generators(generators)
     return state_dict["step"]
@@ -173,7 +175,7 @@ def save_weights(path: str | Path, model: Decoder) -> None:
     directory = require_empty(path)
     weights = {"model": model.state_dict()}
     require_finite(_tensors(weights), None)
-    _save(weights, directory, alone=True)
+    storage.save(weights, directory, alone=True)
     _write(directory / CONFIG_FILE, json.dumps({"model": dataclasses.asdict(model.config)}, indent=2))
     _seal(directory, [])
 
@@ -190,7 +192,7 @@ def load_model(path: str | Path, model: nn.Module, *, on_all_ranks: bool = False
         model.load_state_dict(load_weights(Path(path)))
         return
     state_dict = {"model": model.state_dict()}
-    _load(state_dict, Path(path), alone=True)
+    storage.load(state_dict, path, alone=True)
     model.load_state_dict(state_dict["model"])
 
 
@@ -247,35 +249,6 @@ def _engine(path: str | Path) -> str:
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
-
-
-def _save(state_dict: dict[str, Any], directory: Path, *, alone: bool = False) -> None:
-    try:
-        with _quiet():
-            dcp.save(state_dict, checkpoint_id=directory, no_dist=alone)
-    except CheckpointException as error:  # no Exception
-        raise OSError(f"checkpoint {directory}: got {_reasons(error)}, expected to write it") from error
-
-
-def _load(state_dict: dict[str, Any], path: Path, *, alone: bool = False) -> None:
-    try:
-        with _quiet():
-            unpickling.load(state_dict, path, no_dist=alone)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; the causes are of many kinds
-        raise ValueError(f"checkpoint {path}: got {_reasons(error)}, expected a complete one of this model") from error
-
-
-def _reasons(error: BaseException) -> str:
-    if not isinstance(error, CheckpointException):
-        return repr(error)
-    return "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for, where it is
-        yield
 
 
 def _newest_intact(candidates: list[Path], group: Group) -> Path | None:

@@ -26,12 +26,12 @@ from torch import Tensor
 from lasp.config import TrainConfig, require
 from lasp.models.decoder import Block
 from lasp.parallel.groups import wait_as_long_as_the_world
-from lasp.training import checkpoint, files, integrity
+from lasp.training import checkpoint, integrity
 from lasp.training.engine import build_model
 from lasp.training.optimizer import build_optimizer, clip_gradients, require_finite, set_learning_rate
 from lasp.training.ownership import Lock
 from lasp.training.runtime import World
-from lasp.training.unpickling import only_data
+from lasp.training.storage import only_data
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -101,10 +101,7 @@ class DeepSpeedEngine:
             self.model.save_checkpoint(
                 directory.parent, tag=directory.name, client_state={"step": step}, save_latest=False
             )
-            own = [*self._parts(directory), *(_whole_parts(directory) if self.world.rank == 0 else ())]
-            for path in own:
-                files.flush(path)
-            return own
+            return [*self._parts(directory), *(_whole_parts(directory) if self.world.rank == 0 else ())]
 
         integrity.require_finite(self._tensors(), dist.group.WORLD)
         checkpoint.commit(self.config.run_dir, step, self.config, write, lock, record)

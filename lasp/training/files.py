@@ -5,13 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-(\d+)")
 _LEFTOVER = re.compile(r"(unfinished|removed)-step-\d{8,}")
 
 
 def saved(root: Path) -> dict[int, Path]:
-    """The checkpoints that have names as lasp gives them, by their step, in order."""
-    steps = {step_of(path): path for path in root.glob("step-*") if path.is_dir()}
+    """The checkpoints that have names as lasp gives them, by their step, in order; not what links lead to."""
+    steps = {step_of(path): path for path in root.glob("step-*") if path.is_dir() and not path.is_symlink()}
     return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
 
 

@@ -109,7 +109,7 @@ def hold(run_dir: str | Path, group: Group) -> Iterator[Lock]:
 
     Raises ValueError on every rank if another run is alive there, or if a rank does not see what rank 0 writes there.
     """
-    lock = Lock(run_dir, on_rank_0(group, lambda: uuid.uuid4().hex) or "")
+    lock = Lock(run_dir, together(group, lambda: uuid.uuid4().hex)[0])
     leads = comm.rank(group) == 0
 
     def require_shared() -> None:

@@ -32,6 +32,6 @@ def together(group: Group, action: Callable[[], Result]) -> list[Result]:
     return [result for result, _ in outcomes]
 
 
-def on_rank_0(group: Group, action: Callable[[], Result]) -> Result | None:
-    """As `together`, but only rank 0 acts; its result, on every rank."""
-    return together(group, lambda: action() if comm.rank(group) == 0 else None)[0]
+def on_rank_0(group: Group, action: Callable[[], object]) -> None:
+    """As `together`, but only rank 0 acts."""
+    together(group, lambda: action() if comm.rank(group) == 0 else None)

@@ -100,9 +100,10 @@ def test_only_names_that_lasp_gives_are_removed(config, parts):
     for name in others:
         (root(config) / name).mkdir(parents=True)
     (root(config) / "step-00000001").write_text("a file")
+    (root(config) / "step-00000002").symlink_to("step-1")
     save(config, parts, 3, 4, 5, keep=1)
     assert resume(config) == 5
-    assert names(config) == sorted([*others, "step-00000001", "step-00000005"])
+    assert names(config) == sorted([*others, "step-00000001", "step-00000002", "step-00000005"])
 
 
 def test_a_copy_may_be_gone_on_from(config, parts):

@@ -51,19 +51,20 @@ def test_an_error_gives_the_lock_back(theirs):
 
 
 def test_the_lock_of_a_dead_process_is_taken(theirs):
-    dead = subprocess.Popen(["true"])
+    dead = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    was = {"process": dead.pid, "started": ownership._identity(dead.pid)["started"]}
+    dead.kill()
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
-    started = json.loads(theirs.path.read_text())["started"]
-    change(theirs, process=dead.pid)  # a zombie
+    change(theirs, **was)  # a zombie
     with hold(theirs.run_dir, None):
         pass
-    dead.wait()
+    dead.communicate()
     theirs.acquire()
-    change(theirs, process=dead.pid)
+    change(theirs, **was)
     with hold(theirs.run_dir, None):
         pass
     theirs.acquire()
-    change(theirs, started=f"{started}0")  # its number is another process's now
+    change(theirs, started="0")  # its number is another process's now
     with hold(theirs.run_dir, None):
         pass
 

@@ -15,7 +15,7 @@ from lasp.models import Decoder
 from lasp.training import checkpoint
 from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums
 from lasp.training.optimizer import build_optimizer
-from lasp.training.unpickling import only_data, read_metadata
+from lasp.training.storage import only_data, read_metadata
 
 
 class Payload:

@@ -36,8 +36,8 @@ from lasp.models.loss import IGNORE
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.storage import only_data, read_metadata
 from lasp.training.together import together
-from lasp.training.unpickling import only_data, read_metadata
 
 RUN_FILE = "run.json"  # in a checkpoint: the run's options, and what it was trained on
 MAY_CHANGE = (  # when a run goes on: see lasp.training.same_run

@@ -1,11 +1,13 @@
-"""Reads checkpoints that anyone may have written: tensors and plain data are taken, code is refused.
+"""Directories of torch.distributed.checkpoint: written as ever, and read as data only, whoever may have written them.
 
-A pickle can name any function and have it called. torch.distributed.checkpoint keeps its table of contents as a pickle,
-and it and DeepSpeed unpickle whatever is not a tensor without a restriction; here both read data only.
+A pickle can name any function and have it called. PyTorch keeps the table of contents as a pickle, and unpickles what
+is not a tensor without a restriction, as DeepSpeed and Megatron do; here tensors and plain data are taken, and code is
+refused.
 """
 
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's: torch.load takes data only, whatever its caller asks for
@@ -46,10 +49,22 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-def load(state_dict: dict[str, Any], path: str | Path, *, no_dist: bool) -> None:
-    """Fills a state dict from a directory of torch.distributed.checkpoint."""
-    with only_data(path):
-        dcp.load(state_dict, storage_reader=_Reader(path), no_dist=no_dist)
+def save(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False) -> None:
+    """Writes a state dict, on all ranks together or on this one alone. Raises OSError on every rank if one fails."""
+    try:
+        with _quiet():
+            dcp.save(state_dict, checkpoint_id=path, no_dist=alone)
+    except CheckpointException as error:  # no Exception
+        raise OSError(f"checkpoint {path}: got {_reasons(error)}, expected to write it") from error
+
+
+def load(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False) -> None:
+    """Fills a state dict. Raises ValueError, on all ranks together or on this one alone, unless all is there."""
+    try:
+        with _quiet(), only_data(path):
+            dcp.load(state_dict, storage_reader=_Reader(path), no_dist=alone)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; the causes are of many kinds
+        raise ValueError(f"checkpoint {path}: got {_reasons(error)}, expected a complete one of this model") from error
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -78,6 +93,19 @@ def only_data(path: str | Path, *classes: type) -> Iterator[None]:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+def _reasons(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return repr(error)
+    return "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for, where it is
+        yield
 
 
 class _Reader(dcp.FileSystemReader):
