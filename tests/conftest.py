@@ -1,16 +1,38 @@
 """One thread, Triton's interpreter where there is no GPU, and random numbers that are new in each run."""
 
 import os
-import random
 import zlib
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+from tests.patience import PATIENCE
+
+INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
+if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated, so before lasp is imported
 torch.set_num_threads(1)
+
+
+def patch_once_a_launch() -> None:
+    """Triton's interpreter looks through its whole language again at each call of a device function, which takes most
+    of the time of small kernels, to put in place what the launch has put there already: not so here."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_if_new(function):
+        seen = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+        return patch(function) if any(tl.core.is_builtin(module.load) for module in seen) else None
+
+    interpreter._patch_lang = patch_if_new
+
+
+if INTERPRETED:
+    patch_once_a_launch()
+pytest_plugins = ["tests.parallel.plugin"]
 PYTEST_MPI = find_spec("pytest_mpi") is not None  # torchrun needs neither that nor MPI
 
 
@@ -26,7 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--all-meshes", action="store_true", help="train Megatron models on every mesh, not on a few")
     group.addoption("--gpu", action="store_true", help="several ranks work on a GPU each, over NCCL")
-    group.addoption("--collective-timeout", type=float, default=60.0, help="seconds before a collective gives up")
+    group.addoption("--full", action="store_true", help="run tests on numbers of ranks where they show nothing new, too")
+    group.addoption("--collective-timeout", type=float, default=PATIENCE, help="seconds before a collective gives up")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,13 +63,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if (item.get_closest_marker("mpi") is not None) != config.getoption("only_mpi"):
             item.add_marker(pytest.mark.skip(reason="with --only-mpi the tests for several ranks run, else the others"))
-
-
-@pytest.fixture(scope="session")
-def run_seed(pytestconfig: pytest.Config) -> int:
-    """The seed of this run, the same on every rank."""
-    seed = pytestconfig.getoption("seed")
-    return random.SystemRandom().randrange(2**31) if seed is None else seed
 
 
 @pytest.fixture

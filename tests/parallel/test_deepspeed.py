@@ -17,7 +17,8 @@ from lasp.training.deepspeed import DeepSpeedEngine
 from lasp.training.metrics import read_metrics
 from lasp.training.train import train
 from tests.parallel import test_training
-from tests.parallel.test_training import alone
+from tests.parallel.test_training import alone, splits
+from tests.patience import PATIENCE
 from tests.training.test_unpickling import Payload, seal
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
@@ -52,10 +53,6 @@ def sgd(monkeypatch):
     monkeypatch.setattr(test_training, "build_optimizer", build)
 
 
-def splits(size):
-    return [n for n in range(1, size + 1) if size % n == 0]
-
-
 def variant(config, name, **changes):
     return replace(config, run_dir=f"{config.run_dir}-{name}", **changes)
 
@@ -78,13 +75,13 @@ def final_weights(config):
     ],
     ids=["0", "1", "2 offloaded", "3 recomputed", "0 clipped", "3 clipped"],
 )
-def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config, sgd):
+def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config, pytestconfig, sgd):
     changes = dict(changes)
     config = replace(config, optimizer=replace(config.optimizer, clip_norm=changes.pop("clip_norm", float("inf"))))
     losses, norms, valid_loss, model = alone(replace(config, engine="native"))
     assert config.optimizer.clip_norm == float("inf") or max(norms) > config.optimizer.clip_norm
-    for sequence in splits(ranks.size):
-        parallel = ParallelConfig(sequence_parallel=sequence, layout="zigzag", fsdp=False, timeout=60)
+    for sequence in splits(ranks.size, pytestconfig.getoption("full")):
+        parallel = ParallelConfig(sequence_parallel=sequence, layout="zigzag", fsdp=False, timeout=PATIENCE)
         run = variant(config, f"sp{sequence}", deepspeed=DeepSpeedConfig(**zero), parallel=parallel, **changes)
         assert train(run) == pytest.approx(valid_loss, rel=1e-5)
         ranks.barrier(f"{run.run_dir} is finished")
@@ -96,10 +93,11 @@ def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config
             torch.testing.assert_close(got[name].double(), weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.ranks(2)
 def test_bfloat16_keeps_constant_decays(ranks, config, sgd):
     config = replace(config, model=replace(config.model, mixer="retention"))
     losses, *_ = alone(replace(config, engine="native"))
-    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=60)
+    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=PATIENCE)
     train(replace(config, dtype="bfloat16", parallel=parallel, deepspeed=DeepSpeedConfig(stage=3)))
     ranks.barrier(f"{config.run_dir} is finished")
     rows = [row for row in read_metrics(config.run_dir) if "loss" in row]
@@ -107,10 +105,11 @@ def test_bfloat16_keeps_constant_decays(ranks, config, sgd):
 
 
 @pytest.mark.no_exchange
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
     """With AdamW and its states. Another stage, another engine and another number of ranks are refused."""
-    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=60)
+    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=PATIENCE)
     config = replace(config, parallel=parallel, deepspeed=DeepSpeedConfig(stage=stage), checkpoint_every=2)
     optimizer = replace(config.optimizer, lr=1e-2, schedule="wsd", decay_fraction=1e-3)  # as if it had no end
     straight, again = (variant(config, name, optimizer=optimizer) for name in ("straight", "again"))

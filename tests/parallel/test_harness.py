@@ -1,5 +1,6 @@
 """The multi-rank harness itself: ranks agree on every test, nothing waits for ever, the mutation spares no test."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 FAILING = """
-import time
+import signal
+from datetime import timedelta
 import pytest, torch, torch.distributed as dist
 pytestmark = pytest.mark.mpi
 
@@ -20,6 +24,10 @@ def total(group):
     x = torch.ones(())
     dist.all_reduce(x, group=group)
     return x.item()
+
+def total_in_vain():
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    total(dist.group.WORLD)
 
 @pytest.fixture
 def broken_on_rank_0(ranks):
@@ -30,10 +38,14 @@ def test_wrong_on_rank_1(ranks): assert ranks.rank != 1
 def test_rank_0_misses_a_collective(ranks):
     if ranks.rank == 0:
         raise KeyError("early")
-    total(dist.group.WORLD)
-def test_fixture(broken_on_rank_0): total(dist.group.WORLD)
+    total_in_vain()
+def test_fixture(broken_on_rank_0): total_in_vain()
 def test_sum_again(group): assert total(group) == dist.get_world_size(group)
-def test_rank_1_never_ends(ranks): time.sleep(600 if ranks.rank == 1 else 0)
+def test_rank_1_never_ends(ranks):
+    ranks.barrier("everybody is here")
+    ranks.store.set_timeout(timedelta(seconds=1))
+    if ranks.rank == 1:
+        signal.pause()
 def test_after_the_end(): pass
 """
 
@@ -57,16 +69,9 @@ def launch(folder: Path, source: str, world: int, *options: str) -> tuple[int, l
     (folder / "test_inner.py").write_text(source)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
     command += ["--redirects=3", f"--log-dir={folder}", "-m", "pytest", "-v", "--only-mpi", f"--rootdir={ROOT}"]
-    command += [
-        "-p",
-        "tests.conftest",
-        "-p",
-        "tests.parallel.conftest",
-        "--collective-timeout=3",
-        *options,
-        str(folder),
-    ]
-    done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True)
+    command += ["-p", "tests.conftest", *options, str(folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # a rank may be ended by torchrun because another one ended
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=PATIENCE, capture_output=True)
     logs = [next(folder.glob(f"**/{rank}/stdout.log")).read_text() for rank in range(world)]
     return done.returncode, [dict(re.findall(r"::(\S+) ([A-Z]+)", log)) for log in logs]
 

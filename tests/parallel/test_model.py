@@ -75,11 +75,13 @@ def mesh():
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.ranks(3))], ids=["", "packed"])
 @pytest.mark.parametrize(
     ("layout", "exchange", "softmax", "recompute"),
-    [("zigzag", "all_gather", "ring", False), ("contiguous", "ring", "all_gather", True)],
-    ids=["zigzag", "contiguous"],
+    [
+        pytest.param("zigzag", "all_gather", "ring", False, id="zigzag"),
+        pytest.param("contiguous", "ring", "all_gather", True, id="contiguous", marks=pytest.mark.ranks(3)),
+    ],
 )
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_training_equals_one_rank(gen, mesh, mixer, layout, exchange, softmax, recompute, packed):

@@ -16,6 +16,7 @@ from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 from lasp.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lasp.training.train import train
+from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 VOCAB, STEPS = 257, 3
@@ -41,17 +42,24 @@ def config(ranks, shared_tmp_path, gen):
         batch_contexts=ranks.size,
         dtype="float64",
         device="cpu",
-        parallel=ParallelConfig(timeout=60, fsdp=False),
+        parallel=ParallelConfig(timeout=PATIENCE, fsdp=False),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1, clip_norm=0.1),
         eval_every=STEPS,
         checkpoint_every=STEPS,
     )
 
 
-def ways_to_share(size):
-    """(sequence_parallel, layout) of every mesh that fills the world."""
-    splits = [n for n in range(1, size + 1) if size % n == 0]
-    return [(n, layout) for n in splits for layout in ("contiguous", "zigzag")]
+def splits(size, full):
+    """Numbers of sequence-parallel ranks: with data-parallel ones beside them where there are enough, else one or all.
+
+    full: every number that divides the world."""
+    every = [n for n in range(1, size + 1) if size % n == 0]
+    return every if full else every[1:-1] or every
+
+
+def ways_to_share(size, full):
+    """(sequence_parallel, layout) of meshes that fill the world."""
+    return [(n, layout) for n in splits(size, full) for layout in ("contiguous", "zigzag")]
 
 
 def alone(config):
@@ -94,12 +102,13 @@ def saved_weights(config):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_any_mesh_trains_as_one_rank(ranks, config, fsdp):
+def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp):
     losses, norms, valid_loss, model = alone(config)
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert min(norms) > config.optimizer.clip_norm  # or clipping would prove nothing
-    for sequence_parallel, layout in ways_to_share(ranks.size):
+    for sequence_parallel, layout in ways_to_share(ranks.size, pytestconfig.getoption("full")):
         parallel = replace(config.parallel, sequence_parallel=sequence_parallel, layout=layout, fsdp=fsdp)
         run = replace(config, parallel=parallel, run_dir=f"{config.run_dir}-{sequence_parallel}-{layout}")
         assert train(run) == pytest.approx(valid_loss, rel=1e-9)
@@ -110,6 +119,7 @@ def test_any_mesh_trains_as_one_rank(ranks, config, fsdp):
         torch.testing.assert_close(saved_weights(run), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.ranks(3)
 def test_mixtures_train_alike_however_they_are_spread(ranks, config):
     """test_experts.py compares such models with one rank; here it is the loop, its reports and its checkpoints."""
     experts = {"num_experts": 12, "expert_intermediate_size": 24, "expert_bias_rate": 0.01}
@@ -138,6 +148,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.no_exchange
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(("dtype", "fsdp"), [("float32", False), ("bfloat16", True)])
 def test_resuming_on_the_same_ranks_is_bitwise(ranks, config, monkeypatch, dtype, fsdp):
     parallel = replace(config.parallel, sequence_parallel=ranks.size, layout="zigzag", fsdp=fsdp)

@@ -5,6 +5,7 @@ import pytest
 from lasp.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from lasp.data import TokenFileWriter
 from lasp.models import tiny
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def config(data, tmp_path):
         batch_contexts=2,
         dtype="float64",
         device="cpu",
-        parallel=ParallelConfig(timeout=60, fsdp=False),
+        parallel=ParallelConfig(timeout=PATIENCE, fsdp=False),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
         eval_every=3,
         checkpoint_every=3,

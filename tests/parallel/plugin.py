@@ -1,6 +1,7 @@
 """Runs the tests marked `mpi` on the ranks of one launch (mpirun or torchrun): a test passes where it passes on all."""
 
 import os
+import random
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -24,7 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under --zero-exchange a test must fail, and by an assertion, unless it says that it exchanges nothing."""
+    """Leaves out what shows nothing new on so many ranks.
+
+    Under --zero-exchange a test must fail, and by an assertion, unless it says that it exchanges nothing.
+    """
+    if (ranks := _ranks(config)) and not config.getoption("full") and not config.getoption("zero_exchange"):
+        others = [item for item in items if any(ranks.size not in m.args for m in item.iter_markers("ranks"))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     for item in items:
         if (marker := item.get_closest_marker("cpu_only")) and config.getoption("gpu"):
             item.add_marker(pytest.mark.skip(reason=marker.args[0]))
@@ -73,9 +81,12 @@ def shared_tmp_path(request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path
 
 
 @pytest.fixture(scope="session")
-def run_seed(pytestconfig: pytest.Config, run_seed: int) -> int:
-    ranks = _ranks(pytestconfig)
-    return int(ranks.broadcast("seed", str(run_seed))) if ranks else run_seed
+def run_seed(pytestconfig: pytest.Config) -> int:
+    """The seed of this run, the same on every rank."""
+    seed, ranks = pytestconfig.getoption("seed"), _ranks(pytestconfig)
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    return int(ranks.broadcast("seed", str(seed))) if ranks else seed
 
 
 def _ranks(config: pytest.Config) -> Ranks | None:
