@@ -52,8 +52,10 @@ class Memory:
 
     def advance(self, seq: SequenceOps | Rows) -> None:
         """All layers have seen the tokens of `seq`."""
-        device, tokens = seq.positions.device, seq.positions.shape[0]
-        self.tokens = self.tokens + (torch.tensor(seq.lengths, device=device) if isinstance(seq, Rows) else tokens)
+        if isinstance(seq, Rows):
+            self.tokens = self.tokens + torch.tensor(seq.lengths, device=seq.positions.device)
+        else:
+            self.tokens = self.tokens + seq.positions.shape[0]
 
     def select(self, rows: Tensor) -> None:
         """Row i goes on from what was row rows[i]; rows may be repeated or left out."""

@@ -33,9 +33,7 @@ def assert_close(got, expected):
 
 
 @every_model
-@pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"num_return_sequences": 1}]
-)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}])
 def test_unequal_prompts_go_on_as_each_alone(mixer, pattern, options, gen):
     model, texts = model_of(gen, mixer, pattern), [tokens_of(gen, 1, length) for length in (3, 10, 6)]
     ids, mask = padded(texts, 10)

@@ -17,6 +17,8 @@ from lasp.models import Rows
 from lasp.models.loss import IGNORE
 from lasp.parallel import SequenceParallel
 
+DOCUMENTS = ("cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 class Batch:
     """B rows of T columns.
@@ -80,6 +82,10 @@ def read_batch(
     max_length_k: int | None = None,
 ) -> Batch:
     """The batch that forward's arguments describe, [B, T] after what is in the cache.
+
+    attention_mask: [B, columns], those of the cache first. position_ids: [B, T], from 0 in each document. seq_idx:
+    [B, T], equal within a document. cu_seq_lens_q, cu_seq_lens_k: where the documents of one row begin and the last
+    ends; max_length_q, max_length_k: at least the longest one's length. cache_position: [T], the columns' indices.
 
     Raises ValueError, naming the argument, for what is no mask of columns, positions that leave one out, documents
     that the arguments disagree on, or that would have to share a row of the cache.

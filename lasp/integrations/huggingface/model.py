@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lasp.config import require
-from lasp.integrations.huggingface.batch import read_batch
+from lasp.integrations.huggingface.batch import DOCUMENTS, read_batch
 from lasp.integrations.huggingface.cache import CACHE
 from lasp.integrations.huggingface.config import CODE, LaspConfig
 from lasp.integrations.huggingface.generation import RecurrentGenerationMixin, cache_for
@@ -56,12 +56,6 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         *,
         cache: Any = None,
-        cache_position: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -73,20 +67,20 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
             input_ids: [B, T] integers; or inputs_embeds [B, T, hidden] in their place.
             attention_mask: [B, columns], those in the cache first: 1 where there is a token, 0 at padding, wherever it
                 is. Tokens see, and states hold, what they would without the padding.
-            position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents, as
-                DataCollatorWithFlattening gives them; they begin at the positions 0.
+            position_ids: [B, T]; documents begin at 0.
             cache: a RecurrentCache, what came before these tokens; updated in place. Before Transformers 5.24 it is
                 called past_key_values, here and in what is returned.
-            cache_position: the columns' indices.
             labels: [B, T], not shifted, -100 where there is none.
-            kwargs: shift_labels, the labels as shifted by the caller (by name, a Trainer would wait for them).
             num_items_in_batch: what the sum of the cross-entropies is divided by; the labels' number if None.
             logits_to_keep: of the last so many columns, 0 for all; or these columns' indices.
+            kwargs: what else describes packed documents (see `read_batch`), as DataCollatorWithFlattening gives it; and
+                shift_labels, labels that the caller has shifted. A Trainer waits for all labels that are named above.
 
         Raises:
             ValueError: what is not honoured, by name; ids or labels outside the vocabulary.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        documents = {name: kwargs.pop(name) for name in DOCUMENTS if name in kwargs}
         refuse_others({"output_attentions": getattr(self.config, "output_attentions", None), **kwargs})
         require((input_ids is None) != (inputs_embeds is None), "input_ids", "both or none", "it or inputs_embeds")
         given: Any = inputs_embeds if input_ids is None else input_ids
@@ -97,17 +91,7 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         wants_cache = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
         cache = cache_for(past_key_values, cache, wants_cache, shape[0])
         batch = read_batch(
-            given.shape[:2],
-            given.device,
-            cache,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache_position=cache_position,
-            seq_idx=seq_idx,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
+            given.shape[:2], given.device, cache, attention_mask=attention_mask, position_ids=position_ids, **documents
         )
         targets = next_labels(batch, labels, shift_labels)
         whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
