@@ -14,6 +14,7 @@ of one's own stay, and so do later steps where `latest` was set back, until the 
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -209,10 +210,11 @@ def latest(run_dir: str | Path) -> Path | None:
                 return root / name
             if pointer.name == "latest":
                 raise ValueError(f"{pointer}: got {name!r}, expected the name of a checkpoint beside it")
-    if saved := list(files.saved(root).values()):
+    if saved := [path.name for path in files.saved(root).values()]:
+        pointer = root / "latest"
         raise ValueError(
-            f"{root / 'latest'}: got no such file beside {', '.join(path.name for path in saved)}, expected one with "
-            f"the name to go on from; run: echo {saved[-1].name} > {root / 'latest'} (or move them away to begin anew)"
+            f"{pointer}: got no such file beside {', '.join(saved)}, expected one with the name to go on from; "
+            f"run: echo {saved[-1]} > {shlex.quote(str(pointer))} (or move them away to begin anew)"
         )
     return None
 

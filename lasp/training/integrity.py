@@ -5,6 +5,7 @@ SHA256SUMS has a line for every other file of its directory, in the format of `s
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,7 +80,7 @@ def _read_checksums(path: Path) -> dict[str, str]:
     if not file.exists():
         raise ValueError(
             f"checkpoint {path}: got no {CHECKSUMS_FILE}, expected one; if you know these files to be whole (saved by "
-            f"an earlier lasp, say), run: cd {path} && sha256sum $(ls -A) > {CHECKSUMS_FILE}"
+            f"an earlier lasp, say), run: cd {shlex.quote(str(path))} && sha256sum $(ls -A) > {CHECKSUMS_FILE}"
         )
     text = file.read_bytes().decode(errors="replace")
     lines = _LINE.findall(text)

@@ -47,8 +47,10 @@ class Lock:
                     json.dump(this | _identity(os.getpid()), file)
                 return
             except FileExistsError:
-                self._wait_for_death()
-                self.path.unlink(missing_ok=True)
+                owner = _read(self.path)
+                self._wait_for_death(owner)
+                if _read(self.path) == owner:
+                    self.path.unlink(missing_ok=True)
 
     def is_held(self) -> bool:
         return _read(self.path).get("nonce") == self.nonce
@@ -80,9 +82,8 @@ class Lock:
             ended.set()
             thread.join()
 
-    def _wait_for_death(self) -> None:
-        """Returns when the run that holds the lock is known to be dead; raises ValueError when it shows to be alive."""
-        owner = _read(self.path)
+    def _wait_for_death(self, owner: dict[str, Any]) -> None:
+        """Returns when the lock's owner is known to be dead or is gone; raises ValueError when it shows to be alive."""
         refused = (
             f"run_dir: got {str(self.run_dir)!r}, where {_describe(owner)} trains, expected a directory of no other "
             f"run; end that one first (if it is dead, remove {self.path})"
@@ -118,6 +119,8 @@ def hold(run_dir: str | Path, group: Group) -> Iterator[Lock]:
                 f"run_dir: got {str(run_dir)!r}, where host {socket.gethostname()} does not see what rank 0 has "
                 "written, expected one directory that all ranks share"
             )
+        if leads:
+            lock.require_held()
 
     try:
         try:
@@ -125,7 +128,8 @@ def hold(run_dir: str | Path, group: Group) -> Iterator[Lock]:
             together(group, require_shared)
         finally:
             if leads:
-                lock.probe.unlink(missing_ok=True)
+                with suppress(OSError):
+                    lock.probe.unlink()
         if leads:
             with lock.heartbeat():
                 yield lock
@@ -155,12 +159,13 @@ def _identity(process: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        owner = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _describe(owner: dict[str, Any]) -> str:
     if not owner:
         return "nobody (or an unreadable lock)"
-    return f"process {owner['process']} of host {owner['host']} since {owner['since']}"
+    return f"process {owner.get('process')} of host {owner.get('host')} since {owner.get('since')}"

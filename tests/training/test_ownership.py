@@ -43,6 +43,12 @@ def test_training_takes_the_lock(config):
         train(config)
 
 
+def test_a_run_directory_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(FileExistsError), hold(tmp_path / "run", None):
+        pass
+
+
 def test_an_error_gives_the_lock_back(theirs):
     theirs.release()
     with pytest.raises(KeyError), hold(theirs.run_dir, None):
@@ -69,11 +75,11 @@ def test_the_lock_of_a_dead_process_is_taken(theirs):
         pass
 
 
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("damage", [None, "", "[]", "{}"])
 def test_another_machines_lock_is_taken_when_it_has_gone_quiet(theirs, damage, monkeypatch):
     change(theirs, machine="another")
-    if damage:
-        theirs.path.write_text("")
+    if damage is not None:
+        theirs.path.write_text(damage)
     long_ago = theirs.path.stat().st_mtime - 2 * ownership.STALE_AFTER
     os.utime(theirs.path, (long_ago, long_ago))
     monkeypatch.setattr(ownership.time, "sleep", lambda _: pytest.fail("it waits"))
