@@ -92,7 +92,7 @@ class Chunks:
         flat = x.flatten(0, 1)
         if self.dense:
             return flat.unflatten(0, (self.count, self.size)).transpose(1, 2)
-        chunks = flat[self._token] * self.mask.view(*self.mask.shape, *(1,) * (flat.ndim - 1)).to(x.dtype)
+        chunks = flat[self._token].where(self.mask.view(*self.mask.shape, *(1,) * (flat.ndim - 1)), 0)
         return chunks.transpose(1, 2)
 
     def join(self, chunks: Tensor, batch: int) -> Tensor:

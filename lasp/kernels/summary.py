@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A gate with so large a log decay, or a larger one, is shut: its exponential is 0 in the state's dtype, and so is its
+# gradient. Wherever logarithms are summed and differences taken it counts as this, since -inf - -inf is not a number.
+SHUT = {torch.float32: -104.0, torch.float64: -746.0}
+
 
 @dataclass(frozen=True)
 class Summary:

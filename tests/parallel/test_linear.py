@@ -102,6 +102,27 @@ def test_equals_the_definition(group: dist.ProcessGroup, run_seed: int, layout: 
     assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_gates_that_are_shut(group: dist.ProcessGroup, gen: torch.Generator, exchange: str):
+    """Of one head anywhere, so that whole units forget what enters them; through the other the past is seen."""
+    parallel, found = made(group, "zigzag", exchange), {}
+    for kind in ("constant", "scalar", "diagonal", "gated delta", "diagonal delta"):
+        for shape in ("divisible", "documents"):
+            tokens, documents, batch, state = SHAPES[shape]
+            case = draw(gen, kind, tokens, documents, batch, state)
+            decay = case.decay.clone()
+            if kind == "constant":
+                decay[0] = -torch.inf
+            else:
+                shut = torch.rand(decay.shape[:2], generator=gen) < 0.2
+                decay[:, :, 0][shut] = -torch.inf
+            case = replace(case, decay=decay)
+            got = run(parallel, case)
+            found |= {f"{kind}, {shape}: {name}": error(got[name], x) for name, x in expected(case).items()}
+    assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_one_rank_equals_the_definition(run_seed: int, layout: str, kind: str):

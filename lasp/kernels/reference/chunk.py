@@ -6,6 +6,9 @@ Within a chunk of C tokens every class is the same affine map of the state X tha
     X' = A X + S       the outgoing state: A, S is the chunk's summary
 
 The delta family differs only in its pseudo-values u = U - W X (the WY form); everywhere else U = v and W = 0.
+A decay is summed within a chunk in float64: a gate that is nearly shut would leave no digits of the others in a sum of
+fp32, and weights are differences of sums.
+
 Across chunks the states are scanned; backward scans D = Rᵀ do the other way, and the gradients of R, Y, A, S follow
 from those of o and X'. What remains is local to the chunk and left to autograd.
 """
@@ -18,7 +21,7 @@ from torch import Tensor
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.segments import Chunks
-from lasp.kernels.summary import Summary, apply, apply_transposed, as_matrix
+from lasp.kernels.summary import SHUT, Summary, apply, apply_transposed, as_matrix
 
 CHUNK = 64
 CHUNK_DIAGONAL = 16  # exp(b_i - b_j) of every pair and channel is formed: safe for any gate, but C times the size of k
@@ -118,7 +121,7 @@ def write(k: Tensor, v: Tensor, b: Tensor | None, beta: Tensor | None):
             lower, torch.cat([v, _decayed(k, b)], -1) * beta[..., None], upper=False, unitriangular=True
         ).split([v.shape[-1], k.shape[-1]], dim=-1)
     k_out = k if b is None else _decayed(k, b[:, :, -1:] - b)
-    a = None if b is None else b[:, :, -1]
+    a = None if b is None else b[:, :, -1].to(k.dtype)
     if w is not None:
         a = as_matrix(a, k) - k_out.mT @ w
     return a, k_out.mT @ u, u, w
@@ -138,17 +141,21 @@ def scores(q: Tensor, k: Tensor, b: Tensor | None, strict: bool = False) -> Tens
     if b is None:
         return (q @ k.mT) * seen
     if b.ndim == 3:
-        gap = b[:, :, :, None] - b[:, :, None, :]
-        return (q @ k.mT) * gap.masked_fill(~seen, -torch.inf).exp()
-    gap = (b[:, :, :, None] - b[:, :, None, :]).masked_fill(~seen[:, :, None], -torch.inf)
+        return (q @ k.mT) * _between(b, k.dtype).masked_fill(~seen, -torch.inf).exp()
+    gap = _between(b, k.dtype).masked_fill(~seen[:, :, None], -torch.inf)
     return torch.einsum("mhik,mhjk,mhijk->mhij", q, k, gap.exp())
+
+
+def _between(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """b_i - b_j, [M, H, C, C] or [M, H, C, C, K]."""
+    return (b[:, :, :, None] - b[:, :, None]).to(dtype)
 
 
 def _decayed(x: Tensor, b: Tensor | None) -> Tensor:
     """x [M, H, C, K] times exp(b), b [M, H, C] or [M, H, C, K]."""
     if b is None:
         return x
-    return x * (b[..., None] if b.ndim == 3 else b).exp()
+    return x * (b[..., None] if b.ndim == 3 else b).to(x.dtype).exp()
 
 
 def _chunks(x: Inputs) -> Chunks:
@@ -163,12 +170,13 @@ def _leaves(x: Inputs, chunks: Chunks) -> list[Tensor | None]:
 
 
 def _local(x: Inputs, leaves: list[Any], chunks: Chunks):
-    """Scaled q, k (one per value head), v, cumulative log decay within the chunk, beta."""
+    """Scaled q, k (one per value head), v, cumulative log decay within the chunk in float64, beta."""
     q, k, v, g, beta = leaves
     q, k = (t.repeat_interleave(x.v.shape[2] // t.shape[1], dim=1) for t in (q * x.scale, k))
     if x.decay is not None and x.decay.ndim == 1:  # empty slots must not decay the state
-        g = x.decay.to(x.state_dtype)[None, :, None] * chunks.mask[:, None]
-    return q, k, v, None if g is None else g.cumsum(2), beta
+        g = x.decay.to(x.state_dtype)[None, :, None].where(chunks.mask[:, None], 0)
+    b = None if g is None else g.clamp(min=SHUT[x.state_dtype]).double().cumsum(2)
+    return q, k, v, b, beta
 
 
 def _scan(chunks: Chunks, a: Tensor | None, s: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,7 @@ class TritonDelta:
             if at_once:
                 gradients_on_hopper(
                     plan.tiles, x.q, x.k, do, gates, wy, scores, x.scale, leaving, end, plan.shared["first_chunk"],
-                    plan.shared["decay"], part, given=(x.v, u, chunk_states), found=found,
+                    plan.shared["decay"], part, given=(x.v, u, chunk_states), learned=learned, found=found,
                 )  # fmt: skip
                 continue
             assert dr is not None and chunk_grads is not None

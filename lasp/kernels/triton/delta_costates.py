@@ -77,7 +77,8 @@ def _walk_down(
     chunks = tl.cdiv(count, C)
     total_next = 0.0  # loaded ahead: two programs just fit a multiprocessor's shared memory
     if DECAY == SCALAR:
-        total_next = tl.load(gates + ((chunk + chunks - 1) * H + h) * 4 * C + 3 * C - 1, mask=count > 0, other=0.0)
+        last = gates + ((chunk + chunks - 1) * H + h) * 4 * C + 3 * C - 1
+        total_next = tl.load(last, mask=count > 0, other=0.0).to(tl.float32)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - step
         place = i * C + c
@@ -91,7 +92,7 @@ def _walk_down(
         tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         dot = tl.load(do + at_v, mask=here_v, other=0.0).to(work)
         gate = gates + ((chunk + i) * H + h) * 4 * C + c
-        betas = tl.load(gate)
+        betas = tl.load(gate).to(tl.float32)
         if MODE == STATES:
             tl.store(
                 grads + ((chunk + i) * heads + row) * K * V + rows[:, None] * K + cols[None, :],
@@ -104,9 +105,10 @@ def _walk_down(
         if DECAY == DIAGONAL:
             total = tl.load(totals + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0)[None, :]
         elif DECAY != NONE:
-            from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
+            from_start, to_end = tl.load(gate + 2 * C).to(tl.float32), tl.load(gate + 3 * C).to(tl.float32)
             total = total_next
-            total_next = tl.load(gates + ((chunk + i - 1) * H + h) * 4 * C + 3 * C - 1, mask=i > 0, other=0.0)
+            last = gates + ((chunk + i - 1) * H + h) * 4 * C + 3 * C - 1
+            total_next = tl.load(last, mask=i > 0, other=0.0).to(tl.float32)
             dut *= to_end[None, :]
             betas *= from_start
         dut = tl.dot(dot, pc, dut, input_precision=PRECISION)

@@ -17,8 +17,8 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
-from lasp.kernels.triton.diagonal_chunk import load_rows, store_rows
-from lasp.kernels.triton.diagonal_grads import weighted_sums
+from lasp.kernels.triton.diagonal_chunk import load_decays, load_rows, store_rows
+from lasp.kernels.triton.diagonal_grads import sums_after, weighted_sums
 from lasp.kernels.triton.launch import launch
 
 
@@ -73,7 +73,7 @@ def _factors(
         cols = block * BK + tl.arange(0, BK)
         qc = load_rows(q, begin, here, h // G, H // G, cols, K).to(tl.float32)
         kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
-        g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+        g = load_decays(decay, begin, here, h, H, cols, K)
         up, down = channel_sums(g, BY_PRODUCTS)
         from_start, to_end = tl.exp(up), tl.exp(down)
         store_rows(q_read, (qc * from_start).to(work), begin, here, h, H, cols, K)
@@ -108,9 +108,10 @@ def channel_sums(g, BY_PRODUCTS: tl.constexpr):
     """b_i and b_C - b_i [C, BK]; sums by products come in the layout of what they scale."""
     if BY_PRODUCTS:
         t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
-        return weighted_sums((j <= t).to(tl.bfloat16), g, False), weighted_sums((j > t).to(tl.bfloat16), g, False)
+        up = weighted_sums((j <= t).to(tl.bfloat16), g, False)
     else:
-        return tl.cumsum(g, axis=0), tl.cumsum(g, axis=0, reverse=True) - g
+        up = tl.cumsum(g, axis=0)
+    return up, sums_after(g, BY_PRODUCTS, False)
 
 
 def diagonal_factors(

@@ -21,9 +21,9 @@ from lasp.kernels.triton.config import block_of
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.delta_diagonal import channel_sums
 from lasp.kernels.triton.delta_wy import CHUNK
-from lasp.kernels.triton.diagonal_chunk import load_half, load_rows, store_rows
+from lasp.kernels.triton.diagonal_chunk import load_decays, load_half, store_rows
 from lasp.kernels.triton.diagonal_grads import gate_sums
-from lasp.kernels.triton.gates import DIAGONAL, SCALAR
+from lasp.kernels.triton.gates import DIAGONAL, SCALAR, unless_shut
 from lasp.kernels.triton.launch import launch
 
 
@@ -33,9 +33,9 @@ def _gradients(
     k,
     v,  # [tokens, H, V]
     do,
-    decay,  # [tokens, H, K], if DIAGONAL
+    decay,  # [tokens, H], or [tokens, H, K] if DIAGONAL
     spread,  # [chunks, H] fp32, if DIAGONAL
-    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    gates,  # [chunks, H, 4, C]: beta, b, e^b, e^{b_C - b}
     u,  # [tokens, HEADS, V]
     dr,
     states,  # [chunks, HEADS, V, K]: X
@@ -80,7 +80,7 @@ def _gradients(
     states += (chunk * heads + row) * K * V
     grads += (chunk * heads + row) * K * V
     gates += (chunk * H + h) * 4 * C
-    betas = tl.load(gates + i)
+    betas = tl.load(gates + i).to(tl.float32)
 
     upto, below = i[:, None] >= i[None, :], i[:, None] > i[None, :]
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -104,9 +104,11 @@ def _gradients(
         nt = tl.dot(uc, tl.trans(drc), nt, input_precision=PRECISION)
     nt *= -betas[None, :]
     if DECAY == SCALAR:
-        b, from_start, to_end = tl.load(gates + C + i), tl.load(gates + 2 * C + i), tl.load(gates + 3 * C + i)
-        total = tl.load(gates + 3 * C - 1)
-        down, up = tl.minimum(b[:, None] - b[None, :], 0.0), tl.minimum(b[None, :] - b[:, None], 0.0)
+        b = tl.load(gates + C + i)
+        from_start, to_end = tl.load(gates + 2 * C + i).to(tl.float32), tl.load(gates + 3 * C + i).to(tl.float32)
+        total = tl.load(gates + 3 * C - 1).to(tl.float32)
+        down, up = (b[:, None] - b[None, :]).to(tl.float32), (b[None, :] - b[:, None]).to(tl.float32)
+        down, up = tl.minimum(down, 0.0), tl.minimum(up, 0.0)
         p, n, pt, nt = p * tl.exp(down), n * tl.exp(down), pt * tl.exp(up), nt * tl.exp(up)
     if DECAY == DIAGONAL:  # what the tokens of a steep chunk give each other is left to delta_steep
         half = load_half(spread, chunk * H + h, 2 * REACH)
@@ -141,7 +143,7 @@ def _gradients(
         q32, k32 = qc.to(tl.float32), kc.to(tl.float32)
         dqc *= scale
         if DECAY == DIAGONAL:
-            g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+            g = load_decays(decay, begin, here, h, H, cols, K)
             end = half * tl.sum(g, axis=0)[None, :]
             up, down = channel_sums(g, BY_PRODUCTS)
             reading, writing = tl.exp(up - end), tl.exp(down - end)
@@ -157,7 +159,7 @@ def _gradients(
             db = q_read.to(tl.float32) * dqc - betas[:, None] * (k_read.to(tl.float32) * wc)
             db -= written.to(tl.float32) * dkc - past
             dg = gate_sums(db, past, BY_PRODUCTS) + (tl.exp(tl.sum(g, axis=0)) * overlap)[None, :]
-            store_rows(d_decay, dg, begin, here, h, H, cols, K)
+            store_rows(d_decay, unless_shut(dg, g), begin, here, h, H, cols, K)
             dqc, wc, dkc = reading * dqc, reading * wc, writing * dkc
         else:
             if DECAY == SCALAR:
@@ -181,7 +183,8 @@ def _gradients(
     tl.store(d_beta + tokens * H + h, d_betas.to(d_beta.dtype.element_ty), mask=here)
     if LEARNED and DECAY != DIAGONAL:
         dg = tl.sum(tl.where(upto, change[:, None], 0.0), axis=0) + tl.sum(carried, axis=0)
-        tl.store(d_decay + tokens * H + h, dg.to(d_decay.dtype.element_ty), mask=here)
+        g = tl.load(decay + tokens * H + h, mask=here, other=0.0)
+        tl.store(d_decay + tokens * H + h, unless_shut(dg, g).to(d_decay.dtype.element_ty), mask=here)
 
 
 @triton.jit

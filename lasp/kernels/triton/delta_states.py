@@ -32,7 +32,7 @@ def _walk_up(
     written,
     totals,  # [chunks, H, K] fp32: e^{b_C}, if DIAGONAL
     v,  # [tokens, H, V]
-    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    gates,  # [chunks, H, 4, C]: beta, b, e^b, e^{b_C - b}
     wy,  # [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS
     entering,  # [M, H, K, V] fp32, for OUTPUTS and STATES, or None: zero
@@ -102,13 +102,13 @@ def _walk_up(
         tc = tl.load(wy + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         ahead = place + C < count
         gate = gates + ((chunk + i) * H + h) * 4 * C + c
-        betas = tl.load(gate)
+        betas = tl.load(gate).to(tl.float32)
         if DECAY == DIAGONAL:
             wc = tl.load(written + at_k, mask=here_k, other=0.0).to(work)
             total = tl.load(totals + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0)[None, :]
         elif DECAY != NONE:
-            from_start, to_end = tl.load(gate + 2 * C), tl.load(gate + 3 * C)
-            total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1)
+            from_start, to_end = tl.load(gate + 2 * C).to(tl.float32), tl.load(gate + 3 * C).to(tl.float32)
+            total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1).to(tl.float32)
         if MODE != TRANSITION:
             vt = v_next
             v_next = tl.load(v + at_v + C * H * V, mask=ahead[None, :] & in_v[:, None], other=0.0)

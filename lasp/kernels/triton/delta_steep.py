@@ -15,7 +15,8 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import cdiv
 from lasp.kernels.triton.delta_config import DeltaConfig
 from lasp.kernels.triton.delta_diagonal import store_scores
-from lasp.kernels.triton.diagonal_chunk import add_rows, load_rows
+from lasp.kernels.triton.diagonal_chunk import add_rows, load_decays, load_rows
+from lasp.kernels.triton.gates import unless_shut
 from lasp.kernels.triton.launch import launch
 
 SUB = tl.constexpr(16)
@@ -80,7 +81,7 @@ def _steep_scores(
                     cols = block * BK + tl.arange(0, BK)
                     qc = load_rows(q, begin, here, h // G, H // G, cols, K).to(tl.float32)
                     kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
-                    g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+                    g = load_decays(decay, begin, here, h, H, cols, K)
                     up, down = sub_chunk_sums(g)
                     steepest = tl.max(-(up + down))
                     e_up = tl.exp(up)
@@ -100,7 +101,7 @@ def _steep_scores(
                             at = row[None, :] == row[:, None] - d
                             p += tl.where(at, tl.sum(qc * k_behind, axis=1)[:, None], 0.0)
                             m += tl.where(at, tl.sum(kc * k_behind, axis=1)[:, None], 0.0)
-                            gap += load_rows(decay, begin - d, behind, h, H, cols, K).to(tl.float32)
+                            gap += load_decays(decay, begin - d, behind, h, H, cols, K)
                 store_scores(scores, products, p, m, scale, begin, here, h, H)
 
 
@@ -160,7 +161,7 @@ def _within_chunk(
             behind, ahead = here & (row % SUB >= d), (row % SUB + d < SUB) & (row + d < count)
             at_behind, at_ahead = row[None, :] == row[:, None] - d, row[None, :] == row[:, None] + d
             if d > 0:
-                gap_ahead += load_rows(decay, begin + d, ahead, h, H, cols, K).to(tl.float32)
+                gap_ahead += load_decays(decay, begin + d, ahead, h, H, cols, K)
             k_behind = load_rows(k, begin - d, behind, h // G, H // G, cols, K).to(tl.float32) * tl.exp(gap)
             q_ahead = load_rows(q, begin + d, ahead, h // G, H // G, cols, K).to(tl.float32) * tl.exp(gap_ahead)
             k_ahead = load_rows(k, begin + d, ahead, h // G, H // G, cols, K).to(tl.float32) * tl.exp(gap_ahead)
@@ -173,7 +174,7 @@ def _within_chunk(
             dk += to_k
             if d > 0:  # a token's own score does not decay
                 change += qc * to_q - betas[:, None] * kc * to_w - kc * to_k
-            gap += load_rows(decay, begin - d, behind, h, H, cols, K).to(tl.float32)
+            gap += load_decays(decay, begin - d, behind, h, H, cols, K)
     return dq, w, dk, change
 
 
@@ -183,7 +184,7 @@ def _steep_gradients(
     k,
     do,  # [tokens, H, V]
     decay,  # [tokens, H, K]
-    gates,  # [chunks, H, 4, C] fp32: beta first
+    gates,  # [chunks, H, 4, C]: beta first
     spread,  # [chunks, H] fp32
     u,  # [tokens, HEADS, V]
     dr,
@@ -216,7 +217,7 @@ def _steep_gradients(
             if tl.load(spread + chunk * H + h) > 2 * REACH:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)
                 here = row < count
-                betas = tl.load(gates + (chunk * H + h) * 4 * C + row)
+                betas = tl.load(gates + (chunk * H + h) * 4 * C + row).to(tl.float32)
                 p = tl.zeros([C, C], tl.float32)
                 n, pt, nt = p, p, p
                 for block in range((V + BV - 1) // BV):
@@ -238,7 +239,7 @@ def _steep_gradients(
                     cols = block * BK + tl.arange(0, BK)
                     qc = load_rows(q, begin, here, h // G, H // G, cols, K).to(tl.float32)
                     kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
-                    g = load_rows(decay, begin, here, h, H, cols, K).to(tl.float32)
+                    g = load_decays(decay, begin, here, h, H, cols, K)
                     to_q, to_w, to_k, change = _within_chunk(
                         q,
                         k,
@@ -264,7 +265,8 @@ def _steep_gradients(
                     )
                     add_rows(dq, to_q, begin, here, h, H, cols, K)
                     add_rows(dk, to_k - betas[:, None] * to_w, begin, here, h, H, cols, K)
-                    add_rows(d_decay, tl.cumsum(change, axis=0, reverse=True), begin, here, h, H, cols, K)
+                    dg = unless_shut(tl.cumsum(change, axis=0, reverse=True), g)
+                    add_rows(d_decay, dg, begin, here, h, H, cols, K)
                     d_betas -= tl.sum(kc * to_w, axis=1)
                 add_rows(d_beta, d_betas[:, None], begin, here, h, H, tl.arange(0, 1), 1)
 

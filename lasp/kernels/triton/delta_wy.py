@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of, next_power_of_2
-from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR, decay_class, scalar_decay
+from lasp.kernels.triton.gates import DIAGONAL, NONE, SCALAR, decay_class, scalar_decay, sums_dtype
 from lasp.kernels.triton.launch import launch
 
 CHUNK = 64
@@ -33,7 +33,7 @@ def _weights(s, beta_row, b_row, b_col, SCALARS: tl.constexpr):
     """A block of L from a block of K Kᵀ."""
     s *= beta_row[:, None]
     if SCALARS:  # in blocks on the diagonal the part above it is dropped later: keep its exponent harmless
-        s *= tl.exp(tl.minimum(b_row[:, None] - b_col[None, :], 0.0))
+        s *= tl.exp(tl.minimum((b_row[:, None] - b_col[None, :]).to(tl.float32), 0.0))
     return s
 
 
@@ -44,7 +44,7 @@ def _wy(
     beta,  # [tokens, H]
     products,  # [tokens, H, 64] fp32: k_i·(e^{b_i - b_j} k_j), if DIAGONAL; else they are computed here
     wy,  # [tokens, H, 64]: the row of T that belongs to a token
-    gates,  # [chunks, H, 4, 64] fp32: beta, b, e^b and e^{b_C - b}
+    gates,  # [chunks, H, 4, 64]: beta, b, e^b and e^{b_C - b}
     start,
     length,
     H,
@@ -99,12 +99,19 @@ def _wy(
     beta1 = tl.load(beta + n1 * H + h, mask=h1, other=0.0).to(tl.float32)
     beta2 = tl.load(beta + n2 * H + h, mask=h2, other=0.0).to(tl.float32)
     beta3 = tl.load(beta + n3 * H + h, mask=h3, other=0.0).to(tl.float32)
-    b0 = tl.zeros([SUB], tl.float32)
+    sums: tl.constexpr = gates.dtype.element_ty
+    b0 = tl.zeros([SUB], sums)
     b1, b2, b3 = b0, b0, b0
     total = 0.0
     if SCALARS:
-        g0, g1 = scalar_decay(decay, n0, h0, h, H, DECAY), scalar_decay(decay, n1, h1, h, H, DECAY)
-        g2, g3 = scalar_decay(decay, n2, h2, h, H, DECAY), scalar_decay(decay, n3, h3, h, H, DECAY)
+        g0, g1 = (
+            scalar_decay(decay, n0, h0, h, H, DECAY).to(sums),
+            scalar_decay(decay, n1, h1, h, H, DECAY).to(sums),
+        )
+        g2, g3 = (
+            scalar_decay(decay, n2, h2, h, H, DECAY).to(sums),
+            scalar_decay(decay, n3, h3, h, H, DECAY).to(sums),
+        )
         b0, b1 = tl.cumsum(g0, axis=0), tl.cumsum(g1, axis=0) + tl.sum(g0, axis=0)
         b2 = tl.cumsum(g2, axis=0) + (tl.sum(g0, axis=0) + tl.sum(g1, axis=0))
         b3 = tl.cumsum(g3, axis=0) + (tl.sum(g0, axis=0) + tl.sum(g1, axis=0) + tl.sum(g2, axis=0))
@@ -160,8 +167,8 @@ def _store_gates(at, beta, b, total, SCALARS: tl.constexpr):
     tl.store(at, beta)
     if SCALARS:
         tl.store(at + 4 * SUB, b)
-        tl.store(at + 8 * SUB, tl.exp(b))
-        tl.store(at + 12 * SUB, tl.exp(tl.minimum(total - b, 0.0)))
+        tl.store(at + 8 * SUB, tl.exp(b.to(tl.float32)))
+        tl.store(at + 12 * SUB, tl.exp(tl.minimum((total - b).to(tl.float32), 0.0)))
 
 
 @triton.jit
@@ -189,14 +196,14 @@ def _store_row(wy, tokens, here, h, H, t0, t1, t2, t3):
 def wy_inverse(
     chunks: Tiles, k: Tensor, decay: Tensor | None, beta: Tensor, products: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """T [B, T, H, 64] in `dtype`, the row of each token in its chunk's inverse, and gates [chunks, H, 4, 64] in fp32:
-    beta, the log decay b from the chunk's start up to each token (with it), e^b and e^{b_C - b} (with a diagonal decay
-    beta alone; `products` then are k_i·(e^{b_i - b_j} k_j), [B, T, H, 64]). Places without a token have beta = 0 and do
-    not decay. `chunks` are tiles of 64 tokens."""
+    """T [B, T, H, 64] in `dtype`, the row of each token in its chunk's inverse, and gates [chunks, H, 4, 64] in
+    sums_dtype(k): beta, the log decay b from the chunk's start up to each token (with it), e^b and e^{b_C - b} (with a
+    diagonal decay beta alone; `products` then are k_i·(e^{b_i - b_j} k_j), [B, T, H, 64]). Places without a token have
+    beta = 0 and do not decay. `chunks` are tiles of 64 tokens."""
     assert chunks.size == CHUNK
     (batch, tokens, heads), (q_heads, key_dim) = beta.shape, k.shape[2:]
     wy = k.new_empty(batch, tokens, heads, CHUNK, dtype=dtype)
-    gates = k.new_empty(chunks.count, heads, 4, CHUNK, dtype=torch.float32)
+    gates = k.new_empty(chunks.count, heads, 4, CHUNK, dtype=sums_dtype(k))
     launch(
         _wy, (chunks.count, heads),
         k, decay, beta, products, wy, gates, chunks.start, chunks.length, heads, heads // q_heads,
@@ -241,7 +248,7 @@ def _scores(
     p *= scale
     if DECAY == SCALAR:
         b = tl.load(gates + (chunk * H + h) * 4 * C + C + i)
-        p *= tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0))
+        p *= tl.exp(tl.minimum((b[:, None] - b[None, :]).to(tl.float32), 0.0))
     p = tl.where(i[:, None] >= i[None, :], p, 0.0)
     tl.store(scores + ((begin + i) * H + h)[:, None] * C + i[None, :], p.to(dtype), mask=here[:, None])
 

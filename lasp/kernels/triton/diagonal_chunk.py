@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of, cdiv
+from lasp.kernels.triton.gates import bounded
 from lasp.kernels.triton.launch import launch
 
 REFER_WARPS = 4
@@ -121,6 +122,12 @@ def load_rows(x, token, here, head, heads, cols, D: tl.constexpr):
 
 
 @triton.jit
+def load_decays(decay, token, here, h, H, cols, K: tl.constexpr):
+    """[C, BK] in fp32, bounded: zero where there is no token."""
+    return bounded(load_rows(decay, token, here, h, H, cols, K))
+
+
+@triton.jit
 def store_rows(x, value, token, here, head, heads, cols, D: tl.constexpr):
     base, offsets = rows_at(token, here, head, heads, cols, D)
     tl.store((x + base) + offsets, value, mask=here_rows(here, cols, D))
@@ -176,17 +183,20 @@ def _refer(
         here = i * C + tl.arange(0, C) < count
         token = begin + i * C
         slot = (begin // C + tile + i) * H + h
-        g = load_rows(decay, token, here, h, H, cols, K).to(tl.float32)
+        g = load_decays(decay, token, here, h, H, cols, K)
         qc = load_rows(q, token, here, h // G, H // G, cols, K)
         kc = load_rows(k, token, here, h // G, H // G, cols, K)
         b = tl.cumsum(g, axis=0)
         end = tl.sum(g, axis=0)
         steepest = tl.max(-end, axis=0)
         half = tl.where(steepest + tl.zeros([1, 1], tl.float32) > REACH, 0.0, 0.5)
+        to_end = end[None, :] - b
+        if steepest > REACH:  # a difference of large sums has too few digits
+            to_end = tl.cumsum(g, axis=0, reverse=True) - g
         tl.store(ends + slot * K + cols, end, mask=cols < K)
         tl.store(spread + slot, steepest)
         store_rows(q_out, qc * (scale * tl.exp(b - half * end[None, :])), token, here, h, H, cols, K)
-        store_rows(k_out, kc * tl.exp((end[None, :] - b) - half * end[None, :]), token, here, h, H, cols, K)
+        store_rows(k_out, kc * tl.exp(to_end - half * end[None, :]), token, here, h, H, cols, K)
 
 
 def refer(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, config: Config) -> Referred:

@@ -20,10 +20,12 @@ from lasp.kernels.triton.diagonal_chunk import (
     Config,
     Referred,
     chunk_of_program,
+    load_decays,
     load_half,
     load_rows,
     store_rows,
 )
+from lasp.kernels.triton.gates import unless_shut
 from lasp.kernels.triton.launch import launch
 
 
@@ -111,11 +113,14 @@ def _gradients(
             dqc = tl.dot(dp, kc, dqc, input_precision=PRECISION)
             dkc = tl.dot(dpt, qc, dkc, input_precision=PRECISION)
             dgc = gate_sums(qc * dqc - (kc * dkc - past), past, BY_PRODUCTS) + tl.exp(between) * overlap[None, :]
-            store_rows(dg, dgc, token, here, h, H, rows, K)
-            g = load_rows(decay, token, here, h, H, rows, K)
+            g = load_decays(decay, token, here, h, H, rows, K)
+            store_rows(dg, unless_shut(dgc, g), token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)
             store_rows(q, dqc * (scale * tl.exp(exponent)), token, here, h, H, rows, K)
-            store_rows(k, dkc * tl.exp(between - exponent), token, here, h, H, rows, K)
+            exponent = between - exponent
+            if tl.load(spread + slot) > REACH:  # a difference of large sums has too few digits
+                exponent = sums_after(g, BY_PRODUCTS, exact)
+            store_rows(k, dkc * tl.exp(exponent), token, here, h, H, rows, K)
 
 
 @triton.jit
@@ -131,8 +136,17 @@ def query_exponents(g, half, BY_PRODUCTS: tl.constexpr, EXACT: tl.constexpr):
         t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
         return weighted_sums((tl.where(j <= t, 1.0, 0.0) - half).to(tl.bfloat16), g, EXACT)
     else:
-        g = g.to(tl.float32)
         return tl.cumsum(g, axis=0) - half * tl.sum(g, axis=0)[None, :]
+
+
+@triton.jit
+def sums_after(g, BY_PRODUCTS: tl.constexpr, EXACT: tl.constexpr):
+    """b_C - b_t."""
+    if BY_PRODUCTS:
+        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
+        return weighted_sums((j > t).to(tl.bfloat16), g, EXACT)
+    else:
+        return tl.cumsum(g, axis=0, reverse=True) - g
 
 
 @triton.jit

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import block_of, cdiv
-from lasp.kernels.triton.diagonal_chunk import Config, add_rows, load_rows, operand
+from lasp.kernels.triton.diagonal_chunk import Config, add_rows, load_decays, load_rows, operand
+from lasp.kernels.triton.gates import unless_shut
 from lasp.kernels.triton.launch import launch
 
 CHUNKS = 8  # that one program looks at; most often none of them is steep
@@ -23,7 +24,7 @@ SUB = tl.constexpr(16)
 def _within(decay, g, token, place, here, count, h, H, cols, K: tl.constexpr):
     """Gates from a sub-chunk's start up to each token, and from each token (without it) to the sub-chunk's end."""
     following = here & (place % SUB + 1 < SUB) & (place + 1 < count)
-    after = load_rows(decay, token + 1, following, h, H, cols, K).to(tl.float32)
+    after = load_decays(decay, token + 1, following, h, H, cols, K)
     shape: tl.constexpr = [g.shape[0] // SUB, SUB, g.shape[1]]
     up = tl.cumsum(tl.reshape(g, shape), axis=1)
     down = tl.cumsum(tl.reshape(after, shape), axis=1, reverse=True)
@@ -81,7 +82,7 @@ def _steep_outputs(
                     cols = at + tl.arange(0, BK)
                     qc = load_rows(q, token, here, h // G, H // G, cols, K).to(tl.float32) * scale
                     kc = load_rows(k, token, here, h // G, H // G, cols, K).to(tl.float32)
-                    g = load_rows(decay, token, here, h, H, cols, K).to(tl.float32)
+                    g = load_decays(decay, token, here, h, H, cols, K)
                     up, down = _within(decay, g, token, place, here, count, h, H, cols, K)
                     q_up = qc * tl.exp(up)
                     weight = tl.zeros([C, BK], tl.float32)
@@ -104,7 +105,7 @@ def _steep_outputs(
                             k_behind = load_rows(k, token - d, behind, h // G, H // G, cols, K)
                             score = tl.sum(qc * k_behind * tl.exp(gap), axis=1)
                             p += tl.where(row[None, :] == row[:, None] - d, score[:, None], 0.0)
-                            gap += load_rows(decay, token - d, behind, h, H, cols, K).to(tl.float32)
+                            gap += load_decays(decay, token - d, behind, h, H, cols, K)
                 for at in range(0, V, BV):
                     rows = at + tl.arange(0, BV)
                     vc = load_rows(v, token, here, h, H, rows, V).to(OPERAND)
@@ -160,7 +161,7 @@ def _steep_gradients(
                     cols = at + tl.arange(0, BK)
                     qc = load_rows(q, token, here, h // G, H // G, cols, K).to(tl.float32) * scale
                     kc = load_rows(k, token, here, h // G, H // G, cols, K).to(tl.float32)
-                    g = load_rows(decay, token, here, h, H, cols, K).to(tl.float32)
+                    g = load_decays(decay, token, here, h, H, cols, K)
                     up, down = _within(decay, g, token, place, here, count, h, H, cols, K)
                     e_up = tl.exp(up)
                     zero = tl.zeros([C, BK], tl.float32)
@@ -198,7 +199,7 @@ def _steep_gradients(
                         for d in range(SUB):  # q_i with k_{i-d}, and k_j with q_{j+d}
                             behind, ahead = here & (place % SUB >= d), (place % SUB + d < SUB) & (place + d < count)
                             if d > 0:
-                                gap_ahead += load_rows(decay, token + d, ahead, h, H, cols, K).to(tl.float32)
+                                gap_ahead += load_decays(decay, token + d, ahead, h, H, cols, K)
                             k_behind = load_rows(k, token - d, behind, h // G, H // G, cols, K) * tl.exp(gap)
                             q_ahead = load_rows(q, token + d, ahead, h // G, H // G, cols, K).to(tl.float32)
                             q_ahead = (q_ahead * scale) * tl.exp(gap_ahead)
@@ -211,10 +212,11 @@ def _steep_gradients(
                             dkc += from_q
                             if d > 0:  # a token's own score does not decay
                                 both += qc * from_k - kc * from_q
-                            gap += load_rows(decay, token - d, behind, h, H, cols, K).to(tl.float32)
+                            gap += load_decays(decay, token - d, behind, h, H, cols, K)
                     add_rows(dq, dqc * scale, token, here, h, H, cols, K)
                     add_rows(dk, dkc, token, here, h, H, cols, K)
-                    add_rows(dg, tl.cumsum(both, axis=0, reverse=True), token, here, h, H, cols, K)
+                    dgc = unless_shut(tl.cumsum(both, axis=0, reverse=True), g)
+                    add_rows(dg, dgc, token, here, h, H, cols, K)
                 for at in range(0, V, BV):
                     rows = at + tl.arange(0, BV)
                     doc = load_rows(do, token, here, h, H, rows, V).to(OPERAND)

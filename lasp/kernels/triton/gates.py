@@ -1,4 +1,9 @@
-"""Scalar and constant gates: what the other kernels read of them, and the gradient of scalar ones."""
+"""Scalar and constant gates: what the other kernels read of them, and the gradient of scalar ones.
+
+A gate that is shut (summary.SHUT) counts as just shut, so that differences of sums stay numbers; its gradient is 0.
+Sums over a chunk then reach some thousands, where fp32 numbers lie 5e-4 apart. That is less than bf16 and fp16 lose
+anyway; for fp32 inputs sums are fp64.
+"""
 
 import torch
 import triton
@@ -6,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
+from lasp.kernels.summary import SHUT as SHUT_GATES
 from lasp.kernels.triton.config import cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.overlap import await_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SHUT = tl.constexpr(SHUT_GATES[torch.float32])
 NONE, CONSTANT, SCALAR, DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -19,19 +26,37 @@ def decay_class(decay: Tensor | None) -> int:
     return (NONE if decay is None else {1: CONSTANT, 3: SCALAR, 4: DIAGONAL}[decay.ndim]).value
 
 
+def sums_dtype(v: Tensor) -> torch.dtype:
+    """Of sums of gates."""
+    return torch.float64 if v.dtype == torch.float32 else torch.float32
+
+
+@triton.jit
+def bounded(decay):
+    """Log decays as they were loaded, in fp32; no less than SHUT."""
+    decay = decay.to(tl.float32)
+    return tl.where(decay < SHUT, SHUT, decay)
+
+
+@triton.jit
+def unless_shut(grad, decay):
+    """The gradients of gates, zero where they are shut."""
+    return tl.where(decay <= SHUT, 0.0, grad)
+
+
 @triton.jit
 def scalar_decay(decay, tokens, here, h, H, DECAY: tl.constexpr):
     """Log decay of a chunk's tokens, [C]; zero outside the tile, so that empty places do not decay the state."""
     if DECAY == CONSTANT:
-        return tl.where(here, tl.load(decay + h).to(tl.float32), 0.0)
+        return tl.where(here, bounded(tl.load(decay + h)), 0.0)
     else:
-        return tl.load(decay + tokens * H + h, mask=here, other=0.0).to(tl.float32)
+        return bounded(tl.load(decay + tokens * H + h, mask=here, other=0.0))
 
 
 @triton.jit
 def _cumulate(
     decay,  # [tokens, H]
-    cumulated,  # [tokens, H] fp32
+    cumulated,  # [tokens, H]
     start,
     length,
     H,
@@ -45,7 +70,7 @@ def _cumulate(
     place = tl.program_id(1) * C + tl.arange(0, C)
     at = (begin + place)[:, None] * H + heads[None, :]
     here = (place < count)[:, None] & (heads < H)[None, :]
-    g = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
+    g = bounded(tl.load(decay + at, mask=here, other=0.0)).to(cumulated.dtype.element_ty)
     tl.store(cumulated + at, tl.cumsum(g, axis=0) * LOG2_E, mask=here)
 
 
@@ -54,13 +79,14 @@ def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, CHUNK: tl.constexp
     """C tokens from i · C of a tile on: b [C], the log2 decay from their start up to each, and that of them all.
 
     Places without a token carry the latter, so that no difference from the others is above zero.
-    gates: see `cumulate`, summed within chunks of CHUNK.
+    gates: see `cumulate`, summed within chunks of CHUNK. b is in their dtype, and so should differences be taken.
     """
     here = tl.minimum(C, count - i * C)
     place = tl.arange(0, C)
     if DECAY == CONSTANT:
-        rate = log2_rate(gates, h)
-        return rate * tl.minimum(place + 1, here).to(tl.float32), rate * here.to(tl.float32)
+        dtype: tl.constexpr = tl.float64 if gates.dtype.element_ty == tl.float64 else tl.float32
+        rate = bounded(tl.load(gates + h)).to(dtype) * LOG2_E
+        return rate * tl.minimum(place + 1, here).to(dtype), rate * here.to(dtype)
     else:
         end = tl.load(gates + (begin + i * C + here - 1) * H + h)
         b = tl.load(gates + (begin + i * C + place) * H + h, mask=place < here, other=0.0)
@@ -71,16 +97,11 @@ def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, CHUNK: tl.constexp
 
 
 @triton.jit
-def log2_rate(decay, h):
-    """The log2 decay of one token, given those of the heads, [H], as natural logarithms."""
-    return tl.load(decay + h).to(tl.float32) * LOG2_E
-
-
-@triton.jit
 def _gate_grads(
     q_dq,  # [QB, tokens, H]
     v_dv,  # [VB, tokens, H]
     at_end,  # [EB, M, H]
+    decay,  # [tokens, H]
     dg,  # [tokens, H]
     start,
     length,
@@ -111,16 +132,17 @@ def _gate_grads(
             change -= tl.load(v_dv + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
         total = tl.sum(change, axis=0)
         from_here = total[None, :] - tl.cumsum(change, axis=0) + change
-        tl.store(dg + at, (from_here + carry[None, :]).to(dg.dtype.element_ty), mask=here)
+        g = tl.load(decay + at, mask=here, other=0.0)
+        tl.store(dg + at, unless_shut(from_here + carry[None, :], g).to(dg.dtype.element_ty), mask=here)
         carry += total
 
 
 def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
-    """What `load_gates` reads. For [B, T, H]: the log2 decay from the start of each token's chunk up to it, in fp32."""
+    """What `load_gates` reads, in sums_dtype(v). For [B, T, H]: the log2 decay from each token's chunk's start up to it."""
     if decay is None or decay.ndim == 1:
-        return decay
+        return None if decay is None else decay.to(sums_dtype(v))
     heads = decay.shape[-1]
-    cumulated = v.new_empty(v.shape[:3], dtype=torch.float32)
+    cumulated = v.new_empty(v.shape[:3], dtype=sums_dtype(v))
     block = min(16, next_power_of_2(heads))
     launch(
         _cumulate, (tiles.count, cdiv(tiles.size, chunk), cdiv(heads, block)),
@@ -141,7 +163,7 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     block = min(4, next_power_of_2(heads))
     launch(
         _gate_grads, (tiles.count, cdiv(heads, block)),
-        q_dq, v_dv, at_end, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
+        q_dq, v_dv, at_end, decay, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
         BH=block, C=1024, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), num_warps=8, overlaps=True,
     )  # fmt: skip
     return dg

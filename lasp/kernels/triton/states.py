@@ -69,7 +69,8 @@ def _states(
         vc = tl.load(v + at_v, mask=here[:, None] & (cols < V)[None, :], other=0.0)
         if DECAY != NONE:
             b, end = load_gates(gates, begin, i, count, h, H, C, C, DECAY)
-            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b))[:, None]).to(dtype)
+            vc = (vc * tl.exp2(passed + (b if BACKWARD else end - b).to(tl.float32))[:, None]).to(dtype)
+            end = end.to(tl.float32)
             passed += end
             most = tl.maximum(most, -end)
         state = tl.dot(kt.to(dtype), vc.to(dtype), state, input_precision=PRECISION)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.config import Config, block_of, cdiv
-from lasp.kernels.triton.gates import CONSTANT, NONE, decay_class, load_gates, log2_rate
+from lasp.kernels.triton.gates import NONE, decay_class, load_gates
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.overlap import await_previous
 from lasp.kernels.triton.scan import Entering, load_entering
@@ -75,13 +75,15 @@ def _steps(
             g = end - passed if DOWN else passed
             p = tl.dot(ac, bt, input_precision=PRECISION)
             if STEEP:
-                gap = log2_rate(gates, h) * tl.abs(i_row - i_col) if DECAY == CONSTANT else g[:, None] - g[None, :]
+                gap = (g[:, None] - g[None, :]).to(tl.float32)
+                left, g, end = (end - g).to(tl.float32), g.to(tl.float32), end.to(tl.float32)
                 p = (p * tl.exp2(tl.where(seen, gap, float("-inf")))).to(dtype)
                 yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
                 yc = tl.dot(p, cc, yc * tl.exp2(g)[:, None], input_precision=PRECISION)
-                cc = (cc * tl.exp2(end - g)[:, None]).to(dtype)
+                cc = (cc * tl.exp2(left)[:, None]).to(dtype)
                 x = tl.dot(bt, cc, x * tl.exp2(end), input_precision=PRECISION)
             else:
+                g, end = g.to(tl.float32), end.to(tl.float32)
                 cc = (cc * tl.exp2(0.5 * end - g)[:, None]).to(dtype)
                 x *= tl.exp2(0.5 * end)
                 yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)

@@ -211,7 +211,8 @@ def _walk_down(
     dk_rows,
     dv,
     dv_rows,
-    d_decay,  # [tokens, H], if the decay is learned
+    decay,  # [tokens, H], if it is learned
+    d_decay,
     d_beta,  # [tokens, H]
     start,
     length,
@@ -260,7 +261,7 @@ def _walk_down(
             [
                 (_compute, (shared, tensors, numbers, GRADIENTS, ENDS, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
-                (add_up, (sums, summed, taken, d_decay, d_beta, (begin, count, h, H))),
+                (add_up, (sums, summed, taken, decay, d_decay, d_beta, (begin, count, h, H))),
             ],
             [1, 1],
             [24, 24],
@@ -291,17 +292,18 @@ def walk_down(
     decay: int,
     heads: range,
     given: tuple[Tensor, Tensor, Tensor] | None = None,
+    learned: Tensor | None = None,
     found: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> None:
     """See delta_costates.walk_down. With v, u and the chunks' states `given` it fills `found`: dq, dk and dv, [B, T, H,
-    K or V], d_decay and d_beta."""
+    K or V], that of a decay which is `learned`, and d_beta."""
     dq, dk, dv, d_decay, d_beta = found
     v, u, states = given or (None,) * 3
     rows = [None if x is None else rows_of(x, SIZE.value) for x in (q, k, do, v, u, dq, dk, dv)]
     launch(
         _walk_down, (tiles.count, len(heads)),
         *rows[:3], gates, rows_of(wy, C.value), rows_of(scores, C.value), leaving, end, *rows[3:5],
-        None if states is None else states_of(states), dq, rows[5], dk, rows[6], dv, rows[7], d_decay, d_beta,
+        None if states is None else states_of(states), dq, rows[5], dk, rows[6], dv, rows[7], learned, d_decay, d_beta,
         tiles.start, tiles.length, first_chunk, scale, do.shape[2], do.shape[2] // k.shape[2], heads.start,
         GRADIENTS=given is not None, ENDS=end is not None, DECAY=decay, STAGES=2 if given else 3, num_warps=8,
         overlaps=True,

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.triton.gates import NONE
+from lasp.kernels.triton.gates import NONE, SHUT
 from lasp.kernels.triton.hopper.delta import SCORES, TOKENS, TOKENS_LEFT
 from lasp.kernels.triton.hopper.shared import SIZE, C, barrier, whole_decay
 
@@ -33,7 +33,7 @@ def _add(a, b):
 
 
 @gluon.jit
-def add_up(sums, summed, taken, d_decay, d_beta, numbers):
+def add_up(sums, summed, taken, decay, d_decay, d_beta, numbers):
     """The gradients of beta and of the decay, chunk by chunk, from what the two groups of warps know of them."""
     begin, count, h, H = numbers
     chunks = gl.cdiv(count, C)
@@ -51,6 +51,8 @@ def add_up(sums, summed, taken, d_decay, d_beta, numbers):
         gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
         if d_decay is not None:
             dg = gl.associative_scan(change, 0, _add, reverse=True) + carried
+            g = gl.load(decay + at, mask=place < count, other=0.0).to(gl.float32)
+            dg = gl.where(g <= SHUT, 0.0, dg)
             gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=place < count)
 
 

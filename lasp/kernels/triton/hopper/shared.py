@@ -8,7 +8,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.config import HOPPER_HEAD
 from lasp.kernels.triton.delta_wy import CHUNK
-from lasp.kernels.triton.gates import CONSTANT, LOG2_E
+from lasp.kernels.triton.gates import CONSTANT, LOG2_E, SHUT
 
 SIZE, HALF = gl.constexpr(HOPPER_HEAD), gl.constexpr(HOPPER_HEAD // 2)
 C = gl.constexpr(CHUNK)  # tokens of a chunk: gates are summed within as many
@@ -60,7 +60,8 @@ def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
     place = gl.arange(0, C, layout=LINE)
     here = gl.minimum(C, count - i * C)
     if DECAY == CONSTANT:
-        rate = gl.load(gates + h).to(gl.float32) * LOG2_E
+        rate = gl.load(gates + h).to(gl.float32)
+        rate = gl.where(rate < SHUT, SHUT, rate) * LOG2_E
         return rate * gl.minimum(place + 1, here).to(gl.float32), rate * here.to(gl.float32)
     else:
         last = gl.maximum(here - 1, 0)
