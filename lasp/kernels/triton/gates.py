@@ -138,7 +138,7 @@ def _gate_grads(
 
 
 def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
-    """What `load_gates` reads, in sums_dtype(v). For [B, T, H]: the log2 decay from its chunk's start up to each token."""
+    """What `load_gates` reads, in sums_dtype(v). For [B, T, H]: the log2 decay of each chunk up to its tokens."""
     if decay is None or decay.ndim == 1:
         return None if decay is None else decay.to(sums_dtype(v))
     heads = decay.shape[-1]
