@@ -27,7 +27,7 @@ SHAPES = {  # batch, tokens, q/k heads, document offsets
     "grouped heads": (1, 500, 2, None),
     "documents, one of them empty": (1, 901, 4, (0, 5, 5, 70, 640, 901)),
 }
-DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0}
+DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0, "shut gates": 0.05}
 LINEAR = [  # without gates or with scalar ones; what comes in is added or not
     {"DECAY": 0, "SUMS": False, "TRANSPOSED": False, "passed": None},
     {"DECAY": 2, "SUMS": True, "TRANSPOSED": True},
@@ -138,11 +138,15 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     def normal(*size):
         return torch.randn(*size, generator=gen).to("cuda", torch.bfloat16)
 
+    g = None if rows is None else (-torch.rand(*rows, generator=gen) * strength).cuda()
+    if decay == "shut gates":
+        g[:, ::9], g[:, 5::45] = -torch.inf, -1e4
+        g[:, 64:80, 1] = -100.0
     tensors = {
         "q": normal(batch, tokens, q_heads, SIZE),
         "k": normal(batch, tokens, q_heads, SIZE) / SIZE**0.5,
         "v": normal(batch, tokens, HEADS, SIZE),
-        "decay": None if rows is None else (-torch.rand(*rows, generator=gen) * strength).cuda(),
+        "decay": g,
         "beta": torch.rand(batch, tokens, HEADS, generator=gen).to("cuda", torch.bfloat16),
         "initial_state": normal(batch if offsets is None else len(offsets) - 1, HEADS, SIZE, SIZE).float(),
     }
@@ -162,6 +166,8 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
     exact = {name: x if x is None else x.double() for name, x in tensors.items()}
     wanted = run(recurrent, exact, do.double(), d_final.double(), cu_seqlens=cu_seqlens)
     found = {name: error(got[name].detach().double(), wanted[name].detach()) for name in wanted}
+    if decay == "shut gates":
+        assert bool((got["ddecay"][g <= -104] == 0).all())
     off, eps = found.pop("ddecay", 0.0), torch.finfo(torch.bfloat16).eps
     assert max(found.values()) < 2 * eps, found
     if off and strength == 0.05:
