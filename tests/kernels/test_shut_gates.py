@@ -93,10 +93,10 @@ def test_the_reference(gen, shape, delta, dtype):
     ("shape", "delta", "boundary"), [*((*c, Asked) for c in CLASSES), *(("scalar", d, Alone) for d in (False, True))]
 )
 def test_the_kernels(gen, monkeypatch, shape, delta, boundary):
-    from lasp.kernels.triton import config
-    from lasp.kernels.triton import delta as delta_kernels
+    from lasp.kernels.triton.delta import op as delta_kernels
+    from lasp.kernels.triton.shared import tiles
 
-    monkeypatch.setattr(config, "LONGEST_TILE", 64)
+    monkeypatch.setattr(tiles, "LONGEST_TILE", 64)
     monkeypatch.setattr(delta_kernels, "SHORTEST_TILE", 64)
     monkeypatch.setattr(delta_kernels, "multiprocessors", lambda device: 64)
     check(by("triton", boundary), *draw(gen, shape, delta, F32), 5e-6)
