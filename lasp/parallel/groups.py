@@ -2,7 +2,10 @@
 
 import atexit
 import gc
+import time
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lasp.parallel import comm
+
+PATIENCE = 10.0  # seconds, at a process's end
 
 
 def make_mesh(device_type: str, ranks: Tensor, names: tuple[str, ...]) -> DeviceMesh:
@@ -45,8 +50,24 @@ def leave() -> None:
 
 @atexit.register
 def _end() -> None:
-    """Before Python ends: a group of gloo's joins its threads when nobody refers to it any more. One that lives on may
-    still be about to drop its last message, whose tensors are Python's, and that aborts a process which is ending."""
+    """Ends gloo's groups before Python ends. A thread of theirs may still be about to drop the last message, whose
+    tensors are Python's, and that aborts a process in which Python is ending. A group joins its threads when nobody
+    refers to it any more; for threads of other groups this waits until they sleep."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
     gc.collect()
+    deadline, quiet = time.monotonic() + PATIENCE, 0
+    while quiet < 2 and time.monotonic() < deadline:
+        time.sleep(1e-3)  # a thread that waits for Python's lock gets it, and is seen running
+        quiet = 0 if "R" in _states_of_gloo() else quiet + 1
+
+
+def _states_of_gloo() -> list[str]:
+    """Of its threads for messages: "R" that of one that runs or could run; nothing where there is no /proc."""
+    states = []
+    for thread in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended
+            name, _, rest = thread.read_text().rpartition(")")
+            if "pt_gloo" in name:
+                states.append(rest.split()[0])
+    return states

@@ -55,6 +55,8 @@ def test_a_rank_that_hangs_ends_the_run(config):
         assert time.monotonic() - start < TIMEOUT + 20  # the steps before the hang and Python's end take some of it
         assert processes[0].returncode != 0
         assert "imed out" in error or "imeout" in error, error
+        assert "rank 0 of group 'default_pg', ranks [0, 1] of the world: agreement on " in error, error
+        assert "on rank 0 of 2, during step 2" in error, error
         assert processes[1].poll() is None
     finally:
         for process in processes:

@@ -1,0 +1,136 @@
+"""torch.autocast chooses inputs' dtypes and touches nothing else: the bits of calls with inputs cast by hand."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lasp.models import Decoder, tiny
+from lasp.parallel import Sequence, SequenceParallel
+from tests.parallel.inputs import error
+
+HALF = torch.bfloat16
+TOKENS = 21  # there is padding on two ranks and more
+OPS: dict[str, Callable[[Sequence, dict[str, Tensor]], tuple]] = {
+    "linear": lambda seq, x: seq.linear_attention(x["q"], x["k"], x["v"], **final(x)),
+    "not causal": lambda seq, x: seq.linear_attention(x["q"], x["k"], x["v"], causal=False, **final(x)),
+    "scalar": lambda seq, x: seq.linear_attention(x["q"], x["k"], x["v"], -x["gate"], **final(x)),
+    "diagonal": lambda seq, x: seq.linear_attention(x["q"], x["k"], x["v"], -x["gates"], **final(x)),
+    "delta": lambda seq, x: seq.delta_rule(x["q"], x["k"], x["v"], x["beta"], **final(x)),
+    "gated delta": lambda seq, x: seq.delta_rule(x["q"], x["k"], x["v"], x["beta"], -x["gate"], **final(x)),
+    "diagonal delta": lambda seq, x: seq.delta_rule(x["q"], x["k"], x["v"], x["beta"], -x["gates"], **final(x)),
+    "softmax": lambda seq, x: (seq.softmax_attention(x["q"], x["k"], x["v"]),),
+    "convolution": lambda seq, x: (seq.causal_conv1d(x["x"], x["weight"]),),
+    "mean": lambda seq, x: (seq.mean(x["x"].sum(), torch.tensor(3)),),
+}
+DTYPES = {  # of q, k, v and of the convolution's input
+    "float64": (torch.float64,) * 3,
+    "float32": (torch.float32,) * 3,
+    "bfloat16": (HALF,) * 3,
+    "mixed": (HALF, torch.float32, HALF),
+}
+STRATEGIES = {"ring": "ring", "all_gather": "all_gather", "symmetric_memory": "ulysses"}  # by state exchange
+
+
+def final(x: dict[str, Tensor]) -> dict:
+    return {"initial_state": x["state"], "output_final_state": True}
+
+
+def draw(gen: torch.Generator, dtypes: tuple[torch.dtype, ...]) -> dict[str, Tensor]:
+    """Of a whole sequence, but for the state and the weight; gates and the state in what is at least float32."""
+    wide = torch.promote_types(dtypes[1], torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    q, k, v = (normal(1, TOKENS, heads, 12).to(dtype) for heads, dtype in zip((12, 12, 12), dtypes, strict=True))
+    gates = torch.rand(1, TOKENS, 12, 12, generator=gen).to(wide) / 8
+    return {
+        "q": q,
+        "k": (k / k.norm(dim=-1, keepdim=True)).to(k.dtype),
+        "v": v,
+        "gates": gates,
+        "gate": gates[..., 0],
+        "beta": gates[..., 1],
+        "x": normal(1, TOKENS, 3).to(dtypes[2]),
+        "state": normal(1, 12, 12, 12).to(wide),
+        "weight": normal(3, 4).to(wide),
+    }
+
+
+def by_hand(op: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Softmax attention's inputs in half precision, as scaled_dot_product_attention's, and others' if they differ."""
+    given = {name: x[name] for name in ("q", "k", "v")}
+    if op == "softmax" or len({y.dtype for y in given.values()}) > 1:
+        given = {name: y if y.dtype == torch.float64 else y.to(HALF) for name, y in given.items()}
+    return x | given
+
+
+def results(seq: Sequence, op: str, tensors: dict[str, Tensor], autocast: bool) -> list[Tensor]:
+    """What an op returns, and all gradients, when it is recomputed and everything happens under autocast."""
+    whole = {"state", "weight"}
+    leaves = {name: x if name in whole else seq.shard(x) for name, x in tensors.items()}
+    leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    with torch.autocast("cpu", HALF, enabled=autocast):
+        given = leaves if autocast else by_hand(op, leaves)
+        outputs = checkpoint(lambda: OPS[op](seq, given), use_reentrant=False)
+        total = sum(o.double().square().sum() for o in outputs)
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return [*outputs, *(g for g in grads if g is not None)]
+
+
+def compare(parallel: SequenceParallel, gen: torch.Generator, op: str) -> None:
+    for name, dtypes in DTYPES.items():
+        tensors, seq = draw(gen, dtypes), parallel.sequence(TOKENS)
+        got = results(seq, op, tensors, autocast=True)
+        wanted = results(seq, op, tensors, autocast=False)
+        assert [x.dtype for x in got] == [x.dtype for x in wanted], name
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.equal(a, b), name
+        if op not in ("softmax", "convolution", "mean"):
+            assert got[1].dtype == torch.promote_types(dtypes[1], torch.float32)
+        # And what travels is what one rank alone computes, to the precision of the outputs.
+        alone = results(SequenceParallel(None).sequence(TOKENS), op, tensors, autocast=True)[0]
+        whole = got[0] if op == "mean" else seq.unshard(got[0].detach())
+        if op != "mean" or parallel.size == 1:
+            assert error(whole.double(), alone.double()) < 8 * torch.finfo(alone.dtype).eps, name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_one_rank(gen: torch.Generator, layout: str, op: str):
+    compare(SequenceParallel(None, layout=layout), gen, op)
+
+
+@pytest.mark.mpi
+@pytest.mark.cpu_only("autocast is a CPU's here")
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mean"])
+@pytest.mark.parametrize("exchange", STRATEGIES)
+def test_several_ranks(group: dist.ProcessGroup, gen: torch.Generator, exchange: str, op: str):
+    for layout in ("contiguous", "zigzag"):
+        compare(SequenceParallel(group, layout=layout, state_exchange=exchange, softmax=STRATEGIES[exchange]), gen, op)
+
+
+@pytest.mark.mpi
+@pytest.mark.cpu_only("autocast is a CPU's here")
+def test_a_model_trains_under_it_as_on_one_rank(group: dist.ProcessGroup, gen: torch.Generator):
+    """As Transformers' Trainer(bf16=True) has it: float32 weights, the forward pass and the loss under autocast."""
+    torch.manual_seed(0)
+    model = Decoder(tiny("gated_delta_net", "LLLN"))
+    model.checkpoint_layers = True
+    tokens = torch.randint(64, (1, TOKENS), generator=gen)
+
+    def gradient(parallel: SequenceParallel) -> Tensor:
+        seq = parallel.sequence(TOKENS)
+        with torch.autocast("cpu", HALF):
+            loss = seq.mean(*model(seq.shard(tokens), seq, labels=seq.shard(tokens)))
+        grads = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        assert loss.dtype == grads.dtype == torch.float32
+        if parallel.group is not None:
+            dist.all_reduce(grads, group=parallel.group)
+        return grads
+
+    assert error(gradient(SequenceParallel(group, layout="zigzag")), gradient(SequenceParallel(None))) < 0.03
