@@ -48,7 +48,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--all-meshes", action="store_true", help="train Megatron models on every mesh, not on a few")
     group.addoption("--gpu", action="store_true", help="several ranks work on a GPU each, over NCCL")
-    group.addoption("--full", action="store_true", help="run tests on numbers of ranks where they show nothing new, too")
+    group.addoption(
+        "--full", action="store_true", help="run tests on numbers of ranks where they show nothing new, too"
+    )
     group.addoption("--collective-timeout", type=float, default=PATIENCE, help="seconds before a collective gives up")
 
 
