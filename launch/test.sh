@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing and runs every check and test, those over several ranks included:
-#     bash launch/test.sh
+#     bash launch/test.sh             what CI runs
+#     bash launch/test.sh --full      also what shows nothing new: every test on every number of ranks
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 interpreter=interpreter
 command -v nvidia-smi >/dev/null && interpreter=
@@ -16,6 +17,8 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 summary=()
 failed=0
+full=${1:-} few="not contiguous and not packed" # of the tests with zeros: of every kind, those of one layout
+[ "$full" != --full ] || few=
 
 step() { # step NAME COMMAND…: runs it, whatever came of the steps before
     local name=$1 outcome=ok start=$SECONDS
@@ -42,18 +45,17 @@ step "ruff format" ruff format --check
 step "types" mypy
 step "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$logs/site"
 rm -rf "$logs/site"
-step "tests on 1 rank" python -m pytest -q -n 2 --durations 10
-step "tests on 2 ranks" on_ranks 2 tests/parallel --durations 5
-# Subgroups are those of 3 ranks but for cheap tests; DeepSpeed's meshes want 2 or 4 ranks; kernels and resumed runs have
-# met 2 and 3.
-step "tests on 3 ranks" on_ranks 3 tests/parallel --durations 5 --ignore tests/parallel/test_deepspeed.py
-step "tests on 4 ranks" on_ranks 4 tests/parallel --durations 5 \
-    -k "not (subgroup or kernels or resuming_on_the_same) or test_exchange or test_documents or test_conv"
-step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/parallel --zero-exchange -k "not subgroup"
-step "Megatron models on 4 ranks" on_ranks 4 tests/integrations --durations 5
+step "tests on 1 rank" python -m pytest -q -n 2 --dist worksteal --durations 10
 step "tests on 2 ranks started by torchrun" \
-    torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 -m pytest --only-mpi -q \
-    tests/parallel/test_exchange.py tests/parallel/test_context.py tests/parallel/test_training.py
+    torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 -m pytest --only-mpi -q --durations 10 $full \
+    tests/parallel tests/examples
+# DeepSpeed's meshes want 2 or 4 ranks; subgroups of 4 ranks are those of 3 but for what works in both at the same time.
+step "tests on 3 ranks" on_ranks 3 tests/parallel --durations 10 $full --ignore tests/parallel/test_deepspeed.py
+step "tests on 4 ranks" on_ranks 4 tests/parallel --durations 10 $full \
+    -k "not subgroup or test_exchange or test_documents or test_conv"
+step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/parallel --zero-exchange --durations 10 \
+    -k "not subgroup${few:+ and $few}"
+step "Megatron models on 4 ranks" on_ranks 4 tests/integrations --durations 10 $full
 
 printf '\n\033[1m== Summary (%d s)\033[0m\n' $SECONDS
 printf '%s\n' "${summary[@]}"

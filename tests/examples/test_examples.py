@@ -1,41 +1,71 @@
 """The examples run as their first lines say, here on two processes without a GPU."""
 
 import os
+import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from lasp.parallel import SequenceParallel
+from tests.parallel.scripts import run_script
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(ranks, script, *arguments):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [*launch, str(ROOT / "examples" / script), *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    # Python may end while a thread of PyTorch's gloo still frees the last collective's tensors; then gloo aborts.
-    aborted_at_the_end = "terminate called without an active exception" in done.stderr
-    assert done.returncode == 0 or aborted_at_the_end, done.stderr[-4000:]
-    return done.stdout
+EXAMPLES = ROOT / "examples"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
 
 
 def test_own_pytorch_model():
-    """The script itself compares the losses of two ranks with those of one."""
-    assert "all ranks  one rank" in run(2, "own_pytorch_model.py")
+    """In processes of its own. The script itself compares the losses of two ranks with those of one."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch, str(EXAMPLES / "own_pytorch_model.py")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    # Python may end while a thread of PyTorch's gloo still frees the last collective's tensors; then gloo aborts.
+    aborted_at_the_end = "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or aborted_at_the_end, done.stderr[-4000:]
+    assert "all ranks  one rank" in done.stdout
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_deepspeed_script():
-    """SGD's losses are one rank's, so the scale of the gradients is right."""
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.ranks(2)
+@pytest.mark.cpu_only("it runs on CPUs")
+def test_llama_context_parallel(ranks, monkeypatch, capsys):
+    """The script itself compares losses and gradients."""
+    pytest.importorskip("transformers")
+    output = run_script(monkeypatch, capsys, EXAMPLES / "llama_context_parallel.py")
+    assert ranks.rank > 0 or "gradients are equal" in output
 
-    def losses(ranks):
-        lines = [line for line in run(ranks, "deepspeed_script.py", "3").splitlines() if line.startswith("step")]
-        return [float(line.split()[-1]) for line in lines]
 
-    alone = losses(1)
-    assert len(set(alone)) == 5
-    assert losses(2) == pytest.approx(alone, rel=2e-6)
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.ranks(2)
+@pytest.mark.cpu_only("it runs on CPUs")
+def test_deepspeed_script(ranks, monkeypatch, capsys):
+    """SGD's losses are one rank's without DeepSpeed, so the scale of the gradients is right."""
+    deepspeed = pytest.importorskip("deepspeed")
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)  # compiling it takes a minute
+    output = run_script(monkeypatch, capsys, EXAMPLES / "deepspeed_script.py", "3")
+    if ranks.rank == 0:
+        losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
+        assert losses == pytest.approx(alone(runpy.run_path(str(EXAMPLES / "deepspeed_script.py"))), rel=2e-6)
+
+
+def alone(example) -> list[float]:
+    """The losses of the DeepSpeed script's model on one rank, with a loop of PyTorch's own."""
+    torch.manual_seed(0)
+    model = example["Model"]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    seq, losses = SequenceParallel(None).sequence(example["TOKENS"]), []
+    for _ in range(example["STEPS"]):
+        text = torch.randint(example["VOCABULARY"], (1, example["TOKENS"] + 1))
+        loss = torch.nn.functional.cross_entropy(model(text[:, :-1], seq)[0], text[0, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

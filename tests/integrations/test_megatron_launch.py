@@ -14,6 +14,7 @@ pytest.importorskip("megatron.core")
 from lasp.data import TokenFileWriter
 from lasp.integrations import megatron_weights
 from tests.parallel.test_benchmarks import ended_well
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ def torchrun(*arguments: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert ended_well(done), done.stderr[-3000:]
     return done.stdout

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
@@ -13,7 +15,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 def script(name, *arguments, **environment):
     command = ["bash", str(ROOT / "launch" / name), *map(str, arguments)]
     return subprocess.run(
-        command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
 
 

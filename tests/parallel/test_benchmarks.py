@@ -11,22 +11,37 @@ import pytest
 
 from benchmarks import simulate
 from lasp.parallel.cost import Costs
+from tests.parallel.scripts import run_script
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # a world of one process
+ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
-def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """python with these arguments, or so many of them under torchrun."""
-    torchrun = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def on_two_ranks(test):
+    """In the processes of the launch; what the benchmark says is looked at on rank 0, which says it."""
+    for mark in ("mpi", "no_exchange"):
+        test = getattr(pytest.mark, mark)(test)
+    return pytest.mark.ranks(2)(pytest.mark.cpu_only("its shapes are for CPUs")(test))
 
 
-def launch(script: str, options: str, ranks: int | None = 2) -> str:
-    done = run(f"benchmarks/{script}.py", *options.split(), ranks=ranks)
-    assert ended_well(done), done.stderr
-    return done.stdout
+@pytest.fixture
+def benchmark(monkeypatch, capsys):
+    """Runs one of them; the result is what it prints."""
+
+    def run(name: str, options: str) -> str:
+        return run_script(monkeypatch, capsys, BENCHMARKS / f"{name}.py", *options.split())
+
+    return run
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """python with these arguments, in processes of its own."""
+    everything = os.environ | {"PYTHONPATH": f"{ROOT}:{BENCHMARKS}", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
@@ -34,30 +49,42 @@ def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
     return done.returncode == 0 or "terminate called without an active exception" in done.stderr
 
 
-def test_exchanges_and_ops_are_timed():
+@on_two_ranks
+def test_exchanges_and_ops_are_timed(benchmark, ranks):
     options = "--heads 2 --head-dim 8 --runs 1 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
-    output = launch("exchange", options)
+    output = benchmark("exchange", options)
+    if ranks.rank > 0:
+        return
     rows = re.findall(r"^  \S.*\S +eager +[\d.]+ +[\d.]+ x$", output, re.MULTILINE)
     assert len(rows) == 2 * 4 * 4 + 2 * 4 + 1
     assert output.count("x bare all-gather") == 2 * 4 and output.count("x without") == 2
     assert "softmax, 16 tokens a rank" in output
 
 
-def test_calibration_is_what_the_simulator_reads(tmp_path):
-    file = tmp_path / "links.json"
-    launch("exchange", f"--heads 2 --runs 1 --calibrate inside --sizes 1024 65536 --costs {file}")
+@on_two_ranks
+def test_calibration_is_what_the_simulator_reads(benchmark, ranks, shared_tmp_path):
+    file = shared_tmp_path / "links.json"
+    benchmark("exchange", f"--heads 2 --runs 1 --calibrate inside --sizes 1024 65536 --costs {file}")
+    if ranks.rank > 0:
+        return
     costs = Costs.read(file)
     assert costs.inside != Costs().inside and costs.across == Costs().across
-    picture = tmp_path / "curves.png"
+    picture = shared_tmp_path / "curves.png"
     simulate.main(simulate.Settings(ranks=(2, 4), costs=file, output=picture))
     assert picture.stat().st_size > 1000
 
 
-def test_softmax_is_timed_over_ranks_and_emulated():
-    options = "--heads 4 --kv-heads 4 --head-dim 8 --runs 1 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4"
-    output = launch("softmax", options)
-    assert "2 ranks, 16 tokens each" in output and "2 ranks, 32 tokens each, 8 documents" in output
-    output = launch("softmax", options, ranks=None)
+SOFTMAX = "--heads 4 --kv-heads 4 --head-dim 8 --runs 1 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4"
+
+
+@on_two_ranks
+def test_softmax_is_timed_over_ranks(benchmark, ranks):
+    output = benchmark("softmax", SOFTMAX)
+    assert ranks.rank > 0 or ("2 ranks, 16 tokens each" in output and "2 ranks, 32 tokens each, 8 documents" in output)
+
+
+def test_softmax_is_emulated(benchmark):
+    output = benchmark("softmax", SOFTMAX)
     assert "4 ranks, 16 tokens each, 8 documents" in output
     ratios = [float(ratio) for ratio in re.findall(r"\( *([\d.]+)\)", output)]
     assert len(ratios) == 2 * 3 * 4 and max(ratios) < 2  # few tokens; enough to see that all arrive
@@ -70,15 +97,21 @@ def rows(table: str) -> list[dict[str, str]]:
     return [dict(zip(names, row, strict=True)) for row in found]
 
 
-def test_scaling_becomes_a_table_and_a_figure(tmp_path):
+@on_two_ranks
+def test_scaling_becomes_a_table_and_a_figure(benchmark, ranks, shared_tmp_path):
     options = (
-        f"--output {tmp_path} --heads 2 --head-dim 8 --runs 1 --tokens 64 --sequence 128 "
+        f"--output {shared_tmp_path} --heads 2 --head-dim 8 --runs 1 --tokens 64 --sequence 128 "
         "--ops scalar softmax --models LLLN --exchanges scan"
     )
-    for ranks in (1, 2):
-        launch("scaling", options, ranks)
-    launch("scaling_report", f"--output {tmp_path}", ranks=None)
-    table = rows((tmp_path / "scaling.md").read_text())
+    if ranks.rank == 0:
+        done = run("benchmarks/scaling.py", *options.split(), **ALONE)
+        assert ended_well(done), done.stderr
+    ranks.barrier("one rank was measured")
+    benchmark("scaling", options)
+    if ranks.rank > 0:
+        return
+    benchmark("scaling_report", f"--output {shared_tmp_path}")
+    table = rows((shared_tmp_path / "scaling.md").read_text())
     assert len(table) == 2 * (3 + 4)
     found = {(row["scaling"], row["case"], row["exchange"], row["ranks"]): row for row in table}
 
@@ -94,22 +127,23 @@ def test_scaling_becomes_a_table_and_a_figure(tmp_path):
         softmax = found[mode, "softmax", "ring", "2"]
         ideal = ms(mode, "softmax", "ring", "1") * 2 / share**2  # twice the keys for each query, or half the queries
         assert float(softmax["efficiency"]) == pytest.approx(ideal / float(softmax["ms"]), abs=2e-3)
-        steps = [found[mode, "model LLLN", "auto", ranks] for ranks in ("1", "2")]
+        steps = [found[mode, "model LLLN", "auto", count] for count in ("1", "2")]
         parts = [float(step["softmax layers"].rstrip("%")) / 100 for step in steps]
         assert all(0 < part < 1 for part in parts)
         assert float(steps[0]["efficiency"]) == 1
         ideal = float(steps[0]["ms"]) * (1 - parts[0] + parts[0] * 2 / share) / share
         assert float(steps[1]["efficiency"]) == pytest.approx(ideal / float(steps[1]["ms"]), rel=5e-3, abs=2e-3)
-    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    assert (shared_tmp_path / "scaling.png").stat().st_size > 1000
 
 
-def test_a_report_of_nothing_says_so(tmp_path):
-    done = run("benchmarks/scaling_report.py", "--output", str(tmp_path))
-    assert done.returncode == 1 and done.stderr == f"{tmp_path}/points.csv has no points: nothing was measured\n"
+def test_a_report_of_nothing_says_so(benchmark, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=f"^{tmp_path}/points.csv has no points: nothing was measured$"):
+        benchmark("scaling_report", f"--output {tmp_path}")
     header, row = "mode,case,exchange,ranks,tokens,work,note", "weak,scalar,ring,2,64,1.0,no room"
     (tmp_path / "points.csv").write_text(f"{header}\n{row}\n")
-    done = run("benchmarks/scaling_report.py", "--output", str(tmp_path))
-    assert "no room" in done.stdout and done.stderr == f"no point of {tmp_path}/points.csv has a time: no figure\n"
+    with pytest.raises(SystemExit, match=f"^no point of {tmp_path}/points.csv has a time: no figure$"):
+        benchmark("scaling_report", f"--output {tmp_path}")
+    assert "no room" in capsys.readouterr().out
 
 
 FAILING = """
@@ -136,7 +170,8 @@ leave()
 def test_a_point_without_room_on_one_rank_ends_the_run_which_goes_on_behind_it(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(output=str(tmp_path)))
-    first, second = (run(str(script), ranks=2) for _ in range(2))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    first, second = (run(*launch) for _ in range(2))
     assert first.returncode != 0
     assert ended_well(second), second.stderr
     with (tmp_path / "points.csv").open() as file:
@@ -147,9 +182,12 @@ def test_a_point_without_room_on_one_rank_ends_the_run_which_goes_on_behind_it(t
     ]
 
 
-def test_training_steps_of_all_models_are_timed():
+@on_two_ranks
+def test_training_steps_of_all_models_are_timed(benchmark, ranks):
     options = "--llama-tokens 64 --hybrid-tokens 128 --moe-tokens 128 --runs 1"
-    output = launch("training", options)
+    output = benchmark("training", options)
+    if ranks.rank > 0:
+        return
     table = rows(output)
     assert [row["model"].split(",")[0] for row in table] == 2 * ["pure"] + ["pure", "hybrid", "dense"] + 2 * ["mixture"]
     for row in table:

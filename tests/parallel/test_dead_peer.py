@@ -1,4 +1,7 @@
-"""A peer that stops answering in the middle of an exchange ends it with an error, within the timeout: each of them."""
+"""A peer that stops answering in the middle of an exchange ends it with an error, by its group's timeout: each of them.
+
+Every other timeout is so long that the test would end before.
+"""
 
 import os
 import shutil
@@ -12,50 +15,61 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-TIMEOUT = 4.0
+from tests.patience import PATIENCE
+
+TIMEOUT = 3.0  # seconds
 
 START = """
-import os, signal, sys, time
+import os, signal, sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
 from lasp.parallel import SequenceParallel
 
 torch.set_num_threads(1)
-timeout = timedelta(seconds=float(sys.argv[1]))
+timeout, patience = (timedelta(seconds=float(seconds)) for seconds in sys.argv[1:3])
 rank = int(os.environ["RANK"])
 breaks = (False,) * 4
 
-def tell(name, start, error):
-    print(f"{name}: {time.monotonic() - start:.1f} s: {str(error).splitlines()[0]}", flush=True)
+def tell(name, error):
+    print(f"{name} ends: {str(error).splitlines()[0]}", flush=True)
 """
 
 ON_CPUS = """
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=2 * patience)
 names = "all_gather", "ring", "scan", "symmetric_memory"
 states = torch.randn(2, 1, 2, 8, 8)
-made = []
-for name in names:
-    group = dist.new_group(timeout=timeout)
-    exchange = SequenceParallel(group, layout="zigzag", state_exchange=name).exchange
-    assert exchange.forward(states, None, breaks).wait()[0].isfinite().all()
-    made.append(exchange)
+
+def make(name):
+    # Makes it anew until it works, for on a slow machine its beginning may take longer than the timeout.
+    while True:
+        works = torch.ones(())
+        try:
+            group = dist.new_group(timeout=timeout)
+            exchange = SequenceParallel(group, layout="zigzag", state_exchange=name).exchange
+            assert exchange.forward(states, None, breaks).wait()[0].isfinite().all()
+        except RuntimeError:
+            works.zero_()
+        dist.all_reduce(works, dist.ReduceOp.MIN)
+        if works:
+            return exchange
+
+made = [make(name) for name in names]
 dist.barrier()
 if rank == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 for name, exchange in zip(names, made):
-    start = time.monotonic()
     try:
         exchange.forward(states, None, breaks).wait()
     except RuntimeError as error:
-        tell(name, start, error)
+        tell(name, error)
 os._exit(0)
 """
 
 ON_GPUS = """
 device = torch.device("cuda", rank)
 torch.cuda.set_device(device)
-dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=device)
+dist.init_process_group("nccl", timeout=2 * patience, device_id=device)
 group = dist.new_group(timeout=timeout)
 exchange = SequenceParallel(group, layout="zigzag", state_exchange="symmetric_memory").exchange
 states, matrices = torch.randn(2, 1, 2, 8, 8, device=device), torch.randn(2, 1, 2, 8, 8, device=device)
@@ -64,14 +78,13 @@ for transitions in None, matrices:
 dist.barrier()
 torch.cuda.synchronize()
 if rank == 1:
-    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-start = time.monotonic()
+    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
 late = [exchange.forward(states, transitions, breaks).wait()[0] for transitions in (None, matrices)]
 assert all(x.isnan().all() for x in late)  # waits for the GPU
 try:
     exchange.forward(states, None, breaks)
 except RuntimeError as error:
-    tell("symmetric_memory", start, error)
+    tell("symmetric_memory", error)
 os._exit(0)
 """
 
@@ -85,7 +98,7 @@ def two_ranks(script: str, *arguments: str) -> Generator[list[subprocess.Popen],
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", START + script, str(TIMEOUT), *arguments],
+            [sys.executable, "-c", START + script, str(TIMEOUT), str(PATIENCE), *arguments],
             env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -103,12 +116,10 @@ def two_ranks(script: str, *arguments: str) -> Generator[list[subprocess.Popen],
 
 
 def stories(process: subprocess.Popen) -> dict[str, str]:
-    """What a rank told of each exchange's end, which came in time."""
-    output, _ = process.communicate(timeout=150)
-    found = dict(line.split(": ", 1) for line in output.splitlines() if " s: " in line)
+    """What a rank told of each exchange's end."""
+    output, _ = process.communicate(timeout=PATIENCE)
+    found = dict(line.split(" ends: ", 1) for line in output.splitlines() if " ends: " in line)
     assert found, output
-    for story in found.values():
-        assert float(story.split(" s: ")[0]) < TIMEOUT + 5, output
     return found
 
 

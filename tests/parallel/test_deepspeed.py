@@ -22,15 +22,17 @@ from tests.patience import PATIENCE
 from tests.training.test_unpickling import Payload, seal
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 
 native_config = test_training.config
 
 
 @pytest.fixture(autouse=True)
-def forgotten_groups(monkeypatch):
-    """DeepSpeed would keep to the world's group of its first run, which is renewed when a test has failed."""
+def clean_deepspeed(monkeypatch):
+    """DeepSpeed would keep to the world's group of its first run, which is renewed when a test has failed; and compile
+    collectives in shared memory for a minute."""
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
     monkeypatch.setattr("deepspeed.utils.groups._WORLD_GROUP", None)
     monkeypatch.setattr("deepspeed.comm.comm.cdb", None)
 

@@ -1,8 +1,10 @@
 """The native combine and the protocol around it, with ranks that are threads."""
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from shutil import which
+from threading import Barrier
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from lasp.parallel import native
 from lasp.parallel.combine import combine, factors_of, reach
 from lasp.parallel.layout import Layout
+from tests.patience import PATIENCE
 
 B, HEADS, K, V = 1, 2, 5, 3
 TRANSITIONS = {"none": None, "scalar": (HEADS,), "diagonal": (HEADS, K), "matrix": (HEADS, K, K)}
@@ -30,7 +33,15 @@ class Threads:
         self.locals = torch.zeros(layout.ranks, native.PARTS + 1, dtype=torch.int32)
         self.errors = torch.zeros(layout.ranks, dtype=torch.int32)
 
-    def exchange(self, rank: int, states, transitions, breaks: tuple[bool, ...], backward: bool) -> torch.Tensor:
+    def exchange(
+        self,
+        rank: int,
+        states,
+        transitions,
+        breaks: tuple[bool, ...],
+        backward: bool,
+        once_published: Callable[[], object] = lambda: None,
+    ) -> torch.Tensor:
         owned = list(self.layout.owned(rank))
         own, arrived = states[owned].contiguous(), torch.empty_like(states[owned])
         a = None if transitions is None else transitions[owned].contiguous()
@@ -54,6 +65,7 @@ class Threads:
         call, doubles = ctypes.byref(channel), self.dtype == torch.float64
         sent = None if a is None else a.data_ptr()
         assert self.library.lasp_publish(call, doubles, own.data_ptr(), sent, None) == 0
+        once_published()
         assert self.library.lasp_collect(call, doubles, arrived.data_ptr(), None) == 0
         return arrived
 
@@ -73,7 +85,7 @@ def test_native_combine_equals_the_python_one(gen: torch.Generator, name: str, d
             transitions = -transitions.abs() if len(shape) < 3 else transitions
         breaks = tuple((torch.rand(layout.units, generator=gen) < 0.2).tolist())
         calls.append((states, transitions, breaks, bool(kind // 4 % 2)))
-    ranks = Threads(layout, dtype, slot_bytes=8192, patience=30)
+    ranks = Threads(layout, dtype, slot_bytes=8192, patience=PATIENCE)
 
     def work(rank: int) -> list[torch.Tensor]:
         return [ranks.exchange(rank, *call) for call in calls]
@@ -93,8 +105,13 @@ def test_a_rank_that_does_not_come_is_named(gen: torch.Generator):
     layout = Layout("contiguous", 3)
     ranks = Threads(layout, torch.float32, slot_bytes=1024, patience=0.2)
     states = torch.randn(layout.units, B, HEADS, K, V, generator=gen)
+    both = Barrier(2)
+
+    def work(rank: int) -> torch.Tensor:
+        return ranks.exchange(rank, states, None, (False,) * 3, False, both.wait)
+
     with ThreadPoolExecutor(2) as pool:
-        arrived = list(pool.map(lambda rank: ranks.exchange(rank, states, None, (False,) * 3, False), (0, 1)))
+        arrived = list(pool.map(work, (0, 1)))
     assert ranks.errors.tolist() == [3, 3, 0]  # 1 + the rank
     assert all(x.isnan().all() for x in arrived)
     later = ranks.exchange(0, states, None, (False,) * 3, False)
