@@ -71,6 +71,7 @@ def _gate_grads(
     QB: tl.constexpr,
     VB: tl.constexpr,
     EB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -80,7 +81,7 @@ def _gate_grads(
     for block in tl.static_range(EB):
         carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
     chunks = tl.cdiv(count, C)
-    for step in tl.range(0, chunks, num_stages=3):
+    for step in tl.range(0, chunks, num_stages=STAGES):
         place = (chunks - 1 - step) * C + tl.arange(0, C)
         at = (begin + place)[:, None] * H + heads[None, :]
         here = (place < count)[:, None] & (heads < H)[None, :]
@@ -123,6 +124,7 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     launch(
         _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, decay, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
-        BH=block, C=1024, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), num_warps=8, pdl=True,
+        BH=block, C=1024, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), STAGES=3, num_warps=8,
+        pdl=True,
     )  # fmt: skip
     return dg
