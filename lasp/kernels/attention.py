@@ -2,7 +2,7 @@
 
 A kernel takes the rows of its block: q, do, o [B, Tq, H, K or V], k, v [B, Tk, Hkv, K or V] and lse [B, Tq, H].
 `forward` returns o, normalised over the block's keys, and the log-sum-exp; `backward` takes both over all keys, and
-returns dq, dk, dv.
+returns dq, dk, dv. Called directly, PyTorch's look at no strides: they are given what lies in rows.
 """
 
 from functools import cache, lru_cache
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.lasting import lasting
+from lasp.kernels.layouts import in_rows
 
 _TILE = 256  # rows of scores that the dense form holds at a time
 _LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to plan for a new length
@@ -45,9 +46,10 @@ def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, t
             return [(segment, FlashCPU) for segment in block.segments]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
             lasting = mask.lasting and alone and min(block.queries, block.keys) >= _LONG
-            if plain and lasting and q.shape[-1] <= 128 and _prefers_cudnn(q.device):
+            same_bits = torch.are_deterministic_algorithms_enabled()
+            if plain and lasting and q.shape[-1] <= 128 and _prefers_cudnn(q.device) and not same_bits:
                 return [(block, CuDNN)]
-            if q.shape[-1] <= 256:
+            if _flash_serves(q.shape[-1], q.device):
                 return [(piece, Flash) for piece in ([block] if alone or q.shape[0] == 1 else block.segments)]
     return [(segment, Dense) for segment in block.segments]
 
@@ -56,6 +58,14 @@ def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, t
 def _prefers_cudnn(device: torch.device) -> bool:
     """From Hopper on, where PyTorch's flash attention leaves much of the speed unused."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def _flash_serves(size: int, device: torch.device) -> bool:
+    """Heads of this size; its backward lacks some on GPUs with little shared memory, as PyTorch's own front knows."""
+    capability = torch.cuda.get_device_capability(device)
+    small = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    return capability >= (8, 0) and size <= 256 and not (small and 192 < size <= 224)
 
 
 class FlashCPU:
@@ -70,8 +80,9 @@ class FlashCPU:
     @staticmethod
     def backward(do, q, k, v, o, lse, block: Block, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         heads = FlashCPU._by_head(q, k, v)
+        do, o = (in_rows(x).transpose(1, 2) for x in (do, o))
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do.transpose(1, 2), *heads, o.transpose(1, 2), lse.mT.contiguous(), 0.0, not block.is_full, scale=scale
+            do, *heads, o, lse.mT.contiguous(), 0.0, not block.is_full, scale=scale
         )
         dq, dk, dv = (g.transpose(1, 2) for g in grads)
         groups = (k.shape[2], q.shape[2] // k.shape[2])
@@ -81,7 +92,7 @@ class FlashCPU:
     @staticmethod
     def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, T, D] each, k and v repeated for every query head."""
-        group = q.shape[2] // k.shape[2]
+        group, (q, k, v) = q.shape[2] // k.shape[2], map(in_rows, (q, k, v))
         k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -91,7 +102,7 @@ class CuDNN:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
+        heads = (in_rows(x).transpose(1, 2) for x in (q, k, v))
         o, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             *heads, None, True, 0.0, not block.is_full, False, scale=scale
         )
@@ -99,7 +110,7 @@ class CuDNN:
 
     @staticmethod
     def backward(do, q, k, v, o, lse, block: Block, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        do_h, q_h, k_h, v_h, o_h = (x.transpose(1, 2) for x in (do, q, k, v, o))
+        do_h, q_h, k_h, v_h, o_h = (in_rows(x).transpose(1, 2) for x in (do, q, k, v, o))
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             do_h, q_h, k_h, v_h, o_h, lse.mT.contiguous()[..., None], seed, seed, None, None, None,
@@ -115,7 +126,7 @@ class Flash:
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
         packed = len(block.q) > 2
-        q, k, v = (x[0] if packed else x for x in (q, k, v))
+        q, k, v = (x[0] if packed else x for x in map(in_rows, (q, k, v)))
         cuts, bounds = Flash._arguments(block, q.device)
         o, lse, *_ = aten._flash_attention_forward(q, k, v, *cuts, 0.0, False, False, scale=scale, **bounds)
         return (o[None], lse.mT[None]) if packed else (o, lse.mT)  # lse [H, Tq] or [B, H, Tq]
@@ -124,7 +135,7 @@ class Flash:
     def backward(do, q, k, v, o, lse, block: Block, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         packed = len(block.q) > 2
         lse = lse.mT.contiguous()
-        do, q, k, v, o, lse = (x[0] if packed else x for x in (do, q, k, v, o, lse))
+        do, q, k, v, o, lse = (x[0] if packed else x for x in (*map(in_rows, (do, q, k, v, o)), lse))
         cuts, bounds = Flash._arguments(block, q.device)
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
         grads = aten._flash_attention_backward(

@@ -146,15 +146,21 @@ def _join_triangles(a: Block, b: Block, blocks: list[Block]) -> tuple[Block, tup
 
 def string(blocks: list[Block]) -> list[Block]:
     """Blocks that follow each other, in queries and in keys, and are masked alike, as segments of one."""
-    strung: list[Block] = []
+    runs: list[list[Block]] = []
     for block in blocks:
-        last = strung[-1] if strung else None
-        if (
-            last is not None
-            and (last.q[-1], last.k[-1]) == (block.q[0], block.k[0])
-            and (last.left, last.right) == (block.left, block.right)
-        ):
-            strung[-1] = replace(last, q=last.q + block.q[1:], k=last.k + block.k[1:])
+        if runs and _continues(block, runs[-1][-1]):
+            runs[-1].append(block)
         else:
-            strung.append(block)
-    return strung
+            runs.append([block])
+    return [replace(run[0], q=_strung(block.q for block in run), k=_strung(block.k for block in run)) for run in runs]
+
+
+def _continues(block: Block, last: Block) -> bool:
+    follows = (last.q[-1], last.k[-1]) == (block.q[0], block.k[0])
+    return follows and (last.left, last.right) == (block.left, block.right)
+
+
+def _strung(cuts: Iterator[tuple[int, ...]]) -> tuple[int, ...]:
+    """Those of segments that follow each other."""
+    first = next(cuts)
+    return *first, *(cut for rest in cuts for cut in rest[1:])

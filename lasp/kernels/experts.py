@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.fused import swiglu
+from lasp.kernels.layouts import laid_out
 
 # torch 2.13 documents the first name; older versions have only the second.
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -41,7 +42,10 @@ def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 
 def grouped_matmul_fused(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """`grouped_matmul` as one kernel. N at least 1, D and M multiples of 8."""
-    return _grouped_mm(x, weights, offs=counts.cumsum(0).to(torch.int32))
+    y = _grouped_mm(laid_out(x), laid_out(weights), offs=counts.cumsum(0).to(torch.int32))
+    if y.requires_grad:
+        y.register_hook(laid_out)
+    return y
 
 
 def tally(ids: Tensor, experts: int, times: Tensor | None = None) -> Tensor:

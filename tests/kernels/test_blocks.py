@@ -1,14 +1,16 @@
 """Blocks see exactly what the definition of the mask says, and joining them makes fewer of them, not other ones."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lasp.kernels import attention
+from lasp.kernels import attention, blocks
 from lasp.kernels.attention import CuDNN, Dense, Flash
 from lasp.kernels.blocks import Block, Mask, join, string
+from lasp.kernels.softmax import document_blocks
 from lasp.parallel.layout import Layout, Partition
 from lasp.parallel.softmax.plan import coarsen, make_plan
 
@@ -41,6 +43,19 @@ def test_block_is_the_definition(gen, causal):
                 inside = wanted[block.rows, block.cols]
                 assert inside.any(0).all() and inside.any(1).all(), "a row or column of the block is empty"
                 assert block.is_full == bool(inside.all())
+
+
+def test_the_work_for_many_documents_grows_with_their_number(monkeypatch):
+    """Offsets are copied a few times each, however many there are."""
+    copied = []
+
+    def counted(block, **changes):
+        copied.extend(cut for cuts in changes.values() for cut in cuts)
+        return replace(block, **changes)
+
+    monkeypatch.setattr(blocks, "replace", counted)
+    (block,) = document_blocks(list(range(0, 4001, 4)), Mask(1.0))
+    assert len(block.q) == 1001 and len(copied) <= 4 * 1001
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

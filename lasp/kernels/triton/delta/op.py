@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
+from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.summary import Summary
@@ -21,7 +22,7 @@ from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, T
 from lasp.kernels.triton.delta.config import delta_config, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
 from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
-from lasp.kernels.triton.shared.operands import contiguous, laid_out, per_q_head
+from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.triton.diagonal.gradients import gradients
@@ -12,7 +13,7 @@ from lasp.kernels.triton.diagonal.outputs import outputs
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, diagonal_config, rescale
 from lasp.kernels.triton.diagonal.secondary import secondary_gradients, secondary_outputs
 from lasp.kernels.triton.diagonal.states import chunk_states, chunk_states_grad, tile_states, tile_states_grad
-from lasp.kernels.triton.shared.operands import contiguous, laid_out, per_q_head
+from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import tiles_of
 

@@ -30,7 +30,7 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Tr
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
     """How chunks of x [B, T, heads, 128] come and go, so many columns of a head at a time."""
-    assert x.data_ptr() % 16 == 0, "see linear.laid_out"
+    assert x.data_ptr() % 16 == 0, "see layouts.laid_out"
     tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
 

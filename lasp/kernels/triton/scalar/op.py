@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Inputs, Kept
 from lasp.kernels.triton.device import GLUON, for_hopper
@@ -12,7 +13,7 @@ from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
 from lasp.kernels.triton.scalar.gates import gate_grads
 from lasp.kernels.triton.scalar.portable import Portable
-from lasp.kernels.triton.shared.operands import contiguous, laid_out, per_q_head
+from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import tiles_of
 
