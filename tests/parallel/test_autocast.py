@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lasp.kernels import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.models import Decoder, tiny
 from lasp.parallel import Sequence, SequenceParallel
 from tests.parallel.inputs import error
@@ -97,8 +98,8 @@ def compare(parallel: SequenceParallel, gen: torch.Generator, op: str) -> None:
             assert torch.equal(a, b), name
         if op not in ("softmax", "convolution", "mean"):
             assert got[1].dtype == torch.promote_types(dtypes[1], torch.float32)
-        # And what travels is what one rank alone computes, to the precision of the outputs.
-        alone = results(SequenceParallel(None).sequence(TOKENS), op, tensors, autocast=True)[0]
+        # And ranks together compute what one does, to the precision of the outputs.
+        alone = OPS[op](SequenceParallel(None).sequence(TOKENS), by_hand(op, tensors))[0]
         whole = got[0] * parallel.size if op == "mean" else seq.unshard(got[0].detach())
         precision = max(torch.finfo(x.dtype).eps for x in (alone, tensors["x"]))
         assert error(whole.double(), alone.double()) < 8 * precision, name
@@ -108,6 +109,21 @@ def compare(parallel: SequenceParallel, gen: torch.Generator, op: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_one_rank(gen: torch.Generator, layout: str, op: str):
     compare(SequenceParallel(None, layout=layout), gen, op)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_functions_of_one_device(gen: torch.Generator, name: str):
+    x = draw(gen, DTYPES[name])
+    for op, function in {
+        "gated delta": lambda x: delta_rule(x["q"], x["k"], x["v"], x["beta"], -x["gate"], **final(x)),
+        "not causal": lambda x: linear_attention(x["q"], x["k"], x["v"], causal=False, **final(x)),
+        "softmax": lambda x: softmax_attention(x["q"], x["k"], x["v"]),
+        "convolution": lambda x: (causal_conv1d(x["x"], x["weight"]),),
+    }.items():
+        with torch.autocast("cpu", HALF):
+            got = function(x)
+        for a, b in zip(got, function(by_hand(op, x)), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), op
 
 
 @pytest.mark.mpi
