@@ -34,6 +34,19 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens):
         assert (actual - wanted).abs().max() <= 1e-12 * wanted.abs().max()  # sums of thousands of tokens
 
 
+def test_autocast_chooses_the_dtype_of_the_inputs_and_nothing_else():
+    hidden, weight, labels = _inputs(torch.float32, 40)
+
+    def found(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = linear_cross_entropy(*inputs, labels)[0]
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found(hidden, weight)
+    for a, b in zip(got, found(hidden.bfloat16(), weight.bfloat16()), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_a_frozen_side_gets_no_gradient(frozen):
     hidden, weight, labels = _inputs(torch.float64)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lasp.kernels import causal_conv1d, delta_rule, linear_attention, softmax_attention
 from lasp.models import Decoder, tiny
 from lasp.parallel import Sequence, SequenceParallel
 from tests.parallel.inputs import error
@@ -24,7 +25,7 @@ OPS: dict[str, Callable[[Sequence, dict[str, Tensor]], tuple]] = {
     "diagonal delta": lambda seq, x: seq.delta_rule(x["q"], x["k"], x["v"], x["beta"], -x["gates"], **final(x)),
     "softmax": lambda seq, x: (seq.softmax_attention(x["q"], x["k"], x["v"]),),
     "convolution": lambda seq, x: (seq.causal_conv1d(x["x"], x["weight"]),),
-    "mean": lambda seq, x: (seq.mean(x["x"].sum(), torch.tensor(3)),),
+    "mean": lambda seq, x: (seq.mean(x["x"].square().sum(), torch.tensor(3)),),
 }
 DTYPES = {  # of q, k, v and of the convolution's input
     "float64": (torch.float64,) * 3,
@@ -32,7 +33,12 @@ DTYPES = {  # of q, k, v and of the convolution's input
     "bfloat16": (HALF,) * 3,
     "mixed": (HALF, torch.float32, HALF),
 }
-STRATEGIES = {"ring": "ring", "all_gather": "all_gather", "symmetric_memory": "ulysses"}  # by state exchange
+HEADS, D = 12, 4  # twelve heads divide over 1, 2, 3 and 4 ranks
+WAYS = [  # layout, state exchange, softmax
+    ("zigzag", "ring", "ring"),
+    ("contiguous", "all_gather", "all_gather"),
+    ("zigzag", "symmetric_memory", "ulysses"),
+]
 
 
 def final(x: dict[str, Tensor]) -> dict:
@@ -46,8 +52,8 @@ def draw(gen: torch.Generator, dtypes: tuple[torch.dtype, ...]) -> dict[str, Ten
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen, dtype=torch.float64)
 
-    q, k, v = (normal(1, TOKENS, heads, 12).to(dtype) for heads, dtype in zip((12, 12, 12), dtypes, strict=True))
-    gates = torch.rand(1, TOKENS, 12, 12, generator=gen).to(wide) / 8
+    q, k, v = (normal(1, TOKENS, HEADS, D).to(dtype) for dtype in dtypes)
+    gates = torch.rand(1, TOKENS, HEADS, D, generator=gen).to(wide) / 8
     return {
         "q": q,
         "k": (k / k.norm(dim=-1, keepdim=True)).to(k.dtype),
@@ -56,7 +62,7 @@ def draw(gen: torch.Generator, dtypes: tuple[torch.dtype, ...]) -> dict[str, Ten
         "gate": gates[..., 0],
         "beta": gates[..., 1],
         "x": normal(1, TOKENS, 3).to(dtypes[2]),
-        "state": normal(1, 12, 12, 12).to(wide),
+        "state": normal(1, HEADS, D, D).to(wide),
         "weight": normal(3, 4).to(wide),
     }
 
@@ -92,11 +98,11 @@ def compare(parallel: SequenceParallel, gen: torch.Generator, op: str) -> None:
             assert torch.equal(a, b), name
         if op not in ("softmax", "convolution", "mean"):
             assert got[1].dtype == torch.promote_types(dtypes[1], torch.float32)
-        # And what travels is what one rank alone computes, to the precision of the outputs.
-        alone = results(SequenceParallel(None).sequence(TOKENS), op, tensors, autocast=True)[0]
-        whole = got[0] if op == "mean" else seq.unshard(got[0].detach())
-        if op != "mean" or parallel.size == 1:
-            assert error(whole.double(), alone.double()) < 8 * torch.finfo(alone.dtype).eps, name
+        # And ranks together compute what one does, to the precision of the outputs.
+        alone = OPS[op](SequenceParallel(None).sequence(TOKENS), by_hand(op, tensors))[0]
+        whole = got[0] * parallel.size if op == "mean" else seq.unshard(got[0].detach())
+        precision = max(torch.finfo(x.dtype).eps for x in (alone, tensors["x"]))
+        assert error(whole.double(), alone.double()) < 8 * precision, name
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -105,13 +111,29 @@ def test_one_rank(gen: torch.Generator, layout: str, op: str):
     compare(SequenceParallel(None, layout=layout), gen, op)
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_functions_of_one_device(gen: torch.Generator, name: str):
+    x = draw(gen, DTYPES[name])
+    for op, function in {
+        "gated delta": lambda x: delta_rule(x["q"], x["k"], x["v"], x["beta"], -x["gate"], **final(x)),
+        "not causal": lambda x: linear_attention(x["q"], x["k"], x["v"], causal=False, **final(x)),
+        "softmax": lambda x: softmax_attention(x["q"], x["k"], x["v"]),
+        "convolution": lambda x: (causal_conv1d(x["x"], x["weight"]),),
+    }.items():
+        with torch.autocast("cpu", HALF):
+            got = function(x)
+        for a, b in zip(got, function(by_hand(op, x)), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), op
+
+
 @pytest.mark.mpi
 @pytest.mark.cpu_only("autocast is a CPU's here")
-@pytest.mark.parametrize("op", [op for op in OPS if op != "mean"])
-@pytest.mark.parametrize("exchange", STRATEGIES)
-def test_several_ranks(group: dist.ProcessGroup, gen: torch.Generator, exchange: str, op: str):
-    for layout in ("contiguous", "zigzag"):
-        compare(SequenceParallel(group, layout=layout, state_exchange=exchange, softmax=STRATEGIES[exchange]), gen, op)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("layout", "exchange", "softmax"), WAYS)
+def test_several_ranks(
+    group: dist.ProcessGroup, gen: torch.Generator, layout: str, exchange: str, softmax: str, op: str
+):
+    compare(SequenceParallel(group, layout=layout, state_exchange=exchange, softmax=softmax), gen, op)
 
 
 @pytest.mark.mpi
