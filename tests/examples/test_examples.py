@@ -32,25 +32,23 @@ def test_own_pytorch_model():
 
 @pytest.mark.mpi
 @pytest.mark.no_exchange
-@pytest.mark.ranks(2)
 @pytest.mark.cpu_only("it runs on CPUs")
-def test_llama_context_parallel(ranks, monkeypatch, capsys):
+def test_llama_context_parallel(two, monkeypatch, capsys):
     """The script itself compares losses and gradients."""
     pytest.importorskip("transformers")
     output = run_script(monkeypatch, capsys, EXAMPLES / "llama_context_parallel.py")
-    assert ranks.rank > 0 or "gradients are equal" in output
+    assert two.rank > 0 or "gradients are equal" in output
 
 
 @pytest.mark.mpi
 @pytest.mark.no_exchange
-@pytest.mark.ranks(2)
 @pytest.mark.cpu_only("it runs on CPUs")
-def test_deepspeed_script(ranks, monkeypatch, capsys):
+def test_deepspeed_script(two, monkeypatch, capsys):
     """SGD's losses are one rank's without DeepSpeed, so the scale of the gradients is right."""
     deepspeed = pytest.importorskip("deepspeed")
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)  # compiling it takes a minute
     output = run_script(monkeypatch, capsys, EXAMPLES / "deepspeed_script.py", "3")
-    if ranks.rank == 0:
+    if two.rank == 0:
         losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
         assert losses == pytest.approx(alone(runpy.run_path(str(EXAMPLES / "deepspeed_script.py"))), rel=2e-6)
 

@@ -1,7 +1,7 @@
 """Small Megatron models, one rank's training of them, and Megatron's own on any mesh."""
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 from lasp.integrations.megatron import gpt_layer_specs, run_on_cpu, shard_batch
 
 VOCABULARY, LENGTH, SEQUENCES, STEPS, LR = 32, 32, 4, 3, 0.1
-
-
-cpu = cache(run_on_cpu)
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Mesh:
 
     def enter(self) -> None:
         """Makes this Megatron's mesh; its process groups, dozens of them, are made once."""
-        cpu()
+        run_on_cpu()
         state = vars(parallel_state)
         parallel_state.destroy_model_parallel()
         key = torch.distributed.group.WORLD, self  # a failed test renews the world

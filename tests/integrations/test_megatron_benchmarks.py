@@ -6,12 +6,15 @@ import pytest
 
 megatron = pytest.importorskip("megatron.core")
 
-from tests.integrations.test_megatron_launch import torchrun
+from tests.integrations.test_megatron_launch import program
+
+__all__ = ["program"]
+pytestmark = [pytest.mark.mpi, pytest.mark.no_exchange, pytest.mark.cpu_only("its shapes are for CPUs")]
 
 
-def test_steps_are_timed_beside_lasps_own():
+def test_steps_are_timed_beside_lasps_own(program):
     options = "--cases tiny_moe:L --tokens 64 --runs 1"
-    output = torchrun("benchmarks/megatron_step.py", *options.split())
+    output = program("benchmarks/megatron_step.py", *options.split())
     rows = re.findall(r"(native|megatron) .* ([\d.]+), ([\d.]+)$", output, re.MULTILINE)
     assert [name for name, *_ in rows] == ["native", "megatron"]
     assert all(float(last) < float(first) for _, first, last in rows)  # both learn the tokens
@@ -19,9 +22,9 @@ def test_steps_are_timed_beside_lasps_own():
 
 
 @pytest.mark.skipif(megatron.__version__ < "0.19", reason="its Gated DeltaNet knows no context parallelism")
-def test_layers_are_timed_and_their_messages_counted():
+def test_layers_are_timed_and_their_messages_counted(program):
     options = "--tokens 64 128 --hidden 32 --heads 4 --head-dim 8 --runs 1 --exchanges all_gather"
-    output = torchrun("benchmarks/megatron_layer.py", *options.split())
+    output = program("benchmarks/megatron_layer.py", *options.split())
     rows = re.findall(r"lasp, all_gather" + 4 * r" +([\d.]+)" + "$", output, re.MULTILINE)
     assert len(rows) == 2
     assert rows[0] == rows[1]  # however long the sequence

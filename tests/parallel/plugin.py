@@ -69,6 +69,13 @@ def ranks(pytestconfig: pytest.Config) -> Ranks:
 
 
 @pytest.fixture
+def two(ranks: Ranks) -> Ranks:
+    if ranks.size != 2:
+        pytest.skip("wants 2 ranks")
+    return ranks
+
+
+@pytest.fixture
 def group(request: pytest.FixtureRequest, ranks: Ranks) -> dist.ProcessGroup:
     """Each of the process groups in turn; a test that uses it runs in all subgroups at the same time."""
     return ranks.groups[request.param]

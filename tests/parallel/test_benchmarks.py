@@ -20,11 +20,9 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": 
 ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
-def on_two_ranks(test):
+def in_this_launch(test):
     """In the processes of the launch; what the benchmark says is looked at on rank 0, which says it."""
-    for mark in ("mpi", "no_exchange"):
-        test = getattr(pytest.mark, mark)(test)
-    return pytest.mark.ranks(2)(pytest.mark.cpu_only("its shapes are for CPUs")(test))
+    return pytest.mark.mpi(pytest.mark.no_exchange(pytest.mark.cpu_only("its shapes are for CPUs")(test)))
 
 
 @pytest.fixture
@@ -49,11 +47,11 @@ def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
     return done.returncode == 0 or "terminate called without an active exception" in done.stderr
 
 
-@on_two_ranks
-def test_exchanges_and_ops_are_timed(benchmark, ranks):
+@in_this_launch
+def test_exchanges_and_ops_are_timed(benchmark, two):
     options = "--heads 2 --head-dim 8 --runs 1 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
     output = benchmark("exchange", options)
-    if ranks.rank > 0:
+    if two.rank > 0:
         return
     rows = re.findall(r"^  \S.*\S +eager +[\d.]+ +[\d.]+ x$", output, re.MULTILINE)
     assert len(rows) == 2 * 4 * 4 + 2 * 4 + 1
@@ -61,11 +59,11 @@ def test_exchanges_and_ops_are_timed(benchmark, ranks):
     assert "softmax, 16 tokens a rank" in output
 
 
-@on_two_ranks
-def test_calibration_is_what_the_simulator_reads(benchmark, ranks, shared_tmp_path):
+@in_this_launch
+def test_calibration_is_what_the_simulator_reads(benchmark, two, shared_tmp_path):
     file = shared_tmp_path / "links.json"
     benchmark("exchange", f"--heads 2 --runs 1 --calibrate inside --sizes 1024 65536 --costs {file}")
-    if ranks.rank > 0:
+    if two.rank > 0:
         return
     costs = Costs.read(file)
     assert costs.inside != Costs().inside and costs.across == Costs().across
@@ -77,10 +75,10 @@ def test_calibration_is_what_the_simulator_reads(benchmark, ranks, shared_tmp_pa
 SOFTMAX = "--heads 4 --kv-heads 4 --head-dim 8 --runs 1 --tokens 16 --packed 64 --accuracy-tokens 64 --ranks 4"
 
 
-@on_two_ranks
-def test_softmax_is_timed_over_ranks(benchmark, ranks):
+@in_this_launch
+def test_softmax_is_timed_over_ranks(benchmark, two):
     output = benchmark("softmax", SOFTMAX)
-    assert ranks.rank > 0 or ("2 ranks, 16 tokens each" in output and "2 ranks, 32 tokens each, 8 documents" in output)
+    assert two.rank > 0 or ("2 ranks, 16 tokens each" in output and "2 ranks, 32 tokens each, 8 documents" in output)
 
 
 def test_softmax_is_emulated(benchmark):
@@ -97,18 +95,18 @@ def rows(table: str) -> list[dict[str, str]]:
     return [dict(zip(names, row, strict=True)) for row in found]
 
 
-@on_two_ranks
-def test_scaling_becomes_a_table_and_a_figure(benchmark, ranks, shared_tmp_path):
+@in_this_launch
+def test_scaling_becomes_a_table_and_a_figure(benchmark, two, shared_tmp_path):
     options = (
         f"--output {shared_tmp_path} --heads 2 --head-dim 8 --runs 1 --tokens 64 --sequence 128 "
         "--ops scalar softmax --models LLLN --exchanges scan"
     )
-    if ranks.rank == 0:
+    if two.rank == 0:
         done = run("benchmarks/scaling.py", *options.split(), **ALONE)
         assert ended_well(done), done.stderr
-    ranks.barrier("one rank was measured")
+    two.barrier("one rank was measured")
     benchmark("scaling", options)
-    if ranks.rank > 0:
+    if two.rank > 0:
         return
     benchmark("scaling_report", f"--output {shared_tmp_path}")
     table = rows((shared_tmp_path / "scaling.md").read_text())
@@ -182,11 +180,11 @@ def test_a_point_without_room_on_one_rank_ends_the_run_which_goes_on_behind_it(t
     ]
 
 
-@on_two_ranks
-def test_training_steps_of_all_models_are_timed(benchmark, ranks):
+@in_this_launch
+def test_training_steps_of_all_models_are_timed(benchmark, two):
     options = "--llama-tokens 64 --hybrid-tokens 128 --moe-tokens 128 --runs 1"
     output = benchmark("training", options)
-    if ranks.rank > 0:
+    if two.rank > 0:
         return
     table = rows(output)
     assert [row["model"].split(",")[0] for row in table] == 2 * ["pure"] + ["pure", "hybrid", "dense"] + 2 * ["mixture"]

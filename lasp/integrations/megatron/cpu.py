@@ -4,6 +4,7 @@ Process groups must be gloo's, `TransformerConfig.use_cpu_initialization` must b
 """
 
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ class _Nothing:
         return lambda *args, **kwargs: self
 
 
+@cache
 def run_on_cpu() -> None:
     """Makes this process's Megatron-Core use the CPU from now on. There is no way back; call it before building models.
 
