@@ -7,9 +7,11 @@
 
 import hashlib
 import os
+import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Self
 
 import numpy as np
@@ -17,6 +19,8 @@ import numpy as np
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
+LENGTH, BORDER = struct.Struct("<i"), struct.Struct("<q")
+COPIED = 1 << 20  # bytes at a time
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 SAMPLES, SAMPLE_TOKENS = 256, 4096  # what a fingerprint reads of the tokens
 FLOAT_CODES = {6: "float64", 7: "float32"}  # in Megatron's table, but no tokens
@@ -36,6 +40,7 @@ class TokenFileWriter:
 
     The files appear under their names when the `with` block ends; if it ends by an exception, what was there before
     stays as it was. Documents longer than `max_sequence` (the format's lengths are int32) become several sequences.
+    The index waits on disk, too, so that memory does not grow with the number of documents.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, max_sequence: int = 2**31 - 1) -> None:
@@ -47,21 +52,24 @@ class TokenFileWriter:
         self._max_sequence = max_sequence
         self._targets = _paths(prefix)
         self._temporary = tuple(path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in self._targets)
-        self._lengths: list[int] = []
-        self._borders = [0]
-        self.num_tokens = 0
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._borders) - 1
+        self.num_documents = self.num_tokens = 0
+        self._num_sequences = self._unended = 0
 
     def __enter__(self) -> Self:
-        self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+        folder = self._targets[0].parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lengths, self._borders = TemporaryFile(dir=folder), TemporaryFile(dir=folder)
+        self._borders.write(BORDER.pack(0))
         self._bin = self._temporary[0].open("wb")
         return self
 
     def add_document(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Appends a document, [tokens] with at least one. ValueError if the tokens do not fit the file's type."""
+        self.add_tokens(tokens)
+        self.end_document()
+
+    def add_tokens(self, tokens: np.ndarray | Sequence[int]) -> None:
+        """Appends tokens, at least one, to the document that the next `end_document` ends."""
         array = np.asarray(tokens)
         limits = np.iinfo(self.dtype)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
@@ -72,26 +80,46 @@ class TokenFileWriter:
         if low < 0 or high > limits.max:
             raise ValueError(f"tokens: got values from {low} to {high}, expected 0 to {limits.max} ({self.dtype})")
         self._bin.write(array.astype(self.dtype).tobytes())
-        whole, rest = divmod(array.size, self._max_sequence)
-        self._lengths += [self._max_sequence] * whole + [rest] * (rest > 0)
-        self._borders.append(len(self._lengths))
-        self.num_tokens += array.size
+        self._unended += array.size
+
+    def end_document(self) -> None:
+        """Ends the document. ValueError if it has no token."""
+        if self._unended == 0:
+            raise ValueError("tokens: got none, expected at least one in a document")
+        self.num_tokens += self._unended
+        while self._unended:
+            length = min(self._unended, self._max_sequence)
+            self._lengths.write(LENGTH.pack(length))
+            self._num_sequences += 1
+            self._unended -= length
+        self._borders.write(BORDER.pack(self._num_sequences))
+        self.num_documents += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._bin.close()
-            if kind is None:
-                self._commit()
+            with self._bin, self._lengths, self._borders:
+                if kind is None:
+                    self._commit()
         finally:
             for path in self._temporary:
                 path.unlink(missing_ok=True)
 
     def _commit(self) -> None:
-        lengths = np.array(self._lengths, dtype="<i4")
-        pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * self.dtype.itemsize
-        header = HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(self._borders))
-        parts = (lengths, pointers.astype("<i8"), np.array(self._borders, dtype="<i8"))
-        self._temporary[1].write_bytes(header + b"".join(part.tobytes() for part in parts))
+        with self._temporary[1].open("wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, self._code, self._num_sequences, self.num_documents + 1))
+            self._lengths.seek(0)
+            shutil.copyfileobj(self._lengths, index)
+            self._lengths.seek(0)
+            offset = 0
+            while block := self._lengths.read(COPIED):
+                ends = offset + np.cumsum(np.frombuffer(block, dtype="<i4"), dtype="<i8") * self.dtype.itemsize
+                index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            self._borders.seek(0)
+            shutil.copyfileobj(self._borders, index)
+            for file in (self._bin, index):
+                file.flush()
+                os.fsync(file.fileno())
         # An index is only ever beside its own tokens: the old one goes first, the new one comes last.
         self._targets[1].unlink(missing_ok=True)
         for temporary, target in zip(self._temporary, self._targets, strict=True):

@@ -50,7 +50,11 @@ def test_every_text_is_one_document(tmp_path, folder):
     assert result.valid is not None
     assert (result.train.documents, result.valid.documents) == (16, 4)
     assert result.train.tokens == TokenFile(tmp_path / "out_train").num_tokens
-    assert (result.vocab_size, result.skipped) == (257, ())
+    assert result.vocab_size == 257
+    # Of the hidden folder nothing is looked at, so it counts as one.
+    counts = {reason: count for reason, (count, _) in result.skipped.items()}
+    assert counts == {"files with the suffix .c": 1, "hidden files and folders": 2}
+    assert f"skipped 1 files with the suffix .c, the first {folder / 'a/code.c'}" in str(result)
     assert f"out_valid: 4 documents, {result.valid.tokens} tokens" in str(result)
 
 
@@ -58,8 +62,10 @@ def test_files_that_are_no_text_are_skipped_and_counted(tmp_path, folder):
     write(folder, NO_TEXT)
     result = prepare([folder], tmp_path / "out", valid_fraction=0)
     assert sorted(texts(tmp_path / "out_train", load_tokenizer())) == sorted(TEXTS.values())
-    assert {path.relative_to(folder).as_posix() for path in result.skipped} == set(NO_TEXT)
-    assert "skipped 3 files" in str(result)
+    assert result.skipped["files that are not UTF-8"] == (1, str(folder / "a/latin.txt"))
+    assert result.skipped["files that are no text"] == (1, str(folder / "b/binary.txt"))
+    assert result.skipped["empty files"] == (1, str(folder / "b/empty.txt"))
+    assert f"skipped 1 empty files, the first {folder}/b/empty.txt" in str(result)
 
 
 def test_the_same_again(tmp_path, folder):
@@ -142,14 +148,14 @@ def test_one_document_cannot_be_split(tmp_path, folder):
 
 
 def test_a_file_that_cannot_be_read_stops_it(tmp_path, folder, monkeypatch):
-    read = Path.read_bytes
+    read = Path.open
 
-    def fail(path):
+    def fail(path, *mode):
         if path.name == "5.txt":
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return read(path, *mode)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(PermissionError, match=r"5\.txt"):
         prepare([folder], tmp_path / "out")
     monkeypatch.undo()
