@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lasp.config import DeepSpeedConfig, ParallelConfig
 from lasp.models import Decoder
+from lasp.parallel import comm
 from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 from lasp.training.train import train
@@ -19,7 +21,7 @@ from tests.parallel import test_training
 from tests.parallel.test_training import alone
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when imported
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 
 native_config = test_training.config
@@ -86,6 +88,7 @@ def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config
         run = variant(config, f"sp{sequence}", deepspeed=DeepSpeedConfig(**zero), parallel=parallel, **changes)
         assert train(run) == pytest.approx(valid_loss, rel=1e-5)
         ranks.barrier(f"{run.run_dir} is finished")
+        assert comm.timeout(deepspeed.utils.groups._WORLD_GROUP) == comm.timeout(dist.group.WORLD)
         rows = [row for row in read_metrics(run.run_dir) if "loss" in row]
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
