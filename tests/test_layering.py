@@ -96,6 +96,10 @@ def broken_rules(path: str, source: str) -> list[str]:
                 found.append(f"{path} uses {name}")
             elif name.removeprefix("torch.distributed.").startswith(COLLECTIVES):
                 found.append(f"{path} calls a collective: {name}")
+    if any(within(name, "torch.autograd.Function") for name in names) and path != "lasp/kernels/autocast.py":
+        found.append(
+            f"{path} has an autograd function that autocast reaches: derive from lasp.kernels.autocast.Function"
+        )
     if part == "models":
         identifiers = {getattr(node, "id", getattr(node, "arg", None)) for node in ast.walk(ast.parse(source))}
         found += [
@@ -127,6 +131,7 @@ def test_file_keeps_the_rules(path: str) -> None:
         ("lasp/training/other.py", "import torch.distributed as dist\ndist.init_process_group()"),
         ("lasp/data/x.py", "from os import environ\nenviron['A']"),
         ("lasp/data/x.py", "\n" * 401),
+        ("lasp/kernels/x.py", "import torch\nclass F(torch.autograd.Function): pass"),
     ],
 )
 def test_rules_notice(path: str, source: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
@@ -47,6 +48,16 @@ def agree_on_cpus(group: Group, check: Callable[[], object], *, call: str) -> No
         agree(group, device, check, call=call)
     else:
         check()
+
+
+def signature(**tensors: Tensor | None) -> dict[str, object]:
+    """Dtype and shape of each."""
+    return {name: None if x is None else (x.dtype, list(x.shape)) for name, x in tensors.items()}
+
+
+def gradients(*tensors: Tensor | None, of: str = "any input") -> dict[str, object]:
+    """Whether backward will come to an operation on these, and send messages of its own."""
+    return {f"gradient of {of}": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)}
 
 
 def _facts(value: object) -> dict[str, str]:

@@ -19,7 +19,7 @@ from lasp.kernels.recurrence import Alone, Boundary, Inputs
 from lasp.kernels.softmax import Mask, check_softmax
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
 from lasp.parallel import comm
-from lasp.parallel.agreement import agree, agree_on_cpus
+from lasp.parallel.agreement import agree, agree_on_cpus, gradients, signature
 from lasp.parallel.exchange import EXCHANGES, make_exchange
 from lasp.parallel.halo import HaloPlan, halo
 from lasp.parallel.layout import PADDING, Layout, Partition
@@ -147,7 +147,7 @@ class Sequence:
             checks.require(-local.ndim <= dim < local.ndim, "dim", dim, f"one of the {local.ndim} of local")
             expected = self.partition.local_tokens
             checks.require(local.shape[dim] == expected, "local", f"{local.shape[dim]} tokens", f"{expected}")
-            return _signature(local=local) | {"dim": dim % local.ndim}
+            return signature(local=local) | {"dim": dim % local.ndim}
 
         self._agree("unshard", check)
         return self._unshard(local, dim)
@@ -235,7 +235,7 @@ class Sequence:
             self.parallel.softmax.check(q, k, self.partition)
             self._check_tokens(q)
             options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
-            return _signature(q=q, k=k, v=v) | _gradients(q, k, v) | options
+            return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
 
         self._agree("softmax_attention", check)
         mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
@@ -250,7 +250,7 @@ class Sequence:
         def check() -> dict:
             check_conv(x, weight, bias)
             self._check_tokens(x)
-            return _signature(x=x, weight=weight, bias=bias) | _gradients(x)
+            return signature(x=x, weight=weight, bias=bias) | gradients(x)
 
         self._agree("causal_conv1d", check)
         local, width = self._local(x.shape[0]), weight.shape[1]
@@ -281,7 +281,7 @@ class Sequence:
 
         def check() -> dict:
             checks.tensor("x", x)
-            return _signature(x=x)
+            return signature(x=x)
 
         self._agree("sum", check)
         return comm.all_reduce(x.detach(), self.parallel.group).wait()
@@ -356,9 +356,9 @@ class Sequence:
     def _check_recurrence(self, q, k, v, decay, beta, scale, initial_state, output_final_state) -> dict:
         self._check_tokens(v)
         checks.state(initial_state, v.shape[0] * self.partition.documents, v, q.shape[-1])
-        gradients = _gradients(q, k, v, decay, beta, initial_state) | _gradients(initial_state, of="initial_state")
+        asked = gradients(q, k, v, decay, beta, initial_state) | gradients(initial_state, of="initial_state")
         options = {"scale": checks.scale(scale, q.shape[-1]), "output_final_state": bool(output_final_state)}
-        return _signature(q=q, v=v, decay=decay, initial_state=initial_state) | gradients | options
+        return signature(q=q, v=v, decay=decay, initial_state=initial_state) | asked | options
 
     def _check_tokens(self, x: Tensor) -> None:
         expected = self.partition.local_tokens
@@ -378,12 +378,3 @@ class _Unshard(autocast.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
         return ctx.sequence._shard(d, ctx.dim), None, None
-
-
-def _signature(**tensors: Tensor | None) -> dict:
-    return {name: None if x is None else (x.dtype, list(x.shape)) for name, x in tensors.items()}
-
-
-def _gradients(*tensors: Tensor | None, of: str = "any input") -> dict:
-    """Whether backward will come to an operation on these, and send messages of its own."""
-    return {f"gradient of {of}": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)}

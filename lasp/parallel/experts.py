@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lasp.kernels.autocast import Function
 from lasp.kernels.experts import RowOrder
 from lasp.parallel import comm
+from lasp.parallel.agreement import agree_on_cpus, gradients
 from lasp.parallel.comm import Group
 
 
@@ -21,7 +22,7 @@ class ExpertParallel:
 
     group: rank r holds the r-th part of the experts, as DTensors or as tensors of its own. Every rank must make every
         call, be it without rows: all of them exchange the counts, then the rows, and the rows again in backward. The
-        host reads the counts once per call.
+        host reads the counts once per call. Ranks that differ in more than their rows are refused, on CPU groups.
     """
 
     def __init__(self, group: Group, run: Callable[..., Tensor]):
@@ -29,6 +30,12 @@ class ExpertParallel:
 
     def __call__(self, x: Tensor, counts: Tensor, *matrices: Tensor) -> Tensor:
         """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] or [E / R, …] -> [N, D]."""
+
+        def check() -> dict:
+            facts = gradients(x, of="x") | gradients(*matrices, of="the matrices")
+            return {"x": (x.dtype, x.shape[1]), "experts": len(counts)} | facts
+
+        agree_on_cpus(self.group, check, call="experts")
         ranks = comm.size(self.group)
         here = len(counts) // ranks
         leaving = counts.view(ranks, here)

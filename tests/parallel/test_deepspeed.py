@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lasp.config import DeepSpeedConfig, ParallelConfig
 from lasp.models import Decoder
+from lasp.parallel import comm
 from lasp.training import checkpoint
 from lasp.training.deepspeed import DeepSpeedEngine
 from lasp.training.metrics import read_metrics
@@ -87,6 +89,7 @@ def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config
         run = variant(config, f"sp{sequence}", deepspeed=DeepSpeedConfig(**zero), parallel=parallel, **changes)
         assert train(run) == pytest.approx(valid_loss, rel=1e-5)
         ranks.barrier(f"{run.run_dir} is finished")
+        assert comm.timeout(deepspeed.utils.groups._WORLD_GROUP) == comm.timeout(dist.group.WORLD)
         rows = [row for row in read_metrics(run.run_dir) if "loss" in row]
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lasp.config import DataConfig, OptimizerConfig, TrainConfig
-from lasp.kernels.experts import swiglu_experts
+from lasp.kernels.experts import grouped_matmul, swiglu_experts
 from lasp.models import Decoder, tiny
 from lasp.models.moe import Router
 from lasp.parallel import SequenceParallel
@@ -187,6 +187,17 @@ def test_rows_travel_to_their_experts_and_back(gen, group):
     for index, grad in enumerate(grads):
         wanted = sum(all_grads[1 + index] for _, all_grads in alone)
         assert (grad.to_local() - wanted.chunk(size)[rank]).norm() <= 1e-12 * wanted.norm()
+
+
+@pytest.mark.no_exchange
+def test_ranks_that_differ_in_more_than_their_rows_are_told(group):
+    size, other = group.size(), group.rank() == group.size() - 1
+    x, counts, matrix = torch.zeros(size, 3), torch.ones(size, dtype=torch.int64), torch.zeros(1, 3, 3)
+    spread = ExpertParallel(group, grouped_matmul)
+    for name, given in {"x": x[:, : 2 if other else 3], "gradient of x": x.clone().requires_grad_(other)}.items():
+        if size > 1:
+            with pytest.raises(ValueError, match=f"different ranks, expected the same in experts: {name}: rank 0"):
+                spread(given, counts, matrix)
 
 
 @pytest.mark.no_exchange
