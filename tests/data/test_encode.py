@@ -104,6 +104,15 @@ def test_the_ids_of_the_whole(tokenizer, run_seed, monkeypatch):
             np.testing.assert_array_equal(got, tokenizer.encode(whole))
 
 
+@pytest.mark.parametrize("repeated", ["ab", "aba", "a", "=", " "])
+def test_a_long_run_of_the_same(tokenizer, repeated):
+    """Where tokens begin in it may depend on where it ends, and parts of it can agree on what is not so."""
+    for length in range(9000, 9007):
+        whole = "def " + repeated * (length // len(repeated)) + " return"
+        (got,) = encoded(tokenizer, [whole], 2049)
+        np.testing.assert_array_equal(got, tokenizer.encode(whole))
+
+
 def test_parts_that_do_not_agree_are_encoded_together(tokenizer, monkeypatch):
     whole = text(random.Random(0), 200)
     monkeypatch.setattr(encode.Encoded, "agrees", disagree_at_first(encode.Encoded.agrees))

@@ -2,6 +2,7 @@
 
 import hashlib
 import sysconfig
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,66 @@ def test_the_real_standard_library(tmp_path):
     result = prepare(["stdlib"], tmp_path / "out")
     assert result.valid is not None
     assert 5e6 < result.train.tokens + result.valid.tokens < 2e7
+
+
+def test_records_are_held_out_by_their_lines(tmp_path):
+    lines = [f'{{"text": "{number}"}}\n' for number in range(40)]
+    path = write(tmp_path, {"x.jsonl": "".join(lines).encode()}) / "x.jsonl"
+    prepare([path], tmp_path / "out", valid_fraction=0.1)
+    assert len(texts(tmp_path / "out_valid", load_tokenizer())) == 4
+    assert len(texts(tmp_path / "out_train", load_tokenizer())) == 36
+    # Of two files of the same name both have the line; the tie is broken, so that no split is empty.
+    write(tmp_path, {"a/x.txt": b"a", "b/x.txt": b"b"})
+    result = prepare([tmp_path / "a/x.txt", tmp_path / "b/x.txt"], tmp_path / "out", valid_fraction=0.5)
+    assert (result.train.documents, result.valid.documents) == (1, 1)
+
+
+def test_of_many_documents_about_that_part_is_held_out(tmp_path, monkeypatch):
+    path = write(tmp_path, {"x.jsonl": b'{"text": "a"}\n' * 3000}) / "x.jsonl"
+    exact = prepare([path], tmp_path / "exact", valid_fraction=0.1)
+    monkeypatch.setattr("lasp.data.prepare.COUNTED", 2999)
+    by_hash = prepare([path], tmp_path / "by_hash", valid_fraction=0.1)
+    assert exact.valid.documents == 300
+    assert 240 < by_hash.valid.documents < 360
+    assert by_hash.train.documents + by_hash.valid.documents == 3000
+    numbers = [int.from_bytes(hashlib.blake2b(f"x.jsonl:{i}".encode(), digest_size=8).digest()) for i in range(1, 3001)]
+    assert by_hash.valid.documents == sum(number <= 0.1 * 2**64 for number in numbers)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("lasp.data.encode.BATCH", 1 << 16)
+
+    def peak(megabytes):
+        with (tmp_path / "x.txt").open("w") as text, (tmp_path / "x.jsonl").open("w") as records:
+            for number in range(megabytes * 1000):
+                text.write(f"{number:9d} " * 50)
+                records.write(f'{{"text": "{number:9d} {"text " * 90}"}}\n')
+        tracemalloc.start()
+        prepare([tmp_path / "x.txt", tmp_path / "x.jsonl"], tmp_path / "out", valid_fraction=0)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    small, large = peak(1), peak(4)
+    assert large < 1.2 * small
+
+
+def test_an_interrupted_call_leaves_nothing_half(tmp_path, folder, monkeypatch):
+    prepare([folder], tmp_path / "out")
+    before = written(tmp_path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lasp.data.prepare.TokenFileWriter.end_document", interrupt)
+        prepare([folder / "a"], tmp_path / "out")
+    assert written(tmp_path) == before
+    # Files of two calls might share documents: where one has replaced only some, none is complete.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lasp.data.prepare.TokenFileWriter._commit", interrupt)
+        prepare([folder / "a"], tmp_path / "out")
+    assert set(written(tmp_path)) == {"out_train.bin", "out_valid.bin"}
 
 
 @pytest.mark.parametrize(
