@@ -12,11 +12,13 @@ import torch.distributed as dist
 def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> str:
     """What this rank prints; modules beside the script are found, and its process group is the one that is open."""
     dtype = torch.get_default_dtype()
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [str(path), *arguments])
-        patch.syspath_prepend(path.parent)
-        patch.setattr(dist, "init_process_group", lambda *args, **options: None)
-        patch.setattr(dist, "destroy_process_group", lambda: None)
-        runpy.run_path(str(path), run_name="__main__")
-    torch.set_default_dtype(dtype)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(path), *arguments])
+            patch.syspath_prepend(path.parent)
+            patch.setattr(dist, "init_process_group", lambda *args, **options: None)
+            patch.setattr(dist, "destroy_process_group", lambda: None)
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        torch.set_default_dtype(dtype)
     return capsys.readouterr().out

@@ -18,6 +18,7 @@ from lasp.parallel.experts import ExpertParallel
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.optimizer import build_optimizer, clip_gradients
+from tests.parallel.test_training import splits
 
 pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 TOLERANCE = 1e-9
@@ -103,11 +104,6 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def spreads(size: int) -> list[int]:
-    """Experts over some of the ranks, where there are enough of them; else on each rank whole, and over all."""
-    return divisors(size)[1:-1] or divisors(size)
-
-
 @pytest.mark.ranks(3, 4)
 @pytest.mark.parametrize("fsdp", [False, True], ids=["", "fsdp"])
 @pytest.mark.parametrize(
@@ -115,13 +111,13 @@ def spreads(size: int) -> list[int]:
     [(LOSSES, "zigzag", True, DOCUMENTS), (BIASES, "contiguous", False, None)],
     ids=["losses", "biases"],
 )
-def test_training_equals_one_rank(gen, ranks, balancing, layout, recompute, documents, fsdp):
+def test_training_equals_one_rank(gen, ranks, pytestconfig, balancing, layout, recompute, documents, fsdp):
     batches = list(draw_batches(gen))
     alone = build(config(**balancing))
     margins = watch_margins(alone)
     wanted, wanted_state = train(alone, SequenceParallel(None), batches, documents, None)
     assert min(margins) > 1e-10, "two scores are as good as equal: take another --seed"
-    for expert_parallel in spreads(ranks.size):
+    for expert_parallel in splits(ranks.size, pytestconfig.getoption("full")):
         mesh = init_device_mesh("cpu", (1, ranks.size), mesh_dim_names=("dp", "sp"))
         model = build(config(**balancing))
         model.checkpoint_layers = recompute

@@ -50,9 +50,9 @@ def config(ranks, shared_tmp_path, gen):
 
 
 def splits(size, full):
-    """Numbers of sequence-parallel ranks: with data-parallel ones beside them where there are enough, else one or all.
+    """Sizes of the groups that ranks form: several groups of several ranks where that can be, else one or all.
 
-    full: every number that divides the world."""
+    full: every size that divides the world."""
     every = [n for n in range(1, size + 1) if size % n == 0]
     return every if full else every[1:-1] or every
 
