@@ -41,7 +41,7 @@ def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, t
     """The block in the pieces that one kernel call each serves, with the kernels."""
     plain = block.is_full or block.is_triangle
     alone = len(block.q) == 2
-    if mask.fused and q.shape[-1] == v.shape[-1]:
+    if mask.fused and q.shape[0] > 0 and q.shape[-1] == v.shape[-1]:
         if q.device.type == "cpu" and plain:
             return [(segment, FlashCPU) for segment in block.segments]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:

@@ -67,9 +67,10 @@ def decay(g: Tensor | None, v: Tensor, key_dim: int, causal: bool) -> None:
         shape("decay", g, tuple(v.shape[:3]), "[B, T, H]")
     else:
         shape("decay", g, (*v.shape[:3], key_dim), "[H], [B, T, H] or [B, T, H, K]")
-    if g.device.type == "cpu":
+    if g.device.type == "cpu" and g.numel() > 0:
         highest = g.detach().max().item()
-        require(highest <= 0, "decay", f"a maximum of {highest}", "natural logarithms, at most 0")
+        got = "NaN" if math.isnan(highest) else f"a maximum of {highest}"
+        require(highest <= 0, "decay", got, "natural logarithms, at most 0")
 
 
 def scale(value: float | None, key_dim: int) -> float:

@@ -112,7 +112,8 @@ def choose_op(x: Inputs, causal: bool, backend: Backend, wants_summary: bool) ->
 
 def _may_be_triton(x: Inputs, backend: Backend) -> bool:
     checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
-    return backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
+    wanted = backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
+    return wanted and x.v.shape[0] > 0  # there is nothing to launch for no sequences
 
 
 def run_op(

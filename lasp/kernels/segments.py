@@ -100,10 +100,10 @@ class Chunks:
         chunks = flat[self._token].where(self.mask.view(*self.mask.shape, *(1,) * (flat.ndim - 1)), 0)
         return chunks.transpose(1, 2)
 
-    def join(self, chunks: Tensor, batch: int) -> Tensor:
-        """The inverse of `split`: [M, H, C, ...] -> [B, T, H, ...]."""
+    def join(self, chunks: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `split`: [M, H, C, ...] -> [B, T, H, ...], B and T those of `like`."""
         flat = chunks.transpose(1, 2).flatten(0, 1)
-        return (flat if self.dense else flat[self._slot]).unflatten(0, (batch, -1))
+        return (flat if self.dense else flat[self._slot]).unflatten(0, like.shape[:2])
 
 
 @dataclass(frozen=True)

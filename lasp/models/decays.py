@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.models.layers import at_least_float32
+from lasp.models.layers import WideBuffers, at_least_float32
 
 
 def retention_decay(heads: int) -> Tensor:
@@ -24,7 +24,7 @@ def lightning_decay(heads: int, depth: float) -> Tensor:
     return -torch.exp2(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads) * (1 - depth)
 
 
-class ConstantDecay(nn.Module):
+class ConstantDecay(WideBuffers):
     """[H], the same at every token; a buffer, without gradient."""
 
     log_decay: Tensor
@@ -32,13 +32,13 @@ class ConstantDecay(nn.Module):
     def __init__(self, heads: int, values: Callable[[int], Tensor]):
         super().__init__()
         self.values = values
-        self.register_buffer("log_decay", torch.empty(heads), persistent=False)
+        self.register_buffer("log_decay", at_least_float32(torch.empty(heads)), persistent=False)
 
     def init_parameters(self, generator: torch.Generator | None) -> None:
         self.log_decay.copy_(self.values(self.log_decay.numel()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return at_least_float32(self.log_decay)
+        return self.log_decay
 
 
 def low_rank(hidden: int, rank: int, out: int, bias: bool) -> nn.Module:

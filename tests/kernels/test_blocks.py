@@ -124,6 +124,8 @@ def test_what_does_not_fit_together_stays_apart():
 
 def test_which_kernel_serves_on_a_gpu(monkeypatch):
     monkeypatch.setattr(attention, "_prefers_cudnn", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_flash_serves", attention._flash_serves.__wrapped__)
     one, two, window = (0, 4096), (0, 4096, 8192), Mask(1.0, window=100)
 
     def kernels(block: Block, mask: Mask | None = None, batch=1, head_dim=128, dtype=torch.bfloat16) -> list:
@@ -136,6 +138,16 @@ def test_which_kernel_serves_on_a_gpu(monkeypatch):
     assert kernels(Block(one, one, left=99, right=0), window) == [Flash]
     assert kernels(Block(two, two, left=99, right=0), window, batch=2) == [Flash, Flash]
     assert kernels(Block(one, one), dtype=torch.float32) == kernels(Block(one, one), head_dim=288) == [Dense]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert kernels(Block(one, one)) == [Flash]
+
+
+@pytest.mark.parametrize(("capability", "lacks"), [((7, 5), (64, 256)), ((8, 0), (264,)), ((8, 9), (200, 264))])
+def test_heads_that_flash_attention_lacks(monkeypatch, capability, lacks):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    sizes = (64, 200, 256, 264)
+    served = tuple(size for size in sizes if attention._flash_serves.__wrapped__(size, torch.device("cuda")))
+    assert served == tuple(size for size in sizes if size not in lacks and capability >= (8, 0))
 
 
 @pytest.mark.parametrize(

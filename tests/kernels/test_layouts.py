@@ -1,4 +1,5 @@
-"""Tensors that do not lie in one piece give what their contiguous copies give: inputs and gradients that come in."""
+"""Tensors that do not lie in one piece give what their contiguous copies give: inputs and gradients that come in. And
+tensors of nothing."""
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def test_layouts_change_nothing(gen, name, layout):
         wanted = outcome(op, names, tensors, *(lambda x, f=f: f(x).contiguous() for f in (inputs, grads)))
         got = outcome(op, names, tensors, inputs, grads)
         assert max(error(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPS if "packed" not in name and not name.endswith(("experts", "order"))]
+)
+def test_no_sequences_at_all(name):
+    """Empty outputs, and gradients of zero for what all sequences share."""
+    op, names = OPS[name]
+    tensors = {n: torch.ones(SHAPES[n] if n in "wi" else (0, *SHAPES[n][1:]), device=DEVICE) for n in names}
+    found = outcome(op, names, tensors, torch.clone, torch.clone)
+    assert all(x.numel() == 0 for x in found[: -len(names)])
+    assert all(x.shape == tensors[n].shape and not x.any() for n, x in zip(names, found[-len(names) :], strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

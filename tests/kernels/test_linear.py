@@ -129,6 +129,7 @@ def refusals():
     yield "decay.*\\[H\\]", lambda: linear_attention(q, q, v, v.new_zeros(3))
     yield "decay", lambda: linear_attention(q, q, v, rows(4, 7))
     yield "at most 0", lambda: linear_attention(q, q, v, rows(4) + 0.1)
+    yield "decay: got NaN, expected natural log", lambda: linear_attention(q, q, v, rows(4) * torch.nan)
     yield "None with causal=False", lambda: linear_attention(q, q, v, rows(4), causal=False)
     yield "initial_state", lambda: linear_attention(q, q, v, initial_state=torch.zeros(1, 4, 6, 8, dtype=F64))
     yield "initial_state.*float32", lambda: linear_attention(q, q, v, initial_state=torch.zeros(1, 4, 8, 6))

@@ -124,6 +124,16 @@ def test_gates_that_are_shut(group: dist.ProcessGroup, gen: torch.Generator, exc
     assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
 
 
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_no_sequences_at_all(group: dist.ProcessGroup, gen: torch.Generator, exchange: str):
+    parallel = made(group, "zigzag", exchange)
+    for kind in KINDS:
+        got = run(parallel, draw(gen, kind, 37, batch=0))
+        assert all(x.shape[0] == 0 for x in got.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_one_rank_equals_the_definition(run_seed: int, layout: str, kind: str):

@@ -43,7 +43,7 @@ class ChunkedOp:
         start = incoming.wait()
         start = _zero(x) if start is None else start
         entering, outgoing = _scan(chunks, a, s, start)
-        return chunks.join(r @ entering + y, x.v.shape[0]).to(x.v.dtype), Pending(lambda: outgoing), (start,)
+        return chunks.join(r @ entering + y, x.v).to(x.v.dtype), Pending(lambda: outgoing), (start,)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
@@ -72,7 +72,7 @@ class ChunkedOp:
         names = ("q", "k", "v", "decay", "beta")
         wanted = {name: leaf for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
         found = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
-        whole = {name: chunks.join(d, x.v.shape[0]).to(getattr(x, name).dtype) for name, d in found.items()}
+        whole = {name: chunks.join(d, x.v).to(getattr(x, name).dtype) for name, d in found.items()}
         return Gradients(**({"decay": None, "beta": None} | whole), incoming=Pending(lambda: d_incoming))
 
 
@@ -89,7 +89,7 @@ class NonCausalOp:
         chunks, q, s = partial
         others = incoming.wait()
         state = s if others is None else s + others
-        return chunks.join(q @ state[chunks.owner], x.v.shape[0]).to(x.v.dtype), Pending(lambda: state), (state,)
+        return chunks.join(q @ state[chunks.owner], x.v).to(x.v.dtype), Pending(lambda: state), (state,)
 
     def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
@@ -108,7 +108,7 @@ class NonCausalOp:
         groups = (x.q.shape[2], x.v.shape[2] // x.q.shape[2])
         dq = (do @ state.mT * x.scale).unflatten(1, groups).sum(2)
         dk = (v @ d_state.mT).unflatten(1, groups).sum(2)
-        dq, dk, dv = (chunks.join(t, x.v.shape[0]).to(x.v.dtype) for t in (dq, dk, k @ d_state))
+        dq, dk, dv = (chunks.join(t, x.v).to(x.v.dtype) for t in (dq, dk, k @ d_state))
         return Gradients(dq, dk, dv, None, None, Pending(lambda: d))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lasp.config import ModelConfig
 from lasp.kernels.experts import tally
-from lasp.models.layers import at_least_float32
+from lasp.models.layers import WideBuffers, at_least_float32
 
 
 class Routing(NamedTuple):
@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     squared_z: Tensor
 
 
-class Router(nn.Module):
+class Router(WideBuffers):
     """Scores s = softmax(W x) or sigmoid(W x), of which the k highest are chosen; computed in float32 at least.
 
     With `expert_bias_rate` the choice, and nothing else, is by s + b, where b is moved after each step
@@ -38,7 +38,7 @@ class Router(nn.Module):
         self.rate = config.expert_bias_rate
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.bias: Tensor | None
-        self.register_buffer("bias", torch.zeros(config.num_experts) if self.rate else None)
+        self.register_buffer("bias", at_least_float32(torch.zeros(config.num_experts)) if self.rate else None)
 
     def init_parameters(self, generator: torch.Generator | None) -> None:
         if self.bias is not None:

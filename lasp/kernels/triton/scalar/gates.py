@@ -121,10 +121,11 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]
     block = min(4, next_power_of_2(heads))
+    chunk = 4096 // next_power_of_2(len(q_dq) + len(v_dv) + 1)  # 64 KiB for each that is fetched ahead
     launch(
         _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, decay, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
-        BH=block, C=1024, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), STAGES=3, num_warps=8,
+        BH=block, C=chunk, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), STAGES=3, num_warps=8,
         pdl=True,
     )  # fmt: skip
     return dg
