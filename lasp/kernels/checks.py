@@ -16,7 +16,7 @@ def require(condition: bool, name: str, got: object, expected: str) -> None:
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> None:
-    require(value in choices, name, repr(value), f"one of {', '.join(choices)}")
+    require(isinstance(value, str) and value in choices, name, repr(value), f"one of {', '.join(choices)}")
 
 
 def number(name: str, x: object, kind: type, expected: str) -> None:

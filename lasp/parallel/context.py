@@ -62,6 +62,7 @@ class SequenceParallel:
         self._messages = comm.message_device(group)
 
         def check() -> dict:
+            self.device = self._messages if device is None else torch.device(device)
             checks.choice("state_exchange", state_exchange, EXCHANGES)
             checks.choice("softmax", softmax, STRATEGIES)
             return {"layout": Layout(layout, self.size), "state_exchange": state_exchange, "softmax": softmax}
@@ -70,7 +71,6 @@ class SequenceParallel:
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
         self.softmax = SoftmaxStrategy(softmax, group)
-        self.device = self._messages if device is None else torch.device(device)
         self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
 
     def sequence(self, tokens: int, cu_seqlens: Tensor | None = None, *, aligned: bool = False) -> "Sequence":
@@ -134,7 +134,8 @@ class Sequence:
         return torch.cat([torch.full((len(f),), f.document != PADDING, device=device) for f in self.partition.local])
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of x, which has `tokens` elements along `dim`, padded with zeros; differentiable."""
+        """This rank's part of x, which has `tokens` elements along `dim`, padded with zeros; differentiable. Sends
+        nothing, so that what one rank gets wrong is a ValueError on that rank alone."""
         checks.require(x.shape[dim] == self.partition.tokens, "x", f"{x.shape[dim]} tokens", f"{self.partition.tokens}")
         return self._shard(x, dim)
 
