@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +13,19 @@ import torch
 from lasp.kernels import delta_rule
 from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Alone, Inputs
+from lasp.kernels.reference.chunk import CHUNK, read, write
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
+from lasp.kernels.summary import apply
 from tests.kernels.boundary import Asked
 from tests.kernels.test_triton_linear import run
 from tests.parallel.inputs import error
 
 config = pytest.importorskip("lasp.kernels.triton.device")
 pytest.importorskip("triton.experimental.gluon")
+hopper_launches = pytest.importorskip("tests.kernels.hopper_launches")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and config.GLUON
+ROOT = Path(__file__).parents[2]
 HEADS, SIZE, TILE = 4, config.HOPPER_HEAD, 192
 SHAPES = {  # batch, tokens, q/k heads, document offsets
     "one chunk": (1, 64, 4, None),
@@ -27,89 +33,76 @@ SHAPES = {  # batch, tokens, q/k heads, document offsets
     "grouped heads": (1, 500, 2, None),
     "documents, one of them empty": (1, 901, 4, (0, 5, 5, 70, 640, 901)),
 }
+GATE_FLOOR = torch.finfo(torch.bfloat16).eps  # kernels sum differences of larger, rounded numbers
 DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0, "shut gates": 0.05}
-LINEAR = [  # without gates or with scalar ones; what comes in is added or not
-    {"DECAY": 0, "SUMS": False, "TRANSPOSED": False, "passed": None},
-    {"DECAY": 2, "SUMS": True, "TRANSPOSED": True},
-]
-LINEAR += [constants | {"incoming": None, "passed": None} for constants in LINEAR]
-KERNELS = {  # by module: the constants that its kernel is compiled with
-    "tile_states": [{"DECAY": decay, "BACKWARD": backward} for decay in (0, 1, 2) for backward in (False, True)],
-    "forward_scan": LINEAR,
-    "reverse_scan": LINEAR,
-    "delta_forward_scan": [{"DECAY": 2, "MODE": mode, "FINAL": mode < 2} for mode in (0, 2, 3)],
-    "delta_reverse_scan": [{"DECAY": 2, "GRADIENTS": False, "FINAL": True}]
-    + [{"DECAY": decay, "GRADIENTS": True, "FINAL": decay == 0} for decay in (0, 2)],
-}
-COMPILE = """
-import importlib
-import json
-import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.language import target_info
-from lasp.kernels.triton.hopper.shared import SHARED
-
-def current_target():
-    return GPUTarget("cuda", 90, 32)
-
-current_target.__triton_builtin__ = True
-target_info.current_target = current_target  # there is none without a GPU
-
-def rows_of(rows, width):
-    return f"tensordesc<bf16[{rows}, {width}],{SHARED.value!r}>"
-
-ROWS, HALVES = rows_of(64, 128), rows_of(64, 64)
-KINDS = {name: ROWS for name in ("a", "b", "q", "k", "v", "do", "u", "dq_rows", "dk_rows", "dv_rows")}
-KINDS |= {name: "*bf16" for name in ("y", "dq", "dk", "dv", "d_beta")}
-KINDS |= {name: HALVES for name in ("c", "partner", "ut", "scores", "scores_rows", "y_rows")}
-KINDS |= {"scale": "fp32", "TOKENS": "i64"}
-KINDS |= {name: "i32" for name in ("H", "GA", "GB", "GC", "GP", "G", "FIRST_HEAD")}
-KINDS |= {name: "*i64" for name in ("start", "first_chunk")} | {"length": "*i32", "owner": "*i32"}
-module, every = sys.argv[1], json.loads(sys.argv[2])
-kernel = getattr(importlib.import_module(f"lasp.kernels.triton.hopper.{module}"), "_" + module.removeprefix("delta_"))
-names = kernel.arg_names
-if module.startswith("delta"):
-    KINDS["states"] = rows_of(128, 128)
-for constants in every:
-    if module == "delta_forward_scan":
-        mode = constants["MODE"]
-        KINDS |= {"scores": "*bf16", "y_rows": ROWS}
-        absent = ("final", "transitions") if mode >= 2 else ("initial", "y", "y_rows")
-        absent += () if mode == 3 else ("states",)
-        absent += () if mode == 2 else ("q", "scores", "scores_rows")
-    elif module == "delta_reverse_scan":
-        absent = () if constants["FINAL"] else ("d_initial",)
-        if not constants["GRADIENTS"]:
-            absent += ("d_final", "v", "u", "states", "dq", "dq_rows", "dk", "dk_rows", "dv", "dv_rows", "d_beta")
-        absent += () if constants["GRADIENTS"] and constants["DECAY"] else ("decay", "d_decay")
-    else:
-        absent = () if constants.get("SUMS") else ("partner", "products", "v_dv", "ends", "at_end")
-        absent += () if constants["DECAY"] else ("gates",)
-        absent += () if constants["DECAY"] and not constants.get("BACKWARD") else ("transitions",)
-    constants = constants | dict.fromkeys(absent) | {"STAGES": 2}
-    constants = {(names.index(name),): value for name, value in constants.items() if name in names}
-    signature = {n: "constexpr" if (i,) in constants else KINDS.get(n, "*fp32") for i, n in enumerate(names)}
-    source = GluonASTSource(kernel, signature, constants)
-    warps = 8 if module.startswith("delta") else 4
-    compiled = compile(source, target=current_target(), options={"num_warps": warps})
-    assert "wgmma" in compiled.asm["ptx"] and len(compiled.asm["cubin"])
-    assert "griddepcontrol.wait" in compiled.asm["ptx"]  # see lasp.kernels.triton.pdl
-    assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
-"""
 
 
-@pytest.mark.parametrize("module", KERNELS)
-def test_compiles_without_a_gpu(module):
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_what_hopper_launches_is_for_it_and_compiles(kind):
+    """Without a GPU: see hopper_launches."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, module, json.dumps(KERNELS[module])],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.kernels.hopper_launches", kind]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert hopper_launches.strangers({kernel["name"] for kernel in kernels}) == set()
+    for kernel in kernels:
+        assert kernel["multiplies"] and kernel["waits"], kernel  # see lasp.kernels.triton.pdl
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of lasp's kernels that have been launched since."""
+    from triton.runtime.jit import JITFunction
+
+    from lasp.kernels.triton import launch
+
+    names: set[str] = set()
+    run_kernel = JITFunction.run
+
+    def noted(kernel, *args, **options):
+        if kernel.fn.__module__.startswith("lasp."):
+            names.add(hopper_launches.name_of(kernel))
+        return run_kernel(kernel, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", noted)
+    monkeypatch.setattr(launch, "_compiled", {})  # Triton is asked once more for each of them
+    return names
+
+
+def in_pytorch(q, k, v, decay, initial_state, beta=None, *, cu_seqlens=None):
+    """The chunk form with a gate for each token. For bf16 its products are in bf16; gradients are autograd's."""
+    batch, tokens, heads, _ = v.shape
+    offsets = range(0, batch * tokens + 1, tokens) if cu_seqlens is None else cu_seqlens.tolist()
+    q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    rows = [None if x is None else x.flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v, decay, beta)]
+    outputs, ends = [], []
+    with torch.autocast(v.device.type, torch.bfloat16, enabled=v.dtype == torch.bfloat16):
+        for state, (start, stop) in zip(initial_state[:, None], pairwise(offsets), strict=True):
+            for first in range(start, stop, CHUNK):
+                cut = slice(first, min(first + CHUNK, stop))
+                qc, kc, vc, gates, betas = (None if x is None else x[:, :, cut].to(initial_state.dtype) for x in rows)
+                b = gates.double().cumsum(2)
+                a, s, u, w = write(kc, vc, b, betas)
+                r, y = read(qc * SIZE**-0.5, kc, b, u, w)
+                outputs.append(r @ state + y)
+                state = apply(a, state) + s
+            ends.append(state)
+    o = torch.cat(outputs, 2)[0].transpose(0, 1).unflatten(0, (batch, tokens))
+    return o.to(v.dtype), torch.cat(ends).to(initial_state.dtype)
+
+
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_what_kernels_errors_are_compared_with_is_the_same_function(gen, kind):
+    def normal(*size):
+        return torch.randn(*size, generator=gen, dtype=torch.float64) / SIZE**0.5
+
+    q, k, v = (normal(1, 100, heads, SIZE) for heads in (1, 1, 2))
+    tensors = {"q": q, "k": k, "v": v, "decay": -torch.rand(1, 100, 2, generator=gen, dtype=torch.float64)}
+    tensors |= {"initial_state": normal(3, 2, SIZE, SIZE)} | ({"beta": normal(1, 100, 2)} if kind == "delta" else {})
+    do, d_final, cuts = normal(1, 100, 2, SIZE), normal(3, 2, SIZE, SIZE), torch.tensor([0, 5, 5, 100])
+    got, wanted = (run(form, tensors, do, d_final, cu_seqlens=cuts) for form in (in_pytorch, recurrent))
+    assert max(error(got[name], wanted[name]) for name in wanted) < 1e-10
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that these kernels run with")
@@ -117,16 +110,11 @@ def test_compiles_without_a_gpu(module):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("kind", ["linear", "delta"])
-def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
+def test_equals_the_definition(gen, monkeypatch, launched, kind, shape, decay, boundary):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
-    from lasp.kernels.triton.delta import forward_scan, op, portable, reverse_scan
-    from lasp.kernels.triton.scalar import portable as scalar_portable
+    from lasp.kernels.triton.delta import op
     from lasp.kernels.triton.shared import tiles
 
-    monkeypatch.setattr(scalar_portable, "chunk_scan", None)  # nobody else serves
-    monkeypatch.setattr(forward_scan, "_forward_scan", None)
-    monkeypatch.setattr(reverse_scan, "_reverse_scan", None)
-    monkeypatch.setattr(portable, "gradients", None)
     monkeypatch.setattr(tiles, "tile_length", lambda *_: TILE)
     monkeypatch.setattr(op, "delta_tile_length", lambda *_: TILE)
     new_empty = torch.Tensor.new_empty
@@ -163,6 +151,7 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
 
     got, again = (run(by_kernels, tensors, do, d_final) for _ in range(2))
     assert all(torch.equal(got[name], again[name]) for name in got), "the same inputs gave other bits"
+    assert hopper_launches.strangers(launched) == set()
     exact = {name: x if x is None else x.double() for name, x in tensors.items()}
     wanted = run(recurrent, exact, do.double(), d_final.double(), cu_seqlens=cu_seqlens)
     found = {name: error(got[name].detach().double(), wanted[name].detach()) for name in wanted}
@@ -170,7 +159,10 @@ def test_equals_the_definition(gen, monkeypatch, kind, shape, decay, boundary):
         assert bool((got["ddecay"][g <= -104] == 0).all())
     off, eps = found.pop("ddecay", 0.0), torch.finfo(torch.bfloat16).eps
     assert max(found.values()) < 2 * eps, found
-    if off and strength == 0.05:
+    if decay == "scalar":
+        own = run(in_pytorch, tensors, do, d_final, cu_seqlens=cu_seqlens)["ddecay"]
+        assert off < 2 * error(own.double(), wanted["ddecay"]) + GATE_FLOOR, off
+    elif decay == "shut gates":
         assert off < 5e-2
     elif off:  # what is left of sums of rounded numbers over a tile, which nearly cancel
         terms = (tensors["q"].double() * wanted["dq"]).sum(-1).norm()

@@ -8,7 +8,7 @@ room on a multiprocessor. Two rules make that safe, however long the chain of su
   backward begins with once the summaries are on their way, so that it need not wait until they have been sent.
 - It lets the next one begin only when it has waited itself, so that all but the kernel before is done when one begins.
 
-Only the exchange (csrc/device.cu) lets the next one begin before its end: programs that come early share the
+Only the exchange (csrc/device.h) lets the next one begin before its end: programs that come early share the
 multiprocessors that happen to be free, and kernels made for one program on each took up to 1.5 times as long.
 """
 

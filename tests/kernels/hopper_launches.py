@@ -1,0 +1,116 @@
+"""What ops launch on a Hopper GPU, and whether the kernels for Hopper among it compile, told without one:
+
+    python -m tests.kernels.hopper_launches linear|delta        a line of JSON for every kernel
+
+An op runs as in lasp.kernels.triton.dispatch, on tensors without memory, so that kernels, arguments and constants are
+those of a launch. As there, a kernel that needs more shared memory than there is has fewer stages.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+EVERYWHERE = {  # kernels that Hopper has no others for
+    "scalar.gates._cumulate",
+    "scalar.gates._gate_grads",
+    "shared.state_passing._pass_states",
+    "shared.matrix_passing._pass_by_matrix",
+    "shared.matrix_passing._add_incoming",
+    "delta.ut_transform._ut_transform",
+}
+SHARED_MEMORY = 227 * 1024
+HEADS, SIZE = 16, 128
+CASES = {  # tokens; whose decay is none, one a head or one a token; whether summaries are wanted
+    "linear": [(65536, "none", True), (65536, "constant", False), (65536, "scalar", True)],
+    "delta": [(65536, "scalar", True), (64, "none", False)],  # the second in one tile: nothing comes in or is asked for
+}
+
+
+def name_of(kernel: JITFunction) -> str:
+    return f"{kernel.fn.__module__}.{kernel.__name__}".removeprefix("lasp.kernels.triton.")
+
+
+def is_for_hopper(name: str) -> bool:
+    return name.startswith("hopper.")
+
+
+def strangers(names: set[str]) -> set[str]:
+    """Kernels in whose place those for Hopper should have been launched."""
+    assert names, "no kernel was launched"
+    return {name for name in names - EVERYWHERE if not is_for_hopper(name)}
+
+
+def pretend_there_is_a_gpu() -> None:
+    """Before lasp's kernels are imported."""
+    triton.__version__ = "3.6.0"  # whatever it is: with that one the kernels for Hopper serve
+    there = {"target": GPUTarget("cuda", 90, 32), "device": 0, "stream": 0}
+    driver.set_active(SimpleNamespace(**{f"get_current_{name}": lambda *_, x=x: x for name, x in there.items()}))
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=132)
+
+
+class Compiler:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: JITFunction):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compiled(*args: Any, **constants: Any) -> Any:
+            made = self.kernel.run(*args, grid=grid, warmup=True, **constants)
+            if made.metadata.shared > SHARED_MEMORY:
+                raise OutOfResources(made.metadata.shared, SHARED_MEMORY, "shared memory")
+            return made
+
+        return compiled
+
+
+def launches(kind: str) -> dict[str, list[Any]]:
+    """By the kernels' names: what they were compiled to, if they are for Hopper."""
+    from lasp.kernels.recurrence import Inputs
+    from lasp.kernels.segments import Segments
+    from lasp.kernels.triton import dispatch, launch
+
+    found: dict[str, list[Any]] = {}
+
+    def note(kernel: JITFunction, *args: Any, grid: tuple[int, ...], **constants: Any) -> None:
+        compiled = found.setdefault(name_of(kernel), [])
+        if is_for_hopper(name_of(kernel)):
+            compiled.append(launch.launch_first(Compiler(kernel), grid, args, constants)[0])
+
+    JITFunction.warmup = note
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for tokens, decay, wanted in CASES[kind]:
+        shape = {"none": None, "constant": (HEADS,), "scalar": (1, tokens, HEADS)}[decay]
+        gates = None if shape is None else empty(*shape, dtype=torch.float32)
+        q, k, v = (empty(1, tokens, HEADS, SIZE) for _ in range(3))
+        beta = empty(1, tokens, HEADS) if kind == "delta" else None
+        x = Inputs(q, k, v, gates, beta, SIZE**-0.5, Segments(1, tokens, None))
+        op = dispatch.OPS[kind == "delta", False]()
+        launch.run_dry(lambda op=op, x=x, wanted=wanted: dispatch.dry_run(op, x, wanted, backward=True))
+    return found
+
+
+if __name__ == "__main__":
+    pretend_there_is_a_gpu()
+    for name, compiled in launches(sys.argv[1]).items():
+        asm = [kernel.asm["ptx"] for kernel in {id(kernel): kernel for kernel in compiled}.values()]
+        facts = {
+            "name": name,
+            "compiled": len(asm),
+            "multiplies": all("wgmma" in ptx for ptx in asm),
+            "waits": all("griddepcontrol.wait" in ptx for ptx in asm),
+        }
+        print(json.dumps(facts))
