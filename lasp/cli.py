@@ -4,7 +4,9 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -147,9 +149,9 @@ def main(args: list[str] | None = None) -> None:
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
     commands = {f.__name__: _deferred(f) for f in (prepare, train, generate, report)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
-    tyro.extras.subcommand_cli_from_dict(
-        commands, prog="lasp", description=DESCRIPTION, args=args, console_outputs=runtime.is_spokesman()
-    )()
+    with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
+        run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
+    run()
 
 
 def console() -> None:

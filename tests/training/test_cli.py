@@ -121,6 +121,9 @@ def test_one_rank_speaks_and_torchrun_gets_the_traceback(tmp_path, monkeypatch, 
         with pytest.raises(SystemExit):
             cli.console()
         assert capsys.readouterr().err.count("run_dir: got 'nowhere'") == (rank == 0)
+        with pytest.raises(SystemExit):
+            cli.main(["train", "quickstart", "--steps", "0"])
+        assert capsys.readouterr().err.count("steps: got 0") == (rank == 0)
         recorded = json.loads((tmp_path / f"{rank}").read_text())["message"]
         assert "ValueError: run_dir: got 'nowhere'" in recorded["message"]
         assert "Traceback" in recorded["extraInfo"]["py_callstack"]
