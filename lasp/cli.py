@@ -77,8 +77,9 @@ def generate(
     """
     from lasp.training.generate import generate
 
-    print(prompt, end="")
-    for text in generate(run_dir, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed):
+    texts = generate(run_dir, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed)
+    print(prompt + next(texts, ""), end="", flush=True)  # an error comes before any text
+    for text in texts:
         print(text, end="", flush=True)
     print()
 

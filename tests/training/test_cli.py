@@ -155,8 +155,9 @@ def test_prepare_train_generate_report_from_a_shell(tmp_path):
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    error = shell(elsewhere, "generate", "run", status=1).stderr
-    assert error == "lasp: run_dir: got 'run', expected a directory with a checkpoint in it\n"
+    failed = shell(elsewhere, "generate", "run", status=1)
+    assert failed.stderr == "lasp: run_dir: got 'run', expected a directory with a checkpoint in it\n"
+    assert failed.stdout == ""
     assert shell(elsewhere, "generate", "../run", "--tokens", 5).stdout.startswith("The")
     reported = shell(elsewhere, "report", "../run").stdout
     assert "held-out loss after 3 steps" in reported
