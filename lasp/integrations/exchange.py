@@ -1,40 +1,46 @@
 """Weights between training runs and Hugging Face directories: what `lasp export` and `lasp import` do."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lasp.config import ModelConfig, options_of, require, require_empty
+from lasp.config import ModelConfig, options_of, require
 from lasp.data import load_tokenizer
 from lasp.integrations.huggingface import LaspConfig, to_huggingface
 from lasp.integrations.huggingface.tokenizer import export_tokenizer
 from lasp.integrations.llama import from_llama
+from lasp.integrations.output import new_directory
 from lasp.models import Decoder, count_parameters
 from lasp.training import checkpoint
+from lasp.training.paths import tokenizer_of
 
 
 def export_run(run_dir: str, output: str) -> str:
     """Writes the last checkpoint of a run to the directory `output`, with its tokenizer; returns a line about it.
 
-    The weights are those that were trained, in their dtype. Raises ValueError for a missing or damaged checkpoint.
+    The weights are those that were trained, in their dtype. Raises ValueError if `output` is neither new nor an empty
+    directory, and for a missing or damaged checkpoint.
     """
-    path = checkpoint.require_latest(run_dir)
-    config = checkpoint.read_config(path)
-    decoder = Decoder(ModelConfig(**config["model"]))
-    if config["dtype"] == "float64":
-        decoder.double()
-    checkpoint.load_model(path, decoder)
-    eod, tokenizer = load_tokenizer(config["data"]["tokenizer"]).eod, export_tokenizer(config["data"]["tokenizer"])
-    ends = list(dict.fromkeys((eod, tokenizer.eos_token_id)))  # of documents, as trained, and of a chat's turns
-    model = to_huggingface(
-        decoder,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends[0] if len(ends) == 1 else ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with new_directory(output) as folder:
+        path = checkpoint.require_latest(run_dir)
+        config = checkpoint.read_config(path)
+        decoder = Decoder(ModelConfig(**config["model"]))
+        if config["dtype"] == "float64":
+            decoder.double()
+        checkpoint.load_model(path, decoder)
+        name = tokenizer_of(run_dir, config)
+        eod, tokenizer = load_tokenizer(name).eod, export_tokenizer(name)
+        ends = list(dict.fromkeys((eod, tokenizer.eos_token_id)))  # of documents, as trained, and of a chat's turns
+        model = to_huggingface(
+            decoder,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=ends[0] if len(ends) == 1 else ends,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return f"{output}: {count_parameters(decoder.config):,} parameters of {path}"
 
 
@@ -42,16 +48,19 @@ def import_weights(source: str, output: str, *, pattern: str, mixer: str, seed: 
     """Writes the weights of a Hugging Face directory to `output`, for TrainConfig.initial_weights.
 
     A Llama's layers become those of pattern and mixer, what it has no weights for being drawn with the seed. Returns
-    the options of `lasp train` that describe the model. Raises ValueError if `output` is not empty, and for a model
-    that is neither lasp's nor a Llama, or a Llama that lasp cannot express.
+    the options of `lasp train` that describe the model. Raises ValueError if `output` is neither new nor an empty
+    directory, if `source` is not such a directory (nothing is downloaded), and for a model that is neither lasp's nor a
+    Llama, or a Llama that lasp cannot express.
     """
-    target = require_empty(output)
-    config = AutoConfig.from_pretrained(source)
-    require(config.model_type in ("lasp", "llama"), "model_type", config.model_type, "lasp or llama")
-    model: Any = AutoModelForCausalLM.from_pretrained(source)
-    torch.manual_seed(seed)
-    decoder = model.decoder if isinstance(config, LaspConfig) else from_llama(model, pattern=pattern, mixer=mixer)
-    # A run keeps at least float32 weights, whatever it computes in.
-    decoder.to(torch.promote_types(model.dtype, torch.float32))
-    checkpoint.save_weights(target, decoder)
+    expected = "a directory with a config.json (of a model on the hub: hf download NAME --local-dir DIRECTORY)"
+    require((Path(source) / "config.json").is_file(), "source", source, expected)
+    with new_directory(output) as folder:
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        require(config.model_type in ("lasp", "llama"), "model_type", config.model_type, "lasp or llama")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True)
+        torch.manual_seed(seed)
+        decoder = model.decoder if isinstance(config, LaspConfig) else from_llama(model, pattern=pattern, mixer=mixer)
+        # A run keeps at least float32 weights, whatever it computes in.
+        decoder.to(torch.promote_types(model.dtype, torch.float32))
+        checkpoint.save_weights(folder, decoder)
     return f"--initial-weights {output} {options_of(decoder.config)}"

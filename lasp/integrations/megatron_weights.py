@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.config import SOFTMAX, ModelConfig, options_of, require, require_empty
+from lasp.integrations.output import new_directory
 from lasp.models import Decoder, count_parameters
 from lasp.training import checkpoint, storage
 
@@ -202,24 +203,29 @@ def _pad_vocabulary(x: Tensor) -> Tensor:
 
 
 def export_run(run_dir: str, output: str) -> str:
-    """Writes the last checkpoint of a native run as a Megatron checkpoint; returns a line about it."""
-    path = checkpoint.require_latest(run_dir)
-    config = checkpoint.read_config(path)
-    require(config["dtype"] != "float64", "dtype", config["dtype"], "float32 or bfloat16")
-    decoder = Decoder(ModelConfig(**config["model"]))
-    checkpoint.load_model(path, decoder)
-    save(decoder, output)
+    """Writes the last checkpoint of a native run as a Megatron checkpoint; returns a line about it.
+
+    Raises ValueError if `output` is neither new nor an empty directory, and for a checkpoint that cannot be written so.
+    """
+    with new_directory(output) as folder:
+        path = checkpoint.require_latest(run_dir)
+        config = checkpoint.read_config(path)
+        require(config["dtype"] != "float64", "dtype", config["dtype"], "float32 or bfloat16")
+        decoder = Decoder(ModelConfig(**config["model"]))
+        checkpoint.load_model(path, decoder)
+        save(decoder, folder)
     return f"{output}: {count_parameters(decoder.config):,} parameters of {path}"
 
 
 def import_weights(source: str, output: str) -> str:
     """Writes the weights of a Megatron checkpoint to `output`, for TrainConfig.initial_weights.
 
-    Returns the options of `lasp train` that describe the model. Raises ValueError if `output` is not empty.
+    Returns the options of `lasp train` that describe the model. Raises ValueError if `output` is neither new nor an
+    empty directory.
     """
-    require_empty(output)
-    decoder = load(source)
-    checkpoint.save_weights(output, decoder)
+    with new_directory(output) as folder:
+        decoder = load(source)
+        checkpoint.save_weights(folder, decoder)
     return f"--initial-weights {output} {options_of(decoder.config)}"
 
 

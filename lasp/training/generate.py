@@ -10,6 +10,7 @@ from lasp.data import load_tokenizer
 from lasp.models import Decoder, Memory
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
+from lasp.training.paths import tokenizer_of
 
 PREFILL_TOKENS = 4096  # at a time, so that a long prompt's activations never exist whole
 
@@ -28,7 +29,7 @@ def generate(
     require(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
     path = checkpoint.require_latest(run_dir)
     config = checkpoint.read_config(path)
-    tokenizer = load_tokenizer(config["data"]["tokenizer"])
+    tokenizer = load_tokenizer(tokenizer_of(run_dir, config))
     prompt_ids = tokenizer.encode(prompt)
     require(len(prompt_ids) >= 1, "prompt", prompt, "at least one token")
 

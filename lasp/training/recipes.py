@@ -8,7 +8,7 @@ from lasp.models import linear_llama3_1b, linear_llama3_8b, linear_moe_a0_3b_2b,
 
 
 def quickstart() -> TrainConfig:
-    """A small hybrid Linear-Llama on bytes, 8192 tokens split over 2 ranks: minutes on 2 CPU cores."""
+    """A small hybrid Linear-Llama on bytes, 8192 tokens split over all ranks: minutes on 2 CPU cores."""
     return TrainConfig(
         model=ModelConfig(
             vocab_size=257, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=384, mixer="gated_delta_net"
@@ -18,7 +18,7 @@ def quickstart() -> TrainConfig:
         steps=240,
         context_length=8192,
         dtype="float32",
-        parallel=ParallelConfig(sequence_parallel=2, layout="zigzag", fsdp=False, timeout=120),
+        parallel=ParallelConfig(sequence_parallel=None, layout="zigzag", fsdp=False, timeout=120),
         optimizer=OptimizerConfig(lr=6e-3, warmup_steps=20, min_ratio=0.0),
         eval_every=40,
         checkpoint_every=120,
@@ -37,11 +37,10 @@ def linear_llama3_8b_128k() -> TrainConfig:
 
 
 def quickstart_moe() -> TrainConfig:
-    """The quickstart with 8 experts in every layer, 2 for a token, 4 experts on each rank."""
+    """The quickstart with 8 experts in every layer, 2 for a token; `--parallel.expert-parallel` ranks share them."""
     dense = quickstart()
     model = replace(dense.model, num_experts=8, experts_per_token=2, expert_intermediate_size=192)
-    parallel = replace(dense.parallel, expert_parallel=2)
-    return replace(dense, model=model, parallel=parallel, run_dir="runs/quickstart_moe")
+    return replace(dense, model=model, run_dir="runs/quickstart_moe")
 
 
 def linear_moe_a0_3b_2b_128k() -> TrainConfig:

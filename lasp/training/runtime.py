@@ -1,7 +1,7 @@
 """Process start-up: which rank this is, its device, the process group, the mesh. Only this reads the environment."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,11 +9,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from lasp.config import TrainConfig, require
 from lasp.parallel.groups import leave, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it
 
 
 @dataclass(kw_only=True)
@@ -74,3 +77,13 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     require(gpus >= local_size, "device", wanted, f"a GPU for each of this machine's {local_size} ranks; it has {gpus}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def recorded(command: Callable[[], None]) -> Callable[[], object]:
+    """The command; under torchrun, which shows the error that came first and its traceback, one that leaves it that."""
+    return record(command) if ERROR_FILE in os.environ else command
+
+
+def is_spokesman() -> bool:
+    """Whether this process says what went wrong: every one that is alone, but rank 0 of those that torchrun watches."""
+    return ERROR_FILE not in os.environ or int(os.environ.get("RANK", 0)) == 0

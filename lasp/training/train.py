@@ -24,6 +24,7 @@ from lasp.training.engine import Engine, make_engine
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
+from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.together import together
@@ -37,6 +38,7 @@ def train(config: TrainConfig) -> float:
     vocabulary, or if another run is alive in run_dir; FileNotFoundError for files that are not there;
     FloatingPointError for gradients, a held-out loss or states to be saved that are not finite.
     """
+    config = with_absolute_paths(config)
     with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
         training, held_out, fingerprints = open_data(config, world)
         torch.manual_seed(config.seed)
@@ -57,6 +59,8 @@ def train(config: TrainConfig) -> float:
             valid_loss = evaluate(engine.model, held_out, sp, world)
             say_finished(config, world, first_step, valid_loss)
             return valid_loss
+        if world.rank == 0:
+            keep_tokenizer(config)
         with Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank) as metrics:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):

@@ -2,12 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lasp.training.train
-from lasp import cli
+from lasp import __version__, cli
 from lasp.training.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -68,27 +71,95 @@ def test_errors_of_a_command_are_not_the_command_lines(monkeypatch):
         cli.main(["train", "quickstart"])
 
 
+def shell(folder, *arguments, status=0):
+    """The command in a process of its own, as a user would run it; what it printed, and its errors."""
+    command = [sys.executable, "-m", "lasp.cli", *map(str, arguments)]
+    where = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=os.environ | where, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prepare nowhere --output x", "lasp: inputs: nowhere is not there; expected a file"),
+        ("report nowhere", "lasp: [Errno 2] No such file or directory: 'nowhere/metrics.jsonl'"),
+        ("import nowhere weights", "lasp: source: got 'nowhere', expected a directory"),
+        ("train quickstart --data.train nowhere", "lasp: nowhere.idx is not there"),
+        ("train quickstart --parallel.sequence-parallel 2", "lasp: sequence_parallel: got 2, expected a divisor"),
+    ],
+)
+def test_every_command_says_in_a_line_what_is_wrong(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lasp", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.console()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert error.count("\n") == 1
+    assert message in error.replace(f"{tmp_path}/", "")
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    """An error that lasp did not raise says nothing about what it was given."""
+
+    def report(run_dir):
+        int("no number")
+
+    monkeypatch.setattr("lasp.training.report.report", report)
+    monkeypatch.setattr(sys, "argv", ["lasp", "report", "run"])
+    with pytest.raises(ValueError, match="no number"):
+        cli.console()
+
+
+def test_one_rank_speaks_and_torchrun_gets_the_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lasp", "generate", "nowhere"])
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}"))
+        with pytest.raises(SystemExit):
+            cli.console()
+        assert capsys.readouterr().err.count("run_dir: got 'nowhere'") == (rank == 0)
+        with pytest.raises(SystemExit):
+            cli.main(["train", "quickstart", "--steps", "0"])
+        assert capsys.readouterr().err.count("steps: got 0") == (rank == 0)
+        recorded = json.loads((tmp_path / f"{rank}").read_text())["message"]
+        assert "ValueError: run_dir: got 'nowhere'" in recorded["message"]
+        assert "Traceback" in recorded["extraInfo"]["py_callstack"]
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"transformers: .*pip install 'lasp-sp\[huggingface\]'"):
+        cli.main(["export", "run", "out"])
+
+
+def test_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"lasp {__version__}\n"
+
+
 def test_prepare_train_generate_report_from_a_shell(tmp_path):
     """The whole path in processes of their own, as a user would run it."""
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"line {number}\n" * 40)
 
-    def lasp(*arguments):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "lasp.cli", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
-
-    prepared = lasp("prepare", tmp_path, "--output", "data/lines", "--valid-fraction", 0.2)
+    prepared = shell(tmp_path, "prepare", tmp_path, "--output", "data/lines", "--valid-fraction", 0.2).stdout
     assert "data/lines_valid: 6 documents" in prepared
     tiny = "--model.hidden-size 16 --model.num-heads 2 --model.intermediate-size 16 --context-length 256 --steps 3"
     where = "--data.train data/lines_train --data.valid data/lines_valid --run-dir run --data.eval-contexts 2"
-    rest = "--parallel.sequence-parallel 1 --optimizer.warmup-steps 1 --eval-every 2 --device cpu"
-    assert "held-out loss" in lasp("train", "quickstart", *f"{tiny} {where} {rest}".split())
+    rest = "--optimizer.warmup-steps 1 --eval-every 2 --device cpu"
+    assert "held-out loss" in shell(tmp_path, "train", "quickstart", *f"{tiny} {where} {rest}".split()).stdout
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
-    text = lasp("generate", "run", "--prompt", "line", "--tokens", 5, "--temperature", 0)
-    assert text.startswith("line")
-    reported = lasp("report", "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    failed = shell(elsewhere, "generate", "run", status=1)
+    assert failed.stderr == "lasp: run_dir: got 'run', expected a directory with a checkpoint in it\n"
+    assert failed.stdout == ""
+    assert shell(elsewhere, "generate", "../run", "--tokens", 5).stdout.startswith("The")
+    reported = shell(elsewhere, "report", "../run").stdout
     assert "held-out loss after 3 steps" in reported
     assert "a bigram model's on the same tokens" in reported
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")

@@ -161,6 +161,9 @@ def test_heads_that_ulysses_cannot_split(kv_heads, field):
     model = ModelConfig(**MODEL, num_kv_heads=kv_heads)
     with pytest.raises(ValueError, match=f"{field}: got .* multiple of sequence_parallel={ranks}"):
         make(model=model, parallel=ParallelConfig(sequence_parallel=ranks, softmax="ulysses"))
+    whatever_is_left = make(model=model, parallel=ParallelConfig(sequence_parallel=None, softmax="ulysses"))
+    with pytest.raises(ValueError, match=f"{field}: got .* multiple of sequence_parallel={ranks}"):
+        whatever_is_left.mesh_shape(ranks)
 
 
 def test_bfloat16_needs_fsdp():
@@ -172,8 +175,13 @@ def test_bfloat16_needs_fsdp():
 def test_mesh_shape_fills_or_checks_the_world():
     assert ParallelConfig(sequence_parallel=2).mesh_shape(8) == (4, 2)
     assert ParallelConfig(sequence_parallel=2, data_parallel=4).mesh_shape(8) == (4, 2)
+    assert ParallelConfig(sequence_parallel=None).mesh_shape(3) == (1, 3)
+    assert ParallelConfig(sequence_parallel=None, data_parallel=2).mesh_shape(8) == (2, 4)
     with pytest.raises(ValueError, match="sequence_parallel: got 2, expected a divisor of the world size 3"):
         ParallelConfig(sequence_parallel=2).mesh_shape(3)
+    for world in (3, 1):
+        with pytest.raises(ValueError, match=f"data_parallel: got 2, expected .* = {world} / 1"):
+            ParallelConfig(sequence_parallel=None, data_parallel=2).mesh_shape(world)
     with pytest.raises(ValueError, match=r"data_parallel: got 2, expected world size / sequence_parallel = 8 / 2"):
         ParallelConfig(sequence_parallel=2, data_parallel=2).mesh_shape(8)
 
