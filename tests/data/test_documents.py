@@ -189,8 +189,9 @@ def test_damaged_tables_are_named(tmp_path, arrow, table):
         ("x.bin", b"a\0b", "x.bin', expected a text; it is one of the files that are no text"),
         ("x.txt", b"\xff", "x.txt', expected a text; it is one of the files that are not UTF-8"),
         ("x.csv", b"a,b\n", "x.csv', expected JSON Lines or parquet"),
-        ("x.tsv.gz", gzip.compress(b"a\tb\n"), "x.tsv.gz', expected JSON Lines or parquet"),
+        ("x.tsv.gz", gzip.compress(b"a\tb\n", mtime=0), "x.tsv.gz', expected JSON Lines or parquet"),
     ],
+    ids=["no text", "no UTF-8", "a table", "a compressed table"],
 )
 def test_what_is_named_outright_and_unknown_is_refused(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=f"inputs: got '.*{message}"):

@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> str:
     """What this rank prints; modules beside the script are found, and its process group is the one that is open."""
-    dtype = torch.get_default_dtype()
+    dtype, destroy = torch.get_default_dtype(), dist.destroy_process_group
     try:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(path), *arguments])
             patch.syspath_prepend(path.parent)
             patch.setattr(dist, "init_process_group", lambda *args, **options: None)
-            patch.setattr(dist, "destroy_process_group", lambda: None)
+            patch.setattr(dist, "destroy_process_group", lambda group=None: group and destroy(group))
             runpy.run_path(str(path), run_name="__main__")
     finally:
         torch.set_default_dtype(dtype)
