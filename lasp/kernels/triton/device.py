@@ -40,8 +40,12 @@ def for_hopper(k: Tensor, v: Tensor) -> bool:
 
 @cache
 def is_roomy(device: torch.device) -> bool:
-    """Whether a program on this GPU may have enough shared memory for the largest heads."""
-    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"] >= ROOMY
+    """Whether a program on this GPU may have enough shared memory for the largest heads; "meta" stands for the current
+    one. Without any it may."""
+    if not torch.cuda.is_available():
+        return True
+    index = device.index if device.type == "cuda" else torch.cuda.current_device()
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"] >= ROOMY
 
 
 @cache
