@@ -10,8 +10,10 @@ from triton.runtime.errors import OutOfResources
 from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Alone, Inputs
 from lasp.kernels.segments import Segments
-from lasp.kernels.triton import dispatch, launch
+from lasp.kernels.triton import device, dispatch, launch
 from lasp.kernels.triton.delta import op as delta
+from lasp.kernels.triton.scalar import config as scalar_config
+from lasp.kernels.triton.scalar import gates
 from lasp.kernels.triton.shared import tiles
 from tests.kernels.boundary import Asked
 
@@ -86,6 +88,34 @@ class Large:
 def test_as_many_stages_are_taken_as_fit(constants, fitting):
     compiled, found = launch.launch_first(Large(50), (1,), ("x",), constants)
     assert found == fitting and compiled == (("x",), fitting.get("STAGES", fitting.get("num_stages")))
+
+
+@pytest.mark.parametrize(("memory", "size", "dtype", "serves"), [
+    (99, 256, torch.bfloat16, False), (99, 128, torch.float16, True), (99, 128, torch.float32, False),
+    (227, 256, torch.float16, True), (227, 128, torch.float16, True), (227, 256, torch.float32, False),
+    (227, 128, torch.float32, True),
+])  # fmt: skip
+def test_auto_takes_what_fits_into_the_gpu(monkeypatch, memory, size, dtype, serves):
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": memory * 1024})
+    monkeypatch.setattr(device, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (dispatch, scalar_config):
+        monkeypatch.setattr(module, "is_roomy", device.is_roomy.__wrapped__)
+    v = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 1, size), device=torch.device("cuda", 0))
+    assert dispatch._checked(SimpleNamespace(k=v, v=v)) == serves
+    if dtype == torch.float16 and size == 128:  # whose states are fp32
+        assert scalar_config.scalar_config(v, v, gated=False).chunk == (64 if memory < 160 else 128)
+
+
+@pytest.mark.parametrize("blocks", range(1, 5))
+def test_the_gradient_of_gates_fetches_64_kibibytes_ahead_at_most(monkeypatch, blocks):
+    launched = {}
+    monkeypatch.setattr(gates, "launch", lambda kernel, grid, *args, **constants: launched.update(constants))
+    partial = torch.empty(blocks, 1, 100, 4, device="meta")
+    cut = Segments(1, 100).tiles(64, torch.device("cpu"))
+    gates.gate_grads(cut, partial[0], partial, partial, partial[:, :, 0])
+    assert (2 * blocks + 1) * launched["C"] * launched["BH"] * 4 <= 2**16
+    assert launched["STAGES"] > 1
 
 
 @pytest.mark.parametrize("kernel", [Large(101), Large(50, "threads")])

@@ -5,8 +5,10 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 MAX_HEAD = 256
+ROOMY = 160 * 2**10  # bytes of shared memory, as on A100 and H100
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOPPER_HEAD = 128  # the size of heads that the scans for Hopper serve
 GLUON = triton.__version__.startswith("3.6.")  # they are in its experimental language, and have run with this version
@@ -34,6 +36,16 @@ def for_hopper(k: Tensor, v: Tensor) -> bool:
     served = k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
     there = v.device.type != "cpu" and torch.cuda.is_available()
     return GLUON and served and there and torch.cuda.get_device_capability() == (9, 0)
+
+
+@cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program on this GPU may have enough shared memory for the largest heads; "meta" stands for the current
+    one. Without any it may."""
+    if not torch.cuda.is_available():
+        return True
+    index = device.index if device.type == "cuda" else torch.cuda.current_device()
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"] >= ROOMY
 
 
 @cache

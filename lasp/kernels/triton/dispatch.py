@@ -11,7 +11,7 @@ from lasp.kernels.recurrence import Inputs, Op
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.decode import decode
 from lasp.kernels.triton.delta.op import TritonDelta
-from lasp.kernels.triton.device import MAX_HEAD, unsupported
+from lasp.kernels.triton.device import MAX_HEAD, is_roomy, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.scalar.op import TritonLinear
@@ -36,7 +36,7 @@ def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tupl
     if x.k.shape[-1] < MIN_KEY and x.v.is_cuda:
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
     if not (asked or _checked(x)):
-        return None, "what has not been checked on a GPU"
+        return None, "what has not been checked on such a GPU"
     op = OPS[x.beta is not None, Decay.of(x.decay) == Decay.DIAGONAL]()
     if x.v.is_cuda:
         _make_ready(op, x, wants_summary)
@@ -87,6 +87,9 @@ def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, T
 
 
 def _checked(x: Inputs) -> bool:
-    """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size."""
-    largest = 128 if x.v.dtype == torch.float32 else MAX_HEAD
-    return x.v.is_cuda and max(x.k.shape[-1], x.v.shape[-1]) <= largest
+    """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size, and
+    fit into this one's shared memory."""
+    if not x.v.is_cuda:
+        return False
+    largest = MAX_HEAD // (2 if x.v.dtype == torch.float32 else 1) // (1 if is_roomy(x.v.device) else 2)
+    return max(x.k.shape[-1], x.v.shape[-1]) <= largest

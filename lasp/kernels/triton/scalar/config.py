@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp.kernels.triton.device import is_roomy
+
 
 @dataclass(frozen=True)
 class ScalarConfig:
@@ -33,6 +35,6 @@ def scalar_config(k: Tensor, v: Tensor, gated: bool) -> ScalarConfig:
     max_log2_decay = 16.0 if v.dtype == torch.float16 else 160.0
     if widest > 128:
         return ScalarConfig(chunk=64, warps=8, stages=1, widest=64, max_log2_decay=max_log2_decay)
-    if widest > 64 and not gated:
+    if widest > 64 and not gated and (v.dtype == torch.bfloat16 or is_roomy(v.device)):
         return ScalarConfig(chunk=128, warps=8, stages=2, widest=128)
     return ScalarConfig(chunk=64, warps=4, stages=2, widest=64, max_log2_decay=max_log2_decay)
