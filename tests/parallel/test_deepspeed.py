@@ -87,8 +87,9 @@ def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config
     for sequence in splits(ranks.size, pytestconfig.getoption("full")):
         parallel = ParallelConfig(sequence_parallel=sequence, layout="zigzag", fsdp=False, timeout=PATIENCE)
         run = variant(config, f"sp{sequence}", deepspeed=DeepSpeedConfig(**zero), parallel=parallel, **changes)
-        assert train(run) == pytest.approx(valid_loss, rel=1e-5)
+        got_loss = train(run)
         ranks.barrier(f"{run.run_dir} is finished")
+        assert got_loss == pytest.approx(valid_loss, rel=1e-5)
         assert comm.timeout(deepspeed.utils.groups._WORLD_GROUP) == comm.timeout(dist.group.WORLD)
         rows = [row for row in read_metrics(run.run_dir) if "loss" in row]
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
