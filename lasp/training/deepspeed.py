@@ -117,15 +117,21 @@ class DeepSpeedEngine:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that is saved of this rank: weights, and the pieces of them in which ZeRO keeps optimiser states."""
-        for name, weight in self.model.module.named_parameters():
-            yield name, getattr(weight, "ds_tensor", weight)  # this rank's part, in stage 3
+        weights = self.model.module.named_parameters()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.stage == 3:
+            states = next(iter(optimizer.state.values()), {})
+            keys = [key for key, state in states.items() if isinstance(state, Tensor) and state.ndim > 0]
+            for name, weight in weights:
+                yield from _own_share(name, weight, keys)
+            return
+        yield from weights
         pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
         for index, piece in enumerate(pieces):
             yield f"piece {index} of the weights", piece
-            for name, state in optimizer.state.get(piece, {}).items():
+            for key, state in optimizer.state.get(piece, {}).items():
                 if isinstance(state, Tensor):
-                    yield f"{name} of piece {index}", state
+                    yield f"{key} of piece {index}", state
 
     def _check(self, path: Path) -> None:
         saved = checkpoint.read_config(path)["deepspeed"]["stage"]
@@ -151,6 +157,23 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
     with only_data(path, *_saved_classes()):
         return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+
+
+def _own_share(name: str, weight: Any, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """This rank's share of a weight split by ZeRO stage 3, its fp32 copy and its optimiser's states of these keys.
+
+    DeepSpeed pads the shares to one length with memory that nobody has written: what is padding is left out.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    share = weight.ds_tensor.numel()
+    begin = dist.get_rank(weight.ds_process_group) * share
+    held = min(max(weight.ds_numel - begin, 0), share)
+    yield name, weight.ds_tensor[:held]
+    if weight.requires_grad:
+        yield f"fp32 {name}", safe_get_local_fp32_param(weight)[:held]
+        for key in keys:
+            yield f"{key} of {name}", safe_get_local_optimizer_state(weight, key)[:held]
 
 
 def _whole_parts(directory: Path) -> Iterable[Path]:

@@ -110,6 +110,22 @@ def test_bfloat16_keeps_constant_decays(ranks, config, sgd):
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=0.02)
 
 
+@pytest.fixture
+def unwritten_memory_is_nan(monkeypatch):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.no_exchange
+@pytest.mark.ranks(3)  # does not divide the weights: ZeRO 3 pads them with memory that nobody has written
+def test_padding_is_not_taken_for_weights(ranks, config, unwritten_memory_is_nan):
+    parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=PATIENCE)
+    assert train(replace(config, parallel=parallel, deepspeed=DeepSpeedConfig(stage=3))) > 0
+
+
 @pytest.mark.no_exchange
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", [1, 3])
