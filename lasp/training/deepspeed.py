@@ -120,7 +120,7 @@ class DeepSpeedEngine:
         weights = self.model.module.named_parameters()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.stage == 3:
-            states = next(iter(optimizer.state.values()), {})
+            states: dict[str, Any] = next(iter(optimizer.state.values()), {})
             keys = [key for key, state in states.items() if isinstance(state, Tensor) and state.ndim > 0]
             for name, weight in weights:
                 yield from _own_share(name, weight, keys)
