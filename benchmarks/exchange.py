@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
 from lasp.parallel import SequenceParallel, comm, leave
+from lasp.parallel.combine import Affine
 from lasp.parallel.cost import CALIBRATION, Costs, Link, Links
 
 Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "softmax"]
@@ -87,8 +88,8 @@ def exchanges(settings: Settings, clock: Clock) -> None:
             "bare all-gather": functools.partial(comm.replicate, states, dist.group.WORLD)
         }
         for name, sequences in made.items():
-            breaks = (False,) * sequences.layout.units
-            start = functools.partial(sequences.exchange.forward, states, transitions, breaks)
+            algebra = Affine((False,) * sequences.layout.units, backward=False)
+            start = functools.partial(sequences.exchange.forward, states, transitions, algebra)
             calls[name] = lambda start=start: start().wait()
         title = f"{layout}, {states.nbytes / 2**20:g} MiB of states a rank, transition {kind}: microseconds"
         compare(title, calls, {"bare all-gather", *settings.graphs}, clock, 1e-6, settings.times)

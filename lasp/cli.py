@@ -186,9 +186,9 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 def _exchange() -> Any:
     found = find_spec("transformers") is not None
     require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
-    from lasp.integrations import exchange
+    from lasp.integrations import convert
 
-    return exchange
+    return convert
 
 
 if __name__ == "__main__":

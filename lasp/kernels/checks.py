@@ -82,14 +82,13 @@ def scale(value: float | None, key_dim: int) -> float:
     return float(value)
 
 
-def state(s: Tensor | None, count: int, v: Tensor, key_dim: int) -> None:
+def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype) -> None:
     """[N, H, K, V] in fp32 (fp64 for fp64 inputs)."""
     if s is None:
         return
     tensor("initial_state", s)
-    shape("initial_state", s, (count, v.shape[2], key_dim, v.shape[3]), "[N, H, K, V]")
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for {v.dtype} inputs")
+    shape("initial_state", s, expected, "[N, H, K, V]")
+    require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for such inputs")
 
 
 def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, read: bool = True) -> None:

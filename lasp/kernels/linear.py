@@ -1,11 +1,12 @@
 """Linear attention and the delta rule: the public functions. Equations: math §1 and §2."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
-from lasp.kernels.recurrence import Alone, Boundary, Inputs, Op, run
+from lasp.kernels.inputs import DeltaInputs, LinearInputs, NonCausalInputs
+from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.chunk import ChunkedOp, NonCausalOp
 from lasp.kernels.segments import Segments
 
@@ -48,9 +49,8 @@ def linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), cu_seqlens that do not end at T,
             or inputs that backend="triton" does not support.
     """
-    q, k, v = autocast.unify(q, k, v)
-    check_linear(q, k, v, decay, causal)
-    return _run(q, k, v, decay, None, scale, causal, initial_state, output_final_state, cu_seqlens, backend)
+    x = linear_inputs(q, k, v, decay, scale, causal)
+    return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
 def delta_rule(
@@ -77,74 +77,76 @@ def delta_rule(
     Raises:
         ValueError: as `linear_attention`.
     """
+    x = delta_inputs(q, k, v, beta, decay, scale)
+    return _run(x, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def linear_inputs(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, scale: float | None, causal: bool
+) -> LinearInputs:
+    """The inputs as the op takes them. Raises ValueError unless the tensors fit together."""
     q, k, v = autocast.unify(q, k, v)
-    check_delta(q, k, v, beta, decay)
-    return _run(q, k, v, decay, beta, scale, True, initial_state, output_final_state, cu_seqlens, backend)
+    _check(q, k, v, decay, causal)
+    return (LinearInputs if causal else NonCausalInputs)(q, k, v, decay, scale=checks.scale(scale, q.shape[-1]))
 
 
-def check_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) -> None:
-    """Raises ValueError unless the tensors fit together."""
-    checks.same_kind({"v": v, "q": q, "k": k}, decay=decay)
-    checks.heads(q, k, v)
-    checks.decay(decay, v, k.shape[-1], causal)
-
-
-def check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None) -> None:
-    """Raises ValueError unless the tensors fit together."""
-    check_linear(q, k, v, decay, causal=True)
+def delta_inputs(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, scale: float | None
+) -> DeltaInputs:
+    """The inputs as the op takes them. Raises ValueError unless the tensors fit together."""
+    q, k, v = autocast.unify(q, k, v)
+    _check(q, k, v, decay, causal=True)
     checks.same_kind({"v": v, "beta": beta})
     checks.shape("beta", beta, tuple(v.shape[:3]), "[B, T, H]")
+    return DeltaInputs(q, k, v, decay, beta=beta, scale=checks.scale(scale, q.shape[-1]))
 
 
-def choose_op(x: Inputs, causal: bool, backend: Backend, wants_summary: bool) -> Op:
+def choose_op(x: LinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
-    reference = ChunkedOp() if causal else NonCausalOp()
+    reference = NonCausalOp() if isinstance(x, NonCausalInputs) else ChunkedOp()
     if not _may_be_triton(x, backend):
         return reference
     from lasp.kernels.triton.dispatch import triton_op
 
-    op, refusal = triton_op(x, causal, backend == "triton", wants_summary)
+    op, refusal = triton_op(x, backend == "triton", wants_summary)
     if op is not None:
         return op
     checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
     return reference
 
 
-def _may_be_triton(x: Inputs, backend: Backend) -> bool:
-    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
-    wanted = backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
-    return wanted and x.v.shape[0] > 0  # there is nothing to launch for no sequences
-
-
 def run_op(
-    x: Inputs,
+    x: LinearInputs,
     boundary: Boundary,
     *,
-    causal: bool = True,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The op between whatever boundary: one rank's or an exchange."""
-    return run(choose_op(x, causal, backend, boundary.wants_summary), boundary, x, initial_state, output_final_state)
+    return run(choose_op(x, backend, boundary.wants_summary), boundary, x, initial_state, output_final_state)
 
 
-def _run(q, k, v, decay, beta, scale, causal, initial_state, output_final_state, cu_seqlens, backend):
-    batch, tokens = v.shape[:2]
+def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) -> None:
+    checks.same_kind({"v": v, "q": q, "k": k}, decay=decay)
+    checks.heads(q, k, v)
+    checks.decay(decay, v, k.shape[-1], causal)
+
+
+def _may_be_triton(x: LinearInputs, backend: Backend) -> bool:
+    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    wanted = backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
+    return wanted and x.v.shape[0] > 0  # there is nothing to launch for no sequences
+
+
+def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend) -> tuple[Tensor, Tensor | None]:
+    batch, tokens = x.v.shape[:2]
     checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
-    segments = Segments(batch, tokens, cu_seqlens)
-    checks.state(initial_state, segments.count, v, k.shape[-1])
-    x = Inputs(q, k, v, decay, beta, checks.scale(scale, k.shape[-1]), segments)
-    if tokens == 1 and causal and _may_be_triton(x, backend):
+    x = x.having({}, Segments(batch, tokens, cu_seqlens))
+    checks.state(initial_state, x.state_shape, x.state_dtype)
+    if tokens == 1 and not isinstance(x, NonCausalInputs) and _may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import triton_step
 
         if step := triton_step(x, initial_state, asked=backend == "triton"):
             return step[0], step[1] if output_final_state else None
-    return run_op(
-        x,
-        Alone(),
-        causal=causal,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        backend=backend,
-    )
+    return run_op(x, Alone(), initial_state=initial_state, output_final_state=output_final_state, backend=backend)

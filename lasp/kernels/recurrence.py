@@ -8,75 +8,48 @@ An op is two halves per direction; what lies between them is a `Boundary`: nothi
                boundary.enter_grad  G, the gradient of the state that goes out       -> finish_grad
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.inputs import Inputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
 
 Kept = tuple[Tensor | None, ...]
+Given = TypeVar("Given", bound=Inputs, contravariant=True)
+Finished = tuple[Tensor, Pending[Tensor], Kept]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What one call was given.
+class Gradients(NamedTuple):
+    """Gradients of the inputs, by their names (None or nothing for one that has none), and, for whoever asks, of the
+    state that came in ([N, H, K, V], through outputs and outgoing state)."""
 
-    q, k [B, T, Hq, K], v [B, T, H, V], decay None, [H], [B, T, H] or [B, T, H, K], beta None or [B, T, H].
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor | None
-    beta: Tensor | None
-    scale: float
-    segments: Segments
-
-    @property
-    def state_shape(self) -> tuple[int, int, int, int]:
-        return self.segments.count, self.v.shape[2], self.k.shape[3], self.v.shape[3]
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return torch.float64 if self.v.dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of the inputs, and, for whoever asks, of the state that came in ([N, H, K, V], through outputs and
-    outgoing state)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor | None
-    beta: Tensor | None
+    of: dict[str, Tensor | None]
     incoming: Pending[Tensor]
 
 
-class Op(Protocol):
-    """The four halves. `partial` passes between the two halves of one direction, `kept` from forward to backward.
+class Op(Protocol[Given]):
+    """The four halves, for inputs of its class. `partial` passes between the two halves of one direction, `kept` from
+    forward to backward.
 
     `wanted` says whether anybody looks at the summary: on one rank nobody does. The second halves wait for what comes
     in, exactly once, after whatever they can compute without it. States that are None are zero.
     """
 
-    def summarize(self, x: Inputs, wanted: bool) -> tuple[Summary | None, Any]:
+    def summarize(self, x: Given, wanted: bool) -> tuple[Summary | None, Any]:
         """A and S of every segment: what others need to know, early and cheap."""
 
-    def finish(self, x: Inputs, partial: Any, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+    def finish(self, x: Given, partial: Any, incoming: Pending[Tensor | None]) -> Finished:
         """o [B, T, H, V] and, for whoever asks, the outgoing states [N, H, K, V], given the incoming ones."""
 
-    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
+    def summarize_grad(self, x: Given, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
         """D [N, H, K, V]: the gradient of the incoming states through the outputs alone."""
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial: Any, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: Given, kept: Kept, partial: Any, d_outgoing: Pending[Tensor | None]) -> Gradients:
         """Everything else, given the gradient of the outgoing states."""
 
 
@@ -117,19 +90,21 @@ class Alone:
 
 
 def run(
-    op: Op, boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
+    op: Op[Any], boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H, V] in v's dtype and, if asked for, the final states."""
-    with torch.cuda.device_of(x.v):
+    tensors = x.tensors
+    names, (first, *_) = tuple(tensors), tensors.values()
+    with torch.cuda.device_of(first):
         return _Recurrence.apply(
-            op, boundary, x.scale, x.segments, output_final_state, x.q, x.k, x.v, x.decay, x.beta, initial_state
+            op, boundary, x.without_tensors(), names, output_final_state, initial_state, *tensors.values()
         )
 
 
 class _Recurrence(Function):
     @staticmethod
-    def forward(ctx, op, boundary, scale, segments, output_final_state, q, k, v, decay, beta, initial_state):
-        x = Inputs(q, k, v, decay, beta, scale, segments)
+    def forward(ctx, op, boundary, frame, names, output_final_state, initial_state, *tensors):
+        x = frame.having(dict(zip(names, tensors, strict=True)))
         summary, partial = op.summarize(x, boundary.wants_summary)
         links: list[Kept] = []
 
@@ -139,20 +114,25 @@ class _Recurrence(Function):
 
         o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
         (link,) = links
-        ctx.op, ctx.boundary, ctx.scale, ctx.segments, ctx.num_kept = op, boundary, scale, segments, len(kept)
-        ctx.save_for_backward(q, k, v, decay, beta, *kept, *link)
+        ctx.op, ctx.boundary, ctx.frame, ctx.names, ctx.num_kept = op, boundary, frame, names, len(kept)
+        ctx.o, ctx.learns_initial_state = (o.shape, o.dtype), initial_state is not None and initial_state.requires_grad
+        ctx.save_for_backward(*tensors, *kept, *link)
         ctx.set_materialize_grads(False)
         return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, d_final):
-        q, k, v, decay, beta, *rest = ctx.saved_tensors
-        kept, link = tuple(rest[: ctx.num_kept]), tuple(rest[ctx.num_kept :])
-        x = Inputs(q, k, v, decay, beta, ctx.scale, ctx.segments)
-        do = torch.zeros_like(v) if do is None else do.contiguous()
+        names, saved = ctx.names, ctx.saved_tensors
+        tensors, (kept, link) = saved[: len(names)], _split(saved[len(names) :], ctx.num_kept)
+        x = ctx.frame.having(dict(zip(names, tensors, strict=True)))
+        do = tensors[0].new_zeros(ctx.o[0], dtype=ctx.o[1]) if do is None else do.contiguous()
         d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
         arriving = ctx.boundary.enter_grad(link, d_summary, d_final)
         grads = ctx.op.finish_grad(x, kept, partial, arriving)
-        d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.needs_input_grad[10] else None
-        return None, None, None, None, None, grads.q, grads.k, grads.v, grads.decay, grads.beta, d_initial
+        d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.learns_initial_state else None
+        return None, None, None, None, None, d_initial, *(grads.of.get(name) for name in names)
+
+
+def _split(saved: tuple[Tensor, ...], at: int) -> tuple[Kept, Kept]:
+    return saved[:at], saved[at:]

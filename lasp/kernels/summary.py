@@ -1,16 +1,10 @@
 """What a run of tokens does to the state before it: X -> A X + S  (math §1).
 
-A transition A is one of four classes, told apart by its rank against that of the state `[..., H, K, V]`:
-
-    None                 identity                    linear attention without decay
-    [..., H]             log of a scalar per head    lightning, retention, Mamba-2, simple GLA
-    [..., H, K]          log of a diagonal           GLA, HGRN2
-    [..., H, K, K]       a matrix                    the delta family
-
 Logarithms are natural and accumulate by addition; everything is fp32 (fp64 for fp64 inputs).
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -18,6 +12,19 @@ from torch import Tensor
 # A gate with so large a log decay, or a larger one, is shut: its exponential is 0 in the state's dtype, and so is its
 # gradient. Wherever logarithms are summed and differences taken it counts as this, since -inf - -inf is not a number.
 SHUT = {torch.float32: -104.0, torch.float64: -746.0}
+
+
+class Transition(IntEnum):
+    """The classes of A. A tensor's is told by its rank against that of the state `[..., H, K, V]`."""
+
+    IDENTITY = 0  # None                linear attention without decay
+    SCALAR = 1  # [..., H]        log   lightning, retention, Mamba-2, simple GLA
+    DIAGONAL = 2  # [..., H, K]   log   GLA, HGRN2
+    MATRIX = 3  # [..., H, K, K]        the delta family
+
+    @classmethod
+    def of(cls, transition: Tensor | None, state: Tensor) -> "Transition":
+        return cls.IDENTITY if transition is None else cls(transition.ndim - state.ndim + 3)
 
 
 @dataclass(frozen=True)
@@ -28,30 +35,42 @@ class Summary:
     transition: Tensor | None = None
 
 
+def factor_of(transition: Tensor | None, state: Tensor) -> Tensor | None:
+    """What multiplies a state: a matrix as it is, a logarithm as weights with dimensions of size one where the state
+    has K or V."""
+    kind = Transition.of(transition, state)
+    if transition is None or kind == Transition.MATRIX:
+        return transition
+    return transition.exp().reshape(*transition.shape, *(1,) * (Transition.MATRIX - kind))
+
+
 def apply(transition: Tensor | None, state: Tensor) -> Tensor:
     """A X for X [..., H, K, V]."""
-    if transition is None:
+    factor = factor_of(transition, state)
+    if factor is None:
         return state
-    if transition.ndim == state.ndim:
-        return transition @ state
-    return _weights(transition, state) * state
+    return factor @ state if Transition.of(transition, state) == Transition.MATRIX else factor * state
 
 
 def apply_transposed(transition: Tensor | None, state: Tensor) -> Tensor:
     """Aᵀ G for G [..., H, K, V]: the same as `apply` for the classes that are diagonal."""
-    if transition is not None and transition.ndim == state.ndim:
+    if transition is not None and Transition.of(transition, state) == Transition.MATRIX:
         return transition.mT @ state
     return apply(transition, state)
 
 
-def as_matrix(log_decay: Tensor | None, like: Tensor) -> Tensor:
-    """The diagonal matrix [..., K, K] of a log decay [..., H] or [..., H, K]; K, dtype, device as `like`."""
+def as_matrix(transition: Tensor | None, like: Tensor) -> Tensor:
+    """The diagonal matrix [..., K, K] of a transition that is not one; K, dtype, device as `like` [..., K]."""
     eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-    if log_decay is None:
-        return eye
-    return eye * _weights(log_decay, like) if log_decay.ndim == like.ndim - 2 else eye * log_decay.exp()[..., None]
+    factor = factor_of(transition, like)
+    return eye if factor is None else eye * factor
 
 
-def _weights(log_decay: Tensor, state: Tensor) -> Tensor:
-    """exp(log decay) with dimensions of size one where the state has K or V."""
-    return log_decay.exp().reshape(log_decay.shape + (1,) * (state.ndim - log_decay.ndim))
+def compose(transitions: Tensor, states: Tensor) -> Tensor:
+    """The product A_n … A_1 of consecutive transitions [n, ..., H, ...]; states: [n, ..., H, K, V], for their shape."""
+    if Transition.of(transitions, states) != Transition.MATRIX:
+        return transitions.sum(0)
+    whole = transitions[0]
+    for transition in transitions[1:]:
+        whole = transition @ whole
+    return whole

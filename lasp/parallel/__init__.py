@@ -1,6 +1,7 @@
 """Sequence parallelism: everything that knows there is more than one rank."""
 
-from lasp.parallel.context import Sequence, SequenceParallel
 from lasp.parallel.groups import leave
+from lasp.parallel.sequence import Sequence
+from lasp.parallel.sequence_parallel import SequenceParallel
 
 __all__ = ["Sequence", "SequenceParallel", "leave"]

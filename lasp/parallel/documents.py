@@ -14,13 +14,12 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.autocast import Function
-from lasp.kernels.recurrence import Boundary
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
-from lasp.parallel.context import Sequence, SequenceParallel
 from lasp.parallel.halo import halo
 from lasp.parallel.layout import Fragment, Layout, Partition
-from lasp.parallel.linear import AcrossDocuments, AcrossUnits
+from lasp.parallel.sequence import Sequence
+from lasp.parallel.sequence_parallel import SequenceParallel
 
 
 class DocumentPartition(Partition):
@@ -82,14 +81,9 @@ class DocumentSequence(Sequence):
     def _unshard(self, local: Tensor, dim: int) -> Tensor:
         return _Unshard.apply(local, self, dim)
 
-    def _boundary(self, batch: int, causal: bool) -> Boundary:
+    def _rows(self, batch: int) -> tuple[Partition, int]:
         assert batch == 1
-        if (batch, causal) not in self._boundaries:
-            across = AcrossUnits if causal else AcrossDocuments
-            documents, parallel = self.partition.documents, self.parallel
-            made = across(self._one_document(1), documents, parallel.group, parallel.exchange)
-            self._boundaries[batch, causal] = made
-        return self._boundaries[batch, causal]
+        return self._one_document(1), self.partition.documents
 
     def _tail(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         shortest = min(len(fragment) for fragment in self.partition.local)

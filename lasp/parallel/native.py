@@ -9,7 +9,6 @@ from lasp.parallel import build
 from lasp.parallel.build import Unavailable
 
 PARTS = 16  # of csrc/channel.h
-NONE = 0  # of csrc/combine.h; the others follow
 Pair = ctypes.c_int32 * 2
 
 

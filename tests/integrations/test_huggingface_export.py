@@ -13,7 +13,7 @@ from tests.training import conftest
 
 transformers = pytest.importorskip("transformers")
 
-from lasp.integrations.exchange import export_run
+from lasp.integrations.convert import export_run
 from lasp.integrations.huggingface.tokenizer import export_tokenizer
 
 config, data = conftest.config, conftest.data

@@ -76,9 +76,11 @@ class Compiler:
 
 def launches(kind: str) -> dict[str, list[Any]]:
     """By the kernels' names: what they were compiled to, if they are for Hopper."""
-    from lasp.kernels.recurrence import Inputs
     from lasp.kernels.segments import Segments
     from lasp.kernels.triton import dispatch, launch
+    from lasp.kernels.triton.delta.op import TritonDelta
+    from lasp.kernels.triton.scalar.op import TritonLinear
+    from tests.parallel.inputs import inputs_of
 
     found: dict[str, list[Any]] = {}
 
@@ -97,8 +99,8 @@ def launches(kind: str) -> dict[str, list[Any]]:
         gates = None if shape is None else empty(*shape, dtype=torch.float32)
         q, k, v = (empty(1, tokens, HEADS, SIZE) for _ in range(3))
         beta = empty(1, tokens, HEADS) if kind == "delta" else None
-        x = Inputs(q, k, v, gates, beta, SIZE**-0.5, Segments(1, tokens, None))
-        op = dispatch.OPS[kind == "delta", False]()
+        x = inputs_of(q, k, v, gates, beta, SIZE**-0.5, Segments(1, tokens, None))
+        op = {"linear": TritonLinear, "delta": TritonDelta}[kind]()
         launch.run_dry(lambda op=op, x=x, wanted=wanted: dispatch.dry_run(op, x, wanted, backward=True))
     return found
 

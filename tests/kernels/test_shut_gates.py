@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
 from lasp.kernels.linear import run_op
-from lasp.kernels.recurrence import Alone, Inputs
+from lasp.kernels.recurrence import Alone
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from tests.kernels.boundary import Asked
-from tests.parallel.inputs import error
+from tests.parallel.inputs import error, inputs_of
 
 F32, F64 = torch.float32, torch.float64
 HEADS, K, V, TOKENS, OFFSETS = 2, 32, 16, 92, (0, 3, 3, 7, 92)
@@ -67,7 +67,7 @@ def results(call, tensors: dict[str, Tensor], upstream: list[Tensor]) -> dict[st
 
 def by(backend: str, boundary=Alone):
     def call(q, k, v, decay, initial_state, cu_seqlens, beta=None):
-        x = Inputs(q, k, v, decay, beta, K**-0.5, Segments(*v.shape[:2], cu_seqlens))
+        x = inputs_of(q, k, v, decay, beta, K**-0.5, Segments(*v.shape[:2], cu_seqlens))
         return run_op(x, boundary(), initial_state=initial_state, output_final_state=True, backend=backend)
 
     return call

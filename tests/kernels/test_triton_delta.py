@@ -6,13 +6,13 @@ from torch import Tensor
 
 from lasp.kernels import delta_rule
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Alone, Inputs, run
+from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.delta import op as delta
 from lasp.kernels.triton.device import cdiv
 from tests.kernels.boundary import Asked
-from tests.parallel.inputs import error
+from tests.parallel.inputs import error, inputs_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DECAYS = ("none", "constant", "scalar", "diagonal")
@@ -71,7 +71,7 @@ def errors(
         return run(
             delta.TritonDelta(),
             boundary(),
-            Inputs(q, k, v, decay, beta, 0.3, Segments(batch, tokens, cu_seqlens)),
+            inputs_of(q, k, v, decay, beta, 0.3, Segments(batch, tokens, cu_seqlens)),
             state,
             True,
         )
@@ -187,7 +187,7 @@ def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
     """A X + S is the state that leaves for the X that enters; D is the gradient of X through the outputs alone."""
     given = inputs(gen, decay, (1, 150, 1, 2, 32, 24, 1), 0.1, torch.float32)
     state = given.pop("state")
-    x, op = Inputs(**given, scale=0.3, segments=Segments(1, 150)), delta.TritonDelta()
+    x, op = inputs_of(**given, scale=0.3, segments=Segments(1, 150)), delta.TritonDelta()
     summary, partial = op.summarize(x, wanted=True)
     o, outgoing, kept = op.finish(x, partial, Pending(lambda: state))
     assert error(summary.transition @ state + summary.state, outgoing.wait()) < EXACT
@@ -202,7 +202,7 @@ def test_summaries_say_what_the_tokens_do_to_a_state(gen, whole, decay):
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 def test_all_sequences_together_have_no_more_tiles_than_wanted(batch):
     q = torch.empty(batch, 131072, 4, 128, device="meta")
-    x = Inputs(q, q, q, None, q[..., 0], 1.0, Segments(batch, 131072))
+    x = inputs_of(q, q, q, None, q[..., 0], 1.0, Segments(batch, 131072))
     for wanted in (33, 66):
         assert 0.9 * wanted < batch * cdiv(131072, delta.delta_tile_length(x, wanted)) <= wanted
 
@@ -224,7 +224,7 @@ def test_packed_documents_where_summaries_are_wanted(gen, whole, decay):
 def test_twice_the_same_gives_the_same_bits(gen):
     given = inputs(gen, "scalar", (1, 130, 1, 2, 32, 16, 1), 0.1, torch.float32)
     state = given.pop("state")
-    x, op = Inputs(**given, scale=0.3, segments=Segments(1, 130)), delta.TritonDelta()
+    x, op = inputs_of(**given, scale=0.3, segments=Segments(1, 130)), delta.TritonDelta()
     partials = [op.summarize(x, wanted=False)[1] for _ in range(2)]
     (o, outgoing, _), (o_again, again, _) = (op.finish(x, partial, Pending(lambda: state)) for partial in partials)
     assert torch.equal(o, o_again) and torch.equal(outgoing.wait(), again.wait())

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp.kernels.recurrence import Alone, Inputs, run
+from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.reference.chunk import ChunkedOp
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.shared import tiles
 from tests.kernels.boundary import Asked
-from tests.parallel.inputs import error
+from tests.parallel.inputs import error, inputs_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -63,7 +63,7 @@ def through(call, tensors: list[Tensor]) -> list[Tensor]:
 
 def by(op, cu_seqlens=None, scale=0.7, boundary=Alone):
     def call(q, k, v, g, state):
-        return run(op, boundary(), Inputs(q, k, v, g, None, scale, Segments(*v.shape[:2], cu_seqlens)), state, True)
+        return run(op, boundary(), inputs_of(q, k, v, g, None, scale, Segments(*v.shape[:2], cu_seqlens)), state, True)
 
     return call
 
@@ -145,7 +145,7 @@ def test_every_output_is_written_and_the_same_inputs_give_the_same_bits(gen, mon
 
 def test_the_summary_is_the_final_state_from_zero_and_the_decay_of_the_whole(gen):
     q, k, v, g, state, _, _ = draw(gen, torch.float32, "weak", 150)
-    x = Inputs(q, k, v, g, None, 0.7, Segments(1, 150))
+    x = inputs_of(q, k, v, g, None, 0.7, Segments(1, 150))
     summary, _ = TritonDiagonal().summarize(x, True)
     assert error(summary.transition.double(), g.double().sum(1)) < 1e-6
     carried = summary.transition.exp()[..., None] * state + summary.state

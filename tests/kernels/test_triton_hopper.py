@@ -12,14 +12,14 @@ import torch
 
 from lasp.kernels import delta_rule
 from lasp.kernels.linear import run_op
-from lasp.kernels.recurrence import Alone, Inputs
+from lasp.kernels.recurrence import Alone
 from lasp.kernels.reference.chunk import CHUNK, read, write
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import apply
 from tests.kernels.boundary import Asked
 from tests.kernels.test_triton_linear import run
-from tests.parallel.inputs import error
+from tests.parallel.inputs import error, inputs_of
 
 config = pytest.importorskip("lasp.kernels.triton.device")
 pytest.importorskip("triton.experimental.gluon")
@@ -146,7 +146,7 @@ def test_equals_the_definition(gen, monkeypatch, launched, kind, shape, decay, b
     do, d_final = normal(batch, tokens, HEADS, SIZE), torch.randn_like(tensors["initial_state"])
 
     def by_kernels(q, k, v, decay, initial_state, beta=None):
-        x = Inputs(q, k, v, decay, beta, SIZE**-0.5, Segments(batch, tokens, cu_seqlens))
+        x = inputs_of(q, k, v, decay, beta, SIZE**-0.5, Segments(batch, tokens, cu_seqlens))
         return run_op(x, boundary(), initial_state=initial_state, output_final_state=True, backend="triton")
 
     got, again = (run(by_kernels, tensors, do, d_final) for _ in range(2))

@@ -8,7 +8,7 @@ from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
 from lasp.kernels.linear import run_op
-from lasp.kernels.recurrence import Alone, Inputs
+from lasp.kernels.recurrence import Alone
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import device, dispatch, launch
 from lasp.kernels.triton.delta import op as delta
@@ -16,6 +16,7 @@ from lasp.kernels.triton.scalar import config as scalar_config
 from lasp.kernels.triton.scalar import gates
 from lasp.kernels.triton.shared import tiles
 from tests.kernels.boundary import Asked
+from tests.parallel.inputs import inputs_of
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="looks at calls of Triton's interpreter")
 DECAYS = {"none": None, "constant": (2,), "scalar": (1, 100, 2), "diagonal": (1, 100, 2, 32)}
@@ -48,7 +49,7 @@ def test_a_dry_run_launches_what_the_call_launches(
     g = None if shape is None else -torch.rand(shape).requires_grad_(len(shape) > 1)
     beta = torch.rand(1, 100, 2, requires_grad=True) if kind == "delta" else None
     offsets = torch.tensor([0, 30, 100]) if packed else None
-    x = Inputs(q, k, v, g, beta, 32**-0.5, Segments(1, 100, offsets))
+    x = inputs_of(q, k, v, g, beta, 32**-0.5, Segments(1, 100, offsets))
     state = torch.zeros(x.state_shape) if asked else None
     boundary = Asked() if asked else Alone()
     o, final = run_op(x, boundary, initial_state=state, output_final_state=True, backend="triton")
@@ -57,7 +58,7 @@ def test_a_dry_run_launches_what_the_call_launches(
     assert len(real) > 4
 
     launched.clear()
-    op, _ = dispatch.triton_op(x, causal=True, asked=True, wants_summary=asked)
+    op, _ = dispatch.triton_op(x, asked=True, wants_summary=asked)
     assert op is not None
     launch.run_dry(lambda: dispatch.dry_run(op, x, wants_summary=asked, backward=True))
     assert launched == real

@@ -5,12 +5,11 @@ import torch
 
 from lasp.kernels import linear_attention
 from lasp.kernels.linear import run_op
-from lasp.kernels.recurrence import Inputs
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import apply
 from tests.kernels.boundary import Asked
-from tests.parallel.inputs import error
+from tests.parallel.inputs import error, inputs_of
 
 tiles = pytest.importorskip("lasp.kernels.triton.shared.tiles")
 tile_length = tiles.tile_length  # tests replace it
@@ -127,7 +126,7 @@ def test_equals_the_definition_where_summaries_are_wanted(gen, decay, shape):
     do, d_final = (torch.randn(x.shape, generator=gen).to(DEVICE) for x in (v, state))
 
     def told(q, k, v, decay, initial_state):
-        x = Inputs(q, k, v, decay, None, k.shape[-1] ** -0.5, Segments(*v.shape[:2], cu_seqlens))
+        x = inputs_of(q, k, v, decay, None, k.shape[-1] ** -0.5, Segments(*v.shape[:2], cu_seqlens))
         return run_op(x, asked, initial_state=initial_state, output_final_state=True, backend="triton")
 
     got = run(told, tensors, do, d_final)

@@ -6,10 +6,9 @@ from torch import Tensor
 
 from lasp.kernels import delta_rule, linear_attention
 from lasp.kernels.linear import choose_op
-from lasp.kernels.recurrence import Inputs
 from lasp.kernels.reference.chunk import ChunkedOp
 from lasp.kernels.segments import Segments
-from tests.parallel.inputs import error
+from tests.parallel.inputs import error, inputs_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BATCH, TOKENS, Q_HEADS, HEADS = 2, 333, 2, 4
@@ -40,8 +39,8 @@ def test_every_size_of_heads(gen, k, v, dtype, delta, decay):
     tensors["initial_state"] = normal(BATCH, HEADS, k, v).cuda()
     upstream = normal(*rows, v).to("cuda", dtype), normal(BATCH, HEADS, k, v).cuda()
 
-    x = Inputs(*(tensors.get(n) for n in ("q", "k", "v", "decay", "beta")), 1.0, Segments(BATCH, TOKENS))
-    assert not isinstance(choose_op(x, True, "auto", False), ChunkedOp), "no kernels serve"
+    x = inputs_of(*(tensors.get(n) for n in ("q", "k", "v", "decay", "beta")), 1.0, Segments(BATCH, TOKENS))
+    assert not isinstance(choose_op(x, "auto", False), ChunkedOp), "no kernels serve"
 
     def results(backend: str, cast) -> dict[str, Tensor]:
         given = {n: cast(x) for n, x in tensors.items()}

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lasp.kernels.inputs import DeltaInputs, LinearInputs
 from lasp.kernels.reference.recurrent import recurrent
+from lasp.kernels.segments import Segments
 
 F64 = torch.float64
 KINDS = ("none", "constant", "scalar", "diagonal", "not causal", "delta", "gated delta", "diagonal delta")
@@ -45,6 +47,15 @@ class Case:
             return delta_rule(tensors["q"], tensors["k"], tensors["v"], tensors["beta"], decay, **options)
         options["causal"] = self.kind != "not causal"
         return linear_attention(tensors["q"], tensors["k"], tensors["v"], decay, **options)
+
+
+def inputs_of(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, scale: float, segments: Segments
+) -> LinearInputs:
+    """As the ops take them: with beta those of the delta rule."""
+    if beta is None:
+        return LinearInputs(q, k, v, decay, scale=scale, segments=segments)
+    return DeltaInputs(q, k, v, decay, beta=beta, scale=scale, segments=segments)
 
 
 def generator(seed: int) -> torch.Generator:

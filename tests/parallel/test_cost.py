@@ -10,6 +10,7 @@ import torch
 from benchmarks import simulate
 from lasp.names import ExchangeName
 from lasp.parallel import comm, exchange
+from lasp.parallel.combine import Affine
 from lasp.parallel.cost import (
     Costs,
     Link,
@@ -117,7 +118,7 @@ def test_auto_takes_the_fastest_and_tells_its_name():
         states = torch.empty(2, 1, heads, 64, 64, device="meta")
         auto, message = Auto(exchanges, COSTS, 64, 8), Message(states.nbytes, ways=2)
         assert auto.fastest(message) == choose(COSTS, message, 64, 8, tuple(exchanges))
-        assert auto.chosen(states, None) is exchanges[auto.fastest(message)]
+        assert auto.chosen(states, None, Affine((False,), backward=False)) is exchanges[auto.fastest(message)]
 
 
 def test_nodes_are_hierarchical_where_their_links_are_slow():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.parallel import SequenceParallel
-from lasp.parallel.combine import combine, factors_of
+from lasp.parallel.combine import Affine
 from lasp.parallel.exchange.hierarchical import Hierarchical
 from tests.parallel.inputs import F64, error
 
@@ -33,10 +33,14 @@ class Draw:
     def of(self, units: list[int]) -> tuple[Tensor, Tensor | None]:
         return self.states[units], None if self.transitions is None else self.transitions[units]
 
+    def algebra(self, backward: bool = False) -> Affine:
+        return Affine(self.breaks, backward)
+
     def combined(self, units: list[int], backward: bool = False) -> Tensor:
         states = self.states.double()
         transitions = None if self.transitions is None else self.transitions.double()
-        return combine(states, factors_of(transitions, states), self.breaks, units, backward=backward)
+        algebra = self.algebra(backward)
+        return algebra.combine(states, algebra.factors_of(transitions, states), units)
 
 
 def draw(gen: torch.Generator, units: int, kind: str, size: str = "odd", batch: int = 1) -> Draw:
@@ -63,9 +67,9 @@ def test_what_arrives(group: dist.ProcessGroup, gen, layout: str, exchange: str,
     owned, found = list(parallel.layout.owned(parallel.rank)), {}
     for batch in (1, 2, 1):  # more calls than there are buffers
         case = draw(gen, parallel.layout.units, kind, size, batch)
-        arrived, kept = parallel.exchange.forward(*case.of(owned), case.breaks).wait()
+        arrived, kept = parallel.exchange.forward(*case.of(owned), case.algebra()).wait()
         found[f"forward, batch {batch}"] = error(arrived.double(), case.combined(owned))
-        arrived = parallel.exchange.backward(case.of(owned)[0], kept, case.breaks).wait()
+        arrived = parallel.exchange.backward(case.of(owned)[0], kept, case.algebra(backward=True)).wait()
         found[f"backward, batch {batch}"] = error(arrived.double(), case.combined(owned, backward=True))
     assert max(found.values()) < SIZES[size][-1], found
 
@@ -82,9 +86,9 @@ def test_what_arrives_from_other_nodes(group: dist.ProcessGroup, gen, layout: st
         exchange = Hierarchical(parallel.layout, group, node, blocks=lambda size: 3)
         for batch in (1, 2):
             case = draw(gen, parallel.layout.units, kind, size, batch)
-            arrived, kept = exchange.forward(*case.of(owned), case.breaks).wait()
+            arrived, kept = exchange.forward(*case.of(owned), case.algebra()).wait()
             found[f"forward, {node} ranks a node, batch {batch}"] = error(arrived, case.combined(owned))
-            arrived = exchange.backward(case.of(owned)[0], kept, case.breaks).wait()
+            arrived = exchange.backward(case.of(owned)[0], kept, case.algebra(backward=True)).wait()
             found[f"backward, {node} ranks a node, batch {batch}"] = error(arrived, case.combined(owned, backward=True))
     assert max(found.values()) < SIZES[size][-1], found
 
@@ -96,7 +100,7 @@ def test_one_may_start_before_another_has_been_waited_for(group: dist.ProcessGro
     parallel = SequenceParallel(group, layout="zigzag", state_exchange=exchange)
     owned = list(parallel.layout.owned(parallel.rank))
     cases = [draw(gen, parallel.layout.units, kind) for _ in range(3)]
-    started = [parallel.exchange.forward(*case.of(owned), case.breaks) for case in cases]
+    started = [parallel.exchange.forward(*case.of(owned), case.algebra()) for case in cases]
     arrived = [pending.wait()[0] for pending in reversed(started)]
     assert max(error(a, case.combined(owned)) for a, case in zip(arrived, reversed(cases), strict=True)) < 1e-10
 
@@ -112,8 +116,9 @@ def test_graphs_replay_with_new_numbers(group: dist.ProcessGroup, gen, exchange:
     (states, transitions), breaks = draw(gen, units, kind).of(owned), (False,) * units
 
     def call() -> Tensor:
-        arrived, kept = parallel.exchange.forward(states, transitions, breaks).wait()
-        return torch.stack([arrived, parallel.exchange.backward(states, kept, breaks).wait()])
+        arrived, kept = parallel.exchange.forward(states, transitions, Affine(breaks, backward=False)).wait()
+        back = parallel.exchange.backward(states, kept, Affine(breaks, backward=True))
+        return torch.stack([arrived, back.wait()])
 
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels.linear import run_op
-from lasp.parallel import SequenceParallel, context
+from lasp.parallel import SequenceParallel
 from lasp.parallel.cost import Costs, Link, Links
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
@@ -155,7 +155,7 @@ def test_kernels_equal_the_definition(
 ):
     """Triton's, in fp32, where units have several tiles."""
     tiles, delta = (pytest.importorskip(f"lasp.kernels.triton.{name}") for name in ("shared.tiles", "delta.op"))
-    monkeypatch.setattr(context, "run_op", partial(run_op, backend="triton"))
+    monkeypatch.setattr("lasp.parallel.sequence.run_op", partial(run_op, backend="triton"))
     monkeypatch.setattr(tiles, "LONGEST_TILE", 64)
     monkeypatch.setattr(delta, "SHORTEST_TILE", 64)
     monkeypatch.setattr(delta, "multiprocessors", lambda device: 64)

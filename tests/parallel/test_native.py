@@ -9,8 +9,9 @@ from threading import Barrier
 import pytest
 import torch
 
+from lasp.kernels.summary import Transition
 from lasp.parallel import native
-from lasp.parallel.combine import combine, factors_of, reach
+from lasp.parallel.combine import Affine
 from lasp.parallel.layout import Layout
 from tests.patience import PATIENCE
 
@@ -46,7 +47,7 @@ class Threads:
         own, arrived = states[owned].contiguous(), torch.empty_like(states[owned])
         a = None if transitions is None else transitions[owned].contiguous()
         first = self.layout.units - 1 if backward else 0
-        kind = native.Shape(B * HEADS, *states.shape[3:], 0 if a is None else a.ndim - states.ndim + 3)
+        kind = native.Shape(B * HEADS, *states.shape[3:], Transition.of(a, states))
         assert self.layout.units * kind.unit_bytes(self.dtype.itemsize) <= self.slot_bytes
         channel = native.Channel(
             buffers=ctypes.addressof(self.table),
@@ -58,8 +59,8 @@ class Threads:
             layout=native.Layout(self.layout.ranks, self.layout.units_per_rank),
             shape=kind,
             backward=backward,
-            reach=native.Pair(*(reach(breaks, unit, backward=backward) for unit in owned)),
-            spread=native.Pair(*(reach(breaks, unit, backward=not backward) for unit in owned)),
+            reach=native.Pair(*(Affine(breaks, backward).reach(unit) for unit in owned)),
+            spread=native.Pair(*(Affine(breaks, not backward).reach(unit) for unit in owned)),
             passes=native.Pair(*(unit != first and not breaks[unit] for unit in owned)),
         )
         call, doubles = ctypes.byref(channel), self.dtype == torch.float64
@@ -94,8 +95,8 @@ def test_native_combine_equals_the_python_one(gen: torch.Generator, name: str, d
         found = list(pool.map(work, range(layout.ranks)))
     for number, (states, transitions, breaks, backward) in enumerate(calls):
         for rank in range(layout.ranks):
-            factors = factors_of(transitions, states)
-            wanted = combine(states, factors, breaks, layout.owned(rank), backward=backward)
+            algebra = Affine(breaks, backward)
+            wanted = algebra.combine(states, algebra.factors_of(transitions, states), layout.owned(rank))
             torch.testing.assert_close(found[rank][number], wanted, rtol=0, atol=1000 * torch.finfo(dtype).eps)
     assert not ranks.errors.any()
 

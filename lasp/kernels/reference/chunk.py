@@ -13,15 +13,15 @@ Across chunks the states are scanned; backward scans D = Rᵀ do the other way, 
 from those of o and X'. What remains is local to the chunk and left to autograd.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lasp.kernels.decay import Decay
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.segments import Chunks
-from lasp.kernels.summary import SHUT, Summary, apply, apply_transposed, as_matrix
+from lasp.kernels.summary import SHUT, Summary, Transition, apply, apply_transposed, as_matrix, factor_of
 
 CHUNK = 64
 CHUNK_DIAGONAL = 16  # exp(b_i - b_j) of every pair and channel is formed: safe for any gate, but C times the size of k
@@ -30,24 +30,24 @@ CHUNK_DIAGONAL = 16  # exp(b_i - b_j) of every pair and channel is formed: safe 
 class ChunkedOp:
     """linear_attention and delta_rule: `beta` makes the difference."""
 
-    def summarize(self, x: Inputs, wanted: bool):
+    def summarize(self, x: LinearInputs, wanted: bool):
         chunks = _chunks(x)
         q, k, v, b, beta = _local(x, _leaves(x, chunks), chunks)
         a, s, u, w = write(k, v, b, beta)
         summary = Summary(_scan(chunks, a, s, _zero(x))[1], _total(chunks, a, _zero(x))) if wanted else None
         return summary, (chunks, a, s, (q, k, b, u, w))
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+    def finish(self, x: LinearInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
         chunks, a, s, local = partial
         r, y = read(*local)
         start = incoming.wait()
         start = _zero(x) if start is None else start
-        entering, outgoing = _scan(chunks, a, s, start)
-        return chunks.join(r @ entering + y, x.v).to(x.v.dtype), Pending(lambda: outgoing), (start,)
+        initial, final = _scan(chunks, a, s, start)
+        return chunks.join(r @ initial + y, x.v).to(x.v.dtype), Pending(lambda: final), (start,)
 
-    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+    def summarize_grad(self, x: LinearInputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
-        leaves = [None if t is None else t.detach().requires_grad_() for t in _leaves(x, chunks)]
+        leaves = {name: t.detach().requires_grad_() for name, t in _leaves(x, chunks).items()}
         with torch.enable_grad():
             q, k, v, b, beta = _local(x, leaves, chunks)
             a, s, u, w = write(k, v, b, beta)
@@ -57,48 +57,46 @@ class ChunkedOp:
         total = _scan_back(chunks, None if a is None else a.detach(), d, _zero(x))[1] if wanted else None
         return total, (chunks, leaves, (r, y, a, s), do, d)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         chunks, leaves, (r, y, a, s), do, d = partial
         (incoming,) = kept
         assert incoming is not None
         a_value = None if a is None else a.detach()
-        entering, _ = _scan(chunks, a_value, s.detach(), incoming)
+        initial, _ = _scan(chunks, a_value, s.detach(), incoming)
         end = d_outgoing.wait()
-        leaving, d_incoming = _scan_back(chunks, a_value, d, _zero(x) if end is None else end)
-        outputs, grads = [r, y, s], [do @ entering.mT, do, leaving]
+        d_final, d_incoming = _scan_back(chunks, a_value, d, _zero(x) if end is None else end)
+        outputs, grads = [r, y, s], [do @ initial.mT, do, d_final]
         if a_value is not None and a.requires_grad:
             outputs.append(a)
-            grads.append(_transition_grad(a_value, entering, leaving))
-        names = ("q", "k", "v", "decay", "beta")
-        wanted = {name: leaf for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
-        found = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
-        whole = {name: chunks.join(d, x.v).to(getattr(x, name).dtype) for name, d in found.items()}
-        return Gradients(**({"decay": None, "beta": None} | whole), incoming=Pending(lambda: d_incoming))
+            grads.append(_transition_grad(a_value, initial, d_final))
+        found = zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads), strict=True)
+        of = {name: chunks.join(d, x.v).to(getattr(x, name).dtype) for name, d in found}
+        return Gradients(of, Pending(lambda: d_incoming))
 
 
 class NonCausalOp:
     """linear_attention with causal=False: every token reads the state of its whole segment, and there is no decay."""
 
-    def summarize(self, x: Inputs, wanted: bool):
+    def summarize(self, x: LinearInputs, wanted: bool):
         chunks = _chunks(x)
         q, k, v, _, _ = _local(x, _leaves(x, chunks), chunks)
         s = _sum_over_chunks(chunks, k.mT @ v, x)
         return Summary(s), (chunks, q, s)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+    def finish(self, x: LinearInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
         chunks, q, s = partial
         others = incoming.wait()
         state = s if others is None else s + others
         return chunks.join(q @ state[chunks.owner], x.v).to(x.v.dtype), Pending(lambda: state), (state,)
 
-    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+    def summarize_grad(self, x: LinearInputs, kept: Kept, do: Tensor, wanted: bool):
         chunks = _chunks(x)
         local = _local(x, _leaves(x, chunks), chunks)
         do = chunks.split(do).to(x.state_dtype)
         d = _sum_over_chunks(chunks, local[0].mT @ do, x)
         return d, (chunks, local, do, d)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         chunks, (_, k, v, _, _), do, d = partial
         others = d_outgoing.wait()
         d = d if others is None else d + others
@@ -109,7 +107,7 @@ class NonCausalOp:
         dq = (do @ state.mT * x.scale).unflatten(1, groups).sum(2)
         dk = (v @ d_state.mT).unflatten(1, groups).sum(2)
         dq, dk, dv = (chunks.join(t, x.v).to(x.v.dtype) for t in (dq, dk, k @ d_state))
-        return Gradients(dq, dk, dv, None, None, Pending(lambda: d))
+        return Gradients({"q": dq, "k": dk, "v": dv}, Pending(lambda: d))
 
 
 def write(k: Tensor, v: Tensor, b: Tensor | None, beta: Tensor | None):
@@ -140,7 +138,7 @@ def scores(q: Tensor, k: Tensor, b: Tensor | None, strict: bool = False) -> Tens
     seen = torch.ones(c, c, dtype=torch.bool, device=k.device).tril(-1 if strict else 0)
     if b is None:
         return (q @ k.mT) * seen
-    if b.ndim == 3:
+    if Transition.of(b, k[..., None]) == Transition.SCALAR:
         return (q @ k.mT) * _between(b, k.dtype).masked_fill(~seen, -torch.inf).exp()
     gap = _between(b, k.dtype).masked_fill(~seen[:, :, None], -torch.inf)
     return torch.einsum("mhik,mhjk,mhijk->mhij", q, k, gap.exp())
@@ -153,55 +151,53 @@ def _between(b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _decayed(x: Tensor, b: Tensor | None) -> Tensor:
     """x [M, H, C, K] times exp(b), b [M, H, C] or [M, H, C, K]."""
-    if b is None:
-        return x
-    return x * (b[..., None] if b.ndim == 3 else b).to(x.dtype).exp()
+    factor = factor_of(None if b is None else b.to(x.dtype), x[..., None])
+    return x if factor is None else x * factor[..., 0]
 
 
-def _chunks(x: Inputs) -> Chunks:
-    diagonal = x.decay is not None and x.decay.ndim == 4
-    return x.segments.chunks(CHUNK_DIAGONAL if diagonal else CHUNK, x.v.device)
+def _chunks(x: LinearInputs) -> Chunks:
+    return x.segments.chunks(CHUNK_DIAGONAL if x.decay_class == Decay.DIAGONAL else CHUNK, x.v.device)
 
 
-def _leaves(x: Inputs, chunks: Chunks) -> list[Tensor | None]:
-    """q, k, v, decay, beta in chunks, in the dtype of the state; a constant decay is not one of them."""
-    decay = x.decay if x.decay is not None and x.decay.ndim > 1 else None
-    return [None if t is None else chunks.split(t).to(x.state_dtype) for t in (x.q, x.k, x.v, decay, x.beta)]
+def _leaves(x: LinearInputs, chunks: Chunks) -> dict[str, Tensor]:
+    """What has a gradient, in chunks and in the dtype of the state."""
+    return {name: chunks.split(t).to(x.state_dtype) for name, t in x.per_token.items()}
 
 
-def _local(x: Inputs, leaves: list[Any], chunks: Chunks):
+def _local(x: LinearInputs, leaves: dict[str, Tensor], chunks: Chunks):
     """Scaled q, k (one per value head), v, cumulative log decay within the chunk in float64, beta."""
-    q, k, v, g, beta = leaves
-    q, k = (t.repeat_interleave(x.v.shape[2] // t.shape[1], dim=1) for t in (q * x.scale, k))
-    if x.decay is not None and x.decay.ndim == 1:  # empty slots must not decay the state
+    q, k, v = leaves["q"] * x.scale, leaves["k"], leaves["v"]
+    q, k = (t.repeat_interleave(x.v.shape[2] // t.shape[1], dim=1) for t in (q, k))
+    g = leaves.get("decay")
+    if x.decay is not None and g is None:  # constant; empty slots must not decay the state
         g = x.decay.to(x.state_dtype)[None, :, None].where(chunks.mask[:, None], 0)
     b = None if g is None else g.clamp(min=SHUT[x.state_dtype]).double().cumsum(2)
-    return q, k, v, b, beta
+    return q, k, v, b, leaves.get("beta")
 
 
 def _scan(chunks: Chunks, a: Tensor | None, s: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-    """The state that enters each chunk [M, H, K, V] and those that leave the segments [N, H, K, V]."""
-    entering, state = torch.empty_like(s), incoming.clone()
+    """The initial state of each chunk [M, H, K, V] and the segments' final ones [N, H, K, V]."""
+    initial, state = torch.empty_like(s), incoming.clone()
     for segment, chunk in chunks.steps:
-        entering[chunk] = state[segment]
+        initial[chunk] = state[segment]
         state[segment] = apply(None if a is None else a[chunk], state[segment]) + s[chunk]
-    return entering, state
+    return initial, state
 
 
 def _scan_back(chunks: Chunks, a: Tensor | None, d: Tensor, d_outgoing: Tensor) -> tuple[Tensor, Tensor]:
-    """The mirror image: the gradient of each chunk's outgoing state and of the segments' incoming ones."""
-    leaving, grad = torch.empty_like(d), d_outgoing.clone()
+    """The mirror image: the gradient of each chunk's final state and of the segments' initial ones."""
+    d_final, grad = torch.empty_like(d), d_outgoing.clone()
     for segment, chunk in reversed(chunks.steps):
-        leaving[chunk] = grad[segment]
+        d_final[chunk] = grad[segment]
         grad[segment] = apply_transposed(None if a is None else a[chunk], grad[segment]) + d[chunk]
-    return leaving, grad
+    return d_final, grad
 
 
 def _total(chunks: Chunks, a: Tensor | None, like: Tensor) -> Tensor | None:
     """The product of each segment's transitions."""
     if a is None:
         return None
-    if a.ndim < like.ndim:
+    if Transition.of(a, like) != Transition.MATRIX:
         return a.new_zeros(len(like), *a.shape[1:]).index_add(0, chunks.owner, a)
     total = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(len(like), *a.shape[1:]).clone()
     for segment, chunk in chunks.steps:
@@ -209,18 +205,19 @@ def _total(chunks: Chunks, a: Tensor | None, like: Tensor) -> Tensor | None:
     return total
 
 
-def _transition_grad(a: Tensor, entering: Tensor, leaving: Tensor) -> Tensor:
+def _transition_grad(a: Tensor, initial: Tensor, d_final: Tensor) -> Tensor:
     """∂L/∂A = G Xᵀ, reduced to the class of A (through the exponential where A is a logarithm)."""
-    if a.ndim == entering.ndim:
-        return leaving @ entering.mT
-    grad = (apply(a, entering) * leaving).sum(-1)
-    return grad if a.ndim == 3 else grad.sum(-1)
+    kind = Transition.of(a, initial)
+    if kind == Transition.MATRIX:
+        return d_final @ initial.mT
+    grad = apply(a, initial) * d_final
+    return grad.sum(-1 if kind == Transition.DIAGONAL else (-2, -1))
 
 
-def _zero(x: Inputs) -> Tensor:
+def _zero(x: LinearInputs) -> Tensor:
     """The zero state of every segment."""
     return x.v.new_zeros(x.state_shape, dtype=x.state_dtype)
 
 
-def _sum_over_chunks(chunks: Chunks, per_chunk: Tensor, x: Inputs) -> Tensor:
+def _sum_over_chunks(chunks: Chunks, per_chunk: Tensor, x: LinearInputs) -> Tensor:
     return _zero(x).index_add(0, chunks.owner, per_chunk)

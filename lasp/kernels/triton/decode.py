@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.decay import Decay
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs, LinearInputs
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import CONSTANT, DIAGONAL, SCALAR
@@ -66,7 +65,7 @@ def _decode(
     tl.store(o + at * V + cols, oc.to(o.dtype.element_ty), mask=in_v)
 
 
-def decode(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def decode(x: LinearInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """o [B, 1, H, V] in v's dtype and the new states [B, H, K, V] in fp32, for T = 1; `state` stays as it is.
 
     Nothing is read on the host, so that a CUDA graph can hold the launch.
@@ -74,12 +73,13 @@ def decode(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     assert x.v.shape[1] == 1 and x.segments.cu_seqlens is None
     x, state = contiguous(x), None if state is None else state.contiguous()
     (batch, _, heads, value_dim), (q_heads, key_dim) = x.v.shape, x.k.shape[2:]
+    beta = x.beta if isinstance(x, DeltaInputs) else None
     o, after = torch.empty_like(x.v), x.v.new_empty(x.state_shape, dtype=torch.float32)
     block_v = min(COLUMNS, block_of(value_dim))
     launch(
         _decode, (batch, heads, cdiv(value_dim, block_v)),
-        x.q, x.k, x.v, x.decay, x.beta, state, o, after, x.scale, heads, heads // q_heads,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, DECAY=Decay.of(x.decay).value,
-        DELTA=x.beta is not None, num_warps=4,
+        x.q, x.k, x.v, x.decay, beta, state, o, after, x.scale, heads, heads // q_heads,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, DECAY=x.decay_class.value,
+        DELTA=beta is not None, num_warps=4,
     )  # fmt: skip
     return o, after

@@ -1,13 +1,14 @@
 """Which Triton kernels serve which inputs."""
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
+from lasp.kernels.inputs import DeltaInputs, LinearInputs, NonCausalInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Inputs, Op
+from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.decode import decode
 from lasp.kernels.triton.delta.op import TritonDelta
@@ -17,37 +18,35 @@ from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
-OPS: dict[tuple[bool, bool], type[Op]] = {  # whether there is a beta, and a decay for every channel
-    (False, False): TritonLinear, (False, True): TritonDiagonal, (True, False): TritonDelta, (True, True): TritonDelta
-}  # fmt: skip
-TENSORS = ("q", "k", "v", "decay", "beta")
 _ready: set[tuple] = set()
 
 
-def triton_op(x: Inputs, causal: bool, asked: bool, wants_summary: bool) -> tuple[Op | None, str]:
+def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
     """The op, its kernels compiled, or None and what it is that Triton's ops do not serve.
 
     asked: the caller asked for Triton; what is not checked is taken only then. wants_summary: as in Op.summarize.
     """
     if refusal := unsupported(x.k, x.v):
         return None, refusal
-    if not causal:
+    if isinstance(x, NonCausalInputs):
         return None, "causal=False"
     if x.k.shape[-1] < MIN_KEY and x.v.is_cuda:
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
-    op = OPS[x.beta is not None, Decay.of(x.decay) == Decay.DIAGONAL]()
+    op: Op[Any] = TritonDiagonal() if x.decay_class == Decay.DIAGONAL else TritonLinear()
+    if isinstance(x, DeltaInputs):
+        op = TritonDelta()
     if x.v.is_cuda:
         _make_ready(op, x, wants_summary)
     return op, ""
 
 
-def _make_ready(op: Op, x: Inputs, wants_summary: bool) -> None:
+def _make_ready(op: Op[Any], x: LinearInputs, wants_summary: bool) -> None:
     """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
-    tensors = [(name, t) for name in TENSORS if (t := getattr(x, name)) is not None]
-    backward = torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors)
-    kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors)
+    tensors = x.tensors
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors.items())
     key = (type(op), wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
     if key in _ready:
         return
@@ -56,14 +55,13 @@ def _make_ready(op: Op, x: Inputs, wants_summary: bool) -> None:
         compile_ahead(lambda: dry_run(op, x, wants_summary, backward))
 
 
-def dry_run(op: Op, x: Inputs, wants_summary: bool, backward: bool) -> None:
+def dry_run(op: Op[Any], x: LinearInputs, wants_summary: bool, backward: bool) -> None:
     """All launches that `x` and its gradients need, with tensors that have a shape and no memory."""
     offsets = x.segments.cu_seqlens
     if offsets is not None and offsets.is_cuda:
         offsets = offsets.to("meta")
     segments = Segments(x.segments.batch, x.segments.tokens, offsets)
-    tensors = {name: t.detach().to("meta") for name in TENSORS if (t := getattr(x, name)) is not None}
-    x = replace(x, segments=segments, **tensors)
+    x = x.having({name: t.detach().to("meta") for name, t in x.tensors.items()}, segments)
     _, partial = op.summarize(x, wants_summary)
     comes = x.v.new_empty(x.state_shape, dtype=x.state_dtype) if wants_summary else None
     o, _, kept = op.finish(x, partial, Pending(lambda: comes))
@@ -72,13 +70,11 @@ def dry_run(op: Op, x: Inputs, wants_summary: bool, backward: bool) -> None:
         op.finish_grad(x, kept, partial, Pending(lambda: comes))
 
 
-def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:
+def triton_step(x: LinearInputs, state: Tensor | None, asked: bool) -> tuple[Tensor, Tensor] | None:
     """o and the new states of a single token of which nobody wants a gradient, in one launch; None if it is not one."""
     if x.v.shape[1] != 1 or x.segments.cu_seqlens is not None or unsupported(x.k, x.v):
         return None
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x.q, x.k, x.v, x.decay, x.beta, state)
-    ):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*x.tensors.values(), state)):
         return None
     if not (asked or _checked(x)):
         return None
@@ -86,7 +82,7 @@ def triton_step(x: Inputs, state: Tensor | None, asked: bool) -> tuple[Tensor, T
         return decode(x, state)
 
 
-def _checked(x: Inputs) -> bool:
+def _checked(x: LinearInputs) -> bool:
     """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size, and
     fit into this one's shared memory."""
     if not x.v.is_cuda:

@@ -1,14 +1,13 @@
 """How units' states reach the ranks that need them. Every exchange has one signature, `StateExchange`."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.names import ExchangeName
 from lasp.parallel import comm
-from lasp.parallel.combine import Breaks
 from lasp.parallel.comm import Group
 from lasp.parallel.cost import Link, Message, blocks, candidates
 from lasp.parallel.exchange.all_gather import AllGather
@@ -24,16 +23,18 @@ class StateExchange(Protocol):
     """Moves states between the units of a layout.
 
     states, d: [units of this rank, B, H, K, V]; transitions likewise, or None (see `lasp.kernels.summary`);
-    breaks: for every unit of the sequence, whether it lets nothing pass in that direction. What arrives is the caller's
-    to change.
+    algebra: the `Algebra` of the states, in that direction. What arrives is the caller's to change.
+    affine_only: whether it must be `Affine`.
     """
 
+    affine_only: bool
+
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
+        self, states: Tensor, transitions: Tensor | None, algebra: Any
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         """The states that enter this rank's units, and the transitions that `backward` will need."""
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, algebra: Any) -> Pending[Tensor]:
         """The gradients of the states that leave this rank's units."""
 
 

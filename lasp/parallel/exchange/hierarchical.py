@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
+from lasp.kernels.summary import compose
 from lasp.parallel import comm
-from lasp.parallel.combine import Breaks, factors_of, pass_unit
+from lasp.parallel.combine import Affine
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.scan import Scan
 from lasp.parallel.layout import Layout
@@ -25,6 +26,8 @@ class Hierarchical:
     Collective: it makes groups of its own. Backward sends gradients alone, the node's transitions having been kept.
     """
 
+    affine_only = True
+
     def __init__(self, layout: Layout, group: Group, node: int, blocks: Callable[[int], int]):
         self.layout, self.node, self.rank = layout, node, comm.rank(group)
         self.neighbours, peers = comm.split(group, node)
@@ -34,21 +37,21 @@ class Hierarchical:
         self.runs = runs.owned(self.rank // node)
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
+        self, states: Tensor, transitions: Tensor | None, algebra: Affine
     ) -> Pending[tuple[Tensor, Tensor | None]]:
         kept: list[Tensor | None] = []
 
         def steps() -> Generator[None, None, Tensor]:
             gathered, *rest = yield from self._gather(*(x for x in (states, transitions) if x is not None))
             kept.append(rest[0] if rest else None)
-            return (yield from self._walk(gathered, kept[0], breaks, backward=False))
+            return (yield from self._walk(gathered, kept[0], algebra))
 
         return comm.start(steps(), states, transitions).then(lambda arrived: (arrived, kept[0]))
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
+    def backward(self, d: Tensor, transitions: Tensor | None, algebra: Affine) -> Pending[Tensor]:
         def steps() -> Generator[None, None, Tensor]:
             (gathered,) = yield from self._gather(d)
-            return (yield from self._walk(gathered, transitions, breaks, backward=True))
+            return (yield from self._walk(gathered, transitions, algebra))
 
         return comm.start(steps(), d, transitions)
 
@@ -58,55 +61,47 @@ class Hierarchical:
         yield
         return [pending.wait().flatten(0, 1)[self.inside] for pending in coming]
 
-    def _walk(
-        self, gathered: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
-    ) -> Generator[None, None, Tensor]:
+    def _walk(self, gathered: Tensor, transitions: Tensor | None, algebra: Affine) -> Generator[None, None, Tensor]:
         """What arrives at each local unit, given what the node's sum up to, run by run."""
-        factors = factors_of(transitions, gathered)
-        of_runs = None if transitions is None else torch.stack([_composed(a) for a in transitions.split(self.node)])
+        factors = algebra.factors_of(transitions, gathered)
+        of_runs = (
+            None
+            if transitions is None
+            else torch.stack(
+                [compose(a, s) for a, s in zip(transitions.split(self.node), gathered.split(self.node), strict=True)]
+            )
+        )
 
         def passed(run: int, x: Tensor | None, until: int | None = None) -> Tensor:
             """x, or nothing, behind the units of a local run, up to (backward: down to) but not through `until`."""
             units = self._units(self.runs[run])
-            for unit in units[::-1] if backward else units:
+            for unit in units[::-1] if algebra.backward else units:
                 if unit == until:
                     break
                 row = run * self.node + unit - units.start
                 factor = None if factors is None else factors[row]
                 state = gathered[row]
-                x = state if x is None else pass_unit(x, state, factor, breaks[unit], backward=backward)
+                x = state if x is None else algebra.pass_unit(x, state, factor, unit)
             assert x is not None
             return x
 
         summaries = torch.stack([passed(run, None) for run in range(len(self.runs))])
-        closed = tuple(any(breaks[unit] for unit in self._units(run)) for run in range(self.scan.layout.units))
-        entering = yield from self._across(summaries, of_runs, closed, backward)
+        closed = tuple(any(algebra.breaks[unit] for unit in self._units(run)) for run in range(self.scan.layout.units))
+        entering = yield from self._across(summaries, of_runs, Affine(closed, algebra.backward))
         owned = self.layout.owned(self.rank)
         return torch.stack([passed(run, x, unit) for run, (x, unit) in enumerate(zip(entering, owned, strict=True))])
 
     def _units(self, run: int) -> range:
         return range(run * self.node, (run + 1) * self.node)
 
-    def _across(
-        self, summaries: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
-    ) -> Generator[None, None, Tensor]:
+    def _across(self, summaries: Tensor, transitions: Tensor | None, algebra: Affine) -> Generator[None, None, Tensor]:
         """What enters each run: every rank of the node scans its share of the columns, if they can be shared evenly."""
         columns = summaries.shape[-1]
         if columns % self.node:
-            return (yield from self.scan.walk(summaries, transitions, breaks, backward))
+            return (yield from self.scan.walk(summaries, transitions, algebra))
         share = columns // self.node
         mine = summaries[..., self.rank % self.node * share :][..., :share].contiguous()
-        arrived = yield from self.scan.walk(mine, transitions, breaks, backward)
+        arrived = yield from self.scan.walk(mine, transitions, algebra)
         coming = comm.all_gather(arrived, self.neighbours)
         yield
         return torch.cat(coming.wait().unbind(), dim=-1)
-
-
-def _composed(transitions: Tensor) -> Tensor:
-    """The transition of neighbouring units [units, B, H, ...], together."""
-    if transitions.ndim < 5:
-        return transitions.sum(0)
-    whole = transitions[0]
-    for transition in transitions[1:]:
-        whole = transition @ whole
-    return whole

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
-from lasp.parallel.combine import Breaks, factors_of, pass_unit
+from lasp.parallel.combine import Affine
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
 
@@ -26,24 +26,24 @@ from lasp.parallel.layout import Layout
 class Scan:
     """blocks: how many blocks a state of so many bytes travels in (at most one for each row or column)."""
 
+    affine_only = True
+
     def __init__(self, layout: Layout, group: Group, blocks: Callable[[int], int]):
         self.layout, self.group, self.rank, self.blocks = layout, group, comm.rank(group), blocks
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
+        self, states: Tensor, transitions: Tensor | None, algebra: Affine
     ) -> Pending[tuple[Tensor, Tensor | None]]:
-        steps = self.walk(states, transitions, breaks, backward=False)
+        steps = self.walk(states, transitions, algebra)
         return comm.start(steps, states, transitions).then(lambda arrived: (arrived, transitions))
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
-        return comm.start(self.walk(d, transitions, breaks, backward=True), d, transitions)
+    def backward(self, d: Tensor, transitions: Tensor | None, algebra: Affine) -> Pending[Tensor]:
+        return comm.start(self.walk(d, transitions, algebra), d, transitions)
 
-    def walk(
-        self, states: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool
-    ) -> Generator[None, None, Tensor]:
-        """What arrives at each local unit when the state walks over all units, upwards or (backward) downwards; see
+    def walk(self, states: Tensor, transitions: Tensor | None, algebra: Affine) -> Generator[None, None, Tensor]:
+        """What arrives at each local unit when the state walks over all units, upwards or, in backward, downwards; see
         `comm.start`."""
-        step, factors = -1 if backward else 1, factors_of(transitions, states)
+        step, factors = -1 if algebra.backward else 1, algebra.factors_of(transitions, states)
         arrived, sent = torch.empty_like(states), []
         left: list[Tensor] = []  # the blocks as they left the unit before, if this rank has that, too
         for index, unit in list(enumerate(self.layout.owned(self.rank)))[::step]:
@@ -62,7 +62,7 @@ class Scan:
                     place.zero_()
                 else:
                     place.copy_(before[b])
-                left.append(pass_unit(place, block, way, breaks[unit], backward=backward))
+                left.append(algebra.pass_unit(place, block, way, unit))
                 leaving = None if target is None or target == self.rank else (left[b], target)
                 if remote is not None and b + 1 < len(blocks):
                     following = (blocks[b + 1], remote)

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from lasp.kernels.lasting import lasting
 from lasp.kernels.pending import Pending
+from lasp.kernels.summary import Transition
 from lasp.parallel import comm, native
-from lasp.parallel.combine import Breaks, reach
+from lasp.parallel.combine import Affine
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.layout import Layout
@@ -54,6 +55,8 @@ class SymmetricMemory:
     waited for collects that first, and one on another stream than the last goes on behind that.
     """
 
+    affine_only = True
+
     @lasting
     def __init__(self, layout: Layout, group: dist.ProcessGroup):
         self.layout, self.group, self.rank = layout, group, comm.rank(group)
@@ -67,12 +70,12 @@ class SymmetricMemory:
         self._last_stream: tuple[int, torch.cuda.Stream] | None = None
 
     def forward(
-        self, states: Tensor, transitions: Tensor | None, breaks: Breaks
+        self, states: Tensor, transitions: Tensor | None, algebra: Affine
     ) -> Pending[tuple[Tensor, Tensor | None]]:
-        return self._exchange(states, transitions, breaks, backward=False).then(lambda x: (x, transitions))
+        return self._exchange(states, transitions, algebra).then(lambda x: (x, transitions))
 
-    def backward(self, d: Tensor, transitions: Tensor | None, breaks: Breaks) -> Pending[Tensor]:
-        return self._exchange(d, transitions, breaks, backward=True)
+    def backward(self, d: Tensor, transitions: Tensor | None, algebra: Affine) -> Pending[Tensor]:
+        return self._exchange(d, transitions, algebra)
 
     def check(self) -> None:
         """Raises RuntimeError if a rank did not come. Reads a word of the host's memory and does not wait for the GPU:
@@ -80,14 +83,14 @@ class SymmetricMemory:
         if late := self._late.value:
             raise RuntimeError(f"state_exchange: rank {late - 1} of the group did not come within {self.patience:g} s")
 
-    def _exchange(self, states: Tensor, transitions: Tensor | None, breaks: Breaks, backward: bool) -> Pending[Tensor]:
+    def _exchange(self, states: Tensor, transitions: Tensor | None, algebra: Affine) -> Pending[Tensor]:
         self.check()
         if self._under_way is not None:
             self._under_way()
         states = states.contiguous()
         transitions = None if transitions is None else transitions.contiguous()
-        kind = native.NONE if transitions is None else transitions.ndim - states.ndim + 3
-        call = self._call(states.shape, kind, states.dtype, breaks, backward)
+        kind = Transition.of(transitions, states)  # the numbers are those of csrc/combine.h
+        call = self._call(states.shape, kind, states.dtype, algebra)
         sent = None if transitions is None else transitions.data_ptr()
         self._run(self.library.lasp_publish, *call, states.data_ptr(), sent)
         arrived: list[Tensor] = []
@@ -124,19 +127,18 @@ class SymmetricMemory:
         return current
 
     @lasting
-    def _prepare(
-        self, shape: torch.Size, transition: int, dtype: torch.dtype, breaks: Breaks, backward: bool
-    ) -> tuple[Any, bool]:
+    def _prepare(self, shape: torch.Size, transition: int, dtype: torch.dtype, algebra: Affine) -> tuple[Any, bool]:
         """What csrc/channel.h needs to know of such calls, and whether they are in float64; collective where memory for
         states so large is not there yet."""
         (units, batch, heads, key_dim, value_dim), ranks, owned = shape, self.layout.ranks, self.layout.owned(self.rank)
+        opposite = Affine(algebra.breaks, not algebra.backward)
         kind = native.Shape(batch * heads, key_dim, value_dim, transition)
         size = self.layout.units * kind.unit_bytes(dtype.itemsize)
         slot = max(SMALLEST_SLOT, 1 << (size - 1).bit_length())  # few sizes, however many shapes there are
         if slot not in self._shared:
             share = _share_pages if self.device.type == "cpu" else _share_gpu_memory
             self._shared[slot] = share(2 * slot + 4 * ranks * native.PARTS, self.device, self.group)
-        shared, first = self._shared[slot], self.layout.units - 1 if backward else 0
+        shared, first = self._shared[slot], self.layout.units - 1 if algebra.backward else 0
         channel = native.Channel(
             buffers=shared.table,
             local=shared.local.data_ptr(),
@@ -146,10 +148,10 @@ class SymmetricMemory:
             rank=self.rank,
             layout=native.Layout(ranks, units),
             shape=kind,
-            backward=backward,
-            reach=native.Pair(*(reach(breaks, unit, backward=backward) for unit in owned)),
-            spread=native.Pair(*(reach(breaks, unit, backward=not backward) for unit in owned)),
-            passes=native.Pair(*(unit != first and not breaks[unit] for unit in owned)),
+            backward=algebra.backward,
+            reach=native.Pair(*(algebra.reach(unit) for unit in owned)),
+            spread=native.Pair(*(opposite.reach(unit) for unit in owned)),
+            passes=native.Pair(*(unit != first and not algebra.breaks[unit] for unit in owned)),
         )
         return ctypes.byref(channel), dtype == torch.float64
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 
@@ -56,34 +56,34 @@ class Backend(Protocol):
 
     states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
 
-    def head_grads_dtype(self, x: Inputs) -> torch.dtype:
+    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
         """Of dq and dk for every value head."""
 
-    def terms(self, x: Inputs) -> Terms:
+    def terms(self, x: DeltaInputs) -> Terms:
         """What summaries need, early; `scores` may be missing."""
 
-    def with_scores(self, x: Inputs, terms: Terms) -> Terms:
+    def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         """All of them, once the summaries are on their way; `scores` may be unwritten until `outputs` has run."""
 
-    def terms_again(self, x: Inputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
+    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
         """All of them in backward, from those that were saved."""
 
-    def tile_states(self, x: Inputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
+    def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         """Fills S [M, H, K, V] and A [M, H, K, K] of every tile."""
 
-    def outputs(self, x: Inputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
+    def outputs(self, x: DeltaInputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
         """o [B, T, H, V], a forward scan from the tiles' initial states; fills their `final` ones, if it is there."""
 
-    def tile_states_grad(self, x: Inputs, terms: Terms, do: Tensor, states: Tensor) -> None:
+    def tile_states_grad(self, x: DeltaInputs, terms: Terms, do: Tensor, states: Tensor) -> None:
         """Fills D [M, H, K, V] of every tile."""
 
     def recompute(
-        self, x: Inputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
+        self, x: DeltaInputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
     ) -> None:
         """Backward's forward scan of some heads. pdl: nothing it reads or writes has to do with the kernel before."""
 
     def gradients(
-        self, x: Inputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
+        self, x: DeltaInputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
         d_initial: Tensor | None, heads: range, grads: Grads,
     ) -> None:  # fmt: skip
         """Fills `grads` for some heads, a reverse scan from the gradients of the tiles' final states; fills

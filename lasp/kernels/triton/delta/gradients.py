@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import DeltaConfig, scan_decay
@@ -202,7 +202,7 @@ def _values(u, do, dr, i, here, rows, u_stride, v_stride, V: tl.constexpr):
 
 def gradients(
     chunks: Tiles,
-    x: Inputs,
+    x: DeltaInputs,
     do: Tensor,
     terms: Terms,
     recomputed: Recomputed,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.recurrence import Finished, Gradients
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import delta_config, scan_decay
@@ -46,7 +47,7 @@ class Plan:
     heads: int
 
     @classmethod
-    def of(cls, x: Inputs) -> "Plan":
+    def of(cls, x: DeltaInputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
         decay = scan_decay(x.decay)
         on_hopper = for_hopper(x.k, x.v) and decay != Decay.DIAGONAL
@@ -64,7 +65,7 @@ class Plan:
             heads=min(heads, max(some, scans // tiles.count)),
         )
 
-    def new_states(self, x: Inputs) -> Tensor:
+    def new_states(self, x: DeltaInputs) -> Tensor:
         """[M, H, K, V] in fp32, one for every tile, not written."""
         return x.v.new_empty(self.cut.tiles.count, *x.state_shape[1:], dtype=torch.float32)
 
@@ -73,7 +74,7 @@ class Plan:
         return (range(first, min(first + self.heads, heads)) for first in range(0, heads, self.heads))
 
 
-def delta_tile_length(x: Inputs, wanted: int) -> int:
+def delta_tile_length(x: DeltaInputs, wanted: int) -> int:
     """Tokens per tile: whole segments if there are many, else what makes at most `wanted` tiles, if not too short."""
     batch, tokens, heads, value_dim = x.v.shape
     longest = (
@@ -89,7 +90,7 @@ class TritonDelta:
     """Any decay. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four numbers per token and
     head, and for every tile its initial state and, unless it is a segment, its transition."""
 
-    def summarize(self, x: Inputs, wanted: bool):
+    def summarize(self, x: DeltaInputs, wanted: bool):
         x, plan = contiguous(x), Plan.of(x)
         terms = plan.kernels.terms(x)
         passing: StatePassing | OneTile
@@ -101,14 +102,14 @@ class TritonDelta:
             passing = StatePassing(plan.cut.tiles, summary.state, summary.transition, reverse=False, ahead=wanted)
         return passing.summary, (x, plan, terms, passing)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+    def finish(self, x: DeltaInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
         x, plan, terms, passing = partial
         terms = plan.kernels.with_scores(x, terms)
         initial, final_states = passing.enter_by_matrix(incoming.wait())
         o = plan.kernels.outputs(x, terms, initial, passing.final)
         return o, final_states, (terms.ut, terms.gates, terms.scores, initial, passing.transitions)
 
-    def summarize_grad(self, x: Inputs, kept, do: Tensor, wanted: bool):
+    def summarize_grad(self, x: DeltaInputs, kept, do: Tensor, wanted: bool):
         x, do, plan = contiguous(x), laid_out(do), Plan.of(x)
         ut, gates, scores, _, transitions = kept
         terms = plan.kernels.terms_again(x, ut, gates, scores)
@@ -125,7 +126,7 @@ class TritonDelta:
             )
         return passing.summary and passing.summary.state, (x, do, plan, terms, passing)
 
-    def finish_grad(self, x: Inputs, kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: DeltaInputs, kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, do, plan, terms, passing), (_, _, _, initial, _) = partial, kept
         grads, recomputed = self._new_grads(x, plan), self._new_recomputed(x, plan, terms.ut)
         enter = cache(lambda: passing.enter_by_matrix(d_outgoing.wait()))
@@ -134,11 +135,12 @@ class TritonDelta:
             plan.kernels.recompute(x, terms, initial, heads, recomputed, pdl)
             d_final, d_incoming = enter()
             plan.kernels.gradients(x, terms, do, recomputed, d_final, passing.final, heads, grads)
-        dq, dk, dv, d_decay, d_beta = grads
-        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, d_decay, d_beta, d_incoming)
+        dq, dk = (per_q_head(d, x.q) for d in (grads.dq, grads.dk))
+        of = {"q": dq, "k": dk, "v": grads.dv, "decay": grads.d_decay, "beta": grads.d_beta}
+        return Gradients(of, d_incoming)
 
     @staticmethod
-    def _summary(x: Inputs, plan: Plan, terms: Terms) -> Summary:
+    def _summary(x: DeltaInputs, plan: Plan, terms: Terms) -> Summary:
         """S and A of every tile."""
         states = plan.new_states(x)
         transitions = states.new_empty(*states.shape[:3], states.shape[2])
@@ -146,16 +148,15 @@ class TritonDelta:
         return Summary(states, transitions)
 
     @staticmethod
-    def _new_grads(x: Inputs, plan: Plan) -> Grads:
+    def _new_grads(x: DeltaInputs, plan: Plan) -> Grads:
         (batch, tokens, heads, _), key_dim = x.v.shape, x.k.shape[-1]
         dtype = plan.kernels.head_grads_dtype(x)
         dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=dtype) for _ in range(2))
-        d_decay = torch.empty_like(x.decay) if x.decay is not None and Decay.of(x.decay).learned else None
-        assert x.beta is not None
+        d_decay = torch.empty_like(x.decay) if x.decay is not None and x.decay_class.learned else None
         return Grads(dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta))
 
     @staticmethod
-    def _new_recomputed(x: Inputs, plan: Plan, ut: Tensor) -> Recomputed:
+    def _new_recomputed(x: DeltaInputs, plan: Plan, ut: Tensor) -> Recomputed:
         (batch, tokens, _, value_dim), key_dim = x.v.shape, x.k.shape[-1]
         return Recomputed(
             ut.new_empty(batch, tokens, plan.heads, value_dim),

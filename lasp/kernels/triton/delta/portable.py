@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, scan_decay
 from lasp.kernels.triton.delta.forward_scan import forward_scan
@@ -26,11 +26,10 @@ class Portable:
     config: DeltaConfig
     states_at_once = 2
 
-    def head_grads_dtype(self, x: Inputs) -> torch.dtype:
+    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
         return x.q.dtype if x.q.shape[2] == x.v.shape[2] else torch.float32
 
-    def terms(self, x: Inputs) -> Terms:
-        assert x.beta is not None
+    def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
             ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
             return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
@@ -43,24 +42,24 @@ class Portable:
         )
         return Terms(*ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products, _work_dtype(x)), scores, factors)
 
-    def with_scores(self, x: Inputs, terms: Terms) -> Terms:
+    def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         if terms.scores is not None:
             return terms
         decay, precision = scan_decay(x.decay).value, self.config.precision
         scores = chunk_scores(self.cut.chunks, x.q, x.k, terms.gates, decay, terms.ut, x.scale, precision)
         return terms._replace(scores=scores)
 
-    def terms_again(self, x: Inputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
+    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
         factors = Factors(x.q, x.k, x.k)
         if x.decay is not None and scan_decay(x.decay) == Decay.DIAGONAL:
             factors, _, _ = diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, None)
         return Terms(ut, gates, scores, factors)
 
-    def tile_states(self, x: Inputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
+    def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):
             forward_scan(mode, self.cut, terms, x.v, self.config, scan_decay(x.decay), final=final)
 
-    def outputs(self, x: Inputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
+    def outputs(self, x: DeltaInputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
         o = torch.empty_like(x.v)
         forward_scan(
             OUTPUTS, self.cut, terms, x.v, self.config, scan_decay(x.decay),
@@ -68,11 +67,11 @@ class Portable:
         )  # fmt: skip
         return o
 
-    def tile_states_grad(self, x: Inputs, terms: Terms, do: Tensor, states: Tensor) -> None:
+    def tile_states_grad(self, x: DeltaInputs, terms: Terms, do: Tensor, states: Tensor) -> None:
         reverse_scan(SUMMARY, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale, d_initial=states)
 
     def recompute(
-        self, x: Inputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
+        self, x: DeltaInputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
     ) -> None:
         forward_scan(
             STATES, self.cut, terms, x.v, self.config, scan_decay(x.decay),
@@ -80,7 +79,7 @@ class Portable:
         )  # fmt: skip
 
     def gradients(
-        self, x: Inputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
+        self, x: DeltaInputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
         d_initial: Tensor | None, heads: range, grads: Grads,
     ) -> None:  # fmt: skip
         dr, d_states = torch.empty_like(recomputed.u), torch.empty_like(recomputed.states)
@@ -93,6 +92,6 @@ class Portable:
             secondary_gradients(self.cut.chunks, x, do, terms, recomputed.u, dr, grads, self.config, heads)
 
 
-def _work_dtype(x: Inputs) -> torch.dtype:
+def _work_dtype(x: DeltaInputs) -> torch.dtype:
     """Of the products' operands: a state may exceed what fp16 holds."""
     return torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.backend import Grads, Terms
 from lasp.kernels.triton.delta.config import DeltaConfig
@@ -299,7 +299,7 @@ def secondary_scores(
 
 def secondary_gradients(
     chunks: Tiles,
-    x: Inputs,
+    x: DeltaInputs,
     do: Tensor,
     terms: Terms,
     u: Tensor,

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.diagonal.gradients import gradients
 from lasp.kernels.triton.diagonal.outputs import outputs
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, diagonal_config, rescale
@@ -24,7 +25,7 @@ class TritonDiagonal:
 
     config: DiagonalConfig | None = None  # None takes it from the table
 
-    def summarize(self, x: Inputs, wanted: bool):
+    def summarize(self, x: LinearInputs, wanted: bool):
         x, tiles, config = self._prepare(x)
         assert x.decay is not None
         rescaled = rescale(tiles, x.q, x.k, x.decay, x.scale, config)
@@ -32,7 +33,7 @@ class TritonDiagonal:
         passing = StatePassing(tiles, states, transitions, reverse=False, ahead=wanted)
         return passing.summary, (x, tiles, config, rescaled, passing)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+    def finish(self, x: LinearInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
         x, tiles, config, rescaled, passing = partial
         assert x.decay is not None
         o = torch.empty_like(x.v)
@@ -41,7 +42,7 @@ class TritonDiagonal:
         secondary_outputs(tiles, x.q, x.k, x.v, x.decay, rescaled.ln_chunk_decay, o, x.scale, config)
         return o, outgoing, (passing.transitions, *initial)
 
-    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+    def summarize_grad(self, x: LinearInputs, kept: Kept, do: Tensor, wanted: bool):
         (x, tiles, config), do = self._prepare(x), laid_out(do)
         assert x.decay is not None
         rescaled = rescale(tiles, x.q, x.k, x.decay, x.scale, config)
@@ -49,7 +50,7 @@ class TritonDiagonal:
         passing = StatePassing(tiles, states, kept[0], reverse=True, ahead=wanted)
         return passing.summary and passing.summary.state, (x, tiles, config, do, rescaled, passing)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         (x, tiles, config, do, rescaled, passing), (_, local, *came) = partial, kept
         assert local is not None and x.decay is not None
         before = chunk_states(tiles, rescaled, x.v, InitialStates(local, *came), config)
@@ -61,7 +62,7 @@ class TritonDiagonal:
             tiles, x.q, x.k, x.v, x.decay, do, rescaled.ln_chunk_decay, (dq, dk, dv, dg), x.scale, config
         )
         dq, dk = (per_q_head(d, x.q).to(x.q.dtype) for d in (dq, dk))
-        return Gradients(dq, dk, dv, dg, None, d_incoming)
+        return Gradients({"q": dq, "k": dk, "v": dv, "decay": dg}, d_incoming)
 
-    def _prepare(self, x: Inputs):
+    def _prepare(self, x: LinearInputs):
         return contiguous(x), tiles_of(x), self.config or diagonal_config(x.k, x.v)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY
 from lasp.kernels.triton.delta.rescale import Factors
@@ -22,39 +22,38 @@ class Hopper:
     cut: Cut
     states_at_once = 1
 
-    def head_grads_dtype(self, x: Inputs) -> torch.dtype:
+    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
         return x.q.dtype
 
-    def terms(self, x: Inputs) -> Terms:
-        assert x.beta is not None
+    def terms(self, x: DeltaInputs) -> Terms:
         ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, torch.bfloat16)
         return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
 
-    def with_scores(self, x: Inputs, terms: Terms) -> Terms:
+    def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         return terms._replace(scores=torch.empty_like(terms.ut))
 
-    def terms_again(self, x: Inputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
+    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
         return Terms(ut, gates, scores, Factors(x.q, x.k, x.k))
 
-    def tile_states(self, x: Inputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
+    def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         forward_scan(SUMMARY, self.cut, x, terms, final=states, transitions=transitions)
 
-    def outputs(self, x: Inputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
+    def outputs(self, x: DeltaInputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
         o = torch.empty_like(x.v)
         forward_scan(OUTPUTS, self.cut, x, terms, initial=initial, final=final, y=o)
         return o
 
-    def tile_states_grad(self, x: Inputs, terms: Terms, do: Tensor, states: Tensor) -> None:
+    def tile_states_grad(self, x: DeltaInputs, terms: Terms, do: Tensor, states: Tensor) -> None:
         reverse_scan(self.cut, x, terms, do, d_initial=states)
 
     def recompute(
-        self, x: Inputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
+        self, x: DeltaInputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
     ) -> None:
         u, states = into
         forward_scan(STATES, self.cut, x, terms, initial=initial, y=u, states=states, heads=heads, pdl=pdl)
 
     def gradients(
-        self, x: Inputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
+        self, x: DeltaInputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
         d_initial: Tensor | None, heads: range, grads: Grads,
     ) -> None:  # fmt: skip
         reverse_scan(

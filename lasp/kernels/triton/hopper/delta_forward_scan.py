@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, scan_decay
 from lasp.kernels.triton.hopper.delta_shared import (
@@ -254,7 +254,7 @@ def _forward_scan(
 def forward_scan(
     mode: gl.constexpr,
     cut: Cut,
-    x: Inputs,
+    x: DeltaInputs,
     terms: Terms,
     *,
     initial: Tensor | None = None,

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import scan_decay
 from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
@@ -269,7 +269,7 @@ def _reverse_scan(
 
 def reverse_scan(
     cut: Cut,
-    x: Inputs,
+    x: DeltaInputs,
     terms: Terms,
     do: Tensor,
     *,

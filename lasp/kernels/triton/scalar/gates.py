@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
@@ -99,7 +100,7 @@ def _gate_grads(
 
 def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
     """What `load_gates` reads, in sums_dtype(v). For [B, T, H]: log2 decay from a chunk's start up to each token."""
-    if decay is None or decay.ndim == 1:
+    if decay is None or Decay.of(decay) == Decay.CONSTANT:
         return None if decay is None else decay.to(sums_dtype(v))
     heads = decay.shape[-1]
     cumulated = v.new_empty(v.shape[:3], dtype=sums_dtype(v))

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Gradients, Inputs, Kept
+from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.device import GLUON, for_hopper
 from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
@@ -27,19 +28,19 @@ class TritonLinear:
 
     config: ScalarConfig | None = None  # None takes it from the table
 
-    def summarize(self, x: Inputs, wanted: bool):
+    def summarize(self, x: LinearInputs, wanted: bool):
         x, kernels = contiguous(x), self._backend(x)
         states, transitions, saved = kernels.tile_states(x.k, x.v, x.decay)
         passing = StatePassing(tiles_of(x), states, transitions, reverse=False, ahead=wanted)
         return passing.summary, (x, kernels, saved, passing)
 
-    def finish(self, x: Inputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending[Tensor], Kept]:
+    def finish(self, x: LinearInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
         x, kernels, saved, passing = partial
         initial, final_states = passing.enter(incoming.wait())
         o = kernels.outputs(x.q, x.k, x.v, saved, initial)
         return o, final_states, (passing.transitions, *initial, *saved)
 
-    def summarize_grad(self, x: Inputs, kept: Kept, do: Tensor, wanted: bool):
+    def summarize_grad(self, x: LinearInputs, kept: Kept, do: Tensor, wanted: bool):
         x, do, kernels = contiguous(x), laid_out(do), self._backend(x)
         (transitions, local, incoming, passed), saved = kept[:4], kept[4:]
         assert local is not None
@@ -48,17 +49,18 @@ class TritonLinear:
         passing = StatePassing(tiles_of(x), d_states, transitions, reverse=True, ahead=wanted)
         return passing.summary and passing.summary.state, (x, kernels, do, saved, initial, passing)
 
-    def finish_grad(self, x: Inputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         x, kernels, do, saved, initial, passing = partial
-        gate = x.decay if x.decay is not None and x.decay.ndim == 3 else None
+        gate = x.decay if x.decay_class.learned else None
         ends = None if gate is None else torch.empty_like(initial.local)
         dq, q_dq = kernels.query_grads(x.q, x.k, x.v, do, saved, initial, ends)
         d_final, d_incoming = passing.enter(d_outgoing.wait())
         dk, dv, v_dv, at_end = kernels.key_value_grads(x.q, x.k, x.v, do, saved, d_final, ends)
         d_gate = None if gate is None else gate_grads(tiles_of(x), gate, q_dq, v_dv, at_end)
-        return Gradients(per_q_head(dq, x.q), per_q_head(dk, x.q), dv, d_gate, None, d_incoming)
+        grads = {"q": per_q_head(dq, x.q), "k": per_q_head(dk, x.q), "v": dv, "decay": d_gate}
+        return Gradients(grads, d_incoming)
 
-    def _backend(self, x: Inputs) -> Backend:
+    def _backend(self, x: LinearInputs) -> Backend:
         if for_hopper(x.k, x.v):
             return Hopper(tiles_of(x), x.scale)
         return Portable(tiles_of(x), x.scale, self.config or scalar_config(x.k, x.v, x.decay is not None))

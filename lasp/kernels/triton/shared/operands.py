@@ -1,20 +1,21 @@
 """Tensors as the kernels take and give them."""
 
-from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.layouts import laid_out
-from lasp.kernels.recurrence import Inputs
+
+Call = TypeVar("Call", bound=LinearInputs)
 
 
-def contiguous(x: Inputs) -> Inputs:
+def contiguous(x: Call) -> Call:
     """The same inputs, laid out as the kernels assume.
 
     Copies have to live until their half of the op has ended, since kernels that overlap may get their memory (see pdl).
     """
-    decay, beta = (None if gate is None else gate.contiguous() for gate in (x.decay, x.beta))
-    return replace(x, q=laid_out(x.q), k=laid_out(x.k), v=laid_out(x.v), decay=decay, beta=beta)
+    return x.having({name: laid_out(t) if name in "qkv" else t.contiguous() for name, t in x.tensors.items()})
 
 
 def per_q_head(d: Tensor, q: Tensor) -> Tensor:

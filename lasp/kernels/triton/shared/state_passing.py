@@ -15,12 +15,13 @@ from torch import Tensor
 
 from lasp.kernels.pending import Pending
 from lasp.kernels.segments import Tiles
-from lasp.kernels.summary import Summary, apply
+from lasp.kernels.summary import Summary, Transition, apply
 from lasp.kernels.triton.device import block_of, cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
-from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.shared.matrix_passing import add_incoming, pass_by_matrix
+
+IDENTITY, SCALAR = tl.constexpr(int(Transition.IDENTITY)), tl.constexpr(int(Transition.SCALAR))
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _pass_states(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    CLASS: tl.constexpr,
+    TRANSITION: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -52,7 +53,7 @@ def _pass_states(
     if start is not None:
         x += tl.load(start + (n * H + h) * K * V + place, mask=inside, other=0.0)
     total = tl.zeros([BK], tl.float32)
-    if CLASS == SCALAR:  # all rows have the same
+    if TRANSITION == SCALAR:  # all rows have the same
         width, channels, writes = 1, rows * 0, (rows == 0) & (block == 0)
     else:
         width, channels, writes = K, rows, (rows < K) & (block % tl.cdiv(V, BV) == 0)
@@ -61,10 +62,10 @@ def _pass_states(
         tile = ((high - 1 - i) if REVERSE else (low + i)) * H + h
         s = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
         tl.store(initial + tile * K * V + place, x, mask=inside)
-        if CLASS != NONE:
+        if TRANSITION != IDENTITY:
             if passed is not None:
                 tl.store(passed + tile * width + channels, total, mask=writes)
-            if CLASS == SCALAR:
+            if TRANSITION == SCALAR:
                 log = tl.load(transitions + tile) + tl.zeros([BK], tl.float32)
             else:
                 log = tl.load(transitions + tile * K + rows, mask=rows < K, other=0.0)
@@ -167,16 +168,16 @@ def _pass(
     totals: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What enters the tiles and what leaves the segments; fills `passed` and `totals`, if they are there."""
-    if transitions is not None and transitions.ndim == 4:
+    kind = Transition.of(transitions, states)
+    if transitions is not None and kind == Transition.MATRIX:
         return pass_by_matrix(tiles, states, transitions, reverse, start, passed, totals)
     heads, key_dim, value_dim = states.shape[1:]
     segments = tiles.first.numel() - 1
     initial, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
-    kind = {None: NONE, 2: SCALAR, 3: DIAGONAL}[None if transitions is None else transitions.ndim].value
     block_k, block_v = min(32, next_power_of_2(key_dim)), min(64, block_of(value_dim))
     launch(
         _pass_states, (segments, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v)),
         states, transitions, start, initial, end, passed, totals, tiles.first, heads,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, CLASS=kind, REVERSE=reverse, num_warps=4, pdl=True,
+        K=key_dim, V=value_dim, BK=block_k, BV=block_v, TRANSITION=kind.value, REVERSE=reverse, num_warps=4, pdl=True,
     )  # fmt: skip
     return initial, end

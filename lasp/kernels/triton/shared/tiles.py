@@ -2,7 +2,7 @@
 
 import torch
 
-from lasp.kernels.recurrence import Inputs
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import MAX_HEAD, cdiv, multiprocessors
 
@@ -24,6 +24,6 @@ def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -
     return min(longest, cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE)
 
 
-def tiles_of(x: Inputs) -> Tiles:
+def tiles_of(x: LinearInputs) -> Tiles:
     batch, tokens, heads = x.v.shape[:3]
     return x.segments.tiles(tile_length(batch, tokens, heads, x.v.device), x.v.device)

@@ -1,4 +1,4 @@
-"""Sequence-parallel linear attention and delta rule: what lies between the two halves of an op when ranks are many.
+"""Sequence parallelism of ops with a state: what lies between the two halves of an op when ranks are many.
 
 A rank's segments are its fragments. The states between units come from an exchange; within a unit only the first
 fragment can continue a document and only the last can be continued, so one summary per unit is enough (math §5):
@@ -9,22 +9,25 @@ fragment can continue a document and only the last can be continued, so one summ
 and backward is the mirror image, with the final states' gradient in the place of the initial states.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lasp.kernels import checks
 from lasp.kernels.lasting import lasting
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Kept
 from lasp.kernels.segments import Segments
-from lasp.kernels.summary import Summary, apply, apply_transposed
+from lasp.kernels.summary import Summary
 from lasp.parallel import comm
-from lasp.parallel.combine import Breaks
+from lasp.parallel.combine import Affine, Algebra, Breaks
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
 from lasp.parallel.layout import PADDING, Partition
+
+MakeAlgebra = Callable[[Breaks, bool], Algebra]  # of one direction: which units let nothing pass, whether backward
 
 
 class LocalSegments:
@@ -87,7 +90,7 @@ class Side:
     A fragment is closed if its document begins in it (backward: ends in it), else what arrives at its unit enters it.
     """
 
-    breaks: Breaks  # a unit with a closed fragment lets nothing pass
+    algebra: Algebra  # a unit with a closed fragment lets nothing pass
     exit: Places  # the fragment through which each local unit is left
     open_units: Places  # local units that something enters …
     open_fragments: Places  # … and the fragments it enters
@@ -99,16 +102,18 @@ class Side:
     as_it_arrives: bool  # units are fragments, and nothing reaches those that are closed
 
     @classmethod
-    def of(cls, partition: Partition, entry: list[int], exit: list[int], edge: Literal["begins", "ends"]) -> "Side":
-        fragments = partition.local
+    def of(cls, partition: Partition, algebra: MakeAlgebra, *, backward: bool) -> "Side":
+        fragments, edge = partition.local, "ends" if backward else "begins"
+        entry, exit = (partition.last, partition.first) if backward else (partition.first, partition.last)
+        breaks = tuple(any(getattr(fragment, edge) for fragment in unit) for unit in partition.units)
         is_closed = [getattr(fragment, edge) for fragment in fragments]
         closed = [i for i, f in enumerate(fragments) if is_closed[i] and f.document != PADDING]
         through = [j for j, i in enumerate(exit) if i in closed]
         open_units = [j for j, i in enumerate(entry) if not is_closed[i]]
-        outermost = 0 if edge == "begins" else partition.layout.units - 1
+        outermost = partition.layout.units - 1 if backward else 0
         unreached = [unit == outermost for unit in partition.owned]
         return cls(
-            breaks=tuple(any(getattr(fragment, edge) for fragment in unit) for unit in partition.units),
+            algebra=algebra(breaks, backward),
             exit=Places(exit),
             open_units=Places(open_units),
             open_fragments=Places([entry[j] for j in open_units]),
@@ -126,30 +131,39 @@ class AcrossUnits:
 
     wants_summary = True
 
-    def __init__(self, partition: Partition, batch: int, group: Group, exchange: StateExchange):
+    def __init__(
+        self,
+        partition: Partition,
+        batch: int,
+        group: Group,
+        exchange: StateExchange,
+        algebra: MakeAlgebra = Affine,
+    ):
         self.partition, self.group, self.exchange = partition, group, exchange
-        self.forward = Side.of(partition, partition.first, partition.last, "begins")
-        self.backward = Side.of(partition, partition.last, partition.first, "ends")
+        self.forward, self.backward = (Side.of(partition, algebra, backward=back) for back in (False, True))
+        affine = isinstance(self.forward.algebra, Affine)
+        got = f"{type(exchange).__name__}, which sends affine states alone"
+        checks.require(affine or not exchange.affine_only, "state_exchange", got, "'auto' or 'all_gather'")
         self.fragments, self.documents = (batch, len(partition.local)), (batch, partition.documents)
 
     def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor, Kept]]:
         assert summary is not None
         transition = summary.transition
-        own = self._leaving(self.forward, summary.state, transition, initial_state, apply)
+        own = self._of_own_units(self.forward, summary.state, transition, initial_state)
         of_units = None if transition is None else self._of_units(transition, self.forward.exit)
-        pending = self.exchange.forward(own, of_units, self.forward.breaks)
+        pending = self.exchange.forward(own, of_units, self.forward.algebra)
 
         def arrive(exchanged: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Kept]:
             units, kept = exchanged
-            return self._entering(self.forward, units, initial_state), (transition, kept)
+            return self._of_own_fragments(self.forward, units, initial_state), (transition, kept)
 
         return pending.then(arrive)
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor]:
         assert d_summary is not None
-        own = self._leaving(self.backward, d_summary, kept[0], d_final, apply_transposed)
-        pending = self.exchange.backward(own, kept[1], self.backward.breaks)
-        return pending.then(lambda units: self._entering(self.backward, units, d_final))
+        own = self._of_own_units(self.backward, d_summary, kept[0], d_final)
+        pending = self.exchange.backward(own, kept[1], self.backward.algebra)
+        return pending.then(lambda units: self._of_own_fragments(self.backward, units, d_final))
 
     def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
         return self._of_documents(self.backward, outgoing)
@@ -157,19 +171,17 @@ class AcrossUnits:
     def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
         return self._of_documents(self.forward, d_incoming)
 
-    def _leaving(
-        self, side: Side, states: Tensor, transition: Tensor | None, documents: Tensor | None, through
-    ) -> Tensor:
-        """[units of this rank, B, H, K, V]: what every unit contributes to those beyond it."""
+    def _of_own_units(self, side: Side, states: Tensor, transition: Tensor | None, documents: Tensor | None) -> Tensor:
+        """[units of this rank, B, H, K, V]: the summary (backward: D) of every unit, out of those of fragments."""
         own = self._of_units(states, side.exit)
         if documents is not None and side.through_units.count:
             a = None if transition is None else self._of_units(transition, side.through_fragments)
             start = self._at(documents, self.documents, side.through_documents).transpose(0, 1)
-            own = own.clone()
-            own[side.through_units.on(own.device)] += through(a, start)
+            own, units = own.clone(), side.through_units.on(own.device)
+            own[units] = side.algebra.extend(own[units], a, start)
         return own
 
-    def _entering(self, side: Side, units: Tensor, documents: Tensor | None) -> Tensor:
+    def _of_own_fragments(self, side: Side, units: Tensor, documents: Tensor | None) -> Tensor:
         """[N, H, K, V]: what enters every fragment, given what enters every unit."""
         device = units.device
         if side.as_it_arrives:

@@ -1,108 +1,35 @@
-"""`SequenceParallel`, which lives as long as the process group, and `Sequence`, which is one batch."""
+"""`Sequence`: one batch, and the ops over all of its tokens."""
 
 import zlib
 from array import array
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.conv import check_conv, convolve
+from lasp.kernels.inputs import Inputs
 from lasp.kernels.lasting import lasting
-from lasp.kernels.linear import check_delta, check_linear, run_op
-from lasp.kernels.recurrence import Alone, Boundary, Inputs
+from lasp.kernels.linear import delta_inputs, linear_inputs, run_op
+from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.softmax import Mask, check_softmax
-from lasp.names import ExchangeName, LayoutName, SoftmaxName
 from lasp.parallel import comm
-from lasp.parallel.agreement import agree, agree_on_cpus, gradients, signature
-from lasp.parallel.exchange import EXCHANGES, make_exchange
-from lasp.parallel.halo import HaloPlan, halo
-from lasp.parallel.layout import PADDING, Layout, Partition
-from lasp.parallel.linear import AcrossDocuments, AcrossUnits, LocalSegments
+from lasp.parallel.agreement import agree_on_cpus, gradients, signature
+from lasp.parallel.boundary import AcrossDocuments, AcrossUnits, LocalSegments
+from lasp.parallel.comm import Group
+from lasp.parallel.exchange import StateExchange
+from lasp.parallel.halo import halo
+from lasp.parallel.layout import PADDING, Partition
 from lasp.parallel.loss import accumulation_dtype, global_mean
-from lasp.parallel.softmax import STRATEGIES, SoftmaxStrategy
 
+if TYPE_CHECKING:
+    from lasp.parallel.sequence_parallel import SequenceParallel
 
-class SequenceParallel:
-    """Splits sequences over the ranks of a process group.
-
-    Args:
-        group: a ProcessGroup, or None for one rank alone.
-        layout: "contiguous" (rank r holds the r-th part) or "zigzag" (parts r and 2R - 1 - r of 2R, which balances
-            causal softmax attention).
-        state_exchange: how linear layers' states travel: "auto", "all_gather" (LASP-2), "ring" (LASP-1), "scan" (ZeCO's
-            All-Scan, pipelined), "hierarchical" (all-gather in each machine, scan across them) or "symmetric_memory"
-            (peer writes; a group of one machine, else "all_gather").
-        softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values), "ulysses" (heads are
-            split instead) or "ulysses_ring" (heads as far as they divide, a ring for the rest).
-        device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
-
-    Collective: all ranks of the group make it together.
-
-    Raises:
-        ValueError: an unknown name or a group that this process is not in, and options that differ between the ranks.
-    """
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None,
-        *,
-        layout: LayoutName = "contiguous",
-        state_exchange: ExchangeName = "auto",
-        softmax: SoftmaxName = "auto",
-        device: torch.device | str | None = None,
-    ):
-        self.group, self.rank, self.size = group, comm.rank(group), comm.size(group)
-        checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
-        self._messages = comm.message_device(group)
-
-        def check() -> dict:
-            self.device = self._messages if device is None else torch.device(device)
-            checks.choice("state_exchange", state_exchange, EXCHANGES)
-            checks.choice("softmax", softmax, STRATEGIES)
-            return {"layout": Layout(layout, self.size), "state_exchange": state_exchange, "softmax": softmax}
-
-        agree(group, self._messages, check, call="SequenceParallel")
-        self.layout = Layout(layout, self.size)
-        self.exchange = make_exchange(state_exchange, self.layout, group)
-        self.softmax = SoftmaxStrategy(softmax, group)
-        self._halos: dict[tuple[int, int, torch.device], HaloPlan] = {}
-
-    def sequence(self, tokens: int, cu_seqlens: Tensor | None = None, *, aligned: bool = False) -> "Sequence":
-        """One batch of sequences of `tokens` tokens, the same on every rank.
-
-        Args:
-            tokens: any length of at least 1, also fewer than there are units.
-            cu_seqlens: [N + 1] int32 or int64 offsets of packed documents from 0 to `tokens`; a device tensor is copied
-                to the host, once.
-            aligned: make the units' length a power of two.
-
-        Raises:
-            ValueError: on every rank, if the arguments do not fit or differ between ranks.
-        """
-
-        def check() -> dict:
-            checks.number("tokens", tokens, Integral, "at least 1")
-            checks.require(tokens >= 1, "tokens", tokens, "at least 1")
-            checks.cu_seqlens(cu_seqlens, 1, tokens)
-            offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-            return {"tokens": int(tokens), "aligned": bool(aligned), "cu_seqlens": offsets}
-
-        agree(self.group, self._messages, check, call="sequence")
-        offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
-        return Sequence(self, Partition(self.layout, self.rank, offsets, aligned), cu_seqlens is not None)
-
-    @lasting
-    def halo_plan(self, partition: Partition, width: int, device: torch.device) -> HaloPlan:
-        key = (partition.unit_length, width, device)
-        if key not in self._halos:
-            self._halos[key] = HaloPlan.of(partition, width, self.group, device)
-        return self._halos[key]
+Across = Callable[[Partition, int, Group, StateExchange], Boundary]
 
 
 class Sequence:
@@ -111,10 +38,10 @@ class Sequence:
     Local tensors are [B, T_local, ...] in local order: the rank's units, ascending. B = 1 if documents are packed.
     """
 
-    def __init__(self, parallel: SequenceParallel, partition: Partition, packed: bool):
+    def __init__(self, parallel: "SequenceParallel", partition: Partition, packed: bool):
         self.parallel, self.partition, self.packed = parallel, partition, packed
         self._segments: dict[int, LocalSegments] = {}
-        self._boundaries: dict[tuple[int, bool], Boundary] = {}
+        self._boundaries: dict[tuple[int, Across], Boundary] = {}
         offsets = zlib.crc32(array("q", partition.offsets).tobytes())
         self._identity = f"{partition.tokens} tokens, {partition.documents} documents ({offsets:x})"
 
@@ -171,15 +98,9 @@ class Sequence:
         their gradients. What one rank refuses, or calls otherwise than the others, is a ValueError on every rank of a
         CPU group, here and in all methods that send messages.
         """
-        q, k, v = autocast.unify(q, k, v)
-
-        def check() -> dict:
-            check_linear(q, k, v, decay, causal)
-            facts = self._check_recurrence(q, k, v, decay, None, scale, initial_state, output_final_state)
-            return facts | {"causal": bool(causal)}
-
-        self._agree("linear_attention", check)
-        return self._recurrence(q, k, v, decay, None, scale, causal, initial_state, output_final_state)
+        across: Across = AcrossUnits if causal else AcrossDocuments
+        inputs = partial(linear_inputs, q, k, v, decay, scale, causal)
+        return self._recurrence("linear_attention", inputs, run_op, across, initial_state, output_final_state)
 
     def delta_rule(
         self,
@@ -194,14 +115,33 @@ class Sequence:
         output_final_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`lasp.kernels.delta_rule` over the whole sequence, with states as in `linear_attention`."""
-        q, k, v = autocast.unify(q, k, v)
+        inputs = partial(delta_inputs, q, k, v, beta, decay, scale)
+        return self._recurrence("delta_rule", inputs, run_op, AcrossUnits, initial_state, output_final_state)
 
-        def check() -> dict:
-            check_delta(q, k, v, beta, decay)
-            return self._check_recurrence(q, k, v, decay, beta, scale, initial_state, output_final_state)
+    def run(
+        self,
+        op: Op[Any],
+        x: Inputs,
+        *,
+        across: Across = AcrossUnits,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Any op of two halves per direction (lasp.kernels.recurrence) over the whole sequence.
 
-        self._agree("delta_rule", check)
-        return self._recurrence(q, k, v, decay, beta, scale, True, initial_state, output_final_state)
+        Args:
+            op: takes inputs of x's class; docs/architecture.md says what an op has to bring.
+            x: its inputs, of this rank's tokens.
+            across: what lies between the ranks: `AcrossUnits`, with another algebra than `Affine` if the op needs one.
+
+        Returns:
+            This rank's output, and the final states, as of `linear_attention`.
+        """
+
+        def run_it(x, boundary, *, initial_state, output_final_state):
+            return run(op, boundary, x, initial_state, output_final_state)
+
+        return self._recurrence(type(op).__name__, lambda: x, run_it, across, initial_state, output_final_state)
 
     def softmax_attention(
         self,
@@ -292,35 +232,50 @@ class Sequence:
         agree_on_cpus(self.parallel.group, lambda: check() | {"sequence": self._identity}, call=method)
 
     @torch.compiler.disable  # messages have no place in a graph: a compiled model breaks here, once, and goes on behind
-    def _recurrence(self, q, k, v, decay, beta, scale, causal, initial_state, output_final_state):
-        local = self._local(v.shape[0])
-        per_token = None if decay is None or decay.ndim == 1 else local.fold(decay)
-        x = Inputs(
-            local.fold(q),
-            local.fold(k),
-            local.fold(v),
-            decay if per_token is None else per_token,
-            None if beta is None else local.fold(beta),
-            checks.scale(scale, k.shape[-1]),
-            local.segments,
-        )
-        o, final_state = run_op(
-            x,
-            self._boundary(v.shape[0], causal),
-            causal=causal,
+    def _recurrence(
+        self,
+        method: str,
+        inputs: Callable[[], Inputs],
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+        across: Across,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        made: list[Inputs] = []
+
+        def check() -> dict:
+            made.append(x := inputs())
+            for tensor in x.per_token.values():
+                self._check_tokens(tensor)
+            segments = x.segments.count * self.partition.documents
+            checks.state(initial_state, (segments, *x.state_shape[1:]), x.state_dtype)
+            facts = x.options | {"output_final_state": bool(output_final_state)} | gradients(*x.tensors.values())
+            facts |= signature(**x.tensors, initial_state=initial_state)
+            return facts | gradients(initial_state, of="initial_state")
+
+        self._agree(method, check)
+        (x,) = made
+        local = self._local(x.segments.batch)
+        folded = {name: local.fold(tensor) for name, tensor in x.per_token.items()}
+        o, final_state = run(
+            x.having(folded, local.segments),
+            self._boundary(local.batch, across),
             initial_state=initial_state,
             output_final_state=output_final_state,
         )
         return local.unfold(o), final_state
 
-    def _boundary(self, batch: int, causal: bool) -> Boundary:
+    def _boundary(self, batch: int, across: Across) -> Boundary:
         if self.partition.layout.units == 1:
             return Alone()
-        if (batch, causal) not in self._boundaries:
-            across = AcrossUnits if causal else AcrossDocuments
-            made = across(self.partition, batch, self.parallel.group, self.parallel.exchange)
-            self._boundaries[batch, causal] = made
-        return self._boundaries[batch, causal]
+        if (batch, across) not in self._boundaries:
+            made = across(*self._rows(batch), self.parallel.group, self.parallel.exchange)
+            self._boundaries[batch, across] = made
+        return self._boundaries[batch, across]
+
+    def _rows(self, batch: int) -> tuple[Partition, int]:
+        """What a boundary lies in: a partition, and how many rows of it."""
+        return self.partition, batch
 
     def _tail(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """x, to go on with, and [N, width - 1, D] for every fragment: what precedes it within its document."""
@@ -353,13 +308,6 @@ class Sequence:
             shape[dim] = missing
             parts.append(x.new_zeros(shape))
         return torch.cat(parts, dim)
-
-    def _check_recurrence(self, q, k, v, decay, beta, scale, initial_state, output_final_state) -> dict:
-        self._check_tokens(v)
-        checks.state(initial_state, v.shape[0] * self.partition.documents, v, q.shape[-1])
-        asked = gradients(q, k, v, decay, beta, initial_state) | gradients(initial_state, of="initial_state")
-        options = {"scale": checks.scale(scale, q.shape[-1]), "output_final_state": bool(output_final_state)}
-        return signature(q=q, v=v, decay=decay, initial_state=initial_state) | asked | options
 
     def _check_tokens(self, x: Tensor) -> None:
         expected = self.partition.local_tokens

@@ -1,0 +1,98 @@
+"""What ops with a recurrent state are given: one class for each op, which names its tensors."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.decay import Decay
+from lasp.kernels.segments import Segments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call of an op was given. A subclass names the op's tensors as fields; None is one left out.
+
+    segments: which tokens share a state; the rows of the batch, if nothing is said.
+    """
+
+    segments: Segments = field(kw_only=True, default=None)  # type: ignore[assignment]  # never None afterwards
+
+    def __post_init__(self) -> None:
+        if self.segments is None:
+            batch, tokens = next(iter(self.per_token.values())).shape[:2]
+            object.__setattr__(self, "segments", Segments(batch, tokens))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those given, by name."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: x for name, x in values if isinstance(x, Tensor)}
+
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        """Those of them with an entry for every token, [B, T, ...]."""
+        return self.tensors
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What else it was given, by name: equal on all ranks."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "segments"}
+        return {name: x for name, x in values.items() if not isinstance(x, Tensor)}
+
+    def having(self, tensors: dict[str, Tensor], segments: Segments | None = None) -> Self:
+        """The same call with some other tensors (and segments)."""
+        return replace(self, segments=segments or self.segments, **tensors)
+
+    def without_tensors(self) -> Self:
+        """What is not a tensor: a frame for `having`."""
+        nothing: dict[str, Any] = dict.fromkeys(self.tensors)
+        return replace(self, **nothing)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[N, H, K, V] of all segments' states."""
+        raise NotImplementedError
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 inputs."""
+        return torch.float64 if next(iter(self.tensors.values())).dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class LinearInputs(Inputs):
+    """Of `lasp.kernels.linear_attention`: q, k [B, T, Hq, K], v [B, T, H, V], decay None, [H], [B, T, H] or
+    [B, T, H, K]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None = None
+    scale: float = field(kw_only=True)
+
+    @property
+    def decay_class(self) -> Decay:
+        return Decay.of(self.decay)
+
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        constant = self.decay_class == Decay.CONSTANT
+        return {name: x for name, x in self.tensors.items() if not (constant and name == "decay")}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.segments.count, self.v.shape[2], self.k.shape[3], self.v.shape[3]
+
+
+@dataclass(frozen=True)
+class NonCausalInputs(LinearInputs):
+    """The same with causal=False; decay is None."""
+
+
+@dataclass(frozen=True)
+class DeltaInputs(LinearInputs):
+    """Of `lasp.kernels.delta_rule`: beta [B, T, H] besides."""
+
+    beta: Tensor = field(kw_only=True)
