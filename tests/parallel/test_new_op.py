@@ -201,5 +201,7 @@ def test_an_op_with_an_algebra_of_its_own(group: dist.ProcessGroup, gen, layout:
 def test_an_exchange_of_affine_states_refuses_another_algebra(group: dist.ProcessGroup):
     sequence = SequenceParallel(group, state_exchange="scan").sequence(37)
     tokens = Tokens(sequence.shard(torch.ones(1, 37, HEADS, V, dtype=F64)))
+    if sequence.partition.layout.units == 1:  # nothing is exchanged
+        return
     with pytest.raises(ValueError, match="state_exchange: got Scan, which sends affine states alone, expected 'auto'"):
         sequence.run(Maximum(), tokens, across=ACROSS_MAXIMA)
