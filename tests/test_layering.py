@@ -17,6 +17,21 @@ MAY_IMPORT = {
     "training": {"kernels", "parallel", "models", "data", "config"},
     "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "training"},
 }
+# And a room of lasp/kernels/triton of the others; "" are the files beside the rooms that know of none.
+ROOMS = {
+    "": set(),
+    "shared": {""},
+    "scalar": {"", "shared"},
+    "diagonal": {"", "shared"},
+    "delta": {"", "shared", "diagonal"},
+    "hopper": {"", "shared", "scalar", "delta"},
+}
+KNOWS_ROOMS = {  # where one of them is chosen
+    "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op"},
+    "lasp/kernels/triton/decode.py": {"shared"},
+    "lasp/kernels/triton/scalar/op.py": {"hopper.scalar"},
+    "lasp/kernels/triton/delta/op.py": {"hopper.delta"},
+}
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {
     "lasp/training/runtime.py",  # a process learns its rank from its launcher
@@ -79,6 +94,18 @@ def within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
 
+def may_enter(path: str, name: str) -> bool:
+    """Whether a file may import something from the rooms of lasp/kernels/triton."""
+    triton = "lasp.kernels.triton."
+    if not name.startswith(triton) or not path.startswith(triton.replace(".", "/")):
+        return True
+    name = name.removeprefix(triton)
+    other = first if (first := name.split(".")[0]) in ROOMS else ""
+    own = room if (room := Path(path).parts[3]) in ROOMS else ""
+    permitted = any(within(name, known) for known in KNOWS_ROOMS.get(path, ()))
+    return permitted or other == own or (other in ROOMS[own] and not within(name, f"{other}.op"))
+
+
 def broken_rules(path: str, source: str) -> list[str]:
     """What the file at `path` (from the repository's root) does that it may not."""
     found = []
@@ -88,6 +115,7 @@ def broken_rules(path: str, source: str) -> list[str]:
         other = name.split(".")[1] if name.startswith("lasp.") else part
         if part in MAY_IMPORT and other not in MAY_IMPORT[part] | {part} and path != MEETING_PLACE:
             found.append(f"{path} imports {name}")
+    found += [f"{path} imports {name}" for name in names if not may_enter(path, name)]
     if part != "parallel":
         for name in names:
             if not within(name, "torch.distributed"):
@@ -131,6 +159,10 @@ def test_file_keeps_the_rules(path: str) -> None:
         ("lasp/training/other.py", "import torch.distributed as dist\ndist.init_process_group()"),
         ("lasp/data/x.py", "from os import environ\nenviron['A']"),
         ("lasp/data/x.py", "\n" * 401),
+        ("lasp/kernels/triton/launch.py", "from lasp.kernels.triton.shared.tiles import CHUNK"),
+        ("lasp/kernels/triton/shared/x.py", "from lasp.kernels.triton.scalar import gates"),
+        ("lasp/kernels/triton/delta/x.py", "from lasp.kernels.triton.hopper.delta import Hopper"),
+        ("lasp/kernels/triton/hopper/x.py", "from lasp.kernels.triton.delta.op import Plan"),
         ("lasp/kernels/x.py", "import torch\nclass F(torch.autograd.Function): pass"),
     ],
 )
