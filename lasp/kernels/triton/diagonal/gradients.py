@@ -110,9 +110,7 @@ def _gradients(
             store_rows(dg, unless_shut(dgc, g), token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)
             store_rows(q, dqc * (scale * tl.exp(exponent)), token, here, h, H, rows, K)
-            exponent = between - exponent
-            if tl.load(ln_chunk_decay + slot) > MAX_LN_DECAY:  # a difference of large sums has too few digits
-                exponent = sums_after(g, BY_PRODUCTS, exact)
+            exponent = tl.where(half > 0.0, between - exponent, 0.0)  # secondary chunks: see _secondary_gradients
             store_rows(k, dkc * tl.exp(exponent), token, here, h, H, rows, K)
 
 

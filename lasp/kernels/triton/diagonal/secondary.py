@@ -15,7 +15,7 @@ from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, operand
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import unless_shut
-from lasp.kernels.triton.shared.rows import add_rows, load_decays, load_rows
+from lasp.kernels.triton.shared.rows import add_rows, load_decays, load_rows, store_rows
 
 CHUNKS = 8  # that one program looks at; most often none of them is secondary
 SUB = tl.constexpr(16)
@@ -217,7 +217,10 @@ def _secondary_gradients(
                                 both += qc * from_k - kc * from_q
                             gap += load_decays(decay, token - d, behind, h, H, cols, K)
                     add_rows(dq, dqc * scale, token, here, h, H, cols, K)
-                    add_rows(dk, dkc, token, here, h, H, cols, K)
+                    # There b_C - b_t, a difference of large sums, would have too few digits.
+                    to_end = tl.cumsum(g, axis=0, reverse=True) - g
+                    dkc += tl.exp(to_end) * load_rows(dk, token, here, h, H, cols, K)
+                    store_rows(dk, dkc, token, here, h, H, cols, K)
                     dgc = unless_shut(tl.cumsum(both, axis=0, reverse=True), g)
                     add_rows(dg, dgc, token, here, h, H, cols, K)
                 for at in range(0, V, BV):
@@ -245,7 +248,7 @@ def secondary_gradients(
     tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, do: Tensor, ln_chunk_decay: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor], scale: float, config: DiagonalConfig,
 ) -> None:  # fmt: skip
-    """Adds the gradients through the same sums to those rows of dq, dk, dv, dg."""
+    """Adds the gradients through the same sums to those rows of dq, dk, dv, dg; dk before that times e^{b_C - b_t}."""
     _over_chunks(_secondary_gradients, tiles, (q, k, v, do, decay, ln_chunk_decay, *grads), scale, config)
 
 
