@@ -175,10 +175,11 @@ def calibrate(side: Literal["inside", "across"], settings: Settings, clock: Cloc
 
     peer_write = None
     exchange = parallel("symmetric_memory", "contiguous").exchange
+    algebra = Affine((False,) * ranks, backward=False)
     if side == "inside" and hasattr(exchange, "library"):
 
         def write(x: Tensor) -> None:
-            exchange.forward(x.view(1, 1, 1, -1, 64), None, (False,) * ranks).wait()
+            exchange.forward(x.view(1, 1, 1, -1, 64), None, algebra).wait()
 
         peer_write = fit(write, ranks - 1)
     links = Links(fit(lambda x: comm.replicate(x, group), ranks - 1), fit(message), peer_write)

@@ -1,7 +1,7 @@
 """Single-device ops, with flash-linear-attention's conventions: `[B, T, H, D]` tensors, fp32 states, log decays."""
 
-from lasp.kernels.conv import causal_conv1d
+from lasp.kernels.conv import causal_conv1d, short_conv
 from lasp.kernels.linear import delta_rule, linear_attention
 from lasp.kernels.softmax import softmax_attention
 
-__all__ = ["causal_conv1d", "delta_rule", "linear_attention", "softmax_attention"]
+__all__ = ["causal_conv1d", "delta_rule", "linear_attention", "short_conv", "softmax_attention"]

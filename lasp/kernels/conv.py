@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.kernels import checks, fused
+from lasp.kernels import checks
 from lasp.kernels.autocast import exempt
+from lasp.kernels.linear import Backend
+from lasp.kernels.parts import Parts, activate, undivided, whole
 from lasp.kernels.segments import Segments
 
 
@@ -24,24 +26,18 @@ def causal_conv1d(
         weight: [D, width]; its last column multiplies the token itself. A token shift is the case width = 2.
         bias: [D].
         initial_tail: [N, width - 1, D], the tokens before each of the N sequences, in x's dtype; zeros if None.
-        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1.
+        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Their values are looked at where they
+            are on the CPU, as those of `linear_attention` are.
 
     Returns:
-        y [B, T, D] in x's dtype; differentiable in everything.
+        y [B, T, D] in x's dtype; differentiable in everything. Sums are in fp32 (fp64 for fp64) on a GPU.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or cu_seqlens that do not end at T.
     """
     check_conv(x, weight, bias)
-    batch, tokens, channels = x.shape
-    checks.cu_seqlens(cu_seqlens, batch, tokens)
-    segments = Segments(batch, tokens, cu_seqlens)
-    if initial_tail is not None:
-        checks.tensor("initial_tail", initial_tail)
-        expected = (segments.count, weight.shape[1] - 1, channels)
-        checks.shape("initial_tail", initial_tail, expected, "[N, width - 1, D]")
-        checks.require(initial_tail.dtype == x.dtype, "initial_tail", f"dtype {initial_tail.dtype}", f"{x.dtype}, as x")
-    return convolve(x, weight, bias, initial_tail, segments)
+    segments = _segments(x, weight, initial_tail, cu_seqlens)
+    return whole(convolve(x, weight, bias, initial_tail, segments, False, undivided(x)))
 
 
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -54,14 +50,74 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         checks.shape("bias", bias, (x.shape[2],), "[D]")
 
 
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: Parts,
+    *,
+    initial_tail: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """SiLU(causal_conv1d(x, …)) and its channels divided: the short convolution of a layer, in one kernel on a GPU.
+
+    Args:
+        parts: a tensor [B, T, heads, size] of each is returned, contiguous, in x's dtype.
+        The others are those of `causal_conv1d`, D being parts.channels.
+
+    Raises:
+        ValueError: as `causal_conv1d`, or if parts have not D channels.
+    """
+    check_conv(x, weight, bias)
+    check_parts(x, parts)
+    return convolve(x, weight, bias, initial_tail, _segments(x, weight, initial_tail, cu_seqlens), True, parts)
+
+
+def check_parts(x: Tensor, parts: Parts) -> None:
+    """Raises ValueError unless all channels are part of one."""
+    checks.require(parts.channels == x.shape[2], "parts", f"{parts.channels} channels", f"x's {x.shape[2]}")
+
+
+def _segments(x: Tensor, weight: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Segments:
+    batch, tokens, channels = x.shape
+    checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
+    segments = Segments(batch, tokens, cu_seqlens)
+    if tail is not None:
+        checks.tensor("initial_tail", tail)
+        checks.shape("initial_tail", tail, (segments.count, weight.shape[1] - 1, channels), "[N, width - 1, D]")
+        checks.require(tail.dtype == x.dtype, "initial_tail", f"dtype {tail.dtype}", f"{x.dtype}, as x")
+    return segments
+
+
 @exempt
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, segments: Segments) -> Tensor:
-    """The convolution over any segments; tail [N, width - 1, D] or None."""
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    segments: Segments,
+    silu: bool,
+    parts: Parts,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, ...]:
+    """The convolution over any segments, and what becomes of its channels; tail [N, width - 1, D] or None.
+
+    On a GPU one Triton kernel in each direction, which keeps its inputs alone.
+    """
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64):
+        from lasp.kernels.triton.conv import Convolution
+
+        return Convolution.apply(x, weight, bias, tail, segments, silu, parts)
+    return activate(_convolved(x, weight, bias, tail, segments), silu, parts)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, segments: Segments) -> Tensor:
     channels, width = x.shape[2], weight.shape[1]
     if tail is None:
         tail = x.new_zeros(segments.count, width - 1, channels)
-    weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
     if segments.cu_seqlens is None:
         return _depthwise(torch.cat([tail, x], dim=1), weight, bias)
     # Every segment behind its tail, in one row: [tail, segment, tail, segment, …]. The output lacks the first tail, so
@@ -74,16 +130,4 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None
 
 def _depthwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[B, T + width - 1, D], weight [D, width] -> [B, T, D]."""
-    if fused.is_large(rows):  # GPUs' libraries want channels before tokens, and are slow with a filter for each channel
-        return shifted_sum(rows, weight, bias)
     return F.conv1d(rows.mT, weight[:, None], bias, groups=rows.shape[2]).mT
-
-
-@fused.fused
-def shifted_sum(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution as it is written, summed in float32 at least."""
-    wide, tokens = torch.promote_types(rows.dtype, torch.float32), rows.shape[1] - weight.shape[1] + 1
-    y = torch.zeros_like(rows[:, :tokens], dtype=wide) if bias is None else bias.to(wide)
-    for i, column in enumerate(weight.unbind(1)):
-        y = y + rows[:, i : i + tokens].to(wide) * column.to(wide)
-    return y.to(rows.dtype)

@@ -1,7 +1,7 @@
 """What ops with a recurrent state are given: one class for each op, which names its tensors."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ class LinearInputs(Inputs):
     v: Tensor
     decay: Tensor | None = None
     scale: float = field(kw_only=True)
+    causal: ClassVar[bool] = True
+
+    @property
+    def options(self) -> dict[str, object]:
+        return super().options | {"causal": self.causal}
 
     @property
     def decay_class(self) -> Decay:
@@ -89,6 +94,8 @@ class LinearInputs(Inputs):
 @dataclass(frozen=True)
 class NonCausalInputs(LinearInputs):
     """The same with causal=False; decay is None."""
+
+    causal = False
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def delta_inputs(
 
 def choose_op(x: LinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
-    reference = NonCausalOp() if isinstance(x, NonCausalInputs) else ChunkedOp()
+    reference = ChunkedOp() if x.causal else NonCausalOp()
     if not _may_be_triton(x, backend):
         return reference
     from lasp.kernels.triton.dispatch import triton_op
@@ -144,7 +144,7 @@ def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend
     checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
     x = x.having({}, Segments(batch, tokens, cu_seqlens))
     checks.state(initial_state, x.state_shape, x.state_dtype)
-    if tokens == 1 and not isinstance(x, NonCausalInputs) and _may_be_triton(x, backend):
+    if tokens == 1 and x.causal and _may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import triton_step
 
         if step := triton_step(x, initial_state, asked=backend == "triton"):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.kernels.fused import fused, swiglu
+from lasp.kernels.parts import Parts
 from lasp.models.sequence import SequenceOps
 
 Activation = Callable[[Tensor], Tensor]
@@ -30,12 +31,6 @@ class WideBuffers(nn.Module):
             if cast is not None and exact is not None and cast.dtype != (wide := at_least_float32(cast)).dtype:
                 self._buffers[name] = exact.to(wide)
         return self
-
-
-def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(|x|² + eps) over the last dimension, in x's dtype: the keys that the delta rule asks for (math §2)."""
-    wide = at_least_float32(x)
-    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -64,10 +59,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution: [B, T, D] -> [B, T, D]."""
+    """Causal depthwise convolution and SiLU: [B, T, D] -> [B, T, heads, size] of every part of the channels."""
 
-    def __init__(self, channels: int, width: int, bias: bool = False):
+    def __init__(self, parts: Parts, width: int, bias: bool = False):
         super().__init__()
+        self.parts, channels = parts, parts.channels
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
@@ -77,8 +73,8 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        return seq.causal_conv1d(x, self.weight, self.bias)
+    def forward(self, x: Tensor, seq: SequenceOps) -> tuple[Tensor, ...]:
+        return seq.short_conv(x, self.weight, self.bias, self.parts)
 
 
 class GatedOutput(nn.Module):

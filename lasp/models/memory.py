@@ -1,13 +1,15 @@
 """What a model remembers of the tokens before the ones at hand: for generation and for long sequences in segments."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lasp.kernels import causal_conv1d, delta_rule, linear_attention, softmax_attention
+from lasp.kernels import causal_conv1d, delta_rule, linear_attention, short_conv, softmax_attention
+from lasp.kernels.parts import Parts
 from lasp.models.sequence import SequenceOps, ShardedSequence
 
 
@@ -109,7 +111,7 @@ class RememberingOps:
     def sum(self, x: Tensor) -> Tensor:
         return x
 
-    def _step(self, op: Callable[[Any], tuple[Tensor, Any]]) -> Tensor:
+    def _step(self, op: Callable[[Any], tuple[Any, Any]]) -> Any:
         """Runs op(past) -> (output, past for the next call) on the layer's next slot; the first past is None."""
         if self._next == len(self._slots):
             self._slots.append(None)
@@ -161,11 +163,17 @@ class RememberingOps:
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=0 if self._rows is None else 1)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._convolve(partial(causal_conv1d, x, weight, bias), x, weight)
+
+    def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]:
+        return self._convolve(partial(short_conv, x, weight, bias, parts), x, weight)
+
+    def _convolve(self, convolution: Callable[..., Any], x: Tensor, weight: Tensor) -> Any:
         def op(tail):
             if tail is None:
                 rows = x.shape[0] if self._rows is None else len(self._rows.lengths)
                 tail = x.new_zeros(rows, weight.shape[1] - 1, x.shape[2])
-            y = causal_conv1d(x, weight, bias, initial_tail=tail, cu_seqlens=self._offsets)
+            y = convolution(initial_tail=tail, cu_seqlens=self._offsets)
             return y, self._last(tail, x)
 
         return self._step(op)

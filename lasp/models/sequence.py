@@ -4,6 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lasp.kernels.parts import Parts
+
 
 class SequenceOps(Protocol):
     """The only operations of a model that look beyond a token; everything else is local to it.
@@ -38,6 +40,8 @@ class SequenceOps(Protocol):
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor: ...
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]: ...
 
 
 class ShardedSequence(SequenceOps, Protocol):

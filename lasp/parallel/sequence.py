@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
-from lasp.kernels.conv import check_conv, convolve
+from lasp.kernels.conv import check_conv, check_parts, convolve
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.lasting import lasting
 from lasp.kernels.linear import delta_inputs, linear_inputs, run_op
+from lasp.kernels.parts import Parts, undivided, whole
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.softmax import Mask, check_softmax
 from lasp.parallel import comm
@@ -188,15 +189,14 @@ class Sequence:
         The gradients of weight and bias are this rank's part of a sum.
         """
 
-        def check() -> dict:
-            check_conv(x, weight, bias)
-            self._check_tokens(x)
-            return signature(x=x, weight=weight, bias=bias) | gradients(x)
+        return whole(self._convolve("causal_conv1d", x, weight, bias, False, None))
 
-        self._agree("causal_conv1d", check)
-        local, width = self._local(x.shape[0]), weight.shape[1]
-        x, tail = self._tail(x, width) if width > 1 else (x, None)
-        return local.unfold(convolve(local.fold(x), weight, bias, tail, local.segments))
+    def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]:
+        """`lasp.kernels.short_conv` over the whole sequence: a tensor [B, T_local, heads, size] of every part.
+
+        The gradients of weight and bias are this rank's part of a sum.
+        """
+        return self._convolve("short_conv", x, weight, bias, True, parts)
 
     def mean(self, loss_sum: Tensor, count: Tensor) -> Tensor:
         """The mean over the whole group, Σ loss_sum / Σ count, on every rank; backward gives each rank its gradient.
@@ -264,6 +264,22 @@ class Sequence:
             output_final_state=output_final_state,
         )
         return local.unfold(o), final_state
+
+    def _convolve(
+        self, method: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, parts: Parts | None
+    ) -> tuple[Tensor, ...]:
+        def check() -> dict:
+            check_conv(x, weight, bias)
+            if parts is not None:
+                check_parts(x, parts)
+            self._check_tokens(x)
+            return signature(x=x, weight=weight, bias=bias) | gradients(x)
+
+        self._agree(method, check)
+        local, width = self._local(x.shape[0]), weight.shape[1]
+        x, tail = self._tail(x, width) if width > 1 else (x, None)
+        results = convolve(local.fold(x), weight, bias, tail, local.segments, silu, parts or undivided(x))
+        return tuple(local.unfold(y) for y in results)
 
     def _boundary(self, batch: int, across: Across) -> Boundary:
         if self.partition.layout.units == 1:

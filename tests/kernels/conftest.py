@@ -9,6 +9,13 @@ import torch
 INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
 
 
+def extent(x: torch.Tensor) -> int:
+    """Bytes from its first number to its last, which may have others between them."""
+    if x.numel() == 0:
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))) * x.itemsize
+
+
 @pytest.fixture(autouse=INTERPRETED)
 def bounded(monkeypatch):
     """What an access does not mask lies in one of the launch's tensors."""
@@ -37,7 +44,7 @@ def bounded(monkeypatch):
         return store(self, pointers, value, mask, *args)
 
     def noted_launch(self, *args, **options):
-        tensors[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in args if isinstance(x, torch.Tensor)]
+        tensors[:] = [(x.data_ptr(), x.data_ptr() + extent(x)) for x in args if isinstance(x, torch.Tensor)]
         return launch(self, *args, **options)
 
     monkeypatch.setattr(builder, "create_masked_load", checked_load)

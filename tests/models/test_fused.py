@@ -5,10 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lasp.kernels import fused
-from lasp.kernels.conv import shifted_sum
 from lasp.models import Decoder
 from tests.models.helpers import assert_same, config, gradients, random_tokens, sequence
 
@@ -32,18 +30,3 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(monkeypatch, mixer):
         assert len(asked) >= 10
         assert (loss - compiled_loss).abs() <= 1e-12 * loss
         assert_same(compiled_grads, grads)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_a_shifted_sum_is_a_convolution(width, bias):
-    shapes = [(2, 30 + width, 6), (6, width), *([(6,)] if bias else [])]
-    rows, weight, *rest = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
-    outputs = (
-        shifted_sum(rows, weight, *rest or [None]),
-        F.conv1d(rows.mT, weight[:, None], *rest, groups=6).mT,
-    )
-    assert (outputs[0] - outputs[1]).abs().max() <= 1e-12
-    leaves, do = (rows, weight, *rest), torch.randn_like(outputs[1])
-    for actual, wanted in zip(*(torch.autograd.grad(y, leaves, do) for y in outputs), strict=True):
-        assert (actual - wanted).abs().max() <= 1e-11

@@ -25,11 +25,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from lasp.parallel import SequenceParallel
+from lasp.parallel.combine import Affine
 
 torch.set_num_threads(1)
 timeout, patience = (timedelta(seconds=float(seconds)) for seconds in sys.argv[1:3])
 rank = int(os.environ["RANK"])
-breaks = (False,) * 4
+algebra = Affine((False,) * 4, backward=False)
 
 def tell(name, error):
     print(f"{name} ends: {str(error).splitlines()[0]}", flush=True)
@@ -47,7 +48,7 @@ def make(name):
         try:
             group = dist.new_group(timeout=timeout)
             exchange = SequenceParallel(group, layout="zigzag", state_exchange=name).exchange
-            assert exchange.forward(states, None, breaks).wait()[0].isfinite().all()
+            assert exchange.forward(states, None, algebra).wait()[0].isfinite().all()
         except RuntimeError:
             works.zero_()
         dist.all_reduce(works, dist.ReduceOp.MIN)
@@ -60,7 +61,7 @@ if rank == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 for name, exchange in zip(names, made):
     try:
-        exchange.forward(states, None, breaks).wait()
+        exchange.forward(states, None, algebra).wait()
     except RuntimeError as error:
         tell(name, error)
 os._exit(0)
@@ -74,15 +75,15 @@ group = dist.new_group(timeout=timeout)
 exchange = SequenceParallel(group, layout="zigzag", state_exchange="symmetric_memory").exchange
 states, matrices = torch.randn(2, 1, 2, 8, 8, device=device), torch.randn(2, 1, 2, 8, 8, device=device)
 for transitions in None, matrices:
-    assert exchange.forward(states, transitions, breaks).wait()[0].isfinite().all()
+    assert exchange.forward(states, transitions, algebra).wait()[0].isfinite().all()
 dist.barrier()
 torch.cuda.synchronize()
 if rank == 1:
     os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-late = [exchange.forward(states, transitions, breaks).wait()[0] for transitions in (None, matrices)]
+late = [exchange.forward(states, transitions, algebra).wait()[0] for transitions in (None, matrices)]
 assert all(x.isnan().all() for x in late)  # waits for the GPU
 try:
-    exchange.forward(states, None, breaks)
+    exchange.forward(states, None, algebra)
 except RuntimeError as error:
     tell("symmetric_memory", error)
 os._exit(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.inputs import DeltaInputs, LinearInputs, NonCausalInputs
+from lasp.kernels.inputs import DeltaInputs, LinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
@@ -28,7 +28,7 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
     """
     if refusal := unsupported(x.k, x.v):
         return None, refusal
-    if isinstance(x, NonCausalInputs):
+    if not x.causal:
         return None, "causal=False"
     if x.k.shape[-1] < MIN_KEY and x.v.is_cuda:
         return None, f"keys of {x.k.shape[-1]}: Triton takes at least {MIN_KEY}"

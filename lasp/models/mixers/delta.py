@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig
-from lasp.kernels.fused import fused
+from lasp.kernels.parts import Part, Parts
 from lasp.models.decays import SoftplusDecay
-from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, unit_length
+from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32
 from lasp.models.sequence import SequenceOps
 
 
@@ -41,25 +41,18 @@ class DeltaMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         kind = DELTA_KINDS[config.mixer]
-        self.heads = config.num_heads
-        self.sizes = [config.key_dim, config.key_dim, config.value_dim]
-        channels = self.heads * sum(self.sizes)
-        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
-        self.conv = ShortConv(channels, config.conv_width)
+        self.heads, self.sizes = config.num_heads, [config.key_dim, config.key_dim, config.value_dim]
+        key = Part(config.key_dim, unit_length=True)
+        parts = Parts(self.heads, (key, key, Part(config.value_dim)))
+        self.qkv_proj = nn.Linear(config.hidden_size, parts.channels, bias=False)
+        self.conv = ShortConv(parts, config.conv_width)
         self.beta_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.decay = kind.decay(config) if kind.decay else None
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = _activated(self.conv(self.qkv_proj(x), seq), self.heads, self.sizes)
+        q, k, v = self.conv(self.qkv_proj(x), seq)
         beta = at_least_float32(self.beta_proj(x)).sigmoid()
         decay = self.decay(x) if self.decay is not None else None
         o, _ = seq.delta_rule(q, k, v, beta, decay)
         return self.output(o, x)
-
-
-@fused
-def _activated(qkv: Tensor, heads: int, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """SiLU of [B, T, H (2 K + V)], head by head -> q and k of unit length, and v."""
-    q, k, v = F.silu(qkv).unflatten(-1, (heads, -1)).split(sizes, dim=-1)
-    return unit_length(q), unit_length(k), v.contiguous()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig
+from lasp.kernels.parts import Part, Parts
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import RMSNorm, ShortConv
 from lasp.models.sequence import SequenceOps
@@ -18,12 +19,13 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.heads, self.key_dim = config.num_heads, config.key_dim
+        self.heads = config.num_heads
         inner = self.heads * config.value_dim
-        self.sizes = [inner, self.key_dim, self.key_dim]
-        self.xbc_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.sizes = [inner, config.key_dim, config.key_dim]
+        parts = Parts(1, tuple(map(Part, self.sizes)))
+        self.xbc_proj = nn.Linear(config.hidden_size, parts.channels, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.conv = ShortConv(sum(self.sizes), config.conv_width, bias=True)
+        self.conv = ShortConv(parts, config.conv_width, bias=True)
         self.decay = SoftplusDecay(config.hidden_size, self.heads)
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = RMSNorm(inner, eps=config.norm_eps)
@@ -33,10 +35,10 @@ class Mamba2Mixer(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, hidden: Tensor, seq: SequenceOps) -> Tensor:
-        x, b, c = F.silu(self.conv(self.xbc_proj(hidden), seq)).split(self.sizes, dim=-1)
-        x = x.unflatten(-1, (self.heads, -1))
+        x, b, c = self.conv(self.xbc_proj(hidden), seq)
+        x = x.flatten(2).unflatten(-1, (self.heads, -1))
         dt = self.decay.dt(hidden)
         v = (x * dt[..., None]).to(x.dtype)
-        o, _ = seq.linear_attention(c[:, :, None], b[:, :, None], v, self.decay.decay(dt), scale=1.0)
+        o, _ = seq.linear_attention(c, b, v, self.decay.decay(dt), scale=1.0)
         o = o + x * self.D.to(x.dtype)[:, None]
         return self.out_proj(self.norm(o.flatten(2) * F.silu(self.gate_proj(hidden))))

@@ -1,0 +1,261 @@
+"""The causal depthwise convolution with what follows it in a layer, one kernel in each direction (math §6).
+
+    z_t = b + Σ_s w_s x_{t-s}      a = z or SiLU(z)      y = a or a / sqrt(Σ a² + eps), over the channels of a head
+
+    da = r (dy - y Σ dy y), r = 1 / sqrt(Σ a² + eps)      dz = da σ(z) (1 + z (1 - σ(z)))
+    dx_t = Σ_s w_s dz_{t+s}      dw_s = Σ_t dz_t x_{t-s}      db = Σ_t dz_t
+
+Nothing but the inputs is kept: backward forms z again, for a tile's tokens and for the width - 1 behind them. A program
+scans a tile for the channels of one head's part. Its share of dw and db goes to a row of its own: sums are in fp32 and
+in a fixed order.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels.autocast import Function
+from lasp.kernels.layouts import in_rows
+from lasp.kernels.parts import EPS, Parts
+from lasp.kernels.segments import Segments, Tiles
+from lasp.kernels.triton.device import cdiv, next_power_of_2
+from lasp.kernels.triton.launch import launch
+
+TILE = 256  # tokens that a program scans, and so many rows of sums of dw there are
+WIDEST = 128  # block of channels, where no sum over all of a head is needed
+ELEMENTS = 4096  # of a block: 32 for each thread of 4 warps
+
+
+@triton.jit
+def _load_rows(x, tail, begin, position, row, end, n, channels, inside, D, X_ROW, W: tl.constexpr):
+    """x at rows of a tile, counted from its begin, which has that position in its segment; those before the segment
+    come from its tail, those from `end` on are zero."""
+    mask = (row < end) & (position + row >= 0)
+    value = tl.load(x + (begin + row)[:, None] * X_ROW + channels, mask=mask[:, None] & inside, other=0.0)
+    value = value.to(tl.float32)
+    if tail is not None:
+        place = position + row + (W - 1)
+        before = (place >= 0) & (place < W - 1)
+        at = (n * (W - 1) + place)[:, None] * D + channels
+        value += tl.load(tail + at, mask=before[:, None] & inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _load_weight(weight, shift: tl.constexpr, channels, inside, W: tl.constexpr):
+    """w_s as a row, [1, BP]."""
+    return tl.load(weight + channels * W + (W - 1 - shift), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _convolved(x, tail, weight, bias, begin, position, row, end, n, channels, inside, D, X_ROW, W: tl.constexpr):
+    """z at rows of a tile."""
+    z = tl.zeros([row.shape[0], channels.shape[1]], tl.float32)
+    if bias is not None:
+        z += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    for shift in tl.static_range(W):
+        rows = _load_rows(x, tail, begin, position, row - shift, end, n, channels, inside, D, X_ROW, W)
+        z += rows * _load_weight(weight, shift, channels, inside, W)
+    return z
+
+
+@triton.jit
+def _load_dz(
+    x, tail, weight, bias, dy, begin, position, row, end, n, h, H, channels, cols, inside, D, X_ROW,
+    P: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dz at rows of a tile, zero before its begin and from `end` on."""
+    at, mask = ((begin + row)[:, None] * H + h) * P + cols, (row >= 0) & (row < end)
+    d = tl.load(dy + at, mask=mask[:, None] & inside, other=0.0).to(tl.float32)
+    if SILU or UNIT:
+        z = _convolved(x, tail, weight, bias, begin, position, row, end, n, channels, inside, D, X_ROW, W)
+        gate = tl.sigmoid(z)
+        if UNIT:
+            a = z * gate if SILU else z
+            inverse = tl.rsqrt(tl.sum(a * a, axis=1) + EPS)[:, None]
+            y = a * inverse
+            d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
+        if SILU:
+            d *= gate * (1.0 + z * (1.0 - gate))
+    return d
+
+
+@triton.jit
+def _where(start, length, owner, first, tile):
+    """A tile's segment, its begin, length and position in its segment, and how many tokens follow its begin there."""
+    n = tl.load(owner + tile).to(tl.int64)
+    begin, count = tl.load(start + tile), tl.load(length + tile)
+    last = tl.load(first + n + 1) - 1
+    after = tl.load(start + last) + tl.load(length + last) - begin
+    return n, begin, count, begin - tl.load(start + tl.load(first + n)), after
+
+
+@triton.jit
+def _forward(
+    x,  # [tokens, …] with rows X_ROW apart, D channels
+    tail,  # [N, W - 1, D] or None
+    weight,  # [D, W]
+    bias,  # [D] or None
+    y,  # [tokens, H, P]
+    start,
+    length,
+    owner,
+    first,
+    H,
+    D,
+    X_ROW,
+    OFFSET,  # of the part among a head's D / H channels
+    P: tl.constexpr,
+    BP: tl.constexpr,
+    BT: tl.constexpr,
+    W: tl.constexpr,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, begin, count, position, after = _where(start, length, owner, first, tile)
+    cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
+    inside, channels = cols < P, h * (D // H) + OFFSET + cols
+    for i in range(tl.cdiv(count, BT)):
+        row = i * BT + tl.arange(0, BT)
+        z = _convolved(x, tail, weight, bias, begin, position, row, after, n, channels, inside, D, X_ROW, W)
+        if SILU:
+            z *= tl.sigmoid(z)
+        if UNIT:
+            z *= tl.rsqrt(tl.sum(z * z, axis=1) + EPS)[:, None]
+        at = ((begin + row)[:, None] * H + h) * P + cols
+        tl.store(y + at, z.to(y.dtype.element_ty), mask=(row < count)[:, None] & inside)
+
+
+@triton.jit
+def _backward(
+    x,  # as in _forward
+    tail,
+    weight,
+    bias,
+    dy,  # [tokens, H, P]
+    dx,  # [tokens, D]
+    d_tail,  # [N, W - 1, D] or None
+    dw,  # [M, W, D] fp32: a tile's part of the sum
+    db,  # [M, D] fp32, likewise, or None
+    start,
+    length,
+    owner,
+    first,
+    H,
+    D,
+    X_ROW,
+    OFFSET,
+    P: tl.constexpr,
+    BP: tl.constexpr,
+    BT: tl.constexpr,
+    W: tl.constexpr,
+    BW: tl.constexpr,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, begin, count, position, after = _where(start, length, owner, first, tile)
+    cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
+    inside, channels = cols < P, h * (D // H) + OFFSET + cols
+    of_weight = tl.arange(0, BW)[:, None]
+    sums, total = tl.zeros([BW, BP], tl.float32), tl.zeros([BP], tl.float32)
+    for i in range(tl.cdiv(count, BT)):
+        row = i * BT + tl.arange(0, BT)
+        d = _load_dz(
+            x, tail, weight, bias, dy, begin, position, row, count, n, h, H, channels, cols, inside, D, X_ROW,
+            P, W, EPS, SILU, UNIT,
+        )  # fmt: skip
+        total += tl.sum(d, axis=0)
+        for shift in tl.static_range(W):
+            rows = _load_rows(x, tail, begin, position, row - shift, count, n, channels, inside, D, X_ROW, W)
+            sums += tl.where(of_weight == W - 1 - shift, tl.sum(d * rows, axis=0)[None, :], 0.0)
+        d_rows = _load_dx(
+            x, tail, weight, bias, dy, begin, position, row, after, n, h, H, channels, cols, inside, D, X_ROW,
+            P, W, EPS, SILU, UNIT,
+        )  # fmt: skip
+        tl.store(dx + (begin + row)[:, None] * D + channels, d_rows.to(dx.dtype.element_ty),
+                 mask=(row < count)[:, None] & inside)  # fmt: skip
+    tl.store(dw + (tile * W + of_weight) * D + channels, sums, mask=(of_weight < W) & inside)
+    if db is not None:
+        tl.store(db + tile * D + channels, total[None, :], mask=inside)
+    if d_tail is not None:  # noqa: SIM102  # asked when it is compiled
+        if (position == 0) & (count > 0):
+            row = tl.arange(0, BT) - (W - 1)
+            d_rows = _load_dx(
+                x, tail, weight, bias, dy, begin, position, row, after, n, h, H, channels, cols, inside, D, X_ROW,
+                P, W, EPS, SILU, UNIT,
+            )  # fmt: skip
+            at = (n * (W - 1) + row + (W - 1))[:, None] * D + channels
+            tl.store(d_tail + at, d_rows.to(d_tail.dtype.element_ty), mask=(row < 0)[:, None] & inside)
+
+
+@triton.jit
+def _load_dx(
+    x, tail, weight, bias, dy, begin, position, row, end, n, h, H, channels, cols, inside, D, X_ROW,
+    P: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dx at rows of a tile; end: of its segment."""
+    total = tl.zeros([row.shape[0], cols.shape[1]], tl.float32)
+    for shift in tl.static_range(W):
+        d = _load_dz(
+            x, tail, weight, bias, dy, begin, position, row + shift, end, n, h, H, channels, cols, inside, D, X_ROW,
+            P, W, EPS, SILU, UNIT,
+        )  # fmt: skip
+        total += d * _load_weight(weight, shift, channels, inside, W)
+    return total
+
+
+class Convolution(Function):
+    """A tensor [B, T, H, P] for every part of the channels; see `lasp.kernels.conv.convolve`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, tail, segments: Segments, silu: bool, parts: Parts):
+        batch, tokens, _ = x.shape
+        rows, weight = in_rows(x.flatten(0, 1)), weight.contiguous()
+        tail = None if tail is None else tail.contiguous()
+        results = tuple(x.new_empty(batch, tokens, parts.heads, part.size) for part in parts.parts)
+        tiles = segments.tiles(TILE, x.device)
+        for (grid, tensors, constants), y in zip(_launches(rows, weight, tiles, silu, parts), results, strict=True):
+            launch(_forward, grid, rows, tail, weight, bias, y, *tensors, **constants)
+        ctx.save_for_backward(rows, weight, bias, tail)
+        ctx.call, ctx.shape = (segments, silu, parts), x.shape
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        (rows, weight, bias, tail), (segments, silu, parts) = ctx.saved_tensors, ctx.call
+        tiles, (channels, width) = segments.tiles(TILE, rows.device), weight.shape
+        dx = rows.new_empty(ctx.shape)
+        d_tail = None if tail is None else torch.zeros_like(tail)
+        dw = rows.new_empty(tiles.count, width, channels, dtype=torch.float32)
+        db = None if bias is None else rows.new_empty(tiles.count, channels, dtype=torch.float32)
+        for (grid, tensors, constants), dy in zip(_launches(rows, weight, tiles, silu, parts), dys, strict=True):
+            launch(
+                _backward, grid, rows, tail, weight, bias, dy.contiguous(), dx, d_tail, dw, db, *tensors,
+                BW=next_power_of_2(width), **constants,
+            )  # fmt: skip
+        dw = dw.sum(0).mT.to(weight.dtype)
+        return dx, dw, None if db is None else db.sum(0).to(bias.dtype), d_tail, None, None, None
+
+
+def _launches(rows: Tensor, weight: Tensor, tiles: Tiles, silu: bool, parts: Parts) -> Iterator[tuple]:
+    """Of every part: the grid, the tensors and numbers behind those of its own, and the constants."""
+    (channels, width), offset = weight.shape, 0
+    for part in parts.parts:
+        block = next_power_of_2(part.size)
+        block = max(16, block if part.unit_length else min(block, WIDEST))
+        tokens = max(next_power_of_2(width), 16, ELEMENTS // block)
+        grid = tiles.count, parts.heads, cdiv(part.size, block)
+        numbers = parts.heads, channels, rows.stride(0), offset
+        constants = {"P": part.size, "BP": block, "BT": tokens, "W": width, "EPS": EPS, "SILU": silu,
+                     "UNIT": part.unit_length, "num_warps": 4}  # fmt: skip
+        yield grid, (tiles.start, tiles.length, tiles.owner, tiles.first, *numbers), constants
+        offset += part.size
