@@ -1,13 +1,14 @@
-"""The causal depthwise convolution with what follows it in a layer, one kernel in each direction (math §6).
+"""The causal depthwise convolution with what follows it in a layer (math §6).
 
     z_t = b + Σ_s w_s x_{t-s}      a = z or SiLU(z)      y = a or a / sqrt(Σ a² + eps), over the channels of a head
 
     da = r (dy - y Σ dy y), r = 1 / sqrt(Σ a² + eps)      dz = da σ(z) (1 + z (1 - σ(z)))
-    dx_t = Σ_s w_s dz_{t+s}      dw_s = Σ_t dz_t x_{t-s}      db = Σ_t dz_t
+    dw_s = Σ_t dz_t x_{t-s}      db = Σ_t dz_t      dx_t = Σ_s w_s dz_{t+s}
 
-Nothing but the inputs is kept: backward forms z again, for a tile's tokens and for the width - 1 behind them. A program
-scans a tile for the channels of one head's part. Its share of dw and db goes to a row of its own: sums are in fp32 and
-in a fixed order.
+One kernel forward. Nothing but the inputs is kept: backward forms z again, and writes dz where dx will be. A second
+kernel turns the one into the other in place; what tiles need of the next, its first width - 1 rows, is put aside for
+that. A program scans a tile for the channels of one head's part. Its share of dw and db goes to a row of its own: sums
+are in fp32 and in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -27,22 +28,24 @@ from lasp.kernels.triton.launch import launch
 
 TILE = 256  # tokens that a program scans, and so many rows of sums of dw there are
 WIDEST = 128  # block of channels, where no sum over all of a head is needed
-ELEMENTS = 4096  # of a block: 32 for each thread of 4 warps
+ELEMENTS = 2048  # of a block: 16 for each thread of 4 warps
 
 
 @triton.jit
-def _load_rows(x, tail, begin, position, row, end, n, channels, inside, D, X_ROW, W: tl.constexpr):
-    """x at rows of a tile, counted from its begin, which has that position in its segment; those before the segment
-    come from its tail, those from `end` on are zero."""
+def _load_rows(
+    x, tail, begin, position, low, BT: tl.constexpr, end, n, channels, inside, D, X_ROW, W: tl.constexpr
+):  # fmt: skip
+    """x at BT rows of a tile from `low` on, counted from its begin, which has that position in its segment; those
+    before the segment come from its tail, those from `end` on are zero."""
+    row = low + tl.arange(0, BT)
     mask = (row < end) & (position + row >= 0)
-    value = tl.load(x + (begin + row)[:, None] * X_ROW + channels, mask=mask[:, None] & inside, other=0.0)
-    value = value.to(tl.float32)
-    if tail is not None:
-        place = position + row + (W - 1)
-        before = (place >= 0) & (place < W - 1)
-        at = (n * (W - 1) + place)[:, None] * D + channels
-        value += tl.load(tail + at, mask=before[:, None] & inside, other=0.0).to(tl.float32)
-    return value
+    value = tl.load((x + begin * X_ROW) + (row[:, None] * X_ROW + channels), mask=mask[:, None] & inside, other=0.0)
+    if tail is not None:  # noqa: SIM102  # asked when it is compiled
+        if position + low < 0:
+            place = (position + row + (W - 1)).to(tl.int32)
+            before = ((place >= 0) & (place < W - 1))[:, None] & inside
+            value += tl.load((tail + n * (W - 1) * D) + (place[:, None] * D + channels), mask=before, other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -52,36 +55,17 @@ def _load_weight(weight, shift: tl.constexpr, channels, inside, W: tl.constexpr)
 
 
 @triton.jit
-def _convolved(x, tail, weight, bias, begin, position, row, end, n, channels, inside, D, X_ROW, W: tl.constexpr):
-    """z at rows of a tile."""
-    z = tl.zeros([row.shape[0], channels.shape[1]], tl.float32)
+def _convolved(
+    x, tail, weight, bias, begin, position, low, BT: tl.constexpr, end, n, channels, inside, D, X_ROW, W: tl.constexpr
+):  # fmt: skip
+    """z at BT rows of a tile."""
+    z = tl.zeros([BT, channels.shape[1]], tl.float32)
     if bias is not None:
         z += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
     for shift in tl.static_range(W):
-        rows = _load_rows(x, tail, begin, position, row - shift, end, n, channels, inside, D, X_ROW, W)
+        rows = _load_rows(x, tail, begin, position, low - shift, BT, end, n, channels, inside, D, X_ROW, W)
         z += rows * _load_weight(weight, shift, channels, inside, W)
     return z
-
-
-@triton.jit
-def _load_dz(
-    x, tail, weight, bias, dy, begin, position, row, end, n, h, H, channels, cols, inside, D, X_ROW,
-    P: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """dz at rows of a tile, zero before its begin and from `end` on."""
-    at, mask = ((begin + row)[:, None] * H + h) * P + cols, (row >= 0) & (row < end)
-    d = tl.load(dy + at, mask=mask[:, None] & inside, other=0.0).to(tl.float32)
-    if SILU or UNIT:
-        z = _convolved(x, tail, weight, bias, begin, position, row, end, n, channels, inside, D, X_ROW, W)
-        gate = tl.sigmoid(z)
-        if UNIT:
-            a = z * gate if SILU else z
-            inverse = tl.rsqrt(tl.sum(a * a, axis=1) + EPS)[:, None]
-            y = a * inverse
-            d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
-        if SILU:
-            d *= gate * (1.0 + z * (1.0 - gate))
-    return d
 
 
 @triton.jit
@@ -108,7 +92,8 @@ def _forward(
     H,
     D,
     X_ROW,
-    OFFSET,  # of the part among a head's D / H channels
+    HEAD,  # channels of a head, D / H
+    OFFSET,  # of the part among them
     P: tl.constexpr,
     BP: tl.constexpr,
     BT: tl.constexpr,
@@ -120,27 +105,30 @@ def _forward(
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, begin, count, position, after = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
-    inside, channels = cols < P, h * (D // H) + OFFSET + cols
+    inside, channels = cols < P, h * HEAD + OFFSET + cols
     for i in range(tl.cdiv(count, BT)):
         row = i * BT + tl.arange(0, BT)
-        z = _convolved(x, tail, weight, bias, begin, position, row, after, n, channels, inside, D, X_ROW, W)
+        z = _convolved(x, tail, weight, bias, begin, position, i * BT, BT, after, n, channels, inside, D, X_ROW, W)
         if SILU:
             z *= tl.sigmoid(z)
         if UNIT:
             z *= tl.rsqrt(tl.sum(z * z, axis=1) + EPS)[:, None]
-        at = ((begin + row)[:, None] * H + h) * P + cols
-        tl.store(y + at, z.to(y.dtype.element_ty), mask=(row < count)[:, None] & inside)
+        tl.store(
+            (y + (begin * H + h) * P) + (row[:, None] * (H * P) + cols),
+            z.to(y.dtype.element_ty),
+            mask=(row < count)[:, None] & inside,
+        )
 
 
 @triton.jit
-def _backward(
+def _dz(
     x,  # as in _forward
     tail,
     weight,
     bias,
     dy,  # [tokens, H, P]
-    dx,  # [tokens, D]
-    d_tail,  # [N, W - 1, D] or None
+    dz,  # [tokens, D]
+    heads_of_tiles,  # [M, W - 1, D]: dz of each tile's first tokens; None if W is 1
     dw,  # [M, W, D] fp32: a tile's part of the sum
     db,  # [M, D] fp32, likewise, or None
     start,
@@ -150,6 +138,7 @@ def _backward(
     H,
     D,
     X_ROW,
+    HEAD,
     OFFSET,
     P: tl.constexpr,
     BP: tl.constexpr,
@@ -161,55 +150,94 @@ def _backward(
     UNIT: tl.constexpr,
 ):
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, begin, count, position, after = _where(start, length, owner, first, tile)
+    n, begin, count, position, _ = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
-    inside, channels = cols < P, h * (D // H) + OFFSET + cols
+    inside, channels = cols < P, h * HEAD + OFFSET + cols
     of_weight = tl.arange(0, BW)[:, None]
     sums, total = tl.zeros([BW, BP], tl.float32), tl.zeros([BP], tl.float32)
     for i in range(tl.cdiv(count, BT)):
         row = i * BT + tl.arange(0, BT)
-        d = _load_dz(
-            x, tail, weight, bias, dy, begin, position, row, count, n, h, H, channels, cols, inside, D, X_ROW,
-            P, W, EPS, SILU, UNIT,
-        )  # fmt: skip
+        here = (row < count)[:, None] & inside
+        d = tl.load((dy + (begin * H + h) * P) + (row[:, None] * (H * P) + cols), mask=here, other=0.0).to(tl.float32)
+        if SILU or UNIT:
+            z = _convolved(x, tail, weight, bias, begin, position, i * BT, BT, count, n, channels, inside, D, X_ROW, W)
+            gate = tl.sigmoid(z)
+            if UNIT:
+                a = z * gate if SILU else z
+                inverse = tl.rsqrt(tl.sum(a * a, axis=1) + EPS)[:, None]
+                y = a * inverse
+                d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
+            if SILU:
+                d *= gate * (1.0 + z * (1.0 - gate))
         total += tl.sum(d, axis=0)
         for shift in tl.static_range(W):
-            rows = _load_rows(x, tail, begin, position, row - shift, count, n, channels, inside, D, X_ROW, W)
+            rows = _load_rows(x, tail, begin, position, i * BT - shift, BT, count, n, channels, inside, D, X_ROW, W)
             sums += tl.where(of_weight == W - 1 - shift, tl.sum(d * rows, axis=0)[None, :], 0.0)
-        d_rows = _load_dx(
-            x, tail, weight, bias, dy, begin, position, row, after, n, h, H, channels, cols, inside, D, X_ROW,
-            P, W, EPS, SILU, UNIT,
-        )  # fmt: skip
-        tl.store(dx + (begin + row)[:, None] * D + channels, d_rows.to(dx.dtype.element_ty),
-                 mask=(row < count)[:, None] & inside)  # fmt: skip
+        d = d.to(dz.dtype.element_ty)
+        at = row[:, None] * D + channels
+        tl.store((dz + begin * D) + at, d, mask=here)
+        if heads_of_tiles is not None:
+            tl.store((heads_of_tiles + tile * (W - 1) * D) + at, d, mask=here & (row < W - 1)[:, None])
     tl.store(dw + (tile * W + of_weight) * D + channels, sums, mask=(of_weight < W) & inside)
     if db is not None:
         tl.store(db + tile * D + channels, total[None, :], mask=inside)
-    if d_tail is not None:  # noqa: SIM102  # asked when it is compiled
-        if (position == 0) & (count > 0):
-            row = tl.arange(0, BT) - (W - 1)
-            d_rows = _load_dx(
-                x, tail, weight, bias, dy, begin, position, row, after, n, h, H, channels, cols, inside, D, X_ROW,
-                P, W, EPS, SILU, UNIT,
-            )  # fmt: skip
-            at = (n * (W - 1) + row + (W - 1))[:, None] * D + channels
-            tl.store(d_tail + at, d_rows.to(d_tail.dtype.element_ty), mask=(row < 0)[:, None] & inside)
 
 
 @triton.jit
-def _load_dx(
-    x, tail, weight, bias, dy, begin, position, row, end, n, h, H, channels, cols, inside, D, X_ROW,
-    P: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """dx at rows of a tile; end: of its segment."""
-    total = tl.zeros([row.shape[0], cols.shape[1]], tl.float32)
+def _load_dz(dz, heads_of_tiles, tile, begin, row, count, after, channels, inside, D, W: tl.constexpr):
+    """dz at rows of a tile and of those behind it in its segment, zero elsewhere."""
+    mask = (row >= 0) & (row < count)
+    d = tl.load((dz + begin * D) + (row[:, None] * D + channels), mask=mask[:, None] & inside, other=0.0)
+    if heads_of_tiles is not None:
+        behind, at = (row >= count) & (row < after), (row - count)[:, None] * D + channels
+        d += tl.load((heads_of_tiles + (tile + 1) * (W - 1) * D) + at, mask=behind[:, None] & inside, other=0.0)
+    return d.to(tl.float32)
+
+
+@triton.jit
+def _load_dx(dz, heads_of_tiles, weight, tile, begin, row, count, after, channels, inside, D, W: tl.constexpr):
+    total = tl.zeros([row.shape[0], channels.shape[1]], tl.float32)
     for shift in tl.static_range(W):
-        d = _load_dz(
-            x, tail, weight, bias, dy, begin, position, row + shift, end, n, h, H, channels, cols, inside, D, X_ROW,
-            P, W, EPS, SILU, UNIT,
-        )  # fmt: skip
+        d = _load_dz(dz, heads_of_tiles, tile, begin, row + shift, count, after, channels, inside, D, W)
         total += d * _load_weight(weight, shift, channels, inside, W)
     return total
+
+
+@triton.jit
+def _dx(
+    dx,  # [tokens, D]: dz, then dx
+    heads_of_tiles,  # [M, W - 1, D], or None
+    weight,  # [D, W]
+    d_tail,  # [N, W - 1, D], or None
+    start,
+    length,
+    owner,
+    first,
+    D,
+    BP: tl.constexpr,
+    BT: tl.constexpr,
+    W: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    n, begin, count, position, after = _where(start, length, owner, first, tile)
+    channels = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]
+    inside = channels < D
+    if d_tail is not None:  # noqa: SIM102  # asked when it is compiled
+        if (position == 0) & (count > 0):
+            row = tl.arange(0, BT) - (W - 1)
+            d = _load_dx(dx, heads_of_tiles, weight, tile, begin, row, count, after, channels, inside, D, W)
+            at = (row + (W - 1))[:, None] * D + channels
+            tl.store((d_tail + n * (W - 1) * D) + at, d.to(d_tail.dtype.element_ty), mask=(row < 0)[:, None] & inside)
+            tl.debug_barrier()
+    for i in range(tl.cdiv(count, BT)):
+        row = i * BT + tl.arange(0, BT)
+        d = _load_dx(dx, heads_of_tiles, weight, tile, begin, row, count, after, channels, inside, D, W)
+        tl.debug_barrier()  # all have read before one writes
+        tl.store(
+            (dx + begin * D) + (row[:, None] * D + channels),
+            d.to(dx.dtype.element_ty),
+            mask=(row < count)[:, None] & inside,
+        )
 
 
 class Convolution(Function):
@@ -235,15 +263,25 @@ class Convolution(Function):
         tiles, (channels, width) = segments.tiles(TILE, rows.device), weight.shape
         dx = rows.new_empty(ctx.shape)
         d_tail = None if tail is None else torch.zeros_like(tail)
+        heads_of_tiles = rows.new_zeros(tiles.count + 1, width - 1, channels) if width > 1 else None
         dw = rows.new_empty(tiles.count, width, channels, dtype=torch.float32)
         db = None if bias is None else rows.new_empty(tiles.count, channels, dtype=torch.float32)
         for (grid, tensors, constants), dy in zip(_launches(rows, weight, tiles, silu, parts), dys, strict=True):
             launch(
-                _backward, grid, rows, tail, weight, bias, dy.contiguous(), dx, d_tail, dw, db, *tensors,
+                _dz, grid, rows, tail, weight, bias, dy.contiguous(), dx, heads_of_tiles, dw, db, *tensors,
                 BW=next_power_of_2(width), **constants,
             )  # fmt: skip
+        launch(
+            _dx, (tiles.count, cdiv(channels, WIDEST)),
+            dx, heads_of_tiles, weight, d_tail, tiles.start, tiles.length, tiles.owner, tiles.first, channels,
+            BP=WIDEST, BT=tokens_at_once(WIDEST, width), W=width, num_warps=4,
+        )  # fmt: skip
         dw = dw.sum(0).mT.to(weight.dtype)
         return dx, dw, None if db is None else db.sum(0).to(bias.dtype), d_tail, None, None, None
+
+
+def tokens_at_once(block: int, width: int) -> int:
+    return max(next_power_of_2(width), ELEMENTS // block)
 
 
 def _launches(rows: Tensor, weight: Tensor, tiles: Tiles, silu: bool, parts: Parts) -> Iterator[tuple]:
@@ -252,10 +290,9 @@ def _launches(rows: Tensor, weight: Tensor, tiles: Tiles, silu: bool, parts: Par
     for part in parts.parts:
         block = next_power_of_2(part.size)
         block = max(16, block if part.unit_length else min(block, WIDEST))
-        tokens = max(next_power_of_2(width), 16, ELEMENTS // block)
         grid = tiles.count, parts.heads, cdiv(part.size, block)
-        numbers = parts.heads, channels, rows.stride(0), offset
-        constants = {"P": part.size, "BP": block, "BT": tokens, "W": width, "EPS": EPS, "SILU": silu,
-                     "UNIT": part.unit_length, "num_warps": 4}  # fmt: skip
+        numbers = parts.heads, channels, rows.stride(0), channels // parts.heads, offset
+        constants = {"P": part.size, "BP": block, "BT": tokens_at_once(block, width), "W": width, "EPS": EPS,
+                     "SILU": silu, "UNIT": part.unit_length, "num_warps": 4}  # fmt: skip
         yield grid, (tiles.start, tiles.length, tiles.owner, tiles.first, *numbers), constants
         offset += part.size
