@@ -18,7 +18,6 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, chunk_of_program, load_half
 from lasp.kernels.triton.launch import launch
-from lasp.kernels.triton.shared.decay import unless_shut
 from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
 
@@ -106,8 +105,8 @@ def _gradients(
             dqc = tl.dot(dp, kc, dqc, input_precision=PRECISION)
             dkc = tl.dot(dpt, qc, dkc, input_precision=PRECISION)
             dgc = gate_sums(qc * dqc - (kc * dkc - past), past, BY_PRODUCTS) + tl.exp(between) * overlap[None, :]
+            store_rows(dg, dgc, token, here, h, H, rows, K)
             g = load_decays(decay, token, here, h, H, rows, K)
-            store_rows(dg, unless_shut(dgc, g), token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)
             store_rows(q, dqc * (scale * tl.exp(exponent)), token, here, h, H, rows, K)
             exponent = tl.where(half > 0.0, between - exponent, 0.0)  # secondary chunks: see _secondary_gradients

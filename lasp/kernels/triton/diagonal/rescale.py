@@ -27,6 +27,8 @@ from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
+GENTLE = 100.0  # e^50 fits into what 16 bits hold of operands; no gate that is shut (SHUT) lies in such a chunk
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -64,7 +66,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     if v.dtype == torch.bfloat16:
         return DiagonalConfig(
             chunk=64,
-            max_ln_decay=128.0,
+            max_ln_decay=GENTLE,
             operand=torch.bfloat16,
             precision="tf32",
             sums_by_products=True,
@@ -76,7 +78,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     shared = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
     return DiagonalConfig(
         chunk=32,
-        max_ln_decay=128.0 if half else 32.0,
+        max_ln_decay=GENTLE if half else 32.0,
         operand=torch.float32,
         precision="tf32x3" if half else "ieee",
         sums_by_products=False,
@@ -148,18 +150,20 @@ def _rescale(
         slot = (begin // C + tile + i) * H + h
         g = load_decays(decay, token, here, h, H, cols, K)
         qc = load_rows(q, token, here, h // G, H // G, cols, K)
-        kc = load_rows(k, token, here, h // G, H // G, cols, K)
         b = tl.cumsum(g, axis=0)
         end = tl.sum(g, axis=0)
         largest = tl.max(-end, axis=0)
         half = tl.where(largest + tl.zeros([1, 1], tl.float32) > MAX_LN_DECAY, 0.0, 0.5)
-        to_end = end[None, :] - b
-        if largest > MAX_LN_DECAY:  # a difference of large sums has too few digits
-            to_end = tl.cumsum(g, axis=0, reverse=True) - g
         tl.store(ends + slot * K + cols, end, mask=cols < K)
         tl.store(ln_chunk_decay + slot, largest)
         store_rows(q_out, qc * (scale * tl.exp(b - half * end[None, :])), token, here, h, H, cols, K)
-        store_rows(k_out, kc * tl.exp(to_end - half * end[None, :]), token, here, h, H, cols, K)
+        if largest > MAX_LN_DECAY:  # a difference of large sums has too few digits
+            g = load_decays(decay, token, here, h, H, cols, K)  # again: all others would wait for its registers
+            kc = load_rows(k, token, here, h // G, H // G, cols, K)
+            store_rows(k_out, kc * tl.exp(tl.cumsum(g, axis=0, reverse=True) - g), token, here, h, H, cols, K)
+        else:
+            kc = load_rows(k, token, here, h // G, H // G, cols, K)
+            store_rows(k_out, kc * tl.exp((end[None, :] - b) - half * end[None, :]), token, here, h, H, cols, K)
 
 
 def rescale(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, config: DiagonalConfig) -> Rescaled:

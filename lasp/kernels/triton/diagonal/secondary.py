@@ -221,8 +221,9 @@ def _secondary_gradients(
                     to_end = tl.cumsum(g, axis=0, reverse=True) - g
                     dkc += tl.exp(to_end) * load_rows(dk, token, here, h, H, cols, K)
                     store_rows(dk, dkc, token, here, h, H, cols, K)
-                    dgc = unless_shut(tl.cumsum(both, axis=0, reverse=True), g)
-                    add_rows(dg, dgc, token, here, h, H, cols, K)
+                    dgc = load_rows(dg, token, here, h, H, cols, K).to(tl.float32)
+                    dgc += tl.cumsum(both, axis=0, reverse=True)
+                    store_rows(dg, unless_shut(dgc, g), token, here, h, H, cols, K)
                 for at in range(0, V, BV):
                     rows = at + tl.arange(0, BV)
                     doc = load_rows(do, token, here, h, H, rows, V).to(OPERAND)
