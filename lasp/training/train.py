@@ -27,12 +27,14 @@ from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.stop import Stopped, stop_signals
 from lasp.training.together import together
 
 
 def train(config: TrainConfig) -> float:
     """Runs a configuration to its last step, from its last checkpoint if there is one; returns the held-out loss.
 
+    Raises Stopped on every rank, after the step that is at work and its checkpoint, if SIGTERM or SIGINT came to one.
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
     the checkpoint that is there, for ranks with other settings or data than others, for tokens that are not in the
     vocabulary, or if another run is alive in run_dir; FileNotFoundError for files that are not there;
@@ -61,7 +63,8 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         if world.rank == 0:
             keep_tokenizer(config)
-        with Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank) as metrics:
+        metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
+        with metrics, stop_signals() as told:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
@@ -85,10 +88,16 @@ def train(config: TrainConfig) -> float:
                     valid_loss = evaluate(engine.model, held_out, sp, world)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
-                if taken % config.checkpoint_every == 0 or last:
+                stopping = told.asked()
+                if taken % config.checkpoint_every == 0 or last or stopping:
                     engine.save(taken, lock, record(seen * config.context_length, fingerprints))
-        say_finished(config, world, taken, valid_loss)
-        return valid_loss
+                if stopping:
+                    break
+        if last:
+            say_finished(config, world, taken, valid_loss)
+            return valid_loss
+        metrics.say(f"told to stop: step {taken} is saved in {config.run_dir}, from where the same command goes on")
+    raise Stopped
 
 
 def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[Context], dict[str, str]]:
