@@ -9,8 +9,8 @@ launcher  is killed, and its ranks are to die with it; then it is started again
 term      it gets SIGTERM: the run is to save the step that it is at and end with the exit code 75; then it goes on
 
 A trial is one run, from its start to its end, with an interruption of each kind that it names. Moments are spread over
-starts, steps and saves, of which there is one every second step. At the end every tensor of the last checkpoint, weights
-and optimiser's states, must have the bits of the uninterrupted run's.
+starts, steps and saves, of which every second step makes one. At the end every tensor of the last checkpoint, weights
+and states of the optimiser, must have the bits of the uninterrupted run's.
 """
 
 import json
@@ -162,7 +162,9 @@ def interrupt(kind: str, launch: Launch, draw: random.Random) -> bool:
     raise SystemExit(f"trials: got {kind!r}, expected rank, all, launcher or term")
 
 
-def trial(kinds: list[str], run: Path, ranks: int, settings: Settings, step_seconds: float, draw: random.Random) -> None:
+def trial(
+    kinds: list[str], run: Path, ranks: int, settings: Settings, step_seconds: float, draw: random.Random
+) -> None:
     """One run with these interruptions. Raises Failed if it does not end well."""
     launch, reached = Launch(run, ranks, settings), 0
     try:

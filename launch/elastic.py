@@ -1,13 +1,13 @@
 """Starts the ranks of one node, and starts them again when one dies:   python launch/elastic.py RANKS ARGUMENTS…
 
-ARGUMENTS are Python's: `-m lasp.cli train quickstart`. It is torchrun (PyTorch's elastic agent) with another idea of ends:
+ARGUMENTS are Python's: `-m lasp.cli train quickstart`. It is torchrun (PyTorch's elastic agent), but in how things end:
 
-    told to stop       SIGTERM and SIGINT go on to the ranks, which end by themselves; a second one gives them 30 seconds
-    stopped, refused   ranks that stopped with a checkpoint (exit code 75, of the launcher too) or were refused what they
-                       were asked for (ValueError, FileNotFoundError, a wrong command line) are not started again
-    killed             its ranks end with it
+    told to stop       SIGTERM and SIGINT go on to the ranks, which end by themselves; a second one leaves them 30 seconds
+    stopped, refused   ranks that stopped with a checkpoint (exit code 75, the launcher's then, too) or were refused what
+                       they asked for (ValueError, FileNotFoundError, a wrong command line) are not started again
+    killed             the ranks end with their launcher
 
-From the environment: NNODES (1; 2:4 for 2 to 4), MASTER_ADDR and MASTER_PORT (29500) of one of them, RUN_ID, MAX_RESTARTS (3).
+From the environment: NNODES (1; a range, 2:4), MASTER_ADDR and MASTER_PORT (29500) of one node, RUN_ID, MAX_RESTARTS (3).
 """
 
 import os
