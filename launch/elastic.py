@@ -2,12 +2,12 @@
 
 ARGUMENTS are Python's: `-m lasp.cli train quickstart`. It is torchrun (PyTorch's elastic agent), but in how things end:
 
-    told to stop       SIGTERM and SIGINT go on to the ranks, which end by themselves; a second one leaves them 30 seconds
-    stopped, refused   ranks that stopped with a checkpoint (exit code 75, the launcher's then, too) or were refused what
-                       they asked for (ValueError, FileNotFoundError, a wrong command line) are not started again
+    told to stop       SIGTERM and SIGINT go on to the ranks, which end by themselves; a second one gives them 30 s
+    stopped, refused   ranks that stopped with a checkpoint (exit code 75, then also the launcher's) or were refused
+                       what they asked for (ValueError, FileNotFoundError, a wrong command line) are not started again
     killed             the ranks end with their launcher
 
-From the environment: NNODES (1; a range, 2:4), MASTER_ADDR and MASTER_PORT (29500) of one node, RUN_ID, MAX_RESTARTS (3).
+From the environment: NNODES (1; a range as 2:4), MASTER_ADDR, MASTER_PORT (29500) of a node, RUN_ID, MAX_RESTARTS (3).
 """
 
 import os

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from lasp.parallel import comm
+from lasp.parallel.comm import Group
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -33,11 +33,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.since: float | None = None
 
-    def asked(self) -> bool:
-        """Whether any rank of the world was told to stop. Collective."""
-        if not dist.is_initialized():
-            return self.since is not None
-        group = dist.group.WORLD
+    def asked(self, group: Group) -> bool:
+        """Whether any rank was told to stop. Collective."""
         told = torch.tensor(self.since is not None, dtype=torch.int32, device=comm.message_device(group))
         return bool(comm.all_reduce(told, group).wait().item())
 

@@ -6,8 +6,10 @@ ranks and in all contexts: their number is known before the first backward, so e
 it, and the sum of the ranks' gradients is the gradient.
 """
 
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
+from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
@@ -38,7 +41,8 @@ def train(config: TrainConfig) -> float:
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
     the checkpoint that is there, for ranks with other settings or data than others, for tokens that are not in the
     vocabulary, or if another run is alive in run_dir; FileNotFoundError for files that are not there;
-    FloatingPointError for gradients, a held-out loss or states to be saved that are not finite.
+    FloatingPointError for losses, gradients or states to be saved that are not finite; RuntimeError if weights that
+    several ranks hold have come to differ.
     """
     config = with_absolute_paths(config)
     with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
@@ -63,6 +67,7 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         if world.rank == 0:
             keep_tokenizer(config)
+        spikes, skipped = Spikes(), 0
         metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
         with metrics, stop_signals() as told:
             metrics.say(describe(config, world, first_step))
@@ -70,15 +75,32 @@ def train(config: TrainConfig) -> float:
                 world.doing = f"step {step + 1}"
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
-                contexts = [training[seen + i] for i in range(config.batch_contexts)]
+                numbers = list(range(seen, seen + config.batch_contexts))
+                contexts = [training[i] for i in numbers]
                 loss = compute_gradients(engine, contexts, sp, world)
-                grad_norm = engine.step(lr)
-                balance = balance_experts(engine.model, all_ranks) if config.model.num_experts else {}
-
+                grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
                 taken, seen = step + 1, seen + config.batch_contexts
+                values = {"lr": lr}
+                if math.isfinite(grad_norm):
+                    skipped = 0
+                    values |= {"loss": loss, "grad_norm": grad_norm}
+                    if config.model.num_experts:
+                        values |= balance_experts(engine.model, all_ranks)
+                else:
+                    story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world)
+                    if skipped == config.skip_nonfinite:
+                        raise FloatingPointError(f"step {taken}, {story}")
+                    skipped += 1
+                    values["skipped"] = skipped
+                    metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
+                if (median := spikes.median_if_spike(loss)) is not None:
+                    metrics.note(taken, spike=loss, median=median, contexts=numbers)
+                    metrics.say(
+                        f"step {taken}: loss {loss:.4f} after a median of {median:.4f}, {name_contexts(numbers)}"
+                    )
+
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
-                values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
-                values |= balance
+                values["tokens_per_second"] = tokens_per_second
                 if peak is not None:
                     values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
                 metrics.log(taken, **values, tokens=seen * config.context_length)
@@ -88,8 +110,12 @@ def train(config: TrainConfig) -> float:
                     valid_loss = evaluate(engine.model, held_out, sp, world)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
-                stopping = told.asked()
-                if taken % config.checkpoint_every == 0 or last or stopping:
+                stopping = told.asked(dist.group.WORLD)
+                saving = taken % config.checkpoint_every == 0 or last or stopping
+                comparing = config.compare_replicas_every
+                if comparing and (saving or taken % comparing == 0):
+                    require_same_replicas(engine.model, dist.group.WORLD)
+                if saving:
                     engine.save(taken, lock, record(seen * config.context_length, fingerprints))
                 if stopping:
                     break
@@ -150,6 +176,32 @@ def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParal
         engine.backward(loss_sum / labels)
         total += loss_sum.detach()
     return all_ranks(total).item() / labels
+
+
+def tell_nonfinite(
+    config: TrainConfig,
+    engine: Engine,
+    loss: float,
+    grad_norm: float,
+    numbers: list[int],
+    contexts: list[Context],
+    sp: SequenceParallel,
+    world: World,
+) -> str:
+    """What is not finite in a step that was not taken, and where it comes from; takes the engine's gradients away."""
+    what = f"gradient norm: got {grad_norm}" if math.isfinite(loss) else f"loss: got {loss}"
+    story = f"{name_contexts(numbers)}: {what}, expected a finite number"
+    if config.engine == "deepspeed":  # its gradients are not for looking at
+        return story
+    groups = world.mesh["dp"].size()
+    rounds = (
+        (numbers[i : i + groups], partial(compute_gradients, engine, contexts[i : i + groups], sp, world))
+        for i in range(0, len(contexts), groups)
+    )
+    story += f"; {find_nonfinite(engine.model, rounds, dist.group.WORLD)}"
+    if config.model.num_experts:
+        engine.model.balance.take()
+    return story
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ def test_a_signal_in_the_last_step_changes_nothing(config, monkeypatch):
 def test_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_signals() as told:
-        assert not told.asked()
+        assert not told.asked(None)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert told.asked()
+        assert told.asked(None)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -61,7 +61,7 @@ def test_what_is_ignored_stays_so():
     try:
         with stop_signals() as told:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not told.asked()
+            assert not told.asked(None)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -77,7 +77,7 @@ def test_a_second_interrupt_by_the_user_ends_at_once():
 def test_threads_leave_signals_alone():
     def use():
         with stop_signals() as told:
-            seen.append(told.asked())
+            seen.append(told.asked(None))
 
     seen = []
     thread = threading.Thread(target=use)

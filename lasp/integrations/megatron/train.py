@@ -81,7 +81,7 @@ def train(run: Run) -> list[float]:
         for step in range(first_step, run.steps):
             started = time.perf_counter()
             losses.append(state.step(dataset, step))
-            stopping, last = told.asked(), step + 1 == run.steps
+            stopping, last = told.asked(dist.group.WORLD), step + 1 == run.steps
             if last or stopping or (step + 1) % run.save_every == 0:
                 state.save(step + 1)
             if dist.get_rank() == 0:
