@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not exists:
+        if device.type == "cuda":
+            _record_flights(config.run_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.parallel.timeout),
@@ -83,6 +86,24 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     require(gpus >= local_size, "device", wanted, f"a GPU for each of this machine's {local_size} ranks; it has {gpus}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def ranks_folder(run_dir: str | Path) -> Path:
+    """Where the ranks of a run leave word of themselves."""
+    folder = Path(run_dir) / "ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _record_flights(run_dir: str) -> None:
+    """Has NCCL keep its last messages, and write them down where one runs out of time, unless told otherwise."""
+    trace = str(ranks_folder(run_dir) / "nccl-trace-")
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),  # messages
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_FR_DUMP_TEMP_FILE", trace),  # and the rank
+    ):
+        os.environ.setdefault(name, value)
 
 
 def end_with_launcher() -> None:

@@ -20,9 +20,11 @@ from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_ba
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
 from lasp.parallel.agreement import agree
+from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
+from lasp.training.heartbeat import heartbeat
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
@@ -45,7 +47,12 @@ def train(config: TrainConfig) -> float:
     several ranks hold have come to differ.
     """
     config = with_absolute_paths(config)
-    with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
+    with (
+        join_world(config) as world,
+        hold(config.run_dir, dist.group.WORLD) as lock,
+        heartbeat(config.run_dir, world),
+        waits.measured(),
+    ):
         training, held_out, fingerprints = open_data(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
@@ -99,6 +106,7 @@ def train(config: TrainConfig) -> float:
                         f"step {taken}: loss {loss:.4f} after a median of {median:.4f}, {name_contexts(numbers)}"
                     )
 
+                values |= who_is_slow(world)
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values["tokens_per_second"] = tokens_per_second
                 if peak is not None:
@@ -255,6 +263,15 @@ def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, wo
     model.train()
     loss_sum, count = all_ranks(total).tolist()
     return require_finite(loss_sum / max(1, count), "held-out loss")
+
+
+def who_is_slow(world: World) -> dict[str, float]:
+    """The rank that has waited least for the others' messages in this step, and how much longer most waited."""
+    if world.size == 1:
+        return {}
+    mine = torch.tensor(waits.take(), dtype=torch.float64, device=world.device)
+    waited = comm.replicate(mine, dist.group.WORLD, "comparison of waits").cpu()
+    return {"slowest_rank": waited.argmin().item(), "waited_for_it": (waited.median() - waited.min()).item()}
 
 
 def all_ranks(x: Tensor) -> Tensor:

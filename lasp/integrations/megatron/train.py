@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -53,6 +54,7 @@ MAY_CHANGE = (  # when a run goes on: see lasp.training.same_run
     "distributed_optimizer",
     "recompute",
     "save_every",
+    "timeout",
     "initial_weights",
     "allow_changed",
 )
@@ -121,7 +123,7 @@ def join_mesh(run: Run) -> TransformerConfig:
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
     config = run.transformer_config(cpu)
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if cpu else "nccl")
+        dist.init_process_group("gloo" if cpu else "nccl", timeout=timedelta(seconds=run.timeout))
     require_same_on_ranks(together(dist.group.WORLD, lambda: settings(run)))
     run.data_parallel(dist.get_world_size())
     assert dist.group.WORLD is not None
