@@ -250,6 +250,8 @@ class TrainConfig:
     eval_every: Count = 100  # steps
     checkpoint_every: Count = 1000  # steps; the last step is always saved
     checkpoint_keep: Count = 2
+    skip_nonfinite: CountOrZero = 0  # steps in a row that may be left out because loss or gradient are not finite
+    compare_replicas_every: CountOrZero = 100  # steps; 0: ranks never compare the weights that several of them hold
     seed: Seed = 0
     allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
 
@@ -262,6 +264,8 @@ class TrainConfig:
             require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
             require(full or self.deepspeed.stage > 0, "stage", 0, "at least 1 in bfloat16, for its float32 weights")
             require(self.model.num_experts == 0, "num_experts", self.model.num_experts, "0 with engine='deepspeed'")
+            expected = "0 with engine='deepspeed' (it knows of a gradient when it has used it)"
+            require(self.skip_nonfinite == 0, "skip_nonfinite", self.skip_nonfinite, expected)
         else:
             require(
                 self.deepspeed == DeepSpeedConfig(), "deepspeed", self.deepspeed, "its defaults with another engine"

@@ -6,6 +6,15 @@ if __name__ == "__main__":
     from lasp.integrations.megatron.run import Run
     from lasp.integrations.megatron.sequence import leave_mesh
     from lasp.integrations.megatron.train import train
+    from lasp.training.runtime import recorded
+    from lasp.training.stop import Stopped
 
-    train(tyro.cli(Run))
-    leave_mesh()
+    def main() -> None:
+        try:
+            train(tyro.cli(Run))
+        except Stopped:
+            leave_mesh()
+            raise
+        leave_mesh()
+
+    recorded(main)()

@@ -43,6 +43,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/checkpoint.py": {"torch.distributed"},
     "lasp/training/deepspeed.py": {"torch.distributed"},
     "lasp/training/integrity.py": {"torch.distributed.tensor"},
+    "lasp/training/numerics.py": {"torch.distributed.tensor"},
     "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},

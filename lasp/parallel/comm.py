@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.kernels.pending import Pending
+from lasp.parallel.waits import waits
 
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
@@ -228,7 +229,7 @@ def _transfer(
 def _naming(operation: str, group: Group, step: Callable[[], Result], *tensors: Tensor | None) -> Result:
     """Takes a step of an operation on these tensors; an error says so."""
     try:
-        return step()
+        return waits.during(step, message_device(group))
     except RuntimeError as error:
         assert group is not None
         of = "".join(f" {x.dtype} {list(x.shape)}" for x in tensors if x is not None)

@@ -1,5 +1,6 @@
 """Who holds the weights and updates them: PyTorch itself, or DeepSpeed (lasp.training.deepspeed)."""
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from lasp.config import TrainConfig
 from lasp.models import Decoder
 from lasp.parallel.apply import parallelize, reduce_gradients
+from lasp.parallel.groups import flatten
 from lasp.training import checkpoint
+from lasp.training.numerics import all_finite
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from lasp.training.ownership import Lock
 from lasp.training.runtime import World
@@ -31,7 +34,8 @@ class Engine(Protocol):
     def step(self, lr: float) -> float:
         """Clips the summed gradients, updates the weights, and begins anew; returns the gradient norm before clipping.
 
-        Raises FloatingPointError on every rank if that is not finite.
+        Where that is not finite, on any rank, it is so on all: the step cannot be taken, and no weight has changed, but
+        with DeepSpeed.
         """
         ...
 
@@ -94,6 +98,8 @@ class NativeEngine:
     def step(self, lr: float) -> float:
         reduce_gradients(self.model, self.mesh)
         grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
+        if not all_finite(grad_norm, flatten(self.mesh).get_group()):
+            return math.nan if math.isfinite(grad_norm) else grad_norm
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -126,6 +126,11 @@ class Metrics:
         if "loss" in values:
             self.progress.update(self.bar, completed=step, loss=values["loss"], rate=values["tokens_per_second"])
 
+    def note(self, step: int, **facts: object) -> None:
+        """Records facts about a step that are no curves."""
+        if not self.silent:
+            self._append({"step": step, **facts})
+
     def _append(self, record: dict[str, Any], before: str = "") -> None:
         self.file.write(f"{before}{json.dumps(record)}\n".encode())
         self.file.flush()

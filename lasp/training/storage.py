@@ -59,11 +59,16 @@ def save(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False) -
 
 
 def load(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False) -> None:
-    """Fills a state dict. Raises ValueError, on all ranks together or on this one alone, unless all is there."""
+    """Fills a state dict. Raises ValueError, on all ranks together or on this one alone, unless all is there.
+
+    What is wrong with messages between ranks is a RuntimeError, as elsewhere, and tells nothing of the checkpoint.
+    """
     try:
         with _quiet(), only_data(path):
             dcp.load(state_dict, storage_reader=_Reader(path), no_dist=alone)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; the causes are of many kinds
+    except (Exception, CheckpointException) as error:  # the latter is no Exception, and holds what ranks met alone
+        if isinstance(error, RuntimeError) and not alone:
+            raise
         raise ValueError(f"checkpoint {path}: got {_reasons(error)}, expected a complete one of this model") from error
 
 

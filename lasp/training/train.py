@@ -6,8 +6,10 @@ ranks and in all contexts: their number is known before the first backward, so e
 it, and the sum of the ranks' gradients is the gradient.
 """
 
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,28 +20,39 @@ from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_ba
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
 from lasp.parallel.agreement import agree
+from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
+from lasp.training.heartbeat import heartbeat
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
+from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.stop import Stopped, stop_signals
 from lasp.training.together import together
 
 
 def train(config: TrainConfig) -> float:
     """Runs a configuration to its last step, from its last checkpoint if there is one; returns the held-out loss.
 
+    Raises Stopped on every rank, after the step that is at work and its checkpoint, if SIGTERM or SIGINT came to one.
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
     the checkpoint that is there, for ranks with other settings or data than others, for tokens that are not in the
     vocabulary, or if another run is alive in run_dir; FileNotFoundError for files that are not there;
-    FloatingPointError for gradients, a held-out loss or states to be saved that are not finite.
+    FloatingPointError for losses, gradients or states to be saved that are not finite; RuntimeError if weights that
+    several ranks hold have come to differ.
     """
     config = with_absolute_paths(config)
-    with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
+    with (
+        join_world(config) as world,
+        hold(config.run_dir, dist.group.WORLD) as lock,
+        heartbeat(config.run_dir, world),
+        waits.measured(),
+    ):
         training, held_out, fingerprints = open_data(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
@@ -61,21 +74,41 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         if world.rank == 0:
             keep_tokenizer(config)
-        with Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank) as metrics:
+        spikes, skipped = Spikes(), 0
+        metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
+        with metrics, stop_signals() as told:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
-                contexts = [training[seen + i] for i in range(config.batch_contexts)]
+                numbers = list(range(seen, seen + config.batch_contexts))
+                contexts = [training[i] for i in numbers]
                 loss = compute_gradients(engine, contexts, sp, world)
-                grad_norm = engine.step(lr)
-                balance = balance_experts(engine.model, all_ranks) if config.model.num_experts else {}
-
+                grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
                 taken, seen = step + 1, seen + config.batch_contexts
+                values = {"lr": lr}
+                if math.isfinite(grad_norm):
+                    skipped = 0
+                    values |= {"loss": loss, "grad_norm": grad_norm}
+                    if config.model.num_experts:
+                        values |= balance_experts(engine.model, all_ranks)
+                else:
+                    story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world)
+                    if skipped == config.skip_nonfinite:
+                        raise FloatingPointError(f"step {taken}, {story}")
+                    skipped += 1
+                    values["skipped"] = skipped
+                    metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
+                if (median := spikes.median_if_spike(loss)) is not None:
+                    metrics.note(taken, spike=loss, median=median, contexts=numbers)
+                    metrics.say(
+                        f"step {taken}: loss {loss:.4f} after a median of {median:.4f}, {name_contexts(numbers)}"
+                    )
+
+                values |= who_is_slow(world)
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
-                values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
-                values |= balance
+                values["tokens_per_second"] = tokens_per_second
                 if peak is not None:
                     values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
                 metrics.log(taken, **values, tokens=seen * config.context_length)
@@ -85,10 +118,20 @@ def train(config: TrainConfig) -> float:
                     valid_loss = evaluate(engine.model, held_out, sp, world)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
-                if taken % config.checkpoint_every == 0 or last:
+                stopping = told.asked(dist.group.WORLD)
+                saving = taken % config.checkpoint_every == 0 or last or stopping
+                comparing = config.compare_replicas_every
+                if comparing and (saving or taken % comparing == 0):
+                    require_same_replicas(engine.model, dist.group.WORLD)
+                if saving:
                     engine.save(taken, lock, record(seen * config.context_length, fingerprints))
-        say_finished(config, world, taken, valid_loss)
-        return valid_loss
+                if stopping:
+                    break
+        if last:
+            say_finished(config, world, taken, valid_loss)
+            return valid_loss
+        metrics.say(f"told to stop: step {taken} is saved in {config.run_dir}, from where the same command goes on")
+    raise Stopped
 
 
 def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[Context], dict[str, str]]:
@@ -143,6 +186,32 @@ def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParal
     return all_ranks(total).item() / labels
 
 
+def tell_nonfinite(
+    config: TrainConfig,
+    engine: Engine,
+    loss: float,
+    grad_norm: float,
+    numbers: list[int],
+    contexts: list[Context],
+    sp: SequenceParallel,
+    world: World,
+) -> str:
+    """What is not finite in a step that was not taken, and where it comes from; takes the engine's gradients away."""
+    what = f"gradient norm: got {grad_norm}" if math.isfinite(loss) else f"loss: got {loss}"
+    story = f"{name_contexts(numbers)}: {what}, expected a finite number"
+    if config.engine == "deepspeed":  # its gradients are not for looking at
+        return story
+    groups = world.mesh["dp"].size()
+    rounds = (
+        (numbers[i : i + groups], partial(compute_gradients, engine, contexts[i : i + groups], sp, world))
+        for i in range(0, len(contexts), groups)
+    )
+    story += f"; {find_nonfinite(engine.model, rounds, dist.group.WORLD)}"
+    if config.model.num_experts:
+        engine.model.balance.take()
+    return story
+
+
 @dataclass(frozen=True)
 class Batch:
     """One context as a rank sees it: tokens and labels of its own units, int64 [1, T_local], and what links them."""
@@ -194,6 +263,15 @@ def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, wo
     model.train()
     loss_sum, count = all_ranks(total).tolist()
     return require_finite(loss_sum / max(1, count), "held-out loss")
+
+
+def who_is_slow(world: World) -> dict[str, float]:
+    """The rank that has waited least for the others' messages in this step, and how much longer most waited."""
+    if world.size == 1:
+        return {}
+    mine = torch.tensor(waits.take(), dtype=torch.float64, device=world.device)
+    waited = comm.replicate(mine, dist.group.WORLD, "comparison of waits").cpu()
+    return {"slowest_rank": waited.argmin().item(), "waited_for_it": (waited.median() - waited.min()).item()}
 
 
 def all_ranks(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron.core import parallel_state
 
 from lasp.data import TokenFileWriter
 from lasp.integrations import megatron_weights
+from lasp.integrations.megatron.train import Training
+from lasp.training.stop import EXIT_CODE
 from tests.parallel.scripts import run_script
 from tests.parallel.test_benchmarks import ended_well
 from tests.patience import PATIENCE
@@ -62,8 +65,11 @@ def test_example_learns():
 @pytest.mark.mpi
 @pytest.mark.no_exchange
 @pytest.mark.cpu_only("its shapes are for CPUs")
-def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen):
-    """The second half on tensor-parallel ranks gives the losses of a run that stayed on context-parallel ones."""
+def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen, monkeypatch):
+    """The second half on tensor-parallel ranks gives the losses of a run that stayed on context-parallel ones.
+
+    A signal to one rank ends the first half.
+    """
     if two.rank == 0:
         with TokenFileWriter(shared_tmp_path / "data", np.uint16) as writer:
             for _ in range(8):
@@ -75,12 +81,22 @@ def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen):
     whole = losses(program(*run, "--context-parallel", "2"))
     assert len(whole) == 4
     assert whole[-1] < whole[0]
-    two.barrier("the first run has ended")
-    if two.rank == 0:
-        (shared_tmp_path / "run" / "checkpoints" / "latest").write_text("step_2")
-    two.barrier("the second run goes on")
-    rest = losses(program(*run, "--tensor-parallel", "2"))
-    assert rest == pytest.approx(whole[2:], abs=2e-4)  # printed with four digits
+    run[run.index("--run-dir") + 1] = str(shared_tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        step = Training.step
+
+        def told_to_stop(training, dataset, number):
+            if two.rank == 1 and number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(training, dataset, number)
+
+        patch.setattr(Training, "step", told_to_stop)
+        with pytest.raises(SystemExit) as stopped:
+            program(*run, "--context-parallel", "2", "--save-every", "9")
+    assert stopped.value.code == EXIT_CODE
+    two.barrier("the run has stopped")
+    halves = losses(program(*run, "--tensor-parallel", "2"))  # the output of the first, too
+    assert halves == pytest.approx(whole, abs=2e-4)  # printed with four digits
 
     weights = str(shared_tmp_path / "run" / "checkpoints" / "step_4")
     assert megatron_weights.load(weights).config.pattern == "LLLN"

@@ -28,7 +28,9 @@ def test_shellcheck_is_content(path):
 @pytest.fixture
 def commands(tmp_path):
     """A PATH on which srun and scontrol write down what they were asked to do."""
-    for name, does in {"srun": 'printf "%s\\n" "$@" "$RUN_ID"', "scontrol": "printf 'node7\\nnode9\\n'"}.items():
+    srun = 'printf "%s\\n" "$@" "$RUN_ID"; exit "${CODE:-0}"'
+    scontrol = '[ "$1" = show ] && printf "node7\\nnode9\\n" || echo "$@"'
+    for name, does in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     return f"{tmp_path}:{os.environ['PATH']}"
@@ -43,6 +45,10 @@ def test_a_slurm_job_starts_one_launcher_a_node(commands):
         *("2", "node7:29400", "8", "quickstart", "--steps", "3", "--run-dir", "a b"),
         "41",
     ]
+    assert script("slurm.sh", "quickstart", **job, CODE="1").returncode == 1
+    stopped = script("slurm.sh", "quickstart", **job, CODE="75")
+    assert stopped.stdout.splitlines()[-1] == "requeue 41"
+    assert stopped.returncode == 75
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "multinode.sh", "slurm.sh", "deepspeed.sh"])

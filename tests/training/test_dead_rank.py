@@ -1,6 +1,7 @@
 """A rank that stops answering ends the run of the others, with an error, once its groups' timeout is over."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,9 @@ import torch
 import torch.distributed as dist
 from lasp.config import *
 import lasp.training.train as loop
+from lasp.training import heartbeat
 
+heartbeat.PERIOD = 0.05
 torch.set_num_threads(1)
 learning_rate = loop.learning_rate
 
@@ -56,6 +59,7 @@ def test_a_rank_that_hangs_ends_the_run(config):
         assert "imed out" in error or "imeout" in error, error
         assert "rank 0 of group 'default_pg', ranks [0, 1] of the world: agreement on " in error, error
         assert "on rank 0 of 2, during step 2" in error, error
+        assert re.search(r"rank 1 \(process \d+ of .*\) was last seen \d+ s ago, during step [12], at ", error), error
         assert processes[1].poll() is None
     finally:
         for process in processes:

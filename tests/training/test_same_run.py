@@ -92,6 +92,8 @@ def test_what_does_not_determine_them_may_change(config):
         "eval_every": 1,
         "checkpoint_every": 1,
         "checkpoint_keep": 1,
+        "skip_nonfinite": 3,
+        "compare_replicas_every": 1,
         "allow_changed": ("seed",),
         "data": replace(config.data, train="moved", valid="moved"),  # to where the same files are
     }

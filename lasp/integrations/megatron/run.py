@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lasp.config import Mixer, ModelConfig, Pattern, require
-from lasp.fields import Allowed, Count, CountOrZero, FieldName, FilePath, NotNegative, Positive, check_fields
+from lasp.fields import Allowed, Count, CountOrZero, FieldName, FilePath, NotNegative, Positive, Seconds, check_fields
 from lasp.integrations.megatron.gpt import gpt_layer_specs
 from lasp.integrations.megatron.loss import summing
 from lasp.integrations.megatron.pattern import check_config, layer_letters
@@ -47,6 +47,7 @@ class Run:
     rope_theta: Positive = 500_000.0
     save_every: Count = 1000  # steps; the last one is always saved
     initial_weights: FilePath | None = None  # a checkpoint, or what `lasp export --to megatron` wrote, to begin from
+    timeout: Seconds = 600.0  # seconds after which a collective that a rank does not join ends the run
     seed: CountOrZero = 0  # NumPy's and Megatron's own want 32 bits
     allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +36,9 @@ from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
+from lasp.training.runtime import end_with_launcher
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.stop import Stopped, stop_signals
 from lasp.training.storage import only_data, read_metadata
 from lasp.training.together import together
 
@@ -51,6 +54,7 @@ MAY_CHANGE = (  # when a run goes on: see lasp.training.same_run
     "distributed_optimizer",
     "recompute",
     "save_every",
+    "timeout",
     "initial_weights",
     "allow_changed",
 )
@@ -64,6 +68,7 @@ def train(run: Run) -> list[float]:
         ValueError: on every rank, before the model is built, if the run does not fit the ranks, or ranks were given
             different settings or data; then, if the checkpoint to go on from is another run's, or for a token that is
             not in the vocabulary.
+        Stopped: on every rank, after the step that is at work and its checkpoint, if SIGTERM or SIGINT came to one.
     """
     spread = run.distributed_optimizer
     expected = "False: Megatron restores its checkpoints with Apex's or TransformerEngine's Adam only"
@@ -72,15 +77,22 @@ def train(run: Run) -> list[float]:
     tokenizer, fingerprints = open_data(run)
     dataset = build_dataset(run, tokenizer)
     state = Training(run, config, tokenizer.vocab_size, fingerprints | {"data.order": order(dataset)})
-    losses = []
-    for step in range(state.restore(), run.steps):
-        started = time.perf_counter()
-        losses.append(state.step(dataset, step))
-        if step + 1 == run.steps or (step + 1) % run.save_every == 0:
-            state.save(step + 1)
-        if dist.get_rank() == 0:
-            rate = run.global_batch * run.sequence_length / (time.perf_counter() - started)
-            print(f"step {step + 1}/{run.steps}  loss {losses[-1]:.4f}  {rate:.0f} tokens/s", flush=True)
+    losses: list[float] = []
+    first_step = state.restore()
+    with stop_signals() as told:
+        for step in range(first_step, run.steps):
+            started = time.perf_counter()
+            losses.append(state.step(dataset, step))
+            stopping, last = told.asked(dist.group.WORLD), step + 1 == run.steps
+            if last or stopping or (step + 1) % run.save_every == 0:
+                state.save(step + 1)
+            if dist.get_rank() == 0:
+                rate = run.global_batch * run.sequence_length / (time.perf_counter() - started)
+                print(f"step {step + 1}/{run.steps}  loss {losses[-1]:.4f}  {rate:.0f} tokens/s", flush=True)
+            if stopping and not last:
+                if dist.get_rank() == 0:
+                    print("told to stop: the same command goes on from here", flush=True)
+                raise Stopped
     return losses
 
 
@@ -103,6 +115,7 @@ def join_mesh(run: Run) -> TransformerConfig:
 
     Raises ValueError on every rank, before the mesh exists, if the run does not fit the ranks or is not theirs all.
     """
+    end_with_launcher()
     cpu = not torch.cuda.is_available()
     if cpu:
         run_on_cpu()
@@ -110,7 +123,7 @@ def join_mesh(run: Run) -> TransformerConfig:
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
     config = run.transformer_config(cpu)
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if cpu else "nccl")
+        dist.init_process_group("gloo" if cpu else "nccl", timeout=timedelta(seconds=run.timeout))
     require_same_on_ranks(together(dist.group.WORLD, lambda: settings(run)))
     run.data_parallel(dist.get_world_size())
     assert dist.group.WORLD is not None

@@ -1,0 +1,9 @@
+"""Runs that are interrupted at random moments end with the bits of one that nobody interrupted."""
+
+from tests.parallel.test_benchmarks import run
+
+
+def test_killed_and_stopped_runs_end_as_if_nothing_had_been():
+    done = run("benchmarks/interruptions.py", "--trials", "rank+launcher+term", "--times", "1", "--ranks", "2")
+    assert done.returncode == 0, done.stdout
+    assert "1 of 1 end with the bits of the uninterrupted run" in done.stdout
