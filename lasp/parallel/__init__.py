@@ -2,5 +2,6 @@
 
 from lasp.parallel.context import Sequence, SequenceParallel
 from lasp.parallel.groups import leave
+from lasp.parallel.stream import Segment, Stream
 
-__all__ = ["Sequence", "SequenceParallel", "leave"]
+__all__ = ["Segment", "Sequence", "SequenceParallel", "Stream", "leave"]

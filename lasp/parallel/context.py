@@ -230,15 +230,7 @@ class Sequence:
         """
         q, k, v = autocast.cast(q, k, v)
 
-        def check() -> dict:
-            check_softmax(q, k, v, window)
-            checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
-            self.parallel.softmax.check(q, k, self.partition)
-            self._check_tokens(q)
-            options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
-            return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
-
-        self._agree("softmax_attention", check)
+        self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
         mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
@@ -356,10 +348,22 @@ class Sequence:
 
     def _check_recurrence(self, q, k, v, decay, beta, scale, initial_state, output_final_state) -> dict:
         self._check_tokens(v)
-        checks.state(initial_state, v.shape[0] * self.partition.documents, v, q.shape[-1])
+        checks.state(initial_state, self._states(v.shape[0]), v, q.shape[-1])
         asked = gradients(q, k, v, decay, beta, initial_state) | gradients(initial_state, of="initial_state")
         options = {"scale": checks.scale(scale, q.shape[-1]), "output_final_state": bool(output_final_state)}
         return signature(q=q, v=v, decay=decay, initial_state=initial_state) | asked | options
+
+    def _states(self, batch: int) -> int:
+        """How many initial and final states there are."""
+        return batch * self.partition.documents
+
+    def _check_softmax(self, q, k, v, scale, causal, window) -> dict:
+        check_softmax(q, k, v, window)
+        checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
+        self.parallel.softmax.check(q, k, self.partition)
+        self._check_tokens(q)
+        options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
+        return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
 
     def _check_tokens(self, x: Tensor) -> None:
         expected = self.partition.local_tokens
