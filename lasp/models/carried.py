@@ -80,6 +80,9 @@ class SegmentPast(Past):
     def attacher(self, index: int) -> Callable[[SegmentSequence, Slots], "SegmentOps"]:
         return lambda seq, slots: SegmentOps(seq, slots, lambda op: self.stores[index, op])
 
+    def advance(self, seq: SegmentSequence) -> None:
+        """The stream knows where its segments stand."""
+
     def handed_on(self, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
         """What the segment hands on, and its gradients, given those of what the next one was entered with."""
         pairs = [

@@ -42,7 +42,8 @@ class Past(ABC):
     def attacher(self, index: int) -> Callable[[Any, Slots], Any]:
         """What makes, of the batch's `seq`, the `seq` of one call of the layer, whose ops use these slots."""
 
-    def advance(self, seq: Any) -> None:  # noqa: B027: there may be nothing to do
+    @abstractmethod
+    def advance(self, seq: Any) -> None:
         """All layers have seen the tokens of `seq`."""
 
 

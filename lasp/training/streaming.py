@@ -13,8 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.config import TrainConfig
+from lasp.data import Context, local_batch
 from lasp.models.carried import Carried, Gradients
 from lasp.parallel import Stream
+
+
+class Segments(NamedTuple):
+    """What makes streams of contexts. tokens: of a segment. on_host: what they hand on waits in the host's memory."""
+
+    tokens: int
+    on_host: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Segments | None":
+        return None if config.segment_tokens is None else cls(config.segment_tokens, config.segment_offload)
 
 
 class Part(NamedTuple):
@@ -37,10 +50,15 @@ class StreamedBatch:
 
     @classmethod
     def of(cls, stream: Stream, tokens: Tensor, labels: Tensor, on_host: bool = False) -> "StreamedBatch":
-        """From whole tokens and labels, [B, tokens] int64, the labels shifted."""
+        """Of whole tokens and labels, [B, tokens] int64, the labels shifted."""
         return cls(
             stream, [Part(*part) for part in zip(stream.shard(tokens), stream.shard(labels), strict=True)], on_host
         )
+
+    @classmethod
+    def read(cls, context: Context, stream: Stream, on_host: bool = False) -> "StreamedBatch":
+        """Of a context, of which this rank reads its own units alone."""
+        return cls(stream, [Part(*local_batch(context, ranges)) for ranges in stream.local_ranges], on_host)
 
     def backward(self, model: Any, labels: float) -> Tensor:
         """Adds the gradient of this rank's sum of losses / labels to that of the model's parameters; returns the sum.

@@ -44,7 +44,7 @@ class ExpertBalance:
         return part
 
     def sums(self, routings: list[Routing], labels: Tensor, seq: SequenceOps) -> tuple[Tensor, Tensor]:
-        """Over the whole sequence: the tokens that chose each expert, [MoE layers, E], and how many labels there are."""
+        """Over the whole sequence: the tokens that chose each expert, [MoE layers, E], and the number of labels."""
         counts = torch.stack([routing.counts for routing in routings])
         total = seq.sum(torch.cat([counts.flatten(), labels[None]]))
         return total[:-1].view_as(counts), total[-1]

@@ -81,6 +81,14 @@ class Stream:
         starts = range(0, self.tokens, self.segment_tokens)
         return [(start, min(start + self.segment_tokens, self.tokens)) for start in starts]
 
+    @property
+    def local_ranges(self) -> list[list[tuple[int, int]]]:
+        """Of every segment the positions start, stop of this rank's units, which may lie behind it (padding)."""
+        return [
+            [(begin + start, begin + stop) for start, stop in partition.ranges]
+            for (begin, _), partition in zip(self.ranges, self.partitions, strict=True)
+        ]
+
     def shard(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """This rank's part of every segment of x, which has `tokens` elements along `dim`."""
         checks.require(x.shape[dim] == self.tokens, "x", f"{x.shape[dim]} tokens", f"{self.tokens}")
