@@ -42,7 +42,7 @@ class Parked:
             return Pending(lambda: self._held)
         stream = _stream(self.device, "from the host")
         stream.wait_event(self._stored)
-        x = torch.empty_like(self._held, device=self.device)
+        x = torch.empty(self._held.shape, dtype=self._held.dtype, device=self.device)
         arrived = _copy(self._held, x, stream)
 
         def finish() -> Tensor:
@@ -61,6 +61,11 @@ def fetch_ahead(parked: Iterable[tuple[Name, Sequence[Parked]]]) -> Iterator[tup
             yield present[0], [each.wait() for each in present[1]]
     if coming is not None:
         yield coming[0], [each.wait() for each in coming[1]]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x, from the host, of which it does not keep a GPU's stream waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 @cache

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lasp.config import TrainConfig
 from lasp.data import Context, local_batch
-from lasp.models.carried import Carried, Gradients
+from lasp.kernels.parked import to_device
+from lasp.models.carried import Carried, Gradients, SegmentPast
 from lasp.parallel import Stream
 
 
@@ -66,25 +67,33 @@ class StreamedBatch:
         model: a decoder, or what is called as one. The losses are those of its `forward`: in training mode with this
         rank's part of the balancing losses, which are those of the whole stream.
         """
-        carried, stream = Carried(self.on_host), self.stream
-        has_sums = model.training and model.config.num_experts > 0  # to which the last segment contributes
-        for segment, part in zip(stream, self.parts, strict=True):
-            last = segment.number == len(stream) - 1
-            if not last or has_sums:
-                past = carried.forward()
-                tokens, targets = self._on_device(part)
-                model.remember(tokens, segment, past, labels=targets)
-                if not last:
-                    carried.keep(past)
-        total, gradients = torch.zeros((), dtype=torch.float64, device=stream.parallel.device), Gradients()
-        for number, past in zip(reversed(range(len(stream))), carried.backward(), strict=True):
-            tokens, targets = self._on_device(self.parts[number])
-            loss_sum, _ = model(tokens, stream[number], labels=targets, memory=past)
-            handed_on, gradients_of_it = past.handed_on(gradients)
-            torch.autograd.backward([loss_sum / labels, *handed_on], [None, *gradients_of_it])
-            total += loss_sum.detach()
+        carried, gradients = Carried(self.on_host), Gradients()
+        self._go_forward(model, carried)
+        total = torch.zeros((), dtype=torch.float64, device=self.stream.parallel.device)
+        for number, past in zip(reversed(range(len(self.stream))), carried.backward(), strict=True):
+            total += self._go_back(model, number, past, gradients, labels)
             gradients = past.gradients()
         return total
+
+    def _go_forward(self, model: Any, carried: Carried) -> None:
+        """To the entry of the last segment, or through it where balancing losses need sums over the whole stream."""
+        whole = model.training and model.config.num_experts > 0
+        for segment, part in zip(self.stream, self.parts, strict=True):
+            last = segment.number == len(self.stream) - 1
+            if not last or whole:
+                past = carried.forward()
+                tokens, labels = self._on_device(part)
+                model.remember(tokens, segment, past, labels=labels)
+                if not last:
+                    carried.keep(past)
+
+    def _go_back(self, model: Any, number: int, past: SegmentPast, gradients: Gradients, labels: float) -> Tensor:
+        """Through one segment; gradients are those of what it hands on."""
+        tokens, targets = self._on_device(self.parts[number])
+        loss_sum, _ = model(tokens, self.stream[number], labels=targets, memory=past)
+        handed_on, of_handed_on = past.handed_on(gradients)
+        torch.autograd.backward([loss_sum / labels, *handed_on], [None, *of_handed_on])
+        return loss_sum.detach()
 
     @torch.no_grad()
     def loss(self, model: Any) -> tuple[Tensor, Tensor]:
@@ -100,4 +109,4 @@ class StreamedBatch:
 
     def _on_device(self, part: Part) -> Part:
         device = self.stream.parallel.device
-        return Part(*(x.to(device) for x in part))
+        return Part(*(to_device(x, device) for x in part))

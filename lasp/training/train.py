@@ -21,6 +21,7 @@ from lasp.parallel.agreement import agree
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
+from lasp.training.host_memory import require_host_memory
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> float:
     """
     config = with_absolute_paths(config)
     with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
+        together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
