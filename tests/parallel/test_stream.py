@@ -87,8 +87,10 @@ def test_every_mixer(gen, group, mixer, way):
 
 @pytest.mark.mpi
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("documents", [None, pytest.param(DOCUMENTS, id="packed")])
-@pytest.mark.parametrize("softmax", ["auto", "all_gather", "ulysses", "ulysses_ring"])
+@pytest.mark.parametrize(
+    ("softmax", "documents"),
+    [("auto", DOCUMENTS), ("all_gather", DOCUMENTS), ("ulysses", None), ("ulysses_ring", DOCUMENTS)],
+)
 def test_every_way_of_softmax_attention(gen, group, softmax, documents):
     size = dist.get_world_size(group)
     layers = {"pattern": "N", "num_heads": 4 * size, "num_kv_heads": 2 * size, "head_dim": 2}
@@ -104,10 +106,9 @@ def test_every_exchange(gen, group, exchange):
 
 @pytest.mark.mpi
 @pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("documents", [None, pytest.param(DOCUMENTS, id="packed")])
-def test_mixtures_balance_over_the_whole_stream(gen, group, documents):
+def test_mixtures_balance_over_the_whole_stream(gen, group):
     """Experts' loads and balancing losses are those of all segments together."""
-    models = check(gen, group, lambda: build("gla", **MIXTURE), documents, layout="zigzag", recompute=True)
+    models = check(gen, group, lambda: build("gla", **MIXTURE), DOCUMENTS, layout="zigzag", recompute=True)
     alone, here = (model.balance.take() for model in models)
     for wanted, got in zip(alone, here, strict=True):
         dist.all_reduce(got, group=group)
@@ -116,8 +117,7 @@ def test_mixtures_balance_over_the_whole_stream(gen, group, documents):
 
 @pytest.mark.mpi
 @pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("documents", [None, pytest.param(DOCUMENTS, id="packed")])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("layout", "documents"), [("contiguous", DOCUMENTS), ("zigzag", None)])
 def test_segments_shorter_than_the_convolutions_reach(gen, group, layout, documents):
     """A tail then stems from several segments, and a segment's units are one token long."""
     units = dist.get_world_size(group) * (2 if layout == "zigzag" else 1)
