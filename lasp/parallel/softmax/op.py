@@ -1,6 +1,6 @@
 """Attention of a rank's queries over the keys and values that visit them, and its gradient on the same way."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,21 +40,7 @@ class AttendVisits(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: Blocks, way: Way, earlier: Earlier | None = None
     ):
-        totals: dict[int, Accumulator] = {}  # by the first of the heads
-
-        def add(visits: Visits, blocks: Blocks) -> None:
-            for visit in visits.forward():
-                heads = _query_heads(visit, q, k)
-                part = q[:, :, heads]
-                total = totals.setdefault(heads.start, Accumulator(part, v.shape[-1]))
-                attend(total, part, visit.k, visit.v, blocks[visit.rank], mask)
-
-        if earlier is not None:
-            for segment, kv in earlier.store.visit(earlier.visitors):
-                seen, there = earlier.visitors[segment]
-                add(there(*kv), seen)
-        add(way(k, v), blocks)
-        o, lse = (_join(parts) for parts in zip(*(total.result() for total in totals.values()), strict=True))
+        o, lse = _attended(q, k, v, mask, blocks, way, earlier)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.blocks, ctx.way, ctx.earlier = mask, blocks, way, earlier
         return o
@@ -85,7 +71,28 @@ class AttendVisits(Function):
         return whole, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-def _added(parts: tuple[Tensor, ...], sums: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: Blocks, way: Way, earlier: Earlier | None
+) -> tuple[Tensor, Tensor]:
+    totals: dict[int, Accumulator] = {}  # by the first of the heads
+
+    def add(visits: Visits, blocks: Blocks) -> None:
+        for visit in visits.forward():
+            heads = _query_heads(visit, q, k)
+            part = q[:, :, heads]
+            total = totals.setdefault(heads.start, Accumulator(part, v.shape[-1]))
+            attend(total, part, visit.k, visit.v, blocks[visit.rank], mask)
+
+    if earlier is not None:
+        for segment, kv in earlier.store.visit(earlier.visitors):
+            seen, there = earlier.visitors[segment]
+            add(there(*kv), seen)
+    add(way(k, v), blocks)
+    o, lse = (_join(parts) for parts in zip(*(total.result() for total in totals.values()), strict=True))
+    return o, lse
+
+
+def _added(parts: tuple[Tensor, ...], sums: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Two lists of tensors, added in place of the second's, which may be empty."""
     return tuple(total.add_(part) for part, total in zip(parts, sums, strict=True)) if sums else parts
 
