@@ -6,9 +6,9 @@
     python benchmarks/streaming.py --tokens 65536 --segment-tokens 0                       beside it, without segments
 
 Each number of tokens is one row of a table and one line of JSON. A step on two segments (without them a whole one)
-comes first, for what is compiled in it, and then one measured step, or the median of `--runs`. MFU counts the model's own FLOPs,
-forward and backward, against the dense bf16 peak that the GPU's vendor states. Peak GPU memory is that of the rank that
-took most, host memory what all ranks together took of this machine's since they began. On a CPU the preset is tiny.
+comes first, for what is compiled in it, and then one measured step, or the median of `--runs`. MFU counts the model's
+own FLOPs, forward and backward, against the dense bf16 peak that the GPU's vendor states. Peak GPU memory is that of
+the rank that took most, host memory what was taken of this machine's since the start. On a CPU the preset is tiny.
 """
 
 import json
