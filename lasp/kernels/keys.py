@@ -10,7 +10,8 @@ from lasp.kernels.parked import Parked, fetch_ahead
 
 class KeyStore:
     """k, v [B, T, Hkv, K or V] of one softmax operation by the number of their segment, in the dtype they were computed
-    in, and dk, dv, the sums of what later segments add to their gradients, in the dtype of these.
+    in, and dk, dv, the sums of what later segments add to their gradients, in the dtype of these. Also what segments
+    saw, o [B, T, H, V] and its log-sum-exp, so that who computes one again need not look at all that came before it.
 
     on_host: all of it waits in the host's memory. It is fetched segment by segment, the next one while the present one
     is used.
@@ -20,6 +21,7 @@ class KeyStore:
         self.on_host = on_host
         self._keys: dict[int, tuple[Parked, ...]] = {}
         self._sums: dict[int, tuple[Parked, ...]] = {}
+        self._seen: dict[int, tuple[Parked, ...]] = {}
 
     def __contains__(self, segment: int) -> bool:
         return segment in self._keys
@@ -27,6 +29,13 @@ class KeyStore:
     @torch.no_grad()
     def add(self, segment: int, k: Tensor, v: Tensor) -> None:
         self._keys[segment] = tuple(Parked(x, self.on_host) for x in (k, v))
+
+    def keep_seen(self, segment: int, o: Tensor, lse: Tensor) -> None:
+        self._seen[segment] = tuple(Parked(x, self.on_host) for x in (o, lse))
+
+    def seen(self, segment: int) -> tuple[Tensor, ...]:
+        """o and the log-sum-exp, or nothing; without the graph that autograd ties to what a function returns."""
+        return tuple(parked.fetch().wait().detach() for parked in self._seen.get(segment, ()))
 
     def visit(self, segments: Iterable[int]) -> Iterator[tuple[int, list[Tensor]]]:
         """Each segment with its k, v."""
@@ -46,9 +55,11 @@ class KeyStore:
 
     def take_sums(self, segment: int) -> tuple[Tensor, ...]:
         """dk, dv of a segment, or nothing; the store forgets all that it has of it."""
-        self._keys.pop(segment, None)
+        for of_segments in (self._keys, self._seen):
+            of_segments.pop(segment, None)
         return tuple(parked.fetch().wait() for parked in self._sums.pop(segment, ()))
 
     def forget_before(self, segment: int) -> None:
-        """What no later segment will visit."""
+        """What no later segment will visit, and what was seen, which nobody will compute again."""
+        self._seen.clear()
         self._keys = {number: keys for number, keys in self._keys.items() if number >= segment}

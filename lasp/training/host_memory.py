@@ -7,9 +7,13 @@ import torch
 from lasp.config import LINEAR, SOFTMAX, ModelConfig, TrainConfig, require
 
 MEMINFO = Path("/proc/meminfo")
-LIMITS = (  # of the memory of a control group, and what of it is used: version 2, version 1
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+CONTROL_GROUPS = (  # of version 2 and 1: their limit, what is used, and what of that are files that can be read again
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -17,13 +21,14 @@ def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks:
     """What waits on each rank, at most, in one step on a context of so many tokens.
 
     A state for each linear layer and cut between segments; for each softmax layer the keys and values of this rank's
-    tokens, and their gradients. Tails of convolutions, a few percent of the states, do not count.
+    tokens, their gradients, and what its queries saw. Tails of convolutions, a few percent of the states, do not count.
     """
     narrow, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     cuts = -(-tokens // segment_tokens) - 1
     state = model.num_heads * model.key_dim * model.value_dim * wide
     keys = 2 * model.kv_heads * model.key_dim * (narrow + wide)
-    return model.layers.count(LINEAR) * cuts * state + model.layers.count(SOFTMAX) * -(-tokens // ranks) * keys
+    seen = model.num_heads * (model.key_dim * narrow + wide)
+    return model.layers.count(LINEAR) * cuts * state + model.layers.count(SOFTMAX) * -(-tokens // ranks) * (keys + seen)
 
 
 def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks: int) -> None:
@@ -40,7 +45,7 @@ def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks
 
 def available_bytes() -> int | None:
     """Of the host, or of the control group that this process is in; None where the system does not say."""
-    found = [_meminfo()] + [_left(limit, usage) for limit, usage in LIMITS]
+    found = [_meminfo()] + [_left(Path(limit), Path(usage), files) for limit, usage, files in CONTROL_GROUPS]
     return min((size for size in found if size is not None), default=None)
 
 
@@ -51,8 +56,9 @@ def _meminfo() -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
-def _left(limit: Path, usage: Path) -> int | None:
-    if not (limit.exists() and usage.exists()):
+def _left(limit: Path, usage: Path, files: str) -> int | None:
+    if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
         return None
-    text = limit.read_text().strip()
-    return None if text == "max" else max(0, int(text) - int(usage.read_text()))
+    stat = usage.parent / "memory.stat"
+    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return max(0, int(limit.read_text()) - int(usage.read_text()) + int(counts.get(files, 0)))

@@ -218,27 +218,45 @@ def test_what_waits_on_the_host_is_counted(monkeypatch):
     take = KeyStore.take_sums
 
     def look(self, segment):
-        most.append(sum(x._held.nbytes for of in (self._keys, self._sums) for xs in of.values() for x in xs))
+        of_segments = (self._keys, self._sums, self._seen)
+        most.append([sum(x._held.nbytes for xs in each.values() for x in xs) for each in of_segments])
         return take(self, segment)
 
     monkeypatch.setattr(KeyStore, "take_sums", look)
     streamed(64, 16).backward(model, 1)
     states = 3 * 2 * 8 * config.num_heads * config.key_dim * config.value_dim  # of 3 cuts and 2 linear layers
-    keys = 2 * max(most) * 64 // 48  # of 2 softmax layers; nobody needs those of the last of 4 segments
-    assert handed_on_bytes(config, 64, 16, 1, torch.float64) == states + keys
+    kept = 2 * sum(most[0]) * 64 // 48  # of 2 softmax layers; not of the last of 4 segments, or (seen) of the first
+    assert handed_on_bytes(config, 64, 16, 1, torch.float64) == states + kept
+
+
+def test_attention_to_earlier_segments_is_computed_once_forward(monkeypatch):
+    """What a segment saw is kept, for when it is computed again, be it with its layers' recomputation."""
+    model, visited = decoder("linear", "N"), []
+    visit = KeyStore.visit
+
+    def look(self, segments):
+        visited.append(len(list(segments)))
+        return visit(self, segments)
+
+    monkeypatch.setattr(KeyStore, "visit", look)
+    model.checkpoint_layers = True
+    streamed(64, 16).backward(model, 1)
+    assert sorted(filter(None, visited)) == sorted([1, 2, 3] * model.config.num_layers)
 
 
 def test_available_memory_is_the_least_of_what_the_system_says(tmp_path, monkeypatch):
-    meminfo, limit, usage = (tmp_path / name for name in ("meminfo", "limit", "usage"))
+    meminfo, limit, usage, stat = (tmp_path / name for name in ("meminfo", "limit", "usage", "memory.stat"))
     meminfo.write_text("MemTotal:  100 kB\nMemAvailable:  64 kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", meminfo)
-    monkeypatch.setattr(host_memory, "LIMITS", [(limit, usage)])
+    monkeypatch.setattr(host_memory, "CONTROL_GROUPS", [(limit, usage, "inactive_file")])
     assert available_bytes() == 64 * 1024
     usage.write_text("1000\n")
     limit.write_text("max\n")
     assert available_bytes() == 64 * 1024
     limit.write_text("5000\n")
     assert available_bytes() == 4000
+    stat.write_text("anon 500\ninactive_file 300\n")
+    assert available_bytes() == 4300
     meminfo.unlink()
     limit.unlink()
     assert available_bytes() is None

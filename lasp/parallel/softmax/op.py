@@ -40,7 +40,7 @@ class AttendVisits(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: Blocks, way: Way, earlier: Earlier | None = None
     ):
-        o, lse = _attended(q, k, v, mask, blocks, way, earlier)
+        o, lse = _once(earlier, lambda: _attended(q, k, v, mask, blocks, way, earlier))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.blocks, ctx.way, ctx.earlier = mask, blocks, way, earlier
         return o
@@ -69,6 +69,17 @@ class AttendVisits(Function):
             dk, dv = _added((dk, dv), earlier.store.take_sums(earlier.segment))
         whole = _join(total.result() for total in dq.values())
         return whole, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _once(earlier: Earlier | None, attend: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """attend(), or what it gave when this segment was computed before, if there are others that it looks at again."""
+    if earlier is None or not earlier.visitors:
+        return attend()
+    if not (seen := earlier.store.seen(earlier.segment)):
+        seen = attend()
+        earlier.store.keep_seen(earlier.segment, *seen)
+    o, lse = seen
+    return o, lse
 
 
 def _attended(
