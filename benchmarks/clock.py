@@ -9,10 +9,13 @@ import torch.distributed as dist
 
 
 class Clock:
-    """Times calls that all ranks, if there are several, make together; of every run the slowest one counts."""
+    """Times calls that all ranks, if there are several, make together; of every run the slowest one counts.
 
-    def __init__(self, device: torch.device, runs: int):
-        self.device, self.runs = device, runs
+    warm_ups: calls that are made before. In CUDA graphs there are always three.
+    """
+
+    def __init__(self, device: torch.device, runs: int, warm_ups: int = 3):
+        self.device, self.runs, self.warm_ups = device, runs, warm_ups
 
     def medians(self, calls: dict[str, Callable[[], object]], times: int = 1, graphs: bool = False) -> dict[str, float]:
         """Seconds of each call, which is made `times` times in a row.
@@ -24,7 +27,7 @@ class Clock:
             pool = torch.cuda.graph_pool_handle()  # one for all: they are replayed one after the other
             calls = {name: self._capture(call, times, pool).replay for name, call in calls.items()}
         for call in calls.values():
-            for _ in range(3):
+            for _ in range(self.warm_ups):
                 call()
         seen: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(self.runs):

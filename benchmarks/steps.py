@@ -17,18 +17,19 @@ from lasp.parallel import SequenceParallel
 from lasp.training.balance import balance_experts
 from lasp.training.engine import make_engine
 from lasp.training.runtime import World
+from lasp.training.streaming import Segments
 from lasp.training.train import all_ranks, compute_gradients
 
 Way = Literal["SP", "DP"]  # one sequence over all ranks, or a sequence for each
 
 
 class Trainer:
-    """A model with its optimiser, sharded over all ranks (FSDP), with recomputation; bf16 on GPUs, fp32 on a CPU.
+    """A model with its optimiser, sharded over all ranks (FSDP), layers recomputed or not; bf16 on GPUs, fp32 on a CPU.
 
     Its steps share the weights. The learning rate is 0, so that each does what the others do.
     """
 
-    def __init__(self, model: ModelConfig, device: torch.device, expert_parallel: int = 1):
+    def __init__(self, model: ModelConfig, device: torch.device, expert_parallel: int = 1, recompute: bool = True):
         self.ranks, self.device = dist.get_world_size(), device
         self.config = TrainConfig(
             model=model,
@@ -38,14 +39,14 @@ class Trainer:
             context_length=2,
             dtype="bfloat16" if device.type == "cuda" else "float32",
             parallel=ParallelConfig(expert_parallel=expert_parallel),
-            recompute=True,
+            recompute=recompute,
             device=device.type,
         )
         torch.manual_seed(0)  # FSDP shards what must be equal on all ranks
         self.engine = make_engine(self.config, _world("SP", device))
         self.softmax = [module for module in self.engine.model.modules() if isinstance(module, SoftmaxMixer)]
 
-    def step(self, tokens: int, way: Way = "SP") -> Watched:
+    def step(self, tokens: int, way: Way = "SP", segments: Segments | None = None) -> Watched:
         """A step on so many tokens of each rank; SP is zigzag. The softmax layers' mixers are watched."""
         world = _world(way, self.device)
         group, layout = (
@@ -56,7 +57,7 @@ class Trainer:
         contexts = [self._context(tokens * self.ranks // sequences, seed) for seed in range(sequences)]
 
         def step() -> None:
-            compute_gradients(self.engine, contexts, sp, world)
+            compute_gradients(self.engine, contexts, sp, world, segments)
             self.engine.step(lr=0.0)
             if self.config.model.num_experts:
                 balance_experts(self.engine.model, all_ranks)

@@ -244,6 +244,8 @@ class TrainConfig:
     initial_weights: FilePath | None = None  # a directory of `lasp import`, or a checkpoint, to begin from
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_contexts: Count = 1  # one at a time on every data-parallel group: the others are accumulated
+    segment_tokens: Count | None = None  # over all ranks: contexts are streams of segments of so many; None: whole
+    segment_offload: bool = False  # what segments hand on to each other waits in the host's memory
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # layers' activations, in the backward pass, instead of keeping them
@@ -259,6 +261,7 @@ class TrainConfig:
         check_fields(self)
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
+        self._require_segments()
         if self.engine == "deepspeed":
             require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")
             require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
@@ -281,6 +284,23 @@ class TrainConfig:
         require(experts % ranks == 0, "num_experts", experts, f"a multiple of expert_parallel={ranks}")
         if self.parallel.sequence_parallel is not None:
             self._require_heads_for(self.parallel.sequence_parallel)
+            self._require_units_for(self.parallel.sequence_parallel)
+
+    def _require_segments(self) -> None:
+        """Raises ValueError unless contexts can be trained in segments as asked for."""
+        if self.segment_tokens is None:
+            require(not self.segment_offload, "segment_offload", True, "False without segment_tokens")
+            return
+        most = f"at most context_length={self.context_length}, or None"
+        require(self.segment_tokens <= self.context_length, "segment_tokens", self.segment_tokens, most)
+        require(self.engine == "native", "segment_tokens", self.segment_tokens, f"None with engine={self.engine!r}")
+
+    def _require_units_for(self, ranks: int) -> None:
+        """Raises ValueError unless every segment has a token for each unit of so many ranks."""
+        if self.segment_tokens is not None:
+            units = ranks * (2 if self.parallel.layout == "zigzag" else 1)
+            expected = f"at least {units}, a token for each unit of {ranks} ranks (layout={self.parallel.layout!r})"
+            require(self.segment_tokens >= units, "segment_tokens", self.segment_tokens, expected)
 
     def _require_heads_for(self, ranks: int) -> None:
         """Raises ValueError unless softmax layers' heads can be spread over that many ranks as asked for."""
@@ -299,6 +319,7 @@ class TrainConfig:
         """(data_parallel, sequence_parallel) in a world of this size; ValueError if the run does not fit it."""
         data, sequence = self.parallel.mesh_shape(world_size)
         self._require_heads_for(sequence)
+        self._require_units_for(sequence)
         for field, contexts in (("batch_contexts", self.batch_contexts), ("eval_contexts", self.data.eval_contexts)):
             require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
         if self.parallel.fsdp and self.parallel.expert_parallel > 1:

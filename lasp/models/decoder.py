@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from lasp.config import ModelConfig, require
 from lasp.models.layers import RMSNorm, SwiGLU, at_least_float32
 from lasp.models.loss import IGNORE, linear_cross_entropy, require_ids
-from lasp.models.memory import Memory
 from lasp.models.mixers import make_mixer
 from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
+from lasp.models.past import Past
 from lasp.models.sequence import SequenceOps
 
 
@@ -90,11 +90,11 @@ class Decoder(nn.Module):
             router.move_bias(busy)
 
     @overload
-    def forward(self, tokens: Tensor, seq: SequenceOps, *, memory: Memory | None = None) -> Tensor: ...
+    def forward(self, tokens: Tensor, seq: SequenceOps, *, memory: Past | None = None) -> Tensor: ...
 
     @overload
     def forward(
-        self, tokens: Tensor, seq: SequenceOps, *, labels: Tensor, memory: Memory | None = None
+        self, tokens: Tensor, seq: SequenceOps, *, labels: Tensor, memory: Past | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, tokens, seq, *, labels=None, memory=None):
@@ -117,6 +117,28 @@ class Decoder(nn.Module):
             ValueError: tokens or labels that do not fit `seq` or the vocabulary, or memory with a `seq` that is not one
                 rank's whole sequence.
         """
+        x, routings = self._run(tokens, seq, labels, memory)
+        if labels is None:
+            return self.logits(x)
+        loss_sum, count = self._loss(x, _of_tokens(labels, seq))
+        if routings and self.training:
+            loss_sum = loss_sum + self.balance.loss(routings, count, seq)
+        return loss_sum, count
+
+    @torch.no_grad()
+    def remember(self, tokens: Tensor, seq: SequenceOps, memory: Past, *, labels: Tensor | None = None) -> None:
+        """`forward` for nothing but the memory: there are no logits.
+
+        labels: as in `forward`; in training mode what balancing losses sum over the sequence is summed, if given.
+        """
+        _, routings = self._run(tokens, seq, labels, memory)
+        if routings and self.training and labels is not None:
+            self.balance.sums(routings, (_of_tokens(labels, seq) != IGNORE).sum(), seq)
+
+    def _run(
+        self, tokens: Tensor, seq: SequenceOps, labels: Tensor | None, memory: Past | None
+    ) -> tuple[Tensor, list[Routing]]:
+        """What the head takes, and the routings. Raises ValueError for tokens or labels as in `forward`."""
         local = seq.positions.shape[0]
         require(
             tokens.ndim == 2 and tokens.shape[1] == local, "tokens", list(tokens.shape), f"[B, {local}], as seq has"
@@ -129,27 +151,21 @@ class Decoder(nn.Module):
         )
         if not tokens.is_cuda:  # where the embedding's lookup asserts as much
             require_ids("tokens", tokens, self.config.vocab_size)
-        x, routings = self.hidden_states(self.embedding(tokens), seq, memory=memory, recompute=self._recompute())
-        if labels is None:
-            return self.logits(x)
-        loss_sum, count = self._loss(x, labels.masked_fill(~seq.valid.to(labels.device), IGNORE))
-        if routings and self.training:
-            loss_sum = loss_sum + self.balance.loss(routings, count, seq)
-        return loss_sum, count
+        return self.hidden_states(self.embedding(tokens), seq, memory=memory, recompute=self._recompute())
 
     def hidden_states(
         self,
         x: Tensor,
         seq: Any,
         *,
-        memory: Memory | None = None,
+        memory: Past | None = None,
         recompute: Callable[..., Any] | None = None,
         inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """What the head takes: embedded tokens x [B, T, hidden] behind all blocks and the last norm; and the routings.
 
         seq: as in `forward`, or `Rows` for a memory.
-        recompute: `torch.utils.checkpoint.checkpoint` or its like, to call the blocks by; not with a memory.
+        recompute: `torch.utils.checkpoint.checkpoint` or its like, to call the blocks by.
         inputs: gets each block's input.
         """
         routings: list[Routing] = []
@@ -158,11 +174,8 @@ class Decoder(nn.Module):
             if inputs is not None:
                 inputs.append(x)
             if memory is not None:
-                x, routing = layer(x, memory.attach(seq, index))
-            elif recompute is not None:
-                x, routing = recompute(layer, x, seq)
-            else:
-                x, routing = layer(x, seq)
+                layer = memory.bind(layer, index)
+            x, routing = layer(x, seq) if recompute is None else recompute(layer, x, seq)
             if routing is not None:
                 routings.append(routing)
         if memory is not None:
@@ -185,3 +198,8 @@ class Decoder(nn.Module):
         # What has taken the head's place, such as an adapter around it, is more than a weight.
         logits, labels = at_least_float32(self.head(x)).flatten(0, -2), labels.flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), (labels != IGNORE).sum()
+
+
+def _of_tokens(labels: Tensor, seq: SequenceOps) -> Tensor:
+    """The labels, but -100 for padding."""
+    return labels.masked_fill(~seq.valid.to(labels.device), IGNORE)

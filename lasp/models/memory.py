@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens before the ones at hand: for generation and for long sequences in segments."""
+"""What a model remembers of the tokens before the ones at hand, on one rank: for generation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lasp.kernels import causal_conv1d, delta_rule, linear_attention, short_conv, softmax_attention
 from lasp.kernels.parts import Parts
+from lasp.models.past import OpsWithPast, Past, Slots
 from lasp.models.sequence import SequenceOps, ShardedSequence
 
 
@@ -26,34 +27,36 @@ class Rows:
         self.valid = torch.ones_like(self.positions, dtype=torch.bool)
 
 
-class Memory:
-    """Per layer, the outgoing state of each of its ops, in the order in which the layer calls them.
+class Memory(Past):
+    """The past of whole sequences.
 
-    slots: slots[layer][i] is the i-th op's: the state [B, H, K, V] of linear attention or the delta rule, the last
-    inputs [B, width - 1, D] of a convolution, or of softmax attention a list of pairs, keys and values
-    [B, tokens, Hkv, K]: one pair of all rows, or one of each row once their lengths differ.
+    slots: of linear attention or the delta rule the state [B, H, K, V], of a convolution the last inputs
+    [B, width - 1, D], and of softmax attention a list of pairs, keys and values [B, tokens, Hkv, K]: one pair of all
+    rows, or one of each row once their lengths differ.
     tokens: how many tokens have been seen; [B] int64 once rows have come as `Rows`.
 
     It starts empty, with any batch size. Gradients flow through it.
     """
 
     def __init__(self) -> None:
-        self.slots: dict[int, list[Any]] = {}
+        super().__init__()
         self.tokens: int | Tensor = 0
         self._accepted: ShardedSequence | None = None
 
-    def attach(self, seq: ShardedSequence | Rows, layer: int) -> "RememberingOps":
-        """`seq` for one layer's next call: its ops start from this memory's states and leave theirs in it.
+    def attacher(self, index: int) -> Callable[[ShardedSequence | Rows, Slots], "RememberingOps"]:
+        """As in `Past`, for the tokens seen so far; it raises ValueError unless `seq` is one rank's, without padding or
+        packed documents, or `Rows`."""
+        tokens = self.tokens
 
-        Raises ValueError unless `seq` is one rank's, without padding or packed documents, or `Rows`.
-        """
-        if not isinstance(seq, Rows) and seq is not self._accepted:
-            _require_whole(seq)
-            self._accepted = seq
-        return RememberingOps(seq, self.slots.setdefault(layer, []), self.tokens)
+        def attach(seq: ShardedSequence | Rows, slots: Slots) -> RememberingOps:
+            if not isinstance(seq, Rows) and seq is not self._accepted:
+                _require_whole(seq)
+                self._accepted = seq
+            return RememberingOps(seq, slots, tokens)
+
+        return attach
 
     def advance(self, seq: SequenceOps | Rows) -> None:
-        """All layers have seen the tokens of `seq`."""
         if isinstance(seq, Rows):
             self.tokens = self.tokens + torch.tensor(seq.lengths, device=seq.positions.device)
         else:
@@ -87,18 +90,18 @@ def _require_whole(seq: ShardedSequence) -> None:
         raise ValueError("seq: got part of a sequence, padding or packed documents, expected one rank's whole sequence")
 
 
-class RememberingOps:
+class RememberingOps(OpsWithPast):
     """The ops of a `seq` of one rank, with a past. Good for one call of one layer.
 
     positions: [T], or [B, T] where rows of a batch have pasts of unequal length.
     """
 
-    def __init__(self, seq: SequenceOps | Rows, slots: list[Any], tokens: int | Tensor):
+    def __init__(self, seq: SequenceOps | Rows, slots: Slots, tokens: int | Tensor):
+        super().__init__(slots)
         self._rows = seq if isinstance(seq, Rows) else None
         self._offsets = None if self._rows is None else self._rows.offsets
         self._unequal = self._rows is not None or isinstance(tokens, Tensor)
         self.positions, self.valid = seq.positions + self._before(tokens), seq.valid
-        self._slots, self._next = slots, 0
 
     def _before(self, tokens: int | Tensor) -> int | Tensor:
         """How many tokens precede each of those at hand, in a shape to add to their positions."""
@@ -110,14 +113,6 @@ class RememberingOps:
 
     def sum(self, x: Tensor) -> Tensor:
         return x
-
-    def _step(self, op: Callable[[Any], tuple[Any, Any]]) -> Any:
-        """Runs op(past) -> (output, past for the next call) on the layer's next slot; the first past is None."""
-        if self._next == len(self._slots):
-            self._slots.append(None)
-        output, self._slots[self._next] = op(self._slots[self._next])
-        self._next += 1
-        return output
 
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None

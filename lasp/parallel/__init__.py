@@ -3,5 +3,6 @@
 from lasp.parallel.groups import leave
 from lasp.parallel.sequence import Sequence
 from lasp.parallel.sequence_parallel import SequenceParallel
+from lasp.parallel.stream import Segment, Stream
 
-__all__ = ["Sequence", "SequenceParallel", "leave"]
+__all__ = ["Segment", "Sequence", "SequenceParallel", "Stream", "leave"]

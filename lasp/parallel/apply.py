@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lasp.kernels import checks
@@ -87,6 +92,7 @@ def parallelize(
         blocks: list[nn.Module] = [*model.get_submodule("layers").children(), model]
         for block in blocks:
             _add_up(fully_shard(block, mesh=everyone, mp_policy=policy))
+        register_fsdp_forward_method(model, "remember")
     return model
 
 

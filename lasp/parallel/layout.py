@@ -70,15 +70,22 @@ class Partition:
     """One batch's tokens, cut into units and fragments, as one rank sees them.
 
     offsets: where documents start, from 0 to `tokens` (as cu_seqlens). aligned: units of a power-of-two length.
-    unit_length: that of every unit, if it is not to be the shortest possible.
+    unit_length: that of every unit, if it is not to be the shortest possible. past: how many tokens of the first
+    document came before, where the sequence is a segment of a longer one.
     """
 
     unit_by_unit = True  # the local order
 
     def __init__(
-        self, layout: Layout, rank: int, offsets: list[int], aligned: bool = False, unit_length: int | None = None
+        self,
+        layout: Layout,
+        rank: int,
+        offsets: list[int],
+        aligned: bool = False,
+        unit_length: int | None = None,
+        past: int = 0,
     ):
-        self.layout, self.rank, self.offsets = layout, rank, offsets
+        self.layout, self.rank, self.offsets, self.past = layout, rank, offsets, past
         self.tokens, self.documents = offsets[-1], len(offsets) - 1
         length = -(-self.tokens // layout.units)
         self.unit_length = unit_length or (1 << (length - 1).bit_length() if aligned else length)
@@ -92,9 +99,10 @@ class Partition:
         length, last = self.unit_length, self.layout.units - 1
         for document, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
             first = min(start // length, last)  # an empty document may lie behind the last token
+            past = 0 if document else self.past
             for unit in range(first, max(first, (stop - 1) // length) + 1):
                 a, b = max(start, unit * length), min(stop, (unit + 1) * length)
-                units[unit].append(Fragment(a, b, document, a - start, a == start, b == stop))
+                units[unit].append(Fragment(a, b, document, a - start + past, a == start, b == stop))
         for unit in range(self.tokens // length, last + 1):
             a, b = max(self.tokens, unit * length), (unit + 1) * length
             if a < b:

@@ -170,16 +170,7 @@ class Sequence:
                 cannot split.
         """
         q, k, v = autocast.cast(q, k, v)
-
-        def check() -> dict:
-            check_softmax(q, k, v, window)
-            checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
-            self.parallel.softmax.check(q, k, self.partition)
-            self._check_tokens(q)
-            options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
-            return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
-
-        self._agree("softmax_attention", check)
+        self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
         mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
@@ -188,7 +179,6 @@ class Sequence:
 
         The gradients of weight and bias are this rank's part of a sum.
         """
-
         return whole(self._convolve("causal_conv1d", x, weight, bias, False, None))
 
     def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]:
@@ -247,8 +237,8 @@ class Sequence:
             made.append(x := inputs())
             for tensor in x.per_token.values():
                 self._check_tokens(tensor)
-            segments = x.segments.count * self.partition.documents
-            checks.state(initial_state, (segments, *x.state_shape[1:]), x.state_dtype)
+            self._require_past("initial_state", initial_state)
+            checks.state(initial_state, (self._states(x.segments.batch), *x.state_shape[1:]), x.state_dtype)
             facts = x.options | {"output_final_state": bool(output_final_state)} | gradients(*x.tensors.values())
             facts |= signature(**x.tensors, initial_state=initial_state)
             return facts | gradients(initial_state, of="initial_state")
@@ -324,6 +314,21 @@ class Sequence:
             shape[dim] = missing
             parts.append(x.new_zeros(shape))
         return torch.cat(parts, dim)
+
+    def _states(self, batch: int) -> int:
+        """How many initial and final states there are."""
+        return batch * self.partition.documents
+
+    def _require_past(self, name: str, tensor: Tensor | None) -> None:
+        """Whether a past may, or has to, be given."""
+
+    def _check_softmax(self, q, k, v, scale, causal, window) -> dict:
+        check_softmax(q, k, v, window)
+        checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
+        self.parallel.softmax.check(q, k, self.partition)
+        self._check_tokens(q)
+        options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
+        return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
 
     def _check_tokens(self, x: Tensor) -> None:
         expected = self.partition.local_tokens

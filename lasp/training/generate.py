@@ -55,9 +55,10 @@ def generate(
 @torch.inference_mode()
 def advance(model: Decoder, tokens: Tensor, memory: Memory) -> Tensor:
     """Feeds tokens [T] to a model; returns the logits [vocabulary] of the token after them. Updates the memory."""
-    for part in tokens.split(PREFILL_TOKENS):
-        logits = model(part[None], SequenceParallel(None).sequence(len(part)), memory=memory)
-    return logits[0, -1]
+    *parts, last = tokens.split(PREFILL_TOKENS)
+    for part in parts:
+        model.remember(part[None], SequenceParallel(None).sequence(len(part)), memory)
+    return model(last[None], SequenceParallel(None).sequence(len(last)), memory=memory)[0, -1]
 
 
 def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -31,6 +31,20 @@ def linear_llama3_1b_128k() -> TrainConfig:
     return _on_8_gpus(linear_llama3_1b(), run_dir="runs/linear_llama3_1b_128k", lr=3e-4)
 
 
+def linear_llama3_1b_1m() -> TrainConfig:
+    """Linear-Llama3-1B, pure, at 1048576 tokens in segments of 65536 on one GPU, with a Llama-3 tokenizer.json."""
+    whole = _on_8_gpus(linear_llama3_1b(pattern="L"), run_dir="runs/linear_llama3_1b_1m", lr=3e-4)
+    return replace(
+        whole,
+        data=replace(whole.data, eval_contexts=1),
+        context_length=1_048_576,
+        segment_tokens=65_536,
+        batch_contexts=1,
+        parallel=ParallelConfig(layout="zigzag"),
+        recompute=False,
+    )
+
+
 def linear_llama3_8b_128k() -> TrainConfig:
     """A hybrid in Llama-3-8B's shape at 131072 tokens over 8 GPUs, with a Llama-3 tokenizer.json of yours."""
     return _on_8_gpus(linear_llama3_8b(), run_dir="runs/linear_llama3_8b_128k", lr=2e-4)
@@ -79,6 +93,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         quickstart,
         quickstart_moe,
         linear_llama3_1b_128k,
+        linear_llama3_1b_1m,
         linear_llama3_8b_128k,
         linear_moe_a0_3b_2b_128k,
         linear_moe_a0_3b_2b_hybrid_128k,

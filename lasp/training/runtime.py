@@ -29,6 +29,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 class World:
     """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours.
 
+    local_size: how many of the ranks share this machine.
     doing: what the run is at, for the note that an error gets.
     """
 
@@ -36,6 +37,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    local_size: int = 1
     doing: str = "its start"
 
 
@@ -50,7 +52,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     exists = dist.is_initialized()
     rank = dist.get_rank() if exists else int(os.environ.get("RANK", 0))
     size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
-    device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), local_size)
     if not exists:
         if device.type == "cuda":
             _record_flights(config.run_dir)
@@ -67,7 +70,7 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         require_same_on_ranks(together(dist.group.WORLD, lambda: settings(config)))
         mesh_shape = config.mesh_shape(size)
         mesh = make_mesh(device.type, torch.arange(size, device="cpu").view(mesh_shape), ("dp", "sp"))
-        world = World(rank=rank, size=size, device=device, mesh=mesh)
+        world = World(rank=rank, size=size, device=device, mesh=mesh, local_size=local_size)
         yield world
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")

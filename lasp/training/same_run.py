@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "initial_weights",
     "device",
     "recompute",
+    "segment_tokens",
+    "segment_offload",
     "eval_every",
     "checkpoint_every",
     "checkpoint_keep",

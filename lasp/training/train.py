@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from lasp.config import TrainConfig, require
 from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
-from lasp.parallel import Sequence, SequenceParallel, comm
+from lasp.parallel import Sequence, SequenceParallel, Stream, comm
 from lasp.parallel.agreement import agree
 from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
+from lasp.training.host_memory import require_host_memory
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
@@ -33,6 +34,7 @@ from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.stop import Stopped, stop_signals
+from lasp.training.streaming import Segments, StreamedBatch
 from lasp.training.together import together
 
 
@@ -53,6 +55,7 @@ def train(config: TrainConfig) -> float:
         heartbeat(config.run_dir, world),
         waits.measured(),
     ):
+        together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
@@ -63,13 +66,14 @@ def train(config: TrainConfig) -> float:
             softmax=config.parallel.softmax,
             device=world.device,
         )
+        segments = Segments.of(config)
         first_step = engine.restore()
         seen = position(config, fingerprints) if first_step else 0
 
         tokens_per_step = config.batch_contexts * config.context_length
         flops, peak = flops_per_token(config.model, config.context_length), peak_flops(world.device, config.dtype)
         if first_step >= config.steps:
-            valid_loss = evaluate(engine.model, held_out, sp, world)
+            valid_loss = evaluate(engine.model, held_out, sp, world, segments)
             say_finished(config, world, first_step, valid_loss)
             return valid_loss
         if world.rank == 0:
@@ -84,7 +88,7 @@ def train(config: TrainConfig) -> float:
                 lr = learning_rate(config.optimizer, step, config.steps)
                 numbers = list(range(seen, seen + config.batch_contexts))
                 contexts = [training[i] for i in numbers]
-                loss = compute_gradients(engine, contexts, sp, world)
+                loss = compute_gradients(engine, contexts, sp, world, segments)
                 grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
                 taken, seen = step + 1, seen + config.batch_contexts
                 values = {"lr": lr}
@@ -115,7 +119,7 @@ def train(config: TrainConfig) -> float:
 
                 last = taken == config.steps
                 if taken % config.eval_every == 0 or last:
-                    valid_loss = evaluate(engine.model, held_out, sp, world)
+                    valid_loss = evaluate(engine.model, held_out, sp, world, segments)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
                 stopping = told.asked(dist.group.WORLD)
@@ -174,11 +178,16 @@ def position(config: TrainConfig, fingerprints: dict[str, str]) -> int:
     return -(-seen // config.context_length)  # where another context length was permitted, a part of one is left out
 
 
-def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World) -> float:
+def compute_gradients(
+    engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
+) -> float:
     """The mean loss over all labels of the contexts; the engine gets each rank's part of its gradient."""
     labels = max(1, sum(count_labels(context) for context in contexts))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in read_batches(share(contexts, world), sp, world):
+    for batch in read_batches(share(contexts, world), sp, world, segments):
+        if isinstance(batch, StreamedBatch):
+            total += batch.backward(engine.model, labels)
+            continue
         tokens, targets = batch.tokens.to(world.device), batch.labels.to(world.device)
         loss_sum, _ = engine.model(tokens, batch.seq, labels=targets)
         engine.backward(loss_sum / labels)
@@ -221,17 +230,28 @@ class Batch:
     seq: Sequence
 
 
-def read_batches(contexts: list[Context], sp: SequenceParallel, world: World) -> list[Batch]:
+def read_batches(
+    contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
+) -> list[Batch | StreamedBatch]:
     """This rank's units of some contexts, on the CPU.
 
     Raises ValueError on every rank if one of them reads a token that is not in the vocabulary.
     """
-    sequences = [sp.sequence(context.length, context.cu_seqlens) for context in contexts]
-    batches: list[Batch] = []
+
+    def split(context: Context) -> Sequence | Stream:
+        if segments is None:
+            return sp.sequence(context.length, context.cu_seqlens)
+        return Stream(sp, context.length, segments.tokens, context.cu_seqlens)
+
+    sequences = [split(context) for context in contexts]
+    batches: list[Batch | StreamedBatch] = []
 
     def read() -> None:
         for context, seq in zip(contexts, sequences, strict=True):
-            batches.append(Batch(*local_batch(context, seq.partition.ranges), seq))
+            if isinstance(seq, Stream):
+                batches.append(StreamedBatch.read(context, seq, segments is not None and segments.on_host))
+            else:
+                batches.append(Batch(*local_batch(context, seq.partition.ranges), seq))
 
     agree(dist.group.WORLD, world.device, read)
     return batches
@@ -250,14 +270,19 @@ def count_labels(context: Context) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World) -> float:
+def evaluate(
+    model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
+) -> float:
     """The mean loss over all labels of the held-out contexts, in nats per token, without balancing losses.
 
     Raises FloatingPointError on every rank if it is not finite.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in read_batches(share(held_out, world), sp, world):
+    for batch in read_batches(share(held_out, world), sp, world, segments):
+        if isinstance(batch, StreamedBatch):
+            total += torch.stack(batch.loss(model))
+            continue
         tokens, labels = batch.tokens.to(world.device), batch.labels.to(world.device)
         total += torch.stack([part.double() for part in model(tokens, batch.seq, labels=labels)])
     model.train()
@@ -287,6 +312,8 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
         f"{count_parameters(model):,} parameters{active}, {config.dtype}, layers {model.layers} ({model.mixer})",
         f"contexts of {config.context_length:,} tokens, each split over {ranks}; {groups} at a time",
     ]
+    if config.segment_tokens is not None:
+        lines.append(f"as streams of segments of {config.segment_tokens:,} tokens")
     if first_step:
         lines.append(f"going on from the checkpoint of step {first_step} in {config.run_dir}")
     return "\n".join(lines)

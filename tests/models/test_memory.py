@@ -24,8 +24,10 @@ def test_prefill_and_decoding_give_the_logits_of_one_pass(mixer, pattern, pieces
 
 
 @every_model
-def test_gradients_flow_through_the_memory(mixer, pattern):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_flow_through_the_memory(mixer, pattern, recompute):
     model, tokens, labels, memory = decoder(mixer, pattern), random_tokens(1, 30), random_tokens(1, 30), Memory()
+    model.checkpoint_layers = recompute
     losses = [
         model(tokens[:, part], sequence(part.stop - part.start), labels=labels[:, part], memory=memory)[0]
         for part in (slice(0, 11), slice(11, 13), slice(13, 30))

@@ -1,6 +1,7 @@
 """The benchmarks run, with tiny shapes on CPUs, and write what they say."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -199,3 +200,15 @@ def test_training_steps_of_all_models_are_timed(benchmark, two):
     split, apart = (float(row["ms"]) for row in table[:2])
     (ratio,) = re.findall(r"SP at ([\d.]+)%", output)
     assert float(ratio) == pytest.approx(100 * apart / split, rel=0.01)
+
+
+@in_this_launch
+def test_steps_in_segments_are_timed(benchmark, two):
+    output = benchmark("streaming", "--pattern LN --tokens 96 128 --segment-tokens 32 --offload --recompute")
+    if two.rank > 0:
+        return
+    table, told = rows(output), [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [row["tokens"] for row in table] == ["96", "128"] and [row["tokens"] for row in told] == [96, 128]
+    for row in told:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["mfu"] is row["peak_gpu_bytes"] is None and row["host_bytes"] >= 0

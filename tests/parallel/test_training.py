@@ -103,14 +103,15 @@ def saved_weights(config):
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp):
+@pytest.mark.parametrize(("fsdp", "segment_tokens"), [(False, None), (True, None), (True, 23)])
+def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp, segment_tokens):
     losses, norms, valid_loss, model = alone(config)
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert min(norms) > config.optimizer.clip_norm  # or clipping would prove nothing
     for sequence_parallel, layout in ways_to_share(ranks.size, pytestconfig.getoption("full")):
         parallel = replace(config.parallel, sequence_parallel=sequence_parallel, layout=layout, fsdp=fsdp)
         run = replace(config, parallel=parallel, run_dir=f"{config.run_dir}-{sequence_parallel}-{layout}")
+        run = replace(run, segment_tokens=segment_tokens, segment_offload=segment_tokens is not None)
         assert train(run) == pytest.approx(valid_loss, rel=1e-9)
         ranks.barrier(f"{run.run_dir} is saved")  # rank 0 renames the checkpoint after the others have gone on
         steps = [record for record in read_metrics(run.run_dir) if "loss" in record]
@@ -125,11 +126,11 @@ def test_mixtures_train_alike_however_they_are_spread(ranks, config):
     experts = {"num_experts": 12, "expert_intermediate_size": 24, "expert_bias_rate": 0.01}
     config = replace(config, model=replace(config.model, **experts), optimizer=OptimizerConfig(warmup_steps=1))
 
-    def run(sequence_parallel, expert_parallel, fsdp):
+    def run(sequence_parallel, expert_parallel, fsdp, segment_tokens=None):
         split = {"sequence_parallel": sequence_parallel, "expert_parallel": expert_parallel, "fsdp": fsdp}
         parallel = replace(config.parallel, **split, layout="zigzag")
         directory = f"{config.run_dir}-{sequence_parallel}-{expert_parallel}-{fsdp}"
-        spread = replace(config, run_dir=directory, parallel=parallel)
+        spread = replace(config, run_dir=directory, parallel=parallel, segment_tokens=segment_tokens)
         valid_loss = train(spread)
         ranks.barrier(f"{directory} is saved")
         names = ("loss", "grad_norm", "balance_loss", "expert_load")
@@ -137,8 +138,8 @@ def test_mixtures_train_alike_however_they_are_spread(ranks, config):
         return [*steps, valid_loss], saved_weights(spread)
 
     wanted, weights = run(1, 1, False)
-    for sequence_parallel, expert_parallel, fsdp in ((ranks.size, ranks.size, False), (ranks.size, 1, True)):
-        got, got_weights = run(sequence_parallel, expert_parallel, fsdp)
+    for way in ((ranks.size, ranks.size, False, 50), (ranks.size, 1, True)):
+        got, got_weights = run(*way)
         assert got == pytest.approx(wanted, rel=1e-9)
         torch.testing.assert_close(got_weights, weights, rtol=1e-9, atol=1e-9)
 

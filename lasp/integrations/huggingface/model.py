@@ -111,7 +111,7 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
             batch.pack(x),
             batch.sequence(cache),
             memory=cache,
-            recompute=self._gradient_checkpointing_func if recomputing else None,
+            recompute=self._gradient_checkpointing_func if recomputing and cache is None else None,
             inputs=states,
         )
         if cache is not None:

@@ -1,7 +1,7 @@
 """Keeping experts equally busy: the losses that ask for it, and a record of how busy they were.
 
-Of the N tokens of a batch (a context, over all the ranks that share it) C_e chose expert e; p_e is the mean of its
-normalised scores over all N. In every layer, as in arXiv:2101.03961 and, for z, arXiv:2202.08906,
+Of the N tokens of a batch (a context, with all its segments, over all the ranks that share it) C_e chose expert e; p_e
+is the mean of its normalised scores over all N. In every layer, as in arXiv:2101.03961 and, for z, arXiv:2202.08906,
 
     load balancing   E Σ_e C_e / (k N) · p_e        1 where all experts are chosen equally often
     z                mean of (log Σ exp logits)²
@@ -33,8 +33,7 @@ class ExpertBalance:
         is the loss itself, and with several batches their mean, in which each weighs as much as it has labels.
         """
         counts = torch.stack([routing.counts for routing in routings])
-        total = seq.sum(torch.cat([counts.flatten(), labels[None]]))
-        chosen, all_labels = total[:-1].view_as(counts), total[-1]
+        chosen, all_labels = self.sums(routings, labels, seq)
         scores = torch.stack([routing.scores for routing in routings])
         choices = chosen.sum(-1, keepdim=True).to(scores.dtype)  # k N, in every layer
         tokens = choices / self.experts_per_token
@@ -43,6 +42,12 @@ class ExpertBalance:
         part = all_labels * (self.aux_weight * aux + self.z_weight * z)
         self._add(counts, part.detach().double(), labels)
         return part
+
+    def sums(self, routings: list[Routing], labels: Tensor, seq: SequenceOps) -> tuple[Tensor, Tensor]:
+        """Over the whole sequence: the tokens that chose each expert, [MoE layers, E], and the number of labels."""
+        counts = torch.stack([routing.counts for routing in routings])
+        total = seq.sum(torch.cat([counts.flatten(), labels[None]]))
+        return total[:-1].view_as(counts), total[-1]
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's sums since the last call, which begin anew.

@@ -32,15 +32,19 @@ class Run:
     rows: slice
 
 
-@lru_cache(maxsize=64)
-def make_plan(partition: Partition, mask: Mask) -> Plan:
+@lru_cache(maxsize=256)
+def make_plan(partition: Partition, mask: Mask, earlier: Partition | None = None) -> Plan:
+    """earlier: the keys' segment, if it is not the queries' own but one before, whose last document goes on here."""
     ranks, rank = partition.layout.ranks, partition.rank
-    runs = [runs_of(partition, other) for other in range(ranks)]
-    blocks = {other: blocks_between(runs[rank], runs[other], mask) for other in range(ranks)}
+    queries = [runs_of(partition, other) for other in range(ranks)]
+    keys = queries
+    if earlier is not None:
+        keys = [{0: runs_of(earlier, other).get(earlier.documents - 1, [])} for other in range(ranks)]
+    blocks = {other: blocks_between(queries[rank], keys[other], mask) for other in range(ranks)}
     steps = [
         step
         for step in range(ranks)
-        if step == 0 or any(sees_any(runs[other], runs[other - step], mask) for other in range(ranks))
+        if step == 0 or any(sees_any(queries[other], keys[other - step], mask) for other in range(ranks))
     ]
     return Plan(ranks, rank, steps, blocks, max(pairs(partition, other, mask) for other in range(ranks)))
 
@@ -52,7 +56,7 @@ def coarsen(partition: Partition, inner: int) -> Partition:
         return partition
     layout = Layout(partition.layout.name, partition.layout.ranks // inner)
     length = inner * partition.unit_length
-    return Partition(layout, partition.rank // inner, partition.offsets, unit_length=length)
+    return Partition(layout, partition.rank // inner, partition.offsets, unit_length=length, past=partition.past)
 
 
 Runs = dict[int, list[Run]]  # by document, in local order

@@ -1,0 +1,62 @@
+"""What came before the tokens at hand: the one notion of it that generation and segments of a stream share.
+
+Each op of a layer has a slot, in the order in which the layer calls them. It finds there what it goes on from (nothing,
+at first), and leaves there what goes on from it: the state of linear attention or the delta rule, the last inputs of a
+convolution, keys and values. Gradients flow through it, or are carried by hand (`lasp.models.carried`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Layer = Callable[[Tensor, Any], Any]
+Slots = list[Any]
+
+
+class Past(ABC):
+    """What came before, for all layers. slots: slots[layer][i] is the i-th op's."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Slots] = {}
+
+    def bind(self, layer: Layer, index: int) -> Layer:
+        """The layer with that index, called as it is; its ops go on from their slots, and leave theirs there.
+
+        When called again, to recompute activations, its ops begin where they began, and leave nothing.
+        """
+        before, attach = tuple(self.slots.get(index, ())), self.attacher(index)
+
+        def call(x: Tensor, seq: Any) -> Any:
+            slots = list(before)
+            if not again:
+                self.slots[index] = slots
+                again.append(True)
+            return layer(x, attach(seq, slots))
+
+        again: list[bool] = []
+        return call
+
+    @abstractmethod
+    def attacher(self, index: int) -> Callable[[Any, Slots], Any]:
+        """What makes, of the batch's `seq`, the `seq` of one call of the layer, whose ops use these slots."""
+
+    @abstractmethod
+    def advance(self, seq: Any) -> None:
+        """All layers have seen the tokens of `seq`."""
+
+
+class OpsWithPast:
+    """The ops of one call of one layer, each with its slot."""
+
+    def __init__(self, slots: Slots):
+        self._slots, self._next = slots, 0
+
+    def _step(self, op: Callable[[Any], tuple[Any, Any]]) -> Any:
+        """Runs op(past) -> (output, past for the next call) on the layer's next slot; the first past is None."""
+        if self._next == len(self._slots):
+            self._slots.append(None)
+        output, self._slots[self._next] = op(self._slots[self._next])
+        self._next += 1
+        return output

@@ -1,0 +1,64 @@
+"""Whether the host has room for what segments hand on to each other, before a run begins."""
+
+from pathlib import Path
+
+import torch
+
+from lasp.config import LINEAR, SOFTMAX, ModelConfig, TrainConfig, require
+
+MEMINFO = Path("/proc/meminfo")
+CONTROL_GROUPS = (  # of version 2 and 1: their limit, what is used, and what of that are files that can be read again
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks: int, dtype: torch.dtype) -> int:
+    """What waits on each rank, at most, in one step on a context of so many tokens.
+
+    A state for each linear layer and cut between segments; for each softmax layer the keys and values of this rank's
+    tokens, their gradients, and what its queries saw. Tails of convolutions, a few percent of the states, do not count.
+    """
+    narrow, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+    cuts = -(-tokens // segment_tokens) - 1
+    state = model.num_heads * model.key_dim * model.value_dim * wide
+    keys = 2 * model.kv_heads * model.key_dim * (narrow + wide)
+    seen = model.num_heads * (model.key_dim * narrow + wide)
+    return model.layers.count(LINEAR) * cuts * state + model.layers.count(SOFTMAX) * -(-tokens // ranks) * (keys + seen)
+
+
+def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks: int) -> None:
+    """Raises ValueError if this machine's memory is not enough for all of its ranks' segments, where that is known."""
+    if config.segment_tokens is None or not config.segment_offload:
+        return
+    sizes = config.context_length, config.segment_tokens, sequence_parallel
+    needed = local_ranks * handed_on_bytes(config.model, *sizes, getattr(torch, config.dtype))
+    available = available_bytes()
+    if available is not None:
+        expected = f"False, or {needed / 2**30:.1f} GiB of the host's memory; it has {available / 2**30:.1f}"
+        require(needed <= available, "segment_offload", True, expected)
+
+
+def available_bytes() -> int | None:
+    """Of the host, or of the control group that this process is in; None where the system does not say."""
+    found = [_meminfo()] + [_left(Path(limit), Path(usage), files) for limit, usage, files in CONTROL_GROUPS]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _meminfo() -> int | None:
+    if not MEMINFO.exists():
+        return None
+    fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _left(limit: Path, usage: Path, files: str) -> int | None:
+    if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
+        return None
+    stat = usage.parent / "memory.stat"
+    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return max(0, int(limit.read_text()) - int(usage.read_text()) + int(counts.get(files, 0)))

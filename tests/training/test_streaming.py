@@ -1,0 +1,262 @@
+"""Training in segments, on one rank: the run is that without them, and what is kept does not grow with the context."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from lasp.config import ParallelConfig
+from lasp.kernels.keys import KeyStore
+from lasp.kernels.parked import Parked
+from lasp.models.carried import Carried
+from lasp.parallel import SequenceParallel, Stream
+from lasp.training import host_memory
+from lasp.training.host_memory import available_bytes, handed_on_bytes
+from lasp.training.metrics import read_metrics
+from lasp.training.streaming import StreamedBatch
+from lasp.training.train import train
+from tests.models.helpers import MODELS, decoder, random_tokens
+
+TOKENS, DOCUMENTS = 29, (0, 3, 3, 20, 24, 29)
+
+
+def streamed(tokens, segment_tokens, documents=None, rows=1):
+    offsets = None if documents is None else torch.tensor(documents)
+    stream = Stream(SequenceParallel(None), tokens, segment_tokens, offsets)
+    return StreamedBatch.of(stream, random_tokens(rows, tokens), random_tokens(rows, tokens))
+
+
+@pytest.mark.parametrize(("segment_tokens", "documents"), [(8, DOCUMENTS), (5, None)])
+@pytest.mark.parametrize(("mixer", "pattern"), MODELS)
+def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, documents):
+    model = decoder(mixer, pattern)
+    batch = streamed(TOKENS, segment_tokens, documents)
+    tokens, labels = (torch.cat(whole, dim=1) for whole in zip(*batch.parts, strict=True))
+    seq = SequenceParallel(None).sequence(TOKENS, None if documents is None else torch.tensor(documents))
+    loss, _ = model(tokens, seq, labels=labels)
+    loss.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert batch.backward(model, 1).item() == pytest.approx(loss.item(), rel=1e-12)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - wanted[name]).norm() <= 1e-10 * wanted[name].norm(), name
+
+
+def test_frozen_layers_hand_on_no_gradients():
+    model, batch = decoder("mamba2", "LN"), streamed(TOKENS, 8)
+    batch.backward(model, 1)
+    wanted = {name: parameter.grad.clone() for name, parameter in model.layers[2:].named_parameters()}
+    model.zero_grad()
+    for part in (model.embedding, *model.layers[:2]):
+        part.requires_grad_(False)
+    batch.backward(model, 1)
+    for name, parameter in model.layers[2:].named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-10, atol=0, msg=name)
+    assert all(parameter.grad is None for parameter in model.layers[:2].parameters())
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors made in it that were alive at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return tree_map_only(torch.Tensor, self.watch, function(*args, **(kwargs or {})))
+
+    def watch(self, x):
+        storage = x.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+        return x
+
+    def forget(self, storage, size):
+        self.known.discard(storage)
+        self.now -= size
+
+
+def most_alive(model, tokens, segment_tokens):
+    batch = streamed(tokens, segment_tokens)
+    batch.backward(model, 1)  # parameters have gradients from here on
+    with Alive() as alive:
+        batch.backward(model, 1)
+    return alive.most
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_does_not_grow_with_the_context(recompute):
+    model = decoder("linear", "L")
+    model.checkpoint_layers = recompute
+    short, long = most_alive(model, 128, 64), most_alive(model, 384, 64)
+    state = 8 * model.config.num_heads * model.config.key_dim * model.config.value_dim
+    assert long - short <= 4 * model.config.num_layers * state  # there are four cuts more
+    assert long < 0.6 * most_alive(model, 384, 192)
+
+
+def test_layers_are_recomputed_one_at_a_time():
+    """What the ops of a recomputed layer hand on once more keeps nothing alive."""
+    model = decoder("linear", "L")
+    kept = most_alive(model, 128, 64)
+    model.checkpoint_layers = True
+    assert most_alive(model, 128, 64) < 0.57 * kept  # 0.51; 0.63 if it did
+
+
+def test_what_is_carried_is_one_state_for_each_cut(monkeypatch):
+    """However many documents there are; none where a cut lies between documents."""
+    sizes = []
+    keep = Carried.keep
+
+    def look(self, past):
+        keep(self, past)
+        held = [parked._held for slots in self._entered[-1].values() for parked in slots if parked is not None]
+        sizes.append(sum(x.untyped_storage().nbytes() for x in held) // 8)
+
+    monkeypatch.setattr(Carried, "keep", look)
+    model = decoder("gated_delta_net", "L")
+    config = model.config
+    channels = config.num_heads * (2 * config.key_dim + config.value_dim)
+    each = config.num_heads * config.key_dim * config.value_dim + (config.conv_width - 1) * channels
+    streamed(64, 16).backward(model, 1)
+    assert sizes == [config.num_layers * each] * 3
+    sizes.clear()
+    streamed(32, 8, (0, 3, 7, 8, 24, 32)).backward(model, 1)
+    assert sizes == [0, config.num_layers * each, 0]
+
+
+def test_evaluation_keeps_the_last_segments_alone(monkeypatch):
+    model = decoder("gated_delta_net", "LN").eval()
+    stores, entered = [], []
+    keep = Carried.keep
+
+    def look(self, past):
+        keep(self, past)
+        entered.append(len(self._entered))
+        stores.append({tuple(store._keys) for store in self.stores.values()})
+
+    monkeypatch.setattr(Carried, "keep", look)
+    streamed(24, 4, (0, 10, 24)).loss(model)
+    assert max(entered) == 2
+    assert stores == [{(0,)}, {(0, 1)}, {(0, 1, 2)}, {(2, 3)}, {(2, 3, 4)}, {(2, 3, 4)}]
+
+
+def test_a_store_forgets_what_backward_has_taken():
+    store, k = KeyStore(), torch.ones(1, 4, 2, 3)
+    for segment in range(3):
+        store.add(segment, k * segment, k)
+    assert [(number, keys[0].mean().item()) for number, keys in store.visit(range(1, 3))] == [(1, 1.0), (2, 2.0)]
+    for _ in range(2):
+        for number, (_, _, *sums) in store.visit_sums(range(1)):
+            store.store_sums(number, (k + sums[0], k) if sums else (k, k))
+    assert store.take_sums(2) == () and 2 not in store
+    dk, dv = store.take_sums(0)
+    assert dk.mean() == 2 and dv.mean() == 1 and 0 not in store
+
+
+def test_what_is_parked_keeps_no_larger_tensor_alive():
+    whole = torch.ones(100, 3)
+    assert Parked(whole[:2], on_host=True).fetch().wait().untyped_storage().nbytes() == 2 * 3 * 4
+    assert Parked(whole, on_host=False).fetch().wait().data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": True, "segment_offload": True}])
+def test_a_run_in_segments_is_the_run_without(config, tmp_path, changes):
+    config = replace(config, steps=3)
+    in_segments = replace(config, run_dir=str(tmp_path / "segments"), segment_tokens=25, **changes)
+    assert train(in_segments) == pytest.approx(train(config), rel=1e-10)
+    whole, parts = (
+        [(record["loss"], record["grad_norm"]) for record in read_metrics(run.run_dir) if "loss" in record]
+        for run in (config, in_segments)
+    )
+    assert parts == [pytest.approx(step, rel=1e-10) for step in whole]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segment_tokens": 97}, "segment_tokens: got 97, expected at most context_length=96"),
+        ({"segment_offload": True}, "segment_offload: got True, expected False without segment_tokens"),
+        (
+            {"segment_tokens": 3, "parallel": ParallelConfig(sequence_parallel=2, layout="zigzag", fsdp=False)},
+            "segment_tokens: got 3, expected at least 4, a token for each unit of 2 ranks",
+        ),
+        (
+            {"segment_tokens": 8, "engine": "deepspeed", "dtype": "float32"},
+            "segment_tokens: got 8, expected None with engine='deepspeed'",
+        ),
+    ],
+)
+def test_segments_that_do_not_fit_are_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+def test_segments_must_fit_the_ranks_that_there_are(config):
+    parallel = replace(config.parallel, sequence_parallel=None)
+    run = replace(config, segment_tokens=3, parallel=parallel)
+    assert run.mesh_shape(2) == (1, 2)
+    with pytest.raises(ValueError, match="segment_tokens: got 3, expected at least 4"):
+        run.mesh_shape(4)
+
+
+def test_a_host_without_room_is_refused(config, monkeypatch):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**10)
+    run = replace(config, segment_tokens=25, segment_offload=True)
+    with pytest.raises(ValueError, match="segment_offload: got True, expected False, or .* GiB of the host's memory"):
+        train(run)
+
+
+def test_what_waits_on_the_host_is_counted(monkeypatch):
+    model = decoder("linear", "LN")
+    config, most = model.config, []
+    take = KeyStore.take_sums
+
+    def look(self, segment):
+        of_segments = (self._keys, self._sums, self._seen)
+        most.append([sum(x._held.nbytes for xs in each.values() for x in xs) for each in of_segments])
+        return take(self, segment)
+
+    monkeypatch.setattr(KeyStore, "take_sums", look)
+    streamed(64, 16).backward(model, 1)
+    states = 3 * 2 * 8 * config.num_heads * config.key_dim * config.value_dim  # of 3 cuts and 2 linear layers
+    kept = 2 * sum(most[0]) * 64 // 48  # of 2 softmax layers; not of the last of 4 segments, or (seen) of the first
+    assert handed_on_bytes(config, 64, 16, 1, torch.float64) == states + kept
+
+
+def test_attention_to_earlier_segments_is_computed_once_forward(monkeypatch):
+    """What a segment saw is kept, for when it is computed again, be it with its layers' recomputation."""
+    model, visited = decoder("linear", "N"), []
+    visit = KeyStore.visit
+
+    def look(self, segments):
+        visited.append(len(list(segments)))
+        return visit(self, segments)
+
+    monkeypatch.setattr(KeyStore, "visit", look)
+    model.checkpoint_layers = True
+    streamed(64, 16).backward(model, 1)
+    assert sorted(filter(None, visited)) == sorted([1, 2, 3] * model.config.num_layers)
+
+
+def test_available_memory_is_the_least_of_what_the_system_says(tmp_path, monkeypatch):
+    meminfo, limit, usage, stat = (tmp_path / name for name in ("meminfo", "limit", "usage", "memory.stat"))
+    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:  64 kB\n")
+    monkeypatch.setattr(host_memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(host_memory, "CONTROL_GROUPS", [(limit, usage, "inactive_file")])
+    assert available_bytes() == 64 * 1024
+    usage.write_text("1000\n")
+    limit.write_text("max\n")
+    assert available_bytes() == 64 * 1024
+    limit.write_text("5000\n")
+    assert available_bytes() == 4000
+    stat.write_text("anon 500\ninactive_file 300\n")
+    assert available_bytes() == 4300
+    meminfo.unlink()
+    limit.unlink()
+    assert available_bytes() is None
