@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.once import once
 from lasp.kernels.pending import Pending
 from lasp.kernels.segments import Segments
 from lasp.kernels.summary import Summary
@@ -126,23 +127,31 @@ def run(
         )
 
 
+def _forward(
+    op: Op, boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor | None, Kept, Kept]:
+    """o, the final states if asked for, and what backward needs of the op and of the boundary."""
+    summary, partial = op.summarize(x, boundary.wants_summary)
+    links: list[Kept] = []
+
+    def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
+        links.append(entered[1])
+        return entered[0]
+
+    o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
+    (link,) = links
+    return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None, kept, link
+
+
 class _Recurrence(Function):
     @staticmethod
     def forward(ctx, op, boundary, scale, segments, output_final_state, q, k, v, decay, beta, initial_state):
         x = Inputs(q, k, v, decay, beta, scale, segments)
-        summary, partial = op.summarize(x, boundary.wants_summary)
-        links: list[Kept] = []
-
-        def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
-            links.append(entered[1])
-            return entered[0]
-
-        o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
-        (link,) = links
+        o, final, kept, link = once(lambda: _forward(op, boundary, x, initial_state, output_final_state))
         ctx.op, ctx.boundary, ctx.scale, ctx.segments, ctx.num_kept = op, boundary, scale, segments, len(kept)
         ctx.save_for_backward(q, k, v, decay, beta, *kept, *link)
         ctx.set_materialize_grads(False)
-        return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None
+        return o, final
 
     @staticmethod
     @once_differentiable

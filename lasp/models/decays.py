@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.models.layers import WideBuffers, at_least_float32
+from lasp.models.products import Linear
 
 
 def retention_decay(heads: int) -> Tensor:
@@ -43,7 +44,7 @@ class ConstantDecay(WideBuffers):
 
 def low_rank(hidden: int, rank: int, out: int, bias: bool) -> nn.Module:
     """hidden -> rank -> out."""
-    return nn.Sequential(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, out, bias=bias))
+    return nn.Sequential(Linear(hidden, rank, bias=False), Linear(rank, out, bias=bias))
 
 
 class SigmoidDecay(nn.Module):
@@ -72,7 +73,7 @@ class SoftplusDecay(nn.Module):
     def __init__(self, hidden: int, heads: int, key_dim: int | None = None):
         super().__init__()
         self.shape: tuple[int, ...] = (heads,)
-        self.proj: nn.Module = nn.Linear(hidden, heads, bias=False)
+        self.proj: nn.Module = Linear(hidden, heads, bias=False)
         if key_dim is not None:
             self.shape = heads, key_dim
             self.proj = low_rank(hidden, key_dim, heads * key_dim, bias=False)

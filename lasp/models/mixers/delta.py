@@ -11,6 +11,7 @@ from lasp.config import ModelConfig
 from lasp.kernels.fused import fused
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, unit_length
+from lasp.models.products import Linear
 from lasp.models.sequence import SequenceOps
 
 
@@ -44,9 +45,9 @@ class DeltaMixer(nn.Module):
         self.heads = config.num_heads
         self.sizes = [config.key_dim, config.key_dim, config.value_dim]
         channels = self.heads * sum(self.sizes)
-        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, channels, bias=False)
         self.conv = ShortConv(channels, config.conv_width)
-        self.beta_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.beta_proj = Linear(config.hidden_size, self.heads, bias=False)
         self.decay = kind.decay(config) if kind.decay else None
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, kind.gate, config.norm_eps)
 

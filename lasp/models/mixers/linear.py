@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lasp.config import ModelConfig
 from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, retention_decay
 from lasp.models.layers import Activation, GatedOutput, at_least_float32, rotate
+from lasp.models.products import Linear
 from lasp.models.sequence import SequenceOps
 
 
@@ -67,7 +68,7 @@ class LinearMixer(nn.Module):
         self.kind = LINEAR_KINDS[config.mixer]
         self.heads, self.theta = config.num_heads, config.rope_theta
         self.sizes = [config.key_dim, config.key_dim, config.value_dim]
-        self.qkv_proj = nn.Linear(config.hidden_size, self.heads * sum(self.sizes), bias=False)
+        self.qkv_proj = Linear(config.hidden_size, self.heads * sum(self.sizes), bias=False)
         self.decay = self.kind.decay(config, layer) if self.kind.decay else None
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, self.kind.gate, config.norm_eps)
 

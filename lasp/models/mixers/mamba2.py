@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lasp.config import ModelConfig
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import RMSNorm, ShortConv
+from lasp.models.products import Linear
 from lasp.models.sequence import SequenceOps
 
 
@@ -21,13 +22,13 @@ class Mamba2Mixer(nn.Module):
         self.heads, self.key_dim = config.num_heads, config.key_dim
         inner = self.heads * config.value_dim
         self.sizes = [inner, self.key_dim, self.key_dim]
-        self.xbc_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.xbc_proj = Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.gate_proj = Linear(config.hidden_size, inner, bias=False)
         self.conv = ShortConv(sum(self.sizes), config.conv_width, bias=True)
         self.decay = SoftplusDecay(config.hidden_size, self.heads)
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = RMSNorm(inner, eps=config.norm_eps)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size, bias=False)
 
     def init_parameters(self, generator: torch.Generator | None) -> None:
         nn.init.ones_(self.D)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.blocks import Block, Mask
+from lasp.kernels.once import once
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from lasp.parallel.softmax.visits import Visit, Visits
 
@@ -20,13 +21,7 @@ class AttendVisits(Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: dict[int, list[Block]], way: Way):
-        totals: dict[int, Accumulator] = {}  # by the first of the heads
-        for visit in way(k, v).forward():
-            heads = _query_heads(visit, q, k)
-            part = q[:, :, heads]
-            total = totals.setdefault(heads.start, Accumulator(part, v.shape[-1]))
-            attend(total, part, visit.k, visit.v, blocks[visit.rank], mask)
-        o, lse = (_join(parts) for parts in zip(*(total.result() for total in totals.values()), strict=True))
+        o, lse = once(lambda: _attended(q, k, v, mask, blocks, way))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.blocks, ctx.way = mask, blocks, way
         return o
@@ -45,6 +40,19 @@ class AttendVisits(Function):
         dk, dv = visits.gradients
         whole = _join(total.result() for total in dq.values())
         return whole, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: dict[int, list[Block]], way: Way
+) -> tuple[Tensor, Tensor]:
+    totals: dict[int, Accumulator] = {}  # by the first of the heads
+    for visit in way(k, v).forward():
+        heads = _query_heads(visit, q, k)
+        part = q[:, :, heads]
+        total = totals.setdefault(heads.start, Accumulator(part, v.shape[-1]))
+        attend(total, part, visit.k, visit.v, blocks[visit.rank], mask)
+    o, lse = (_join(parts) for parts in zip(*(total.result() for total in totals.values()), strict=True))
+    return o, lse
 
 
 def _query_heads(visit: Visit, q: Tensor, k: Tensor) -> slice:
