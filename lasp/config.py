@@ -246,7 +246,10 @@ class TrainConfig:
     batch_contexts: Count = 1  # one at a time on every data-parallel group: the others are accumulated
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    recompute: bool = False  # layers' activations, in the backward pass, instead of keeping them
+    # What is kept of layers' activations until backward (lasp.models.recompute); auto: as much as fits. Of older runs
+    # True is full, False none.
+    recompute: Literal["auto", "none", "selective", "full"] | bool = "auto"
+    offload_activations: bool = False  # inputs of layers that are recomputed wait in the host's memory
     eval_every: Count = 100  # steps
     checkpoint_every: Count = 1000  # steps; the last step is always saved
     checkpoint_keep: Count = 2
@@ -255,6 +258,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.recompute, bool):
+            object.__setattr__(self, "recompute", "full" if self.recompute else "none")
+        offloads = self.offload_activations and self.recompute == "none"
+        require(not offloads, "offload_activations", True, "False with recompute='none', where nothing is recomputed")
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         if self.engine == "deepspeed":

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "initial_weights",
     "device",
     "recompute",
+    "offload_activations",
     "eval_every",
     "checkpoint_every",
     "checkpoint_keep",

@@ -25,6 +25,7 @@ from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
+from lasp.training.planning import explained_memory, settled
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.together import together
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> float:
     config = with_absolute_paths(config)
     with join_world(config) as world, hold(config.run_dir, dist.group.WORLD) as lock:
         training, held_out, fingerprints = open_data(config, world)
+        config = settled(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
         sp = SequenceParallel(
@@ -68,8 +70,9 @@ def train(config: TrainConfig) -> float:
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
                 contexts = [training[seen + i] for i in range(config.batch_contexts)]
-                loss = compute_gradients(engine, contexts, sp, world)
-                grad_norm = engine.step(lr)
+                with explained_memory(config, world):
+                    loss = compute_gradients(engine, contexts, sp, world)
+                    grad_norm = engine.step(lr)
                 balance = balance_experts(engine.model, all_ranks) if config.model.num_experts else {}
 
                 taken, seen = step + 1, seen + config.batch_contexts
@@ -209,6 +212,9 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
         f"{count_parameters(model):,} parameters{active}, {config.dtype}, layers {model.layers} ({model.mixer})",
         f"contexts of {config.context_length:,} tokens, each split over {ranks}; {groups} at a time",
     ]
+    if config.recompute != "none":
+        host = ", their inputs in the host's memory" if config.offload_activations else ""
+        lines.append(f"layers are recomputed ({config.recompute}){host}")
     if first_step:
         lines.append(f"going on from the checkpoint of step {first_step} in {config.run_dir}")
     return "\n".join(lines)

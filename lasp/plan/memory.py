@@ -1,0 +1,205 @@
+"""How much memory a training step takes on each GPU: its parts at the moments of the step that may need most.
+
+P parameters, W GPUs, n tokens of a rank that are in flight (of its part of a context, or of a segment of a stream).
+AdamW holds two moments in float32 beside float32 weights. With FSDP all of it is divided by W, and there are besides,
+whole and in the dtype of the compute: both ends of the model, the layer in work and the next one, and the gradients of
+the ends and of one layer, which are summed in float32.
+
+The peak is one of these moments, each with weights and optimiser states:
+
+    loss         all that is kept until backward; a chunk of logits with its gradient; the gradient of the head
+    last layer   all that is kept until backward; what one layer's backward takes; gathered gradients
+    first layer  what one layer keeps, and what its backward takes; gathered gradients; all gradients
+    update       all gradients
+
+Gradients are there from the first moment on where a step sees several contexts or segments.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lasp.config import LINEAR, SOFTMAX, ModelConfig
+from lasp.models.loss import CHUNK_TOKENS
+from lasp.models.products import TILE
+from lasp.plan import kept
+from lasp.plan.kept import CHUNK, Dtype, Kept
+from lasp.plan.setting import Job, Setting, sizes
+
+TILES = (
+    64  # of the operations with a state, about, in a long sequence: each has a state that enters and one that leaves
+)
+GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU, by moment and part; of the host for each GPU."""
+
+    moments: dict[str, dict[str, float]]
+    host: float
+
+    @property
+    def moment(self) -> str:
+        """That which needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return self.moments[self.moment]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def grown(self) -> str:
+        """The largest part at the peak of those that grow with the context."""
+        return max((part for part in GROWS if part in self.parts), key=self.parts.__getitem__)
+
+
+def predict(job: Job, setting: Setting) -> Memory:
+    model, dtype = job.model, Dtype(job.half)
+    held, in_flight = _tokens(job, setting)
+    fixed, gradients, gathered, of_gathered = _parameters(job, dtype)
+    policy = kept.POLICIES[setting.recompute]
+    layers = [dtype.bytes(policy(model, index)) * in_flight for index in range(model.num_layers)]
+    one_input = dtype.half * model.hidden_size * in_flight
+    inputs, host = one_input * model.num_layers, 0.0
+    activations = {"layer inputs": inputs, "other activations": sum(layers) - inputs}
+    if setting.offload_activations:
+        activations["layer inputs"] = 2 * one_input  # the one that is used, and one on its way
+        host = model.num_layers * _power_of_two(one_input)
+
+    streamed = _stream(job, setting, held)
+    always = fixed | {"batch": 4 * 8.0 * held} | streamed
+    early = {"gradients": gradients} if job.accumulated > 1 or streamed else {}
+    one_layer = max(_one_layer(job, setting, index, in_flight) for index in range(model.num_layers))
+    backward = {"gathered weights": gathered, "gathered gradients": of_gathered, "one layer": one_layer}
+    of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
+    logits = {"gathered weights": gathered, "logits and loss": _logits(job) + of_ends}
+    copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
+    first = {"layer inputs": one_input, "other activations": max(layers) - one_input}
+    moments = {
+        "loss": early | activations | logits,
+        "last layer": early | activations | backward,
+        "first layer": {"gradients": gradients} | first | backward,
+        "update": {"gradients": (1 + copies) * gradients},
+    }
+    return Memory({name: always | parts for name, parts in moments.items()}, host)
+
+
+def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
+    """Of a rank's part of the context, and of what of it is in flight."""
+    held = -(-job.context // setting.sequence_parallel)
+    segment = setting.segment_tokens
+    return held, held if segment is None else min(held, -(-segment // setting.sequence_parallel))
+
+
+def _parameters(job: Job, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:
+    """Weights and optimiser states; gradients; what of weights and of gradients is gathered."""
+    size, exact = sizes(job.model), dtype.wide
+    mixtures = sum(job.model.has_experts(i) for i in range(job.model.num_layers))
+    experts = size.experts / max(1, mixtures) / job.expert_parallel  # of one layer, on one rank
+    everything = size.total - size.experts + experts * mixtures
+    largest = max(size.layers) + experts
+    one, every = size.total / job.gpus, everything
+    if job.sharding == "fsdp":
+        gathered = dtype.half * (size.ends + 2 * largest)
+        sums = exact * largest if exact != dtype.half else 0.0
+        return _fixed(exact * one, 2 * exact * one), exact * one, gathered, dtype.half * (size.ends + largest) + sums
+    stage = int(job.sharding[-1]) if job.sharding != "none" else 0
+    if stage == 0:
+        return _fixed(exact * every, 2 * exact * every), exact * every, 0.0, 0.0
+    weights = dtype.half * (every if stage < 3 else one) + exact * one
+    gradients = dtype.half * (every if stage < 2 else one)
+    whole = dtype.half * (size.ends + 2 * largest) if stage == 3 else 0.0
+    return _fixed(weights, 2 * exact * one), gradients, whole, whole / 2
+
+
+def _fixed(weights: float, optimizer: float) -> dict[str, float]:
+    return {"weights": weights, "optimiser states": optimizer}
+
+
+def _logits(job: Job) -> float:
+    """Of a chunk of tokens logits and their gradient; the head's gradient in float32, and a part of it."""
+    model, dtype = job.model, Dtype(job.half)
+    head = model.vocab_size * model.hidden_size
+    return 2 * dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
+
+
+def _stream(job: Job, setting: Setting, held: int) -> dict[str, float]:
+    """What segments leave to each other: states in float32; keys and values, and their gradients in float32."""
+    if setting.segment_tokens is None:
+        return {}
+    model = job.model
+    segments, wide = -(-job.context // setting.segment_tokens), Dtype(job.half).wide
+    states = model.layers.count(LINEAR) * model.num_heads * model.key_dim * model.value_dim
+    pairs = model.layers.count(SOFTMAX) * 2 * model.kv_heads * model.key_dim
+    caches = {"key/value caches": (job.half + wide) * pairs * held} if pairs else {}
+    return {"boundary states": float(wide * segments * states), **caches}
+
+
+def _one_layer(job: Job, setting: Setting, index: int, tokens: int) -> float:
+    """Bytes that a layer's backward takes beside what was kept for it: what it computes again, and gradients.
+
+    Its MLP comes first, when all of the mixer has been computed again; then the mixer's operation, when what lies
+    behind it has been freed.
+    """
+    model, dtype = job.model, Dtype(job.half)
+    width = dtype.half * model.hidden_size
+    stays = {each.name for each in kept.POLICIES[setting.recompute](model, index)}
+    mixer = [*kept.mixer(model, index), Kept("normed", model.hidden_size)]
+    behind = {"gate", "gated", "normed o", "silu of the gate", "o + D x"}
+
+    def again(parts: list[Kept]) -> float:
+        return dtype.bytes(each for each in parts if each.name not in stays)
+
+    around = 2 * width  # gradients of what comes in and of what goes out
+    mlp_inputs = [Kept("middle", model.hidden_size), Kept("normed middle", model.hidden_size)]
+    in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, setting, index)
+    in_operation = again([each for each in mixer if each.name not in behind]) + around
+    in_operation += _operation_gradients(model, index, dtype, tokens)
+    return max(in_mlp, in_operation) * tokens + _constants(job, setting, index, tokens)
+
+
+def _mlp(job: Job, setting: Setting, index: int) -> float:
+    """Bytes for each token."""
+    model, half = job.model, job.half
+    if model.has_experts(index):
+        chosen, size = model.experts_per_token, model.expert_size
+        computed = 0.0 if setting.recompute == "none" else Dtype(half).bytes(kept.mlp(model, index))
+        return computed + half * chosen * (3 * size + 2 * model.hidden_size)
+    return half * 3 * model.intermediate_size if setting.recompute == "none" else 0.0
+
+
+def _constants(job: Job, setting: Setting, index: int, tokens: int) -> float:
+    """Bytes that do not grow with the context: a tile of an MLP with its gradients, their sums; the states of tiles."""
+    model, dtype = job.model, Dtype(job.half)
+    states = 0.0
+    if model.layers[index] == LINEAR:
+        states = 2.0 * TILES * dtype.wide * model.num_heads * model.key_dim * model.value_dim
+    if model.has_experts(index) or setting.recompute == "none":
+        return states
+    tile = 3 * dtype.half * min(TILE, 2 * model.intermediate_size * tokens)
+    return states + tile + (dtype.wide + dtype.half) * 3 * model.intermediate_size * model.hidden_size
+
+
+def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int) -> float:
+    """Bytes for each token: the gradient of o, those of q, k and v, and what the kernels of the class need besides."""
+    heads, keys, values = model.num_heads, model.key_dim, model.value_dim
+    if model.layers[index] == SOFTMAX:
+        return dtype.half * (2 * heads + 2 * model.kv_heads) * keys
+    gradients = dtype.half * 2 * heads * (keys + values)
+    state = dtype.half * keys * values / CHUNK  # of every chunk, for each token and head
+    if model.mixer in ("gla", "hgrn2"):
+        return gradients + 2 * heads * state + dtype.wide * heads * keys
+    if model.mixer in ("delta_net", "gated_delta_net", "kda"):
+        some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))
+        rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0
+        return gradients + 2 * some * (state + dtype.half * values) + rescaled
+    return gradients + (dtype.wide * heads * keys if model.mixer == "mamba2" else 0)  # one key for all heads: a sum
+
+
+def _power_of_two(size: float) -> float:
+    """PyTorch's pinned memory comes in pieces of such sizes."""
+    return 2.0 ** math.ceil(math.log2(max(1.0, size)))
