@@ -111,7 +111,7 @@ def _row(made: Plan) -> tuple[str, ...]:
         "yes" if setting.offload_activations else "",
         "" if setting.segment_tokens is None else f"{setting.segment_tokens:,}",
         f"{made.memory.total / GIB:.1f}",
-        "yes" if made.fits else "no",
+        "yes" if made.surely_fits else "barely" if made.fits else "no",
         f"{made.seconds:.2f}",
         f"{made.tokens_per_second:,.0f}",
         f"{made.utilisation:.1%}",

@@ -12,7 +12,7 @@ from lasp.plan.gpus import GIB
 from lasp.plan.memory import Memory
 from lasp.plan.setting import Job, Setting
 
-SURE = 0.9  # of what is usable may be planned without being asked: a prediction may be wrong by a tenth
+SURE = 0.9  # of what is usable is planned with, unless asked for more
 SHORTEST_SEGMENT = 16_384  # tokens of a rank: with fewer, products and kernels are slow
 
 
@@ -28,6 +28,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory.total <= self.job.gpu.usable
+
+    @property
+    def surely_fits(self) -> bool:
+        """Also if the prediction is wrong by a tenth."""
+        return self.memory.total <= SURE * self.job.gpu.usable
 
     @property
     def seconds(self) -> float:
@@ -58,11 +63,11 @@ def plan(job: Job, setting: Setting) -> Plan:
 
 
 def best(job: Job, setting: Setting | None = None) -> Plan:
-    """The fastest that fits, of settings with as many ranks to a context as `setting` if it is given; where none fits,
-    that which needs the least memory. Of equals the simplest."""
+    """The fastest that surely fits (or else fits), of settings with as many ranks to a context as `setting` if it is
+    given; where none does, that which needs the least memory. Of equals the simplest."""
     ranks = [n for n in range(1, job.gpus + 1) if job.gpus % n == 0] if setting is None else [setting.sequence_parallel]
     plans = [plan(job, each) for each in settings(job, ranks)]
-    fitting = [each for each in plans if each.fits]
+    fitting = [each for each in plans if each.surely_fits] or [each for each in plans if each.fits]
     if not fitting:
         return min(plans, key=lambda each: each.memory.total)
     return max(fitting, key=lambda each: each.tokens_per_second)
@@ -100,7 +105,7 @@ def recomputation(job: Job, sequence_parallel: int, *, offload: bool, segment: i
             offload_activations=offload,
             segment_tokens=segment,
         )
-        if plan(job, setting).memory.total <= SURE * job.gpu.usable:
+        if plan(job, setting).surely_fits:
             return policy
     return allowed[-1]
 

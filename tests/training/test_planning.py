@@ -70,7 +70,7 @@ def test_a_table_and_a_picture_are_for_people(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("parameters, layers LLLN x 8", "peak memory", "optimiser states", "time of a step", "tokens/s"):
         assert words in printed
-    assert "does not fit; to change: --segment-tokens" in printed
+    assert "does not fit; to change: 4 GPUs, --parallel.sequence-parallel 4" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
