@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from lasp.config import MIXERS, ModelConfig
-from lasp.models import Decoder
-from lasp.models.recompute import Policy
+from lasp.models import Decoder, products
+from lasp.models.recompute import POLICIES, Policy
 from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.apply import parallelize, reduce_gradients
 from tests.parallel.inputs import generator
@@ -127,6 +128,28 @@ def test_what_is_kept_of_exchanges_is_not_sent_again(gen, mesh, monkeypatch):
         for name, weight in wanted_weights.items():
             torch.testing.assert_close(got_weights[name], weight, rtol=0, atol=TOLERANCE * weight.norm().item())
     assert sent["selective"] == sent["none"] > 0
+
+
+@pytest.mark.mpi
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sharded_weights_get_the_same_gradients_with_every_policy(gen, mesh, monkeypatch, policy):
+    """FSDP's weights are gathered anew, and MLPs work in tiles, of at most 8 tokens here."""
+    monkeypatch.setattr(products, "TILE", 8 * 32)
+    ((tokens, labels),) = list(draw_batches(gen))[:1]
+
+    def gradients(model, parallel) -> dict[str, torch.Tensor]:
+        seq = parallel.sequence(TOKENS)
+        seq.mean(*model(seq.shard(tokens), seq, labels=seq.shard(labels))).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+
+    wanted, world = gradients(build("gated_delta_net"), SequenceParallel(None)), mesh()
+    model = parallelize(build("gated_delta_net", policy), world, fsdp=True)
+    model.offload_activations = True
+    found = gradients(model, SequenceParallel(world["sp"].get_group(), layout="zigzag"))
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=0, atol=TOLERANCE * grad.norm().item(), msg=name)
 
 
 @pytest.mark.mpi
