@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.models.layers import WideBuffers, at_least_float32
-from lasp.models.products import Linear
+from lasp.models.products import product
 
 
 def retention_decay(heads: int) -> Tensor:
@@ -44,7 +44,7 @@ class ConstantDecay(WideBuffers):
 
 def low_rank(hidden: int, rank: int, out: int, bias: bool) -> nn.Module:
     """hidden -> rank -> out."""
-    return nn.Sequential(Linear(hidden, rank, bias=False), Linear(rank, out, bias=bias))
+    return nn.Sequential(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, out, bias=bias))
 
 
 class SigmoidDecay(nn.Module):
@@ -58,7 +58,7 @@ class SigmoidDecay(nn.Module):
         self.proj = low_rank(hidden, self.RANK, heads * key_dim, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(at_least_float32(self.proj(x)).unflatten(-1, self.shape)) / self.TEMPERATURE
+        return F.logsigmoid(at_least_float32(product(self.proj, x)).unflatten(-1, self.shape)) / self.TEMPERATURE
 
 
 class SoftplusDecay(nn.Module):
@@ -73,7 +73,7 @@ class SoftplusDecay(nn.Module):
     def __init__(self, hidden: int, heads: int, key_dim: int | None = None):
         super().__init__()
         self.shape: tuple[int, ...] = (heads,)
-        self.proj: nn.Module = Linear(hidden, heads, bias=False)
+        self.proj: nn.Module = nn.Linear(hidden, heads, bias=False)
         if key_dim is not None:
             self.shape = heads, key_dim
             self.proj = low_rank(hidden, key_dim, heads * key_dim, bias=False)
@@ -89,7 +89,7 @@ class SoftplusDecay(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def dt(self, x: Tensor) -> Tensor:
-        dt = F.softplus(at_least_float32(self.proj(x)) + at_least_float32(self.dt_bias))
+        dt = F.softplus(at_least_float32(product(self.proj, x)) + at_least_float32(self.dt_bias))
         return dt.unflatten(-1, self.shape)
 
     def decay(self, dt: Tensor) -> Tensor:

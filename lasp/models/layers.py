@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.kernels.fused import fused, swiglu
-from lasp.models.products import Linear, gated_mlp, in_tiles
+from lasp.models.products import gated_mlp, in_tiles, product
 from lasp.models.sequence import SequenceOps
 
 Activation = Callable[[Tensor], Tensor]
@@ -89,13 +89,16 @@ class GatedOutput(nn.Module):
         super().__init__()
         self.activation = activation
         self.norm = RMSNorm(value_dim, eps=eps)
-        self.gate_proj = Linear(hidden, heads * value_dim, bias=False) if activation else None
-        self.out_proj = Linear(heads * value_dim, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, heads * value_dim, bias=False) if activation else None
+        self.out_proj = nn.Linear(heads * value_dim, hidden, bias=False)
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
         if self.activation is None or self.gate_proj is None:
-            return self.out_proj(self.norm(o).flatten(2))
-        return self.out_proj(_norm_and_gate(o, self.gate_proj(x), self.norm.weight, self.activation, self.norm.eps))
+            return product(self.out_proj, self.norm(o).flatten(2))
+        return product(
+            self.out_proj,
+            _norm_and_gate(o, product(self.gate_proj, x), self.norm.weight, self.activation, self.norm.eps),
+        )
 
 
 @fused
@@ -108,10 +111,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
-        self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
-        self.out_proj = Linear(intermediate, hidden, bias=False)
+        self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.out_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if in_tiles() and type(self.gate_up_proj) is type(self.out_proj) is Linear:  # and no adapter around one
+        if in_tiles() and type(self.gate_up_proj) is type(self.out_proj) is nn.Linear:  # and no adapter around one
             return gated_mlp(x, self.gate_up_proj.weight, self.out_proj.weight)
-        return self.out_proj(swiglu(self.gate_up_proj(x)))
+        return product(self.out_proj, swiglu(product(self.gate_up_proj, x)))

@@ -9,6 +9,7 @@ products are kept, the first product as well. Gradients of the weights are summe
 """
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from lasp.kernels.once import Results, is_kept, once, runs_twice
 TILE = 2**28  # numbers in the first product of a tile: 512 MiB in bfloat16, 16,384 tokens with I = 8192
 
 
-class Linear(nn.Linear):
-    """torch.nn.Linear, whose product is computed once in a part that runs twice, if that keeps them."""
+def product(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), of a torch.nn.Linear or several in a row; where products are kept, computed once.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not is_kept():
-            return super().forward(x)
-        x, weight = cast(x, self.weight)
-        return _Product.apply(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
+    What has taken a layer's place, such as an adapter around it, is called as it is.
+    """
+    if isinstance(linear, nn.Sequential):
+        return reduce(lambda y, each: product(each, y), linear, x)
+    if type(linear) is not nn.Linear or not is_kept():
+        return linear(x)
+    x, weight = cast(x, linear.weight)
+    return _Product.apply(x, weight, None if linear.bias is None else linear.bias.to(weight.dtype))
 
 
 class _Product(Function):

@@ -11,7 +11,7 @@ from lasp.config import ModelConfig
 from lasp.kernels.fused import fused
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, unit_length
-from lasp.models.products import Linear
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -45,15 +45,15 @@ class DeltaMixer(nn.Module):
         self.heads = config.num_heads
         self.sizes = [config.key_dim, config.key_dim, config.value_dim]
         channels = self.heads * sum(self.sizes)
-        self.qkv_proj = Linear(config.hidden_size, channels, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
         self.conv = ShortConv(channels, config.conv_width)
-        self.beta_proj = Linear(config.hidden_size, self.heads, bias=False)
+        self.beta_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.decay = kind.decay(config) if kind.decay else None
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = _activated(self.conv(self.qkv_proj(x), seq), self.heads, self.sizes)
-        beta = at_least_float32(self.beta_proj(x)).sigmoid()
+        q, k, v = _activated(self.conv(product(self.qkv_proj, x), seq), self.heads, self.sizes)
+        beta = at_least_float32(product(self.beta_proj, x)).sigmoid()
         decay = self.decay(x) if self.decay is not None else None
         o, _ = seq.delta_rule(q, k, v, beta, decay)
         return self.output(o, x)

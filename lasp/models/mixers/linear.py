@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lasp.config import ModelConfig
 from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, retention_decay
 from lasp.models.layers import Activation, GatedOutput, at_least_float32, rotate
-from lasp.models.products import Linear
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -68,12 +68,12 @@ class LinearMixer(nn.Module):
         self.kind = LINEAR_KINDS[config.mixer]
         self.heads, self.theta = config.num_heads, config.rope_theta
         self.sizes = [config.key_dim, config.key_dim, config.value_dim]
-        self.qkv_proj = Linear(config.hidden_size, self.heads * sum(self.sizes), bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, self.heads * sum(self.sizes), bias=False)
         self.decay = self.kind.decay(config, layer) if self.kind.decay else None
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, self.kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
+        q, k, v = product(self.qkv_proj, x).unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
         decay = self.decay(x) if self.decay is not None else None
         q = self.kind.features(q)
         if self.kind.keys_from_decay:

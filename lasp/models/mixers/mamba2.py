@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lasp.config import ModelConfig
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import RMSNorm, ShortConv
-from lasp.models.products import Linear
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -22,22 +22,22 @@ class Mamba2Mixer(nn.Module):
         self.heads, self.key_dim = config.num_heads, config.key_dim
         inner = self.heads * config.value_dim
         self.sizes = [inner, self.key_dim, self.key_dim]
-        self.xbc_proj = Linear(config.hidden_size, sum(self.sizes), bias=False)
-        self.gate_proj = Linear(config.hidden_size, inner, bias=False)
+        self.xbc_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.conv = ShortConv(sum(self.sizes), config.conv_width, bias=True)
         self.decay = SoftplusDecay(config.hidden_size, self.heads)
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = RMSNorm(inner, eps=config.norm_eps)
-        self.out_proj = Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def init_parameters(self, generator: torch.Generator | None) -> None:
         nn.init.ones_(self.D)
 
     def forward(self, hidden: Tensor, seq: SequenceOps) -> Tensor:
-        x, b, c = F.silu(self.conv(self.xbc_proj(hidden), seq)).split(self.sizes, dim=-1)
+        x, b, c = F.silu(self.conv(product(self.xbc_proj, hidden), seq)).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.heads, -1))
         dt = self.decay.dt(hidden)
         v = (x * dt[..., None]).to(x.dtype)
         o, _ = seq.linear_attention(c[:, :, None], b[:, :, None], v, self.decay.decay(dt), scale=1.0)
         o = o + x * self.D.to(x.dtype)[:, None]
-        return self.out_proj(self.norm(o.flatten(2) * F.silu(self.gate_proj(hidden))))
+        return product(self.out_proj, self.norm(o.flatten(2) * F.silu(product(self.gate_proj, hidden))))
