@@ -23,21 +23,27 @@ class HostMemory:
     """Saves tensors in pinned memory of the host, for one pass forward and backward; hooks for `saved_tensors_hooks`.
 
     They come back in reverse order: when one is asked for, the one before it starts on its way. Copies go over a stream
-    of their own, beside what is computed. On a CPU they are plain copies, on the same path.
+    of their own, beside what is computed. On a CPU they are plain copies, on the same path. Tensors without numbers, or of
+    another device, stay where they are: PyTorch saves some for itself.
     """
 
     def __init__(self, device: torch.device):
+        self._device = device
         self._way: Way = SideStream(device) if device.type == "cuda" else Copies()
         self._last: Entry | None = None
 
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._save, self._load)
 
-    def _save(self, x: Tensor) -> "Entry":
+    def _save(self, x: Tensor) -> "Entry | Tensor":
+        if x.device.type != self._device.type or x.numel() == 0:
+            return x
         self._last = Entry(self._way.away(x), self._last)
         return self._last
 
-    def _load(self, entry: "Entry") -> Tensor:
+    def _load(self, entry: "Entry | Tensor") -> Tensor:
+        if isinstance(entry, Tensor):
+            return entry
         x = self._way.arrived(entry.fetch(self._way))
         entry.coming = None
         if entry.before is not None:

@@ -151,6 +151,12 @@ def test_host_memory_gives_back_what_was_saved_and_fetches_ahead(monkeypatch):
     assert all(torch.equal(leaf.grad, 2 * leaf.detach()) for leaf in leaves)
 
 
+def test_what_has_no_numbers_or_is_elsewhere_stays_where_it_is():
+    host = HostMemory(torch.device("cpu"))
+    for x in (torch.empty(0), torch.empty(3, device="meta")):
+        assert host._load(host._save(x)) is x
+
+
 def test_inputs_of_layers_alone_go_to_the_host(monkeypatch):
     saved = []
     monkeypatch.setattr(
