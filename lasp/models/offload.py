@@ -23,8 +23,8 @@ class HostMemory:
     """Saves tensors in pinned memory of the host, for one pass forward and backward; hooks for `saved_tensors_hooks`.
 
     They come back in reverse order: when one is asked for, the one before it starts on its way. Copies go over a stream
-    of their own, beside what is computed. On a CPU they are plain copies, on the same path. What has no numbers or is on
-    another device stays where it is: PyTorch saves such tensors for itself.
+    of their own, beside what is computed. On a CPU they are plain copies, on the same path. What has no numbers, or is
+    elsewhere, stays where it is: PyTorch saves such tensors for itself.
     """
 
     def __init__(self, device: torch.device):

@@ -25,9 +25,7 @@ from lasp.plan import kept
 from lasp.plan.kept import CHUNK, Dtype, Kept
 from lasp.plan.setting import Job, Setting, sizes
 
-TILES = (
-    64  # of the operations with a state, about, in a long sequence: each has a state that enters and one that leaves
-)
+TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
 GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
 
 
@@ -97,27 +95,25 @@ def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
 
 def _parameters(job: Job, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:
     """Weights and optimiser states; gradients; what of weights and of gradients is gathered."""
-    size, exact = sizes(job.model), dtype.wide
+    size, half, exact = sizes(job.model), dtype.half, dtype.wide
     mixtures = sum(job.model.has_experts(i) for i in range(job.model.num_layers))
     experts = size.experts / max(1, mixtures) / job.expert_parallel  # of one layer, on one rank
-    everything = size.total - size.experts + experts * mixtures
-    largest = max(size.layers) + experts
-    one, every = size.total / job.gpus, everything
+    layer = max(size.layers) + experts
+    whole, share = size.total - size.experts + experts * mixtures, size.total / job.gpus
+    gathered, of_gathered = half * (size.ends + 2 * layer), half * (size.ends + layer)
     if job.sharding == "fsdp":
-        gathered = dtype.half * (size.ends + 2 * largest)
-        sums = exact * largest if exact != dtype.half else 0.0
-        return _fixed(exact * one, 2 * exact * one), exact * one, gathered, dtype.half * (size.ends + largest) + sums
-    stage = int(job.sharding[-1]) if job.sharding != "none" else 0
-    if stage == 0:
-        return _fixed(exact * every, 2 * exact * every), exact * every, 0.0, 0.0
-    weights = dtype.half * (every if stage < 3 else one) + exact * one
-    gradients = dtype.half * (every if stage < 2 else one)
-    whole = dtype.half * (size.ends + 2 * largest) if stage == 3 else 0.0
-    return _fixed(weights, 2 * exact * one), gradients, whole, whole / 2
+        sums = exact * layer if exact != half else 0.0
+        return _fixed(exact * share, exact * share), exact * share, gathered, of_gathered + sums
+    if job.sharding in ("none", "zero-0"):
+        return _fixed(exact * whole, exact * whole), exact * whole, 0.0, 0.0
+    stage = int(job.sharding[-1])
+    weights = half * (share if stage == 3 else whole) + exact * share
+    gradients = half * (whole if stage == 1 else share)
+    return _fixed(weights, exact * share), gradients, *((gathered, of_gathered) if stage == 3 else (0.0, 0.0))
 
 
-def _fixed(weights: float, optimizer: float) -> dict[str, float]:
-    return {"weights": weights, "optimiser states": optimizer}
+def _fixed(weights: float, moment: float) -> dict[str, float]:
+    return {"weights": weights, "optimiser states": 2 * moment}
 
 
 def _logits(job: Job) -> float:

@@ -13,11 +13,11 @@ products take 935 of 1,433 ms, and all that is neither product nor operation 460
 
 from lasp.config import LINEAR, SOFTMAX
 from lasp.plan import kept
+from lasp.plan.gpus import MATMUL
 from lasp.plan.kept import Dtype
 from lasp.plan.setting import Job, Setting, sizes
 
-MATMUL = 0.71  # of the GPU's dense peak
-GROUPED = 0.5  # of it, where each expert's matrix meets its own rows
+GROUPED = 0.5  # of the dense peak, where each expert's matrix meets its own rows
 ATTENTION = 0.33  # of it: documents are packed, which PyTorch's flash attention serves
 FORWARD_CHAINS, BACKWARD_CHAINS = 3.4, 6.8  # times what a layer keeps is read or written
 EXCHANGED = 1.02  # with sequence parallelism
@@ -48,8 +48,8 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
 
     flops = gpu.flops * (1 if job.half == 2 else 0.25)
     size, share = sizes(model), model.experts_per_token / model.num_experts if model.num_experts else 0.0
-    dense = 1.0 * (2 + forwards) * (sum(size.layers) + model.vocab_size * model.hidden_size)
-    dense += float(computed_again) * (sum(size.layers) - _last_products(job))
+    dense: float = (2 + forwards) * (sum(size.layers) + model.vocab_size * model.hidden_size)
+    dense += computed_again * (sum(size.layers) - _last_products(job))
     experts = (2 + forwards + again) * size.experts * share
     chains = sum(Dtype(job.half).bytes(kept.layer(model, index)) for index in range(model.num_layers))
     attention = 2.0 * job.context * model.num_heads * model.key_dim * model.layers.count(SOFTMAX)

@@ -154,8 +154,9 @@ def out_of_memory(config: TrainConfig, world: World, gpu: GPU, error: str) -> st
     change = "more GPUs or a shorter context"
     if fewer is not None:
         change = f"{options(fewer.setting, made.setting)}, {fewer.memory.total / GIB:.1f} GiB"
+    wanted = ". ".join(error.split(". ")[:2])
     return (
-        f"{error.split('. ')[0]}. Of {gpu.memory / GIB:.1f} GiB the plan gives {made.memory.total / GIB:.1f} to the "
+        f"{wanted}. Of {gpu.memory / GIB:.1f} GiB the plan gives {made.memory.total / GIB:.1f} to the "
         f"{made.memory.moment}: {parts}. What has grown most with the context: {made.memory.grown}. "
         f"Proposed instead: {change} (lasp plan says more; if memory lies in pieces, "
         "PYTORCH_ALLOC_CONF=expandable_segments:True helps)"

@@ -135,7 +135,8 @@ def test_a_run_without_memory_says_what_grew_and_what_to_do(config, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(replace(config, recompute="full"))
     said = str(caught.value)
-    assert said.startswith("CUDA out of memory. Of 139.8 GiB the plan gives 161.8 to the last layer: one layer 80.5,")
+    assert said.startswith("CUDA out of memory. Tried to allocate 16.00 GiB. Of 139.8 GiB the plan gives 161.8 to")
+    assert "to the last layer: one layer 80.5, layer inputs 64.0," in said
     assert "What has grown most with the context: one layer." in said
     assert "Proposed instead: --offload-activations, 107.1 GiB" in said
     assert caught.value.__notes__ == ["on rank 0 of 1, during step 1"]
