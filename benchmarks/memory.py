@@ -9,7 +9,7 @@ was measured. On a CPU models are tiny, and memory is not measured.
 """
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,10 +21,10 @@ from steps import Trainer
 
 from lasp.models import PRESETS
 from lasp.parallel import leave
-from lasp.plan import GPUS, Job, Plan, Setting, named, of_device, plan
+from lasp.plan import GPUS, Job, Plan, Setting, named, of_device, plan, recomputation
 from lasp.plan.gpus import GIB, GPU
 
-Way = Literal["none", "selective", "selective offloaded", "full", "full offloaded"]
+Way = Literal["none", "selective", "selective offloaded", "full", "full offloaded", "auto", "auto offloaded"]
 COLUMNS = (
     "tokens",
     "way",
@@ -69,8 +69,8 @@ def _gpu(device: torch.device, measure: bool) -> GPU:
     return named("here") if measure else of_device(device)
 
 
-def _row(settings: Settings, clock: FewRuns, gpu: GPU, tokens: int, way: Way) -> list[str]:
-    policy, _, offload = way.partition(" ")
+def _row(settings: Settings, clock: FewRuns, gpu: GPU, tokens: int, way: str) -> list[str]:
+    policy, _, offloaded = way.partition(" ")
     ranks, cuda = dist.get_world_size(), clock.device.type == "cuda"
     name = settings.model or ("linear_llama3_1b" if cuda else "tiny")
     job = Job(
@@ -80,7 +80,10 @@ def _row(settings: Settings, clock: FewRuns, gpu: GPU, tokens: int, way: Way) ->
         gpus=ranks,
         half=2 if cuda else 4,
     )
-    setting = Setting(sequence_parallel=ranks, recompute=policy, offload_activations=bool(offload))
+    setting = Setting(sequence_parallel=ranks, offload_activations=bool(offloaded))
+    setting = recomputation(job, setting) if policy == "auto" else replace(setting, recompute=policy)
+    if setting.recompute_layers is not None:
+        way = f"{way}: {setting.recompute_layers} {setting.recompute}"
     made, cells, measured = plan(job, setting), [f"{tokens:,}", way], None
     try:
         measured = _measure(clock, made)
@@ -107,6 +110,7 @@ def _measure(clock: FewRuns, made: Plan) -> tuple[int | None, float]:
         made.job.model,
         clock.device,
         recompute=setting.recompute,
+        recompute_layers=setting.recompute_layers,
         offload_activations=setting.offload_activations,
     )
     step = trainer.step(made.job.context // made.job.gpus)

@@ -35,6 +35,7 @@ class Trainer:
         device: torch.device,
         expert_parallel: int = 1,
         recompute: Policy = "full",
+        recompute_layers: int | None = None,
         offload_activations: bool = False,
     ):
         self.ranks, self.device = dist.get_world_size(), device
@@ -47,6 +48,7 @@ class Trainer:
             dtype="bfloat16" if device.type == "cuda" else "float32",
             parallel=ParallelConfig(expert_parallel=expert_parallel),
             recompute=recompute,
+            recompute_layers=recompute_layers,
             offload_activations=offload_activations,
             device=device.type,
         )

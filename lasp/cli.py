@@ -67,6 +67,7 @@ def plan(
     mixer: str | None = None,
     sequence_parallel: int | None = None,
     recompute: Literal["auto", "none", "selective", "full"] = "auto",
+    recompute_layers: int | None = None,
     offload_activations: bool | None = None,
     segment_tokens: int | None = None,
     json: bool = False,
@@ -81,8 +82,9 @@ def plan(
         context: tokens; the recipe's or the run's if not given.
         pattern: of the model's layers: L linear, N softmax.
         mixer: of the linear layers.
-        sequence_parallel: ranks that share a context. With none of these four the best settings are planned.
+        sequence_parallel: ranks that share a context. With none of these five the best settings are planned.
         recompute: what of the layers is computed again in the backward pass; auto: as little as fits.
+        recompute_layers: how many of the layers, the others less; all if not given.
         offload_activations: whether layers' inputs wait in the host's memory.
         segment_tokens: of a stream's segments.
         json: bytes and seconds, as JSON.
@@ -93,6 +95,7 @@ def plan(
     wishes = planning.Wishes(
         sequence_parallel=sequence_parallel,
         recompute=recompute,
+        recompute_layers=recompute_layers,
         offload_activations=offload_activations,
         segment_tokens=segment_tokens,
     )

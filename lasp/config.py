@@ -249,6 +249,7 @@ class TrainConfig:
     # What is kept of layers' activations until backward (lasp.models.recompute); auto: as much as fits. Of older runs
     # True is full, False none.
     recompute: Literal["auto", "none", "selective", "full"] | bool = "auto"
+    recompute_layers: CountOrZero | None = None  # so many follow that policy, the others the one before it; all if None
     offload_activations: bool = False  # inputs of layers that are recomputed wait in the host's memory
     eval_every: Count = 100  # steps
     checkpoint_every: Count = 1000  # steps; the last step is always saved
@@ -262,6 +263,10 @@ class TrainConfig:
             object.__setattr__(self, "recompute", "full" if self.recompute else "none")
         offloads = self.offload_activations and self.recompute == "none"
         require(not offloads, "offload_activations", True, "False with recompute='none', where nothing is recomputed")
+        layers, most = self.recompute_layers, self.model.num_layers
+        require(layers is None or layers <= most, "recompute_layers", layers, f"at most num_layers={most}, or None")
+        free = layers is None or self.recompute in ("selective", "full")
+        require(free, "recompute_layers", layers, f"None with recompute={self.recompute!r}")
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         if self.engine == "deepspeed":

@@ -14,7 +14,7 @@ from lasp.models.memory import Memory
 from lasp.models.mixers import make_mixer
 from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
 from lasp.models.offload import HostMemory
-from lasp.models.recompute import Policy, recomputing
+from lasp.models.recompute import Policy, by_layer, recomputing
 from lasp.models.sequence import SequenceOps
 
 
@@ -47,6 +47,7 @@ class Decoder(nn.Module):
     `to_empty(device=...)` and `init_weights()`. Do so before loading a checkpoint too: not all buffers are in it.
 
     recompute: what is kept of the blocks until backward (see lasp.models.recompute).
+    recompute_layers: so many blocks follow that policy, the others the one that keeps more; all of them if None.
     offload_activations: the blocks' inputs wait for backward in host memory, where blocks are recomputed.
     balance: how busy the experts were, if there are any; in training mode, for batches with labels.
     """
@@ -55,6 +56,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: Policy = "none"
+        self.recompute_layers: int | None = None
         self.offload_activations = False
         self.balance = ExpertBalance(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -182,12 +184,13 @@ class Decoder(nn.Module):
 
     @checkpoint_layers.setter
     def checkpoint_layers(self, value: bool) -> None:
-        self.recompute = "full" if value else "none"
+        self.recompute, self.recompute_layers = "full" if value else "none", None
 
     def _recompute(self, x: Tensor) -> Callable[..., Any] | None:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return None
-        return recomputing(self.recompute, HostMemory(x.device) if self.offload_activations else None)
+        policies = by_layer(self.recompute, self.recompute_layers, self.config.layers)
+        return recomputing(policies, HostMemory(x.device) if self.offload_activations else None)
 
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies and their number."""

@@ -5,14 +5,14 @@ AdamW holds two moments in float32 beside float32 weights. With FSDP all of it i
 whole and in the dtype of the compute: both ends of the model, the layer in work and the next one, and the gradients of
 the ends and of one layer, which are summed in float32.
 
-The peak is one of these moments, each with weights and optimiser states:
+The peak is at one of these moments, each with weights and optimiser states:
 
-    loss         all that is kept until backward; a chunk of logits with its gradient; the gradient of the head
-    last layer   all that is kept until backward; what one layer's backward takes; gathered gradients
-    first layer  what one layer keeps, and what its backward takes; gathered gradients; all gradients
-    update       all gradients
+    loss        all that is kept until backward; a chunk of logits with its gradient; the gradient of the head
+    backward    for each layer what it and those before it keep, and what its backward takes; gathered gradients, and
+                gradients of the layers behind it
+    update      all gradients
 
-Gradients are there from the first moment on where a step sees several contexts or segments.
+All gradients are there from the first moment on where a step sees several contexts or segments.
 """
 
 import math
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from lasp.config import LINEAR, SOFTMAX, ModelConfig
 from lasp.models.loss import CHUNK_TOKENS
 from lasp.models.products import TILE
+from lasp.models.recompute import Policy, by_layer
 from lasp.plan import kept
 from lasp.plan.kept import CHUNK, Dtype, Kept
 from lasp.plan.setting import Job, Setting, sizes
@@ -59,30 +60,40 @@ def predict(job: Job, setting: Setting) -> Memory:
     model, dtype = job.model, Dtype(job.half)
     held, in_flight = _tokens(job, setting)
     fixed, gradients, gathered, of_gathered = _parameters(job, dtype)
-    policy = kept.POLICIES[setting.recompute]
-    layers = [dtype.bytes(policy(model, index)) * in_flight for index in range(model.num_layers)]
-    one_input = dtype.half * model.hidden_size * in_flight
-    inputs, host = one_input * model.num_layers, 0.0
-    activations = {"layer inputs": inputs, "other activations": sum(layers) - inputs}
+    policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
+    one_input, host = dtype.half * model.hidden_size * in_flight, 0.0
     if setting.offload_activations:
-        activations["layer inputs"] = 2 * one_input  # the one that is used, and one on its way
-        host = model.num_layers * _power_of_two(one_input)
+        host = sum(policy != "none" for policy in policies) * _power_of_two(one_input)
+    everything = [dtype.bytes(kept.POLICIES[policy](model, i)) * in_flight for i, policy in enumerate(policies)]
+
+    def activations(layers: int) -> dict[str, float]:
+        """Of the first so many."""
+        inputs = [one_input] * layers
+        if setting.offload_activations:  # at most one that is used, and one on its way
+            inputs = [one_input for policy in policies[:layers] if policy == "none"] + inputs[:2]
+        return {
+            "layer inputs": sum(inputs),
+            "other activations": sum(everything[:layers]) - one_input * layers,
+        }
 
     streamed = _stream(job, setting, held)
     always = fixed | {"batch": 4 * 8.0 * held} | streamed
-    early = {"gradients": gradients} if job.accumulated > 1 or streamed else {}
-    one_layer = max(_one_layer(job, setting, index, in_flight) for index in range(model.num_layers))
-    backward = {"gathered weights": gathered, "gathered gradients": of_gathered, "one layer": one_layer}
+    again = job.accumulated > 1 or bool(streamed)  # gradients of a context or segment before are there
     of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
-    logits = {"gathered weights": gathered, "logits and loss": _logits(job) + of_ends}
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
-    first = {"layer inputs": one_input, "other activations": max(layers) - one_input}
     moments = {
-        "loss": early | activations | logits,
-        "last layer": early | activations | backward,
-        "first layer": {"gradients": gradients} | first | backward,
+        "loss": activations(model.num_layers)
+        | {"gradients": gradients * again, "gathered weights": gathered, "logits and loss": _logits(job) + of_ends},
         "update": {"gradients": (1 + copies) * gradients},
     }
+    for index, policy in enumerate(policies):
+        behind = 1.0 if again else 1 - (index + 1) / model.num_layers
+        moments[f"backward of layer {index + 1}"] = activations(index + 1) | {
+            "gradients": gradients * behind,
+            "gathered weights": gathered,
+            "gathered gradients": of_gathered,
+            "one layer": _one_layer(job, policy, index, in_flight),
+        }
     return Memory({name: always | parts for name, parts in moments.items()}, host)
 
 
@@ -135,7 +146,7 @@ def _stream(job: Job, setting: Setting, held: int) -> dict[str, float]:
     return {"boundary states": float(wide * segments * states), **caches}
 
 
-def _one_layer(job: Job, setting: Setting, index: int, tokens: int) -> float:
+def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
     """Bytes that a layer's backward takes beside what was kept for it: what it computes again, and gradients.
 
     Its MLP comes first, when all of the mixer has been computed again; then the mixer's operation, when what lies
@@ -143,7 +154,7 @@ def _one_layer(job: Job, setting: Setting, index: int, tokens: int) -> float:
     """
     model, dtype = job.model, Dtype(job.half)
     width = dtype.half * model.hidden_size
-    stays = {each.name for each in kept.POLICIES[setting.recompute](model, index)}
+    stays = {each.name for each in kept.POLICIES[policy](model, index)}
     mixer = [*kept.mixer(model, index), Kept("normed", model.hidden_size)]
     behind = {"gate", "gated", "normed o", "silu of the gate", "o + D x"}
 
@@ -152,29 +163,29 @@ def _one_layer(job: Job, setting: Setting, index: int, tokens: int) -> float:
 
     around = 2 * width  # gradients of what comes in and of what goes out
     mlp_inputs = [Kept("middle", model.hidden_size), Kept("normed middle", model.hidden_size)]
-    in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, setting, index)
+    in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, policy, index)
     in_operation = again([each for each in mixer if each.name not in behind]) + around
     in_operation += _operation_gradients(model, index, dtype, tokens)
-    return max(in_mlp, in_operation) * tokens + _constants(job, setting, index, tokens)
+    return max(in_mlp, in_operation) * tokens + _constants(job, policy, index, tokens)
 
 
-def _mlp(job: Job, setting: Setting, index: int) -> float:
+def _mlp(job: Job, policy: Policy, index: int) -> float:
     """Bytes for each token."""
     model, half = job.model, job.half
     if model.has_experts(index):
         chosen, size = model.experts_per_token, model.expert_size
-        computed = 0.0 if setting.recompute == "none" else Dtype(half).bytes(kept.mlp(model, index))
+        computed = 0.0 if policy == "none" else Dtype(half).bytes(kept.mlp(model, index))
         return computed + half * chosen * (3 * size + 2 * model.hidden_size)
-    return half * 3 * model.intermediate_size if setting.recompute == "none" else 0.0
+    return half * 3 * model.intermediate_size if policy == "none" else 0.0
 
 
-def _constants(job: Job, setting: Setting, index: int, tokens: int) -> float:
+def _constants(job: Job, policy: Policy, index: int, tokens: int) -> float:
     """Bytes that do not grow with the context: a tile of an MLP with its gradients, their sums; the states of tiles."""
     model, dtype = job.model, Dtype(job.half)
     states = 0.0
     if model.layers[index] == LINEAR:
         states = 2.0 * TILES * dtype.wide * model.num_heads * model.key_dim * model.value_dim
-    if model.has_experts(index) or setting.recompute == "none":
+    if model.has_experts(index) or policy == "none":
         return states
     tile = 3 * dtype.half * min(TILE, 2 * model.intermediate_size * tokens)
     return states + tile + (dtype.wide + dtype.half) * 3 * model.intermediate_size * model.hidden_size

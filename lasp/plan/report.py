@@ -24,7 +24,7 @@ def table(made: Plan, others: Iterable[Plan]) -> RenderableType:
     if made.memory.host:
         memory.add_row("host, for each GPU", f"{made.memory.host / GIB:.2f}")
     choices = Table(title="settings: this one, and others", title_justify="left")
-    for name in ("SP", "DP", "recompute", "offload", "segment", "GiB", "fits", "s a step", "tokens/s", "MFU"):
+    for name in ("SP", "DP", "recompute", "layers", "offload", "segment", "GiB", "fits", "s a step", "tokens/s", "MFU"):
         choices.add_column(name, justify="left" if name in ("recompute", "offload", "fits") else "right", no_wrap=True)
     for each in (made, *others):
         choices.add_row(*_row(each))
@@ -62,7 +62,7 @@ def plot(made: Plan, path: str | Path) -> None:
     """Memory against the length of the context, for each way to keep activations."""
     job, base = made.job, made.setting
     curves: dict[str, Setting] = {
-        policy: replace(base, recompute=policy, offload_activations=False, segment_tokens=None)
+        policy: replace(base, recompute=policy, recompute_layers=None, offload_activations=False, segment_tokens=None)
         for policy in search.POLICIES
     }
     curves["full, offloaded"] = replace(curves["full"], offload_activations=True)
@@ -108,6 +108,7 @@ def _row(made: Plan) -> tuple[str, ...]:
         str(setting.sequence_parallel),
         str(made.job.gpus // setting.sequence_parallel),
         setting.recompute,
+        "all" if setting.recompute_layers is None else str(setting.recompute_layers),
         "yes" if setting.offload_activations else "",
         "" if setting.segment_tokens is None else f"{setting.segment_tokens:,}",
         f"{made.memory.total / GIB:.1f}",

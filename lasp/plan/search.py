@@ -1,12 +1,13 @@
 """Which settings fit, and which of them is the fastest."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 from lasp.config import require
 from lasp.models import flops_per_token
-from lasp.models.recompute import POLICIES, Policy
+from lasp.models.recompute import POLICIES
 from lasp.plan import memory, seconds
 from lasp.plan.gpus import GIB
 from lasp.plan.memory import Memory
@@ -81,33 +82,37 @@ def smaller(made: Plan) -> Plan | None:
 
 
 def settings(job: Job, ranks: list[int]) -> Iterator[Setting]:
-    """From the simplest on."""
-    for sequence_parallel, segment, offload, policy in product(ranks, (False, True), (False, True), POLICIES):
-        if offload and policy == "none":
-            continue
-        setting = Setting(sequence_parallel=sequence_parallel, recompute=policy, offload_activations=offload)
-        if not segment:
-            yield setting
-            continue
-        tokens = job.context // 2
-        while tokens >= SHORTEST_SEGMENT * sequence_parallel:
-            yield replace(setting, segment_tokens=tokens)
-            tokens //= 2
+    """From the simplest on, each with as little recomputation as surely fits, and with as much as there is."""
+    for sequence_parallel, streamed, offload in product(ranks, (False, True), (False, True)):
+        shortest = SHORTEST_SEGMENT * sequence_parallel if streamed else job.context
+        segment = job.context // 2 if streamed else job.context
+        while segment >= shortest:
+            setting = Setting(
+                sequence_parallel=sequence_parallel,
+                offload_activations=offload,
+                segment_tokens=segment if streamed else None,
+            )
+            yield recomputation(job, setting)
+            yield replace(setting, recompute=POLICIES[-1])
+            segment //= 2
 
 
-def recomputation(job: Job, sequence_parallel: int, *, offload: bool, segment: int | None = None) -> Policy:
-    """What `recompute: auto` stands for: the first policy that surely fits, else the last."""
-    allowed: tuple[Policy, ...] = POLICIES[1:] if offload else POLICIES
-    for policy in allowed:
-        setting = Setting(
-            sequence_parallel=sequence_parallel,
-            recompute=policy,
-            offload_activations=offload,
-            segment_tokens=segment,
-        )
+def recomputation(job: Job, setting: Setting) -> Setting:
+    """What `recompute: auto` stands for: the setting with the first policy that surely fits, for as few layers as it
+    takes; with the last policy if none does."""
+    for policy in POLICIES[1:] if setting.offload_activations else POLICIES:
+        setting = replace(setting, recompute=policy, recompute_layers=None)
         if plan(job, setting).surely_fits:
-            return policy
-    return allowed[-1]
+            break
+    else:
+        return setting
+    first = POLICIES[int(setting.offload_activations)]
+    if setting.recompute == first:
+        return setting
+    number = bisect_left(
+        range(job.model.num_layers), True, key=lambda n: plan(job, replace(setting, recompute_layers=n)).surely_fits
+    )
+    return setting if number == job.model.num_layers else replace(setting, recompute_layers=number)
 
 
 def gpus_needed(job: Job, most: int = 4096) -> Plan | None:
@@ -137,17 +142,11 @@ def advice(made: Plan) -> str:
 
 def options(setting: Setting, other: Setting | None = None) -> str:
     """As `lasp train` takes them; those alone that differ from another setting's, if there is one."""
-    names = {
-        "parallel.sequence-parallel": setting.sequence_parallel,
-        "recompute": setting.recompute,
-        "offload-activations": setting.offload_activations,
-        "segment-tokens": setting.segment_tokens,
-    }
     told = []
-    before = (None,) * 4 if other is None else tuple(vars(other).values())
-    for (name, value), old in zip(names.items(), before, strict=True):
-        if other is not None and value == old:
+    for field, value in vars(setting).items():
+        if other is not None and value == getattr(other, field):
             continue
+        name = {"sequence_parallel": "parallel.sequence-parallel"}.get(field, field.replace("_", "-"))
         if isinstance(value, bool):
             told += [f"--{name}"] * value or [f"--no-{name}"] * (other is not None)
         elif value is not None or other is not None:

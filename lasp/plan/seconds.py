@@ -12,6 +12,7 @@ products take 935 of 1,433 ms, and all that is neither product nor operation 460
 """
 
 from lasp.config import LINEAR, SOFTMAX
+from lasp.models.recompute import by_layer
 from lasp.plan import kept
 from lasp.plan.gpus import MATMUL
 from lasp.plan.kept import Dtype
@@ -42,37 +43,43 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     """Seconds of a step, by what takes them. A data-parallel group sees `accumulated` contexts in it."""
     model, gpu = job.model, job.gpu
     tokens = job.accumulated * -(-job.context // setting.sequence_parallel)
-    again = int(setting.recompute != "none")
-    computed_again = int(setting.recompute == "full")
+    policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
+    full = [policy == "full" for policy in policies]
+    again = 1 - policies.count("none") / model.num_layers  # of the layers: something of them runs twice
     forwards = 1 + int(setting.segment_tokens is not None)  # a stream goes forward once more
 
     flops = gpu.flops * (1 if job.half == 2 else 0.25)
     size, share = sizes(model), model.experts_per_token / model.num_experts if model.num_experts else 0.0
     dense: float = (2 + forwards) * (sum(size.layers) + model.vocab_size * model.hidden_size)
-    dense += computed_again * (sum(size.layers) - _last_products(job))
+    dense += sum(size.layers[index] - _last_product(job, index) for index in range(model.num_layers) if full[index])
     experts = (2 + forwards + again) * size.experts * share
     chains = sum(Dtype(job.half).bytes(kept.layer(model, index)) for index in range(model.num_layers))
-    attention = 2.0 * job.context * model.num_heads * model.key_dim * model.layers.count(SOFTMAX)
-    linear = model.layers.count(LINEAR) * OPERATIONS[model.mixer] * 1e-9 * REFERENCE_BANDWIDTH / gpu.bandwidth
-    linear *= model.num_heads * (model.key_dim + model.value_dim) * job.half / (16 * 256 * 2)
+    softmax, linear = _passes(model.layers, SOFTMAX, full, forwards), _passes(model.layers, LINEAR, full, forwards)
+    attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1])
+    operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * 1e-9
+    operations *= model.num_heads * (model.key_dim + model.value_dim) * job.half / (16 * 256 * 2)
     held = sizes(model).total / (job.gpus if job.sharding != "none" else 1)
     seconds = {
         "products": tokens * 2 * (dense / MATMUL + experts / GROUPED) / flops,
-        "softmax attention": tokens * attention * (2.5 + forwards + computed_again) / (ATTENTION * flops),
-        "operations with a state": tokens * linear * (1 - FORWARD + FORWARD * (forwards + computed_again)),
+        "softmax attention": tokens * attention / (ATTENTION * flops),
+        "operations with a state": tokens * operations * REFERENCE_BANDWIDTH / gpu.bandwidth,
         "pointwise chains": tokens * chains * (FORWARD_CHAINS * (forwards + again) + BACKWARD_CHAINS) / gpu.bandwidth,
         "update and sharding": (28 + 28 * (job.sharding != "none")) * held / gpu.bandwidth,
     }
     exchanged = EXCHANGED if setting.sequence_parallel > 1 else 1.0
     seconds = {name: part * exchanged for name, part in seconds.items() if part}
     if setting.offload_activations:
-        moved = 2 * tokens * model.num_layers * job.half * model.hidden_size / gpu.link
+        moved = 2 * tokens * again * model.num_layers * job.half * model.hidden_size / gpu.link
         seconds["waiting for the host"] = max(0.0, moved - sum(seconds.values()))
     return seconds
 
 
-def _last_products(job: Job) -> float:
-    """Parameters of the MLPs' last products, which nothing asks for again."""
-    model = job.model
-    dense = sum(not model.has_experts(index) for index in range(model.num_layers))
-    return dense * model.hidden_size * model.intermediate_size
+def _passes(letters: str, kind: str, full: list[bool], forwards: int) -> tuple[int, int]:
+    """Forward and backward passes through the layers of a kind, those that run again included."""
+    layers = [again for letter, again in zip(letters, full, strict=True) if letter == kind]
+    return forwards * len(layers) + sum(layers), len(layers)
+
+
+def _last_product(job: Job, index: int) -> int:
+    """Parameters of an MLP's last product, which nothing asks for again."""
+    return 0 if job.model.has_experts(index) else job.model.hidden_size * job.model.intermediate_size

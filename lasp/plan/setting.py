@@ -33,10 +33,12 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """sequence_parallel: ranks that share a context; the others see contexts of their own."""
+    """sequence_parallel: ranks that share a context; the others see contexts of their own. recompute_layers: so many
+    follow the policy, and the others the one that keeps more; all if None."""
 
     sequence_parallel: int = 1
     recompute: Policy = "none"
+    recompute_layers: int | None = None
     offload_activations: bool = False
     segment_tokens: int | None = None
 

@@ -67,7 +67,8 @@ def build_model(config: TrainConfig, device: torch.device) -> Decoder:
     with device:
         model = Decoder(config.model)
     assert config.recompute in POLICIES, "what auto stands for is settled before"
-    model.recompute, model.offload_activations = config.recompute, config.offload_activations
+    model.recompute, model.recompute_layers = config.recompute, config.recompute_layers
+    model.offload_activations = config.offload_activations
     if config.dtype == "float64":
         model.double()
     if config.initial_weights is not None:

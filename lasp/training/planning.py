@@ -13,7 +13,6 @@ from rich.console import Console
 
 from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig, TrainConfig, require
 from lasp.models import PRESETS
-from lasp.models.recompute import Policy
 from lasp.plan import Job, Plan, Setting, advice, best, job_of, named, of_device, plan, recomputation, report
 from lasp.plan.gpus import GIB, GPU
 from lasp.plan.search import options, smaller
@@ -29,6 +28,7 @@ class Wishes:
 
     sequence_parallel: int | None = None
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    recompute_layers: int | None = None
     offload_activations: bool | None = None
     segment_tokens: int | None = None
 
@@ -75,14 +75,14 @@ def _made(job: Job, wishes: Wishes) -> Plan:
     if not wishes.any:
         return best(job)
     ranks = job.gpus if wishes.sequence_parallel is None else wishes.sequence_parallel
-    offload, segment = bool(wishes.offload_activations), wishes.segment_tokens
-    policy: Policy
+    setting = Setting(
+        sequence_parallel=ranks,
+        offload_activations=bool(wishes.offload_activations),
+        segment_tokens=wishes.segment_tokens,
+    )
     if wishes.recompute == "auto":
-        policy = recomputation(job, ranks, offload=offload, segment=segment)
-    else:
-        policy = wishes.recompute
-    setting = Setting(sequence_parallel=ranks, recompute=policy, offload_activations=offload, segment_tokens=segment)
-    return plan(job, setting)
+        return plan(job, recomputation(job, setting))
+    return plan(job, replace(setting, recompute=wishes.recompute, recompute_layers=wishes.recompute_layers))
 
 
 def _read(source: str, gpu: GPU, asked: Asked) -> tuple[Job, Wishes]:
@@ -110,6 +110,7 @@ def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
     return Wishes(
         sequence_parallel=sequence_parallel,
         recompute=config.recompute,
+        recompute_layers=config.recompute_layers,
         offload_activations=config.offload_activations,
         segment_tokens=getattr(config, "segment_tokens", None),
     )
@@ -134,7 +135,8 @@ def settled(config: TrainConfig, world: World) -> TrainConfig:
     gpus = together(dist.group.WORLD, lambda: of_device(world.device))
     job = job_of(config, min(gpus, key=lambda gpu: gpu.memory), world.size)
     wishes = _wishes(config, world.mesh["sp"].size())
-    return replace(config, recompute=_made(job, wishes).setting.recompute)
+    setting = _made(job, wishes).setting
+    return replace(config, recompute=setting.recompute, recompute_layers=setting.recompute_layers)
 
 
 @contextmanager

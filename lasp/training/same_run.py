@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "initial_weights",
     "device",
     "recompute",
+    "recompute_layers",
     "offload_activations",
     "eval_every",
     "checkpoint_every",

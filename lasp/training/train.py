@@ -214,7 +214,8 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
     ]
     if config.recompute != "none":
         host = ", their inputs in the host's memory" if config.offload_activations else ""
-        lines.append(f"layers are recomputed ({config.recompute}){host}")
+        layers = "layers" if config.recompute_layers is None else f"{config.recompute_layers} layers"
+        lines.append(f"{layers} are recomputed ({config.recompute}){host}")
     if first_step:
         lines.append(f"going on from the checkpoint of step {first_step} in {config.run_dir}")
     return "\n".join(lines)

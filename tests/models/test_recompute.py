@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lasp.models import Decoder, products
 from lasp.models.layers import SwiGLU
 from lasp.models.offload import HostMemory
-from lasp.models.recompute import recomputing
+from lasp.models.recompute import by_layer, recomputing
 from tests.models.helpers import MODELS, assert_same, config, decoder, gradients, random_tokens, sequence
 from tests.models.saved import counting
 
@@ -21,6 +21,14 @@ every_model = pytest.mark.parametrize(("mixer", "pattern"), MODELS)
 def small_tiles(monkeypatch):
     """Of at most 10 tokens: 33 make 4, the last shorter than the others."""
     monkeypatch.setattr(products, "TILE", 10 * 128)
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """But for rounding, which is larger beside the gradients of gates' vectors, small differences of large sums."""
+    matrices = {name for name, gradient in wanted.items() if gradient.ndim > 1}
+    assert found.keys() == wanted.keys()
+    assert_same(found, {name: gradient for name, gradient in wanted.items() if name in matrices}, 1e-12)
+    assert_same(found, {name: gradient for name, gradient in wanted.items() if name not in matrices}, 1e-10)
 
 
 def train(model: Decoder, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None = None):
@@ -41,7 +49,25 @@ def test_every_policy_gives_the_same_gradients(mixer, pattern, policy, offload):
     model.recompute, model.offload_activations = policy, offload
     again, found, _ = train(model, tokens, documents)
     assert again == pytest.approx(loss, rel=1e-14)
-    assert_same(found, grads, 1e-12)
+    assert_equal(found, grads)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_some_layers_may_run_again_less_than_others(policy):
+    """Softmax layers are those first, then the last ones; memory and gradients lie between, or are the same."""
+    assert by_layer("full", 2, "LNLN") == ["full", "selective", "full", "selective"]
+    assert by_layer("selective", 3, "LNLN") == ["selective", "selective", "selective", "none"]
+    assert by_layer("full", None, "LN") == ["full", "full"] and by_layer("none", None, "LN") == ["none", "none"]
+    model, tokens = decoder("gated_delta_net", "LN"), random_tokens(1, TOKENS)
+    model.offload_activations = True
+    _, grads, _ = train(model, tokens)
+    model.recompute, kept = policy, []
+    for model.recompute_layers in (0, 1, 3, 4, None):
+        _, found, saved = train(model, tokens)
+        assert_equal(found, grads)
+        kept.append(saved)
+    assert kept == sorted(kept, reverse=True) and kept[3] == kept[4] and len(set(kept)) == 4
 
 
 @every_model
@@ -94,7 +120,7 @@ def test_frozen_weights_get_no_gradient(small_tiles):
     assert "layers.0.mlp.gate_up_proj.weight" not in results[0]
     for found in results[1:]:
         assert found.keys() == results[0].keys()
-        assert_same(found, results[0], 1e-12)
+        assert_equal(found, results[0])
 
 
 def test_shared_experts_work_in_tiles_too(small_tiles):
@@ -102,7 +128,7 @@ def test_shared_experts_work_in_tiles_too(small_tiles):
     tokens = random_tokens(1, TOKENS)
     _, grads, _ = train(model, tokens)
     for model.recompute in ("selective", "full"):
-        assert_same(train(model, tokens)[1], grads, 1e-12)
+        assert_equal(train(model, tokens)[1], grads)
 
 
 class Largest(TorchDispatchMode):
@@ -132,7 +158,7 @@ def test_what_an_mlp_takes_at_once_is_bounded_by_the_tile(monkeypatch, policy):
             with torch.no_grad():
                 mlp(x)
         else:
-            recomputing(policy, None)(lambda x, seq: mlp(x), x, None).sum().backward()
+            recomputing([policy], None)(lambda x, seq: mlp(x), x, None).sum().backward()
     assert largest.most == tokens * hidden  # x, y and their gradients; a tile has as many numbers
     assert len(list(products.tiles(tokens, 2 * intermediate))) == 32
 

@@ -37,7 +37,13 @@ def test_a_setting_can_be_asked_for(capsys):
     options = "linear_llama3_1b --context 65536 --gpu H100 --gpus 4 --mixer kda --recompute full --segment-tokens 32768"
     found = planned(capsys, options)
     assert found["job"]["gpu"]["name"] == "H100" and found["job"]["model"]["mixer"] == "kda"
-    wanted = {"sequence_parallel": 4, "recompute": "full", "offload_activations": False, "segment_tokens": 32768}
+    wanted = {
+        "sequence_parallel": 4,
+        "recompute": "full",
+        "offload_activations": False,
+        "segment_tokens": 32768,
+        "recompute_layers": None,
+    }
     assert found["plan"]["setting"] == wanted
     assert "boundary states" in found["plan"]["memory"]["moments"]["loss"]
 
@@ -98,7 +104,12 @@ def large(config, **changes):
 
 @pytest.mark.parametrize(
     ("tokens", "offload", "policy"),
-    [(4096, False, "none"), (2**15, False, "selective"), (2**20, False, "full"), (2**12, True, "selective")],
+    [
+        (4096, False, ("none", None)),
+        (2**15, False, ("selective", 7)),
+        (2**20, False, ("full", None)),
+        (2**12, True, ("selective", None)),
+    ],
 )
 def test_auto_is_the_least_recomputation_that_fits_the_gpu(config, monkeypatch, tokens, offload, policy):
     config = large(config, parallel=ParallelConfig(), dtype="bfloat16", offload_activations=offload)
@@ -108,7 +119,7 @@ def test_auto_is_the_least_recomputation_that_fits_the_gpu(config, monkeypatch, 
         monkeypatch.setattr(planning, "of_device", lambda device: GPUS["H100"])
         world.device = torch.device("cuda", 0)
         settled = planning.settled(config, world)
-        assert settled == replace(config, recompute=policy)
+        assert settled == replace(config, recompute=policy[0], recompute_layers=policy[1])
         assert planning.settled(settled, world) is settled
 
 
@@ -136,7 +147,7 @@ def test_a_run_without_memory_says_what_grew_and_what_to_do(config, monkeypatch)
         train(replace(config, recompute="full"))
     said = str(caught.value)
     assert said.startswith("CUDA out of memory. Tried to allocate 16.00 GiB. Of 139.8 GiB the plan gives 161.8 to")
-    assert "to the last layer: one layer 80.5, layer inputs 64.0," in said
+    assert "to the backward of layer 16: one layer 80.5, layer inputs 64.0," in said
     assert "What has grown most with the context: one layer." in said
-    assert "Proposed instead: --offload-activations, 107.1 GiB" in said
+    assert "Proposed instead: --offload-activations, 110.4 GiB" in said
     assert caught.value.__notes__ == ["on rank 0 of 1, during step 1"]

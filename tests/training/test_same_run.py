@@ -89,6 +89,7 @@ def test_what_does_not_determine_them_may_change(config):
         "initial_weights": "weights",
         "device": "auto",
         "recompute": "full",
+        "recompute_layers": 1,
         "offload_activations": True,
         "eval_every": 1,
         "checkpoint_every": 1,
