@@ -13,6 +13,7 @@ context is, and then the last ones, whose backward comes first and frees what th
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal, get_args
 
 from torch.utils.checkpoint import checkpoint
@@ -35,9 +36,9 @@ def by_layer(policy: Policy, layers: int | None, letters: str) -> list[Policy]:
 
 
 def recomputing(policies: Iterable[Policy], host: HostMemory | None) -> Callable[..., Any]:
-    """Calls layers, one after the other, as (layer, x, seq), each by its policy; `host` takes the inputs x of all that
-    run again."""
-    coming = iter(policies)
+    """Calls a model's layers in turn, perhaps several times, as (layer, x, seq), each by its policy; `host` takes the
+    inputs x of all that run again."""
+    coming = cycle(policies)
 
     def call(layer: Callable[..., Any], x: Any, seq: Any) -> Any:
         policy = next(coming)

@@ -24,7 +24,7 @@ def table(made: Plan, others: Iterable[Plan]) -> RenderableType:
     if made.memory.host:
         memory.add_row("host, for each GPU", f"{made.memory.host / GIB:.2f}")
     choices = Table(title="settings: this one, and others", title_justify="left")
-    for name in ("SP", "DP", "recompute", "layers", "offload", "segment", "GiB", "fits", "s a step", "tokens/s", "MFU"):
+    for name in ("SP", "DP", "recompute", "offload", "segment", "GiB", "fits", "s a step", "tokens/s", "MFU"):
         choices.add_column(name, justify="left" if name in ("recompute", "offload", "fits") else "right", no_wrap=True)
     for each in (made, *others):
         choices.add_row(*_row(each))
@@ -103,12 +103,11 @@ def choices(made: Plan) -> list[Plan]:
 
 
 def _row(made: Plan) -> tuple[str, ...]:
-    setting = made.setting
+    setting, layers = made.setting, made.setting.recompute_layers
     return (
         str(setting.sequence_parallel),
         str(made.job.gpus // setting.sequence_parallel),
-        setting.recompute,
-        "all" if setting.recompute_layers is None else str(setting.recompute_layers),
+        setting.recompute if layers is None else f"{setting.recompute} {layers}",
         "yes" if setting.offload_activations else "",
         "" if setting.segment_tokens is None else f"{setting.segment_tokens:,}",
         f"{made.memory.total / GIB:.1f}",
