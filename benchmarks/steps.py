@@ -13,6 +13,7 @@ from lasp.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from lasp.data import Context
 from lasp.models import flops_per_token
 from lasp.models.mixers import SoftmaxMixer
+from lasp.models.recompute import Policy
 from lasp.parallel import SequenceParallel
 from lasp.training.balance import balance_experts
 from lasp.training.engine import make_engine
@@ -24,12 +25,20 @@ Way = Literal["SP", "DP"]  # one sequence over all ranks, or a sequence for each
 
 
 class Trainer:
-    """A model with its optimiser, sharded over all ranks (FSDP), layers recomputed or not; bf16 on GPUs, fp32 on a CPU.
+    """A model with its optimiser, sharded over all ranks (FSDP); bf16 on GPUs, fp32 on a CPU.
 
     Its steps share the weights. The learning rate is 0, so that each does what the others do.
     """
 
-    def __init__(self, model: ModelConfig, device: torch.device, expert_parallel: int = 1, recompute: bool = True):
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        expert_parallel: int = 1,
+        recompute: Policy = "full",
+        recompute_layers: int | None = None,
+        offload_activations: bool = False,
+    ):
         self.ranks, self.device = dist.get_world_size(), device
         self.config = TrainConfig(
             model=model,
@@ -40,6 +49,8 @@ class Trainer:
             dtype="bfloat16" if device.type == "cuda" else "float32",
             parallel=ParallelConfig(expert_parallel=expert_parallel),
             recompute=recompute,
+            recompute_layers=recompute_layers,
+            offload_activations=offload_activations,
             device=device.type,
         )
         torch.manual_seed(0)  # FSDP shards what must be equal on all ranks

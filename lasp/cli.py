@@ -1,4 +1,4 @@
-"""The command `lasp`: prepare data, train a recipe, generate text, report on a run, exchange weights."""
+"""The command `lasp`: prepare data, plan and train a recipe, generate text, report on a run, exchange weights."""
 
 import functools
 import sys
@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from tyro.conf import Positional
 
@@ -55,6 +56,50 @@ def train(config: Any) -> None:
     from lasp.training.train import train
 
     train(config)
+
+
+def plan(
+    model: Positional[str],
+    gpu: str = "H200",
+    gpus: int | None = None,
+    context: int | None = None,
+    pattern: str | None = None,
+    mixer: str | None = None,
+    sequence_parallel: int | None = None,
+    recompute: Literal["auto", "none", "selective", "full"] = "auto",
+    recompute_layers: int | None = None,
+    offload_activations: bool | None = None,
+    segment_tokens: int | None = None,
+    json: bool = False,
+    plot: str | None = None,
+) -> None:
+    """Say what a training step takes of GPUs' memory and time, whether it fits, and which settings are best.
+
+    Args:
+        model: a preset (linear_llama3_1b), a recipe (linear-llama3-1b-128k), or the directory of a run.
+        gpu: its name: H100, H200, A100-40, A100-80, B200, RTX-4090 …, or "here", measured.
+        gpus: how many; 1, or as many as the recipe splits contexts over.
+        context: tokens; the recipe's or the run's if not given.
+        pattern: of the model's layers: L linear, N softmax.
+        mixer: of the linear layers.
+        sequence_parallel: ranks that share a context. With none of these five the best settings are planned.
+        recompute: what of the layers is computed again in the backward pass; auto: as little as fits.
+        recompute_layers: how many of the layers, the others less; all if not given.
+        offload_activations: whether layers' inputs wait in the host's memory.
+        segment_tokens: of a stream's segments.
+        json: bytes and seconds, as JSON.
+        plot: a PNG to write, of memory against the context's length.
+    """
+    from lasp.training import planning
+
+    wishes = planning.Wishes(
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+        recompute_layers=recompute_layers,
+        offload_activations=offload_activations,
+        segment_tokens=segment_tokens,
+    )
+    planning.show(model, gpu, planning.Asked(gpus, context, pattern, mixer), wishes, as_json=json, picture=plot)
 
 
 def generate(
@@ -148,7 +193,7 @@ def main(args: list[str] | None = None) -> None:
     texts = {name: (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
     chosen = tyro.extras.subcommand_type_from_defaults(configs, texts, prefix_names=False)
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
-    commands = {f.__name__: _deferred(f) for f in (prepare, train, generate, report)}
+    commands = {f.__name__: _deferred(f) for f in (prepare, train, plan, generate, report)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
@@ -159,7 +204,7 @@ def console() -> None:
     """The shell's command: what is wrong with its input takes one line, on one rank, and gives the exit code 1."""
     try:
         runtime.recorded(main)()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if not _explains(error):
             raise
         if runtime.is_spokesman():

@@ -248,7 +248,11 @@ class TrainConfig:
     segment_offload: bool = False  # what segments hand on to each other waits in the host's memory
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    recompute: bool = False  # layers' activations, in the backward pass, instead of keeping them
+    # What is kept of layers' activations until backward (lasp.models.recompute); auto: as much as fits. Of older runs
+    # True is full, False none.
+    recompute: Literal["auto", "none", "selective", "full"] | bool = "auto"
+    recompute_layers: CountOrZero | None = None  # so many follow that policy, the others the one before it; all if None
+    offload_activations: bool = False  # inputs of layers that are recomputed wait in the host's memory
     eval_every: Count = 100  # steps
     checkpoint_every: Count = 1000  # steps; the last step is always saved
     checkpoint_keep: Count = 2
@@ -259,6 +263,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.recompute, bool):
+            object.__setattr__(self, "recompute", "full" if self.recompute else "none")
+        offloads = self.offload_activations and self.recompute == "none"
+        require(not offloads, "offload_activations", True, "False with recompute='none', where nothing is recomputed")
+        layers, most = self.recompute_layers, self.model.num_layers
+        require(layers is None or layers <= most, "recompute_layers", layers, f"at most num_layers={most}, or None")
+        free = layers is None or self.recompute in ("selective", "full")
+        require(free, "recompute_layers", layers, f"None with recompute={self.recompute!r}")
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         self._require_segments()

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.inputs import Inputs
+from lasp.kernels.once import once
 from lasp.kernels.pending import Pending
 from lasp.kernels.summary import Summary
 
@@ -101,24 +102,32 @@ def run(
         )
 
 
+def _forward(
+    op: Op, boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor | None, Kept, Kept]:
+    """o, the final states if asked for, and what backward needs of the op and of the boundary."""
+    summary, partial = op.summarize(x, boundary.wants_summary)
+    links: list[Kept] = []
+
+    def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
+        links.append(entered[1])
+        return entered[0]
+
+    o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
+    (link,) = links
+    return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None, kept, link
+
+
 class _Recurrence(Function):
     @staticmethod
     def forward(ctx, op, boundary, frame, names, output_final_state, initial_state, *tensors):
         x = frame.having(dict(zip(names, tensors, strict=True)))
-        summary, partial = op.summarize(x, boundary.wants_summary)
-        links: list[Kept] = []
-
-        def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
-            links.append(entered[1])
-            return entered[0]
-
-        o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
-        (link,) = links
+        o, final, kept, link = once(lambda: _forward(op, boundary, x, initial_state, output_final_state))
         ctx.op, ctx.boundary, ctx.frame, ctx.names, ctx.num_kept = op, boundary, frame, names, len(kept)
         ctx.o, ctx.learns_initial_state = (o.shape, o.dtype), initial_state is not None and initial_state.requires_grad
         ctx.save_for_backward(*tensors, *kept, *link)
         ctx.set_materialize_grads(False)
-        return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None
+        return o, final
 
     @staticmethod
     @once_differentiable

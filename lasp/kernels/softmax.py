@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels import autocast, checks
 from lasp.kernels.attention import accumulation_dtype, calls
 from lasp.kernels.blocks import Block, Mask, string
+from lasp.kernels.once import once
 
 
 def softmax_attention(
@@ -176,12 +177,16 @@ def attend_grad(
                 total.add(where, part)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], mask: Mask) -> tuple[Tensor, Tensor]:
+    total = Accumulator(q, v.shape[-1])
+    attend(total, q, k, v, blocks, mask)
+    return total.result()
+
+
 class _SoftmaxAttention(autocast.Function):
     @staticmethod
     def forward(ctx, q, k, v, blocks, mask):
-        total = Accumulator(q, v.shape[-1])
-        attend(total, q, k, v, blocks, mask)
-        o, lse = total.result()
+        o, lse = once(lambda: _attended(q, k, v, blocks, mask))
         ctx.blocks, ctx.mask = blocks, mask
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mark_non_differentiable(lse)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.models.layers import WideBuffers, at_least_float32
+from lasp.models.products import product
 
 
 def retention_decay(heads: int) -> Tensor:
@@ -57,7 +58,7 @@ class SigmoidDecay(nn.Module):
         self.proj = low_rank(hidden, self.RANK, heads * key_dim, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(at_least_float32(self.proj(x)).unflatten(-1, self.shape)) / self.TEMPERATURE
+        return F.logsigmoid(at_least_float32(product(self.proj, x)).unflatten(-1, self.shape)) / self.TEMPERATURE
 
 
 class SoftplusDecay(nn.Module):
@@ -88,7 +89,7 @@ class SoftplusDecay(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def dt(self, x: Tensor) -> Tensor:
-        dt = F.softplus(at_least_float32(self.proj(x)) + at_least_float32(self.dt_bias))
+        dt = F.softplus(at_least_float32(product(self.proj, x)) + at_least_float32(self.dt_bias))
         return dt.unflatten(-1, self.shape)
 
     def decay(self, dt: Tensor) -> Tensor:

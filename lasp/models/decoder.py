@@ -1,20 +1,20 @@
 """The language model: embedding, blocks of a mixer and an MLP or experts, head."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lasp.config import ModelConfig, require
 from lasp.models.layers import RMSNorm, SwiGLU, at_least_float32
 from lasp.models.loss import IGNORE, linear_cross_entropy, require_ids
 from lasp.models.mixers import make_mixer
 from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
+from lasp.models.offload import HostMemory
 from lasp.models.past import Past
+from lasp.models.recompute import Policy, by_layer, recomputing
 from lasp.models.sequence import SequenceOps
 
 
@@ -46,15 +46,18 @@ class Decoder(nn.Module):
     To build a large one without holding it twice: construct it under `torch.device("meta")`, then
     `to_empty(device=...)` and `init_weights()`. Do so before loading a checkpoint too: not all buffers are in it.
 
-    checkpoint_layers: recompute each block in the backward pass instead of keeping its activations; the exchanges
-    between ranks inside a block are then repeated.
+    recompute: what is kept of the blocks until backward (see lasp.models.recompute).
+    recompute_layers: so many blocks follow that policy, the others the one that keeps more; all of them if None.
+    offload_activations: the blocks' inputs wait for backward in host memory, where blocks are recomputed.
     balance: how busy the experts were, if there are any; in training mode, for batches with labels.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_layers = False
+        self.recompute: Policy = "none"
+        self.recompute_layers: int | None = None
+        self.offload_activations = False
         self.balance = ExpertBalance(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -151,7 +154,8 @@ class Decoder(nn.Module):
         )
         if not tokens.is_cuda:  # where the embedding's lookup asserts as much
             require_ids("tokens", tokens, self.config.vocab_size)
-        return self.hidden_states(self.embedding(tokens), seq, memory=memory, recompute=self._recompute())
+        x = self.embedding(tokens)
+        return self.hidden_states(x, seq, memory=memory, recompute=self._recompute(x))
 
     def hidden_states(
         self,
@@ -186,10 +190,20 @@ class Decoder(nn.Module):
         """[..., hidden] -> [..., vocabulary]."""
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
-    def _recompute(self) -> Callable[..., Any] | None:
-        if not (self.checkpoint_layers and torch.is_grad_enabled()):
+    @property
+    def checkpoint_layers(self) -> bool:
+        """Whether blocks are recomputed; True stands for the policy "full"."""
+        return self.recompute != "none"
+
+    @checkpoint_layers.setter
+    def checkpoint_layers(self, value: bool) -> None:
+        self.recompute, self.recompute_layers = "full" if value else "none", None
+
+    def _recompute(self, x: Tensor) -> Callable[..., Any] | None:
+        if self.recompute == "none" or not torch.is_grad_enabled():
             return None
-        return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # blocks draw no random numbers
+        policies = by_layer(self.recompute, self.recompute_layers, self.config.layers)
+        return recomputing(policies, HostMemory(x.device) if self.offload_activations else None)
 
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies and their number."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lasp.kernels.fused import fused, swiglu
 from lasp.kernels.parts import Parts
+from lasp.models.products import gated_mlp, in_tiles, product
 from lasp.models.sequence import SequenceOps
 
 Activation = Callable[[Tensor], Tensor]
@@ -89,8 +90,11 @@ class GatedOutput(nn.Module):
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
         if self.activation is None or self.gate_proj is None:
-            return self.out_proj(self.norm(o).flatten(2))
-        return self.out_proj(_norm_and_gate(o, self.gate_proj(x), self.norm.weight, self.activation, self.norm.eps))
+            return product(self.out_proj, self.norm(o).flatten(2))
+        return product(
+            self.out_proj,
+            _norm_and_gate(o, product(self.gate_proj, x), self.norm.weight, self.activation, self.norm.eps),
+        )
 
 
 @fused
@@ -107,4 +111,6 @@ class SwiGLU(nn.Module):
         self.out_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(swiglu(self.gate_up_proj(x)))
+        if in_tiles() and type(self.gate_up_proj) is type(self.out_proj) is nn.Linear:  # and no adapter around one
+            return gated_mlp(x, self.gate_up_proj.weight, self.out_proj.weight)
+        return product(self.out_proj, swiglu(product(self.gate_up_proj, x)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.once import once
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Partition
@@ -72,8 +73,12 @@ class _Halo(Function):
     def forward(ctx: Any, x: Tensor, plan: HaloPlan) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.shape = plan, x.shape
         ctx.set_materialize_grads(False)
-        message = x[:, plan.send].transpose(0, 1)
-        return x.view_as(x), comm.all_to_all(message, plan.send_counts, plan.receive_counts, plan.group).wait()
+
+        def exchange() -> Tensor:
+            message = x[:, plan.send].transpose(0, 1)
+            return comm.all_to_all(message, plan.send_counts, plan.receive_counts, plan.group).wait()
+
+        return x.view_as(x), once(exchange)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, d: Tensor) -> tuple[Tensor, None]:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from lasp.config import TrainConfig
 from lasp.models import Decoder
+from lasp.models.recompute import POLICIES
 from lasp.parallel.apply import parallelize, reduce_gradients
 from lasp.parallel.groups import flatten
 from lasp.training import checkpoint
 from lasp.training.numerics import all_finite
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from lasp.training.ownership import Lock
+from lasp.training.planning import settled
 from lasp.training.runtime import World
 
 
@@ -56,6 +58,7 @@ def make_engine(config: TrainConfig, world: World) -> Engine:
 
     Raises ValueError for a configuration that the engine cannot run, or if it is not installed.
     """
+    config = settled(config, world)
     if config.engine == "deepspeed":
         from lasp.training.deepspeed import DeepSpeedEngine
 
@@ -67,7 +70,9 @@ def build_model(config: TrainConfig, device: torch.device) -> Decoder:
     """The model with fresh weights, or with those of config.initial_weights, in float32 or float64."""
     with device:
         model = Decoder(config.model)
-    model.checkpoint_layers = config.recompute
+    assert config.recompute in POLICIES, "what auto stands for is settled before"
+    model.recompute, model.recompute_layers = config.recompute, config.recompute_layers
+    model.offload_activations = config.offload_activations
     if config.dtype == "float64":
         model.double()
     if config.initial_weights is not None:

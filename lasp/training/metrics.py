@@ -15,27 +15,18 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from lasp.plan.gpus import of_name
+
 METRICS_FILE = "metrics.jsonl"
 RESUMED = "resumed_from"
 
-# Dense bf16 FLOP/s of one GPU as its vendor states them, by a part of the device's name; the first match counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """bf16 FLOP/s of a known GPU; None for any other device or dtype, whose utilisation is then not reported."""
+    """Dense bf16 FLOP/s of a known GPU; None for any other device or dtype, whose utilisation is then not reported."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    gpu = of_name(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.flops
 
 
 def model_flop_utilisation(flops_per_token: float, tokens_per_second: float, devices: int, peak: float) -> float:

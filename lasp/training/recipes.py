@@ -82,7 +82,6 @@ def _on_8_gpus(model: ModelConfig, *, run_dir: str, lr: float, experts: int = 1)
         batch_contexts=8,
         parallel=ParallelConfig(sequence_parallel=8, layout="zigzag", expert_parallel=experts),
         optimizer=OptimizerConfig(lr=lr, warmup_steps=1000, schedule="wsd"),
-        recompute=True,
         eval_every=500,
     )
 

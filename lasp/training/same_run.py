@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "initial_weights",
     "device",
     "recompute",
+    "recompute_layers",
+    "offload_activations",
     "segment_tokens",
     "segment_offload",
     "eval_every",

@@ -31,6 +31,7 @@ from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, requir
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
+from lasp.training.planning import explained_memory, settled
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.stop import Stopped, stop_signals
@@ -57,6 +58,7 @@ def train(config: TrainConfig) -> float:
     ):
         together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
+        config = settled(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
         sp = SequenceParallel(
@@ -88,8 +90,9 @@ def train(config: TrainConfig) -> float:
                 lr = learning_rate(config.optimizer, step, config.steps)
                 numbers = list(range(seen, seen + config.batch_contexts))
                 contexts = [training[i] for i in numbers]
-                loss = compute_gradients(engine, contexts, sp, world, segments)
-                grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
+                with explained_memory(config, world):
+                    loss = compute_gradients(engine, contexts, sp, world, segments)
+                    grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
                 taken, seen = step + 1, seen + config.batch_contexts
                 values = {"lr": lr}
                 if math.isfinite(grad_norm):
@@ -312,6 +315,10 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
         f"{count_parameters(model):,} parameters{active}, {config.dtype}, layers {model.layers} ({model.mixer})",
         f"contexts of {config.context_length:,} tokens, each split over {ranks}; {groups} at a time",
     ]
+    if config.recompute != "none":
+        host = ", their inputs in the host's memory" if config.offload_activations else ""
+        layers = "layers" if config.recompute_layers is None else f"{config.recompute_layers} layers"
+        lines.append(f"{layers} are recomputed ({config.recompute}){host}")
     if config.segment_tokens is not None:
         lines.append(f"as streams of segments of {config.segment_tokens:,} tokens")
     if first_step:

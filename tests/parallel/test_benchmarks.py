@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def benchmark(monkeypatch, capsys):
     """Runs one of them; the result is what it prints."""
 
     def run(name: str, options: str) -> str:
-        return run_script(monkeypatch, capsys, BENCHMARKS / f"{name}.py", *options.split())
+        return run_script(monkeypatch, capsys, BENCHMARKS / f"{name}.py", *shlex.split(options))
 
     return run
 
@@ -179,6 +180,19 @@ def test_a_point_without_room_on_one_rank_ends_the_run_which_goes_on_behind_it(t
         ("too large", "no room", False),
         ("small", "", True),
     ]
+
+
+@in_this_launch
+def test_memory_and_time_are_told_beside_the_plan(benchmark, two):
+    output = benchmark("memory", "--tokens 64 --ways none 'selective offloaded' full --runs 1 --seconds 0.1")
+    if two.rank > 0:
+        return
+    table = rows(output)
+    assert [row["way"] for row in table] == ["none", "selective offloaded", "full"]
+    for row in table:
+        assert float(row["tokens/s"].replace(",", "")) == pytest.approx(
+            64e3 / float(row["ms"].replace(",", "")), rel=0.1
+        )
 
 
 @in_this_launch

@@ -1,13 +1,17 @@
 """Whole models over several ranks equal one rank: loss, gradient norm and the weights after five steps, in float64."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from lasp.config import MIXERS, ModelConfig
-from lasp.models import Decoder
-from lasp.parallel import SequenceParallel
+from lasp.models import Decoder, products
+from lasp.models.recompute import POLICIES, Policy
+from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.apply import parallelize, reduce_gradients
 from tests.parallel.inputs import generator
 
@@ -31,11 +35,11 @@ def config(mixer: str) -> ModelConfig:
     )
 
 
-def build(mixer: str, recompute: bool) -> Decoder:
+def build(mixer: str, recompute: Policy = "none") -> Decoder:
     """The same weights on every rank and in every call; so large that everything matters, yet not chaotic."""
     torch.manual_seed(0)
     model = Decoder(config(mixer)).double()
-    model.checkpoint_layers = recompute
+    model.recompute = recompute
     numbers = generator(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,14 +83,14 @@ def mesh():
 @pytest.mark.parametrize(
     ("layout", "exchange", "softmax", "recompute"),
     [
-        pytest.param("zigzag", "all_gather", "ring", False, id="zigzag"),
-        pytest.param("contiguous", "ring", "all_gather", True, id="contiguous", marks=pytest.mark.ranks(3)),
+        pytest.param("zigzag", "all_gather", "ring", "none", id="zigzag"),
+        pytest.param("contiguous", "ring", "all_gather", "full", id="contiguous", marks=pytest.mark.ranks(3)),
     ],
 )
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_training_equals_one_rank(gen, mesh, mixer, layout, exchange, softmax, recompute, packed):
     batches, documents = list(draw_batches(gen)), DOCUMENTS if packed else None
-    wanted, wanted_weights = train(build(mixer, False), SequenceParallel(None), batches, documents, None)
+    wanted, wanted_weights = train(build(mixer), SequenceParallel(None), batches, documents, None)
     world = mesh()
     parallel = SequenceParallel(world["sp"].get_group(), layout=layout, state_exchange=exchange, softmax=softmax)
     model = parallelize(build(mixer, recompute), world)
@@ -96,6 +100,58 @@ def test_training_equals_one_rank(gen, mesh, mixer, layout, exchange, softmax, r
         torch.testing.assert_close(got_weights[name], weight, rtol=0, atol=TOLERANCE * weight.norm().item())
 
 
+def counted(function, calls: Counter, name: str):
+    def call(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.mpi
+@pytest.mark.ranks(2, 3)
+def test_what_is_kept_of_exchanges_is_not_sent_again(gen, mesh, monkeypatch):
+    """With the policy "selective", and with blocks' inputs in host memory."""
+    batches = list(draw_batches(gen))
+    wanted, wanted_weights = train(build("gated_delta_net"), SequenceParallel(None), batches, None, None)
+    world, sent = mesh(), Counter()
+    parallel = SequenceParallel(world["sp"].get_group(), layout="zigzag", state_exchange="all_gather", softmax="ring")
+    for policy in ("none", "selective"):
+        model = parallelize(build("gated_delta_net", policy), world)
+        model.offload_activations = True
+        with monkeypatch.context() as patch:
+            for name in ("all_gather", "all_to_all", "shift"):
+                send = getattr(comm, name)
+                patch.setattr(comm, name, counted(send, sent, policy))
+            got, got_weights = train(model, parallel, batches, None, world)
+        assert got == pytest.approx(wanted, rel=TOLERANCE)
+        for name, weight in wanted_weights.items():
+            torch.testing.assert_close(got_weights[name], weight, rtol=0, atol=TOLERANCE * weight.norm().item())
+    assert sent["selective"] == sent["none"] > 0
+
+
+@pytest.mark.mpi
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sharded_weights_get_the_same_gradients_with_every_policy(gen, mesh, monkeypatch, policy):
+    """FSDP's weights are gathered anew, and MLPs work in tiles, of at most 8 tokens here."""
+    monkeypatch.setattr(products, "TILE", 8 * 32)
+    ((tokens, labels),) = list(draw_batches(gen))[:1]
+
+    def gradients(model, parallel) -> dict[str, torch.Tensor]:
+        seq = parallel.sequence(TOKENS)
+        seq.mean(*model(seq.shard(tokens), seq, labels=seq.shard(labels))).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+
+    wanted, world = gradients(build("gated_delta_net"), SequenceParallel(None)), mesh()
+    model = parallelize(build("gated_delta_net", policy), world, fsdp=True)
+    model.offload_activations = True
+    found = gradients(model, SequenceParallel(world["sp"].get_group(), layout="zigzag"))
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=0, atol=TOLERANCE * grad.norm().item(), msg=name)
+
+
 @pytest.mark.mpi
 def test_data_and_sequence_parallel_ranks_together(gen):
     """DP x SP = 2 x 2: two contexts, each over two ranks, give the gradient of one rank that sees both."""
@@ -103,13 +159,13 @@ def test_data_and_sequence_parallel_ranks_together(gen):
         pytest.skip("wants 4 ranks")
     world = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("dp", "sp"))
     batches = list(draw_batches(gen))[:2]
-    alone, one = build("gated_delta_net", False), SequenceParallel(None)
+    alone, one = build("gated_delta_net"), SequenceParallel(None)
     count = sum(int((labels != -100).sum()) for _, labels in batches)
     for tokens, labels in batches:
         seq = one.sequence(TOKENS)
         (alone(tokens, seq, labels=labels)[0] / count).backward()
 
-    model = parallelize(build("gated_delta_net", False), world)
+    model = parallelize(build("gated_delta_net"), world)
     parallel = SequenceParallel(world["sp"].get_group(), layout="zigzag")
     tokens, labels = batches[world["dp"].get_local_rank()]
     seq = parallel.sequence(TOKENS)

@@ -28,12 +28,12 @@ def test_every_recipe_runs_by_its_name(trained, name):
 
 
 def test_any_field_can_be_overridden(trained):
-    top = "--steps 7 --dtype bfloat16 --batch-contexts 2 --no-recompute --data.train elsewhere"
+    top = "--steps 7 --dtype bfloat16 --batch-contexts 2 --recompute none --data.train elsewhere"
     model = "--model.hidden-size 64 --model.mixer kda --optimizer.schedule wsd --optimizer.betas 0.8 0.9"
     parallel = "--parallel.sequence-parallel 4 --parallel.data-parallel 2 --parallel.fsdp"
     cli.main(["train", "quickstart", *f"{top} {model} {parallel}".split()])
     (config,) = trained
-    assert (config.steps, config.dtype, config.batch_contexts, config.recompute) == (7, "bfloat16", 2, False)
+    assert (config.steps, config.dtype, config.batch_contexts, config.recompute) == (7, "bfloat16", 2, "none")
     assert (config.model.hidden_size, config.model.mixer) == (64, "kda")
     assert (config.optimizer.schedule, config.optimizer.betas) == ("wsd", (0.8, 0.9))
     assert (config.parallel.sequence_parallel, config.parallel.data_parallel, config.parallel.fsdp) == (4, 2, True)

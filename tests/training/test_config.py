@@ -215,3 +215,26 @@ def test_deepspeed_takes_no_mixtures():
     mixture = ModelConfig(**MODEL, num_experts=12)
     with pytest.raises(ValueError, match="num_experts: got 12, expected 0 with engine='deepspeed'"):
         make(model=mixture, engine="deepspeed", parallel=ParallelConfig(fsdp=False), dtype="float32")
+
+
+def test_older_runs_say_true_or_false_of_recomputation():
+    assert make(recompute=True).recompute == "full" and make(recompute=False).recompute == "none"
+    assert make() == make(recompute="auto") == replace(make(), recompute="auto")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recompute": "none", "offload_activations": True}, "offload_activations: got True, expected False with"),
+        (
+            {"recompute": "full", "recompute_layers": 5},
+            "recompute_layers: got 5, expected at most num_layers=4",
+        ),
+        ({"recompute_layers": 1}, "recompute_layers: got 1, expected None with recompute='auto'"),
+        ({"recompute": "none", "recompute_layers": 0}, "recompute_layers: got 0, expected None with recompute='none'"),
+        ({"recompute": "some"}, "recompute: got 'some', expected one of auto, none, selective, full or True or False"),
+    ],
+)
+def test_recomputation_that_contradicts_itself_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make(**fields)

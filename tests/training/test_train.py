@@ -122,10 +122,13 @@ def test_labels_are_counted_without_reading_the_context(data):
         assert count_labels(contexts[i]) == int((contexts[i].labels(0, 96) != IGNORED).sum())
 
 
-def test_recomputation_changes_nothing(config, tmp_path):
+@pytest.mark.parametrize("policy", ["selective", "full", True])
+def test_recomputation_changes_nothing(config, tmp_path, policy):
     config = replace(config, steps=2)
-    again = replace(config, recompute=True, run_dir=str(tmp_path / "recomputed"))
-    assert train(config) == train(again)
+    again = replace(config, recompute=policy, run_dir=str(tmp_path / "recomputed"))
+    offloaded = replace(again, offload_activations=True, run_dir=str(tmp_path / "offloaded"))
+    assert train(config) == pytest.approx(train(again), rel=1e-14)
+    assert train(offloaded) == train(replace(again, run_dir=str(tmp_path / "again")))
 
 
 def test_gradients_that_overflow_stop_the_run(config, monkeypatch):

@@ -11,6 +11,7 @@ from lasp.config import ModelConfig
 from lasp.kernels.parts import Part, Parts
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -51,8 +52,8 @@ class DeltaMixer(nn.Module):
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = self.conv(self.qkv_proj(x), seq)
-        beta = at_least_float32(self.beta_proj(x)).sigmoid()
+        q, k, v = self.conv(product(self.qkv_proj, x), seq)
+        beta = at_least_float32(product(self.beta_proj, x)).sigmoid()
         decay = self.decay(x) if self.decay is not None else None
         o, _ = seq.delta_rule(q, k, v, beta, decay)
         return self.output(o, x)

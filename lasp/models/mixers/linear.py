@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lasp.config import ModelConfig
 from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, retention_decay
 from lasp.models.layers import Activation, GatedOutput, at_least_float32, rotate
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -72,7 +73,7 @@ class LinearMixer(nn.Module):
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, self.kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
+        q, k, v = product(self.qkv_proj, x).unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
         decay = self.decay(x) if self.decay is not None else None
         q = self.kind.features(q)
         if self.kind.keys_from_decay:

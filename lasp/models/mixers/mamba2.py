@@ -8,6 +8,7 @@ from lasp.config import ModelConfig
 from lasp.kernels.parts import Part, Parts
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import RMSNorm, ShortConv
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -35,10 +36,10 @@ class Mamba2Mixer(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, hidden: Tensor, seq: SequenceOps) -> Tensor:
-        x, b, c = self.conv(self.xbc_proj(hidden), seq)
+        x, b, c = self.conv(product(self.xbc_proj, hidden), seq)
         x = x.flatten(2).unflatten(-1, (self.heads, -1))
         dt = self.decay.dt(hidden)
         v = (x * dt[..., None]).to(x.dtype)
         o, _ = seq.linear_attention(c, b, v, self.decay.decay(dt), scale=1.0)
         o = o + x * self.D.to(x.dtype)[:, None]
-        return self.out_proj(self.norm(o.flatten(2) * F.silu(self.gate_proj(hidden))))
+        return product(self.out_proj, self.norm(o.flatten(2) * F.silu(product(self.gate_proj, hidden))))

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lasp.config import ModelConfig
 from lasp.models.layers import rotate
+from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
 
@@ -18,6 +19,6 @@ class SoftmaxMixer(nn.Module):
         self.out_proj = nn.Linear(config.num_heads * config.key_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (sum(self.head_counts), -1)).split(self.head_counts, dim=-2)
+        q, k, v = product(self.qkv_proj, x).unflatten(-1, (sum(self.head_counts), -1)).split(self.head_counts, dim=-2)
         q, k = (rotate(y, seq.positions, self.theta) for y in (q, k))
-        return self.out_proj(seq.softmax_attention(q, k, v).flatten(2))
+        return product(self.out_proj, seq.softmax_attention(q, k, v).flatten(2))

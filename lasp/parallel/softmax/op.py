@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.autocast import Function
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.keys import KeyStore
+from lasp.kernels.once import once
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from lasp.parallel.softmax.visits import Visit, Visits
 
@@ -40,7 +41,7 @@ class AttendVisits(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: Blocks, way: Way, earlier: Earlier | None = None
     ):
-        o, lse = _once(earlier, lambda: _attended(q, k, v, mask, blocks, way, earlier))
+        o, lse = once(lambda: _seen_before(earlier, lambda: _attended(q, k, v, mask, blocks, way, earlier)))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.blocks, ctx.way, ctx.earlier = mask, blocks, way, earlier
         return o
@@ -71,7 +72,7 @@ class AttendVisits(Function):
         return whole, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-def _once(earlier: Earlier | None, attend: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _seen_before(earlier: Earlier | None, attend: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """attend(), or what it gave when this segment was computed before, if there are others that it looks at again."""
     if earlier is None or not earlier.visitors:
         return attend()

@@ -1,0 +1,240 @@
+"""What layers keep until backward, number by number for each token of a rank: the formulas behind `lasp plan`.
+
+A line is a storage that lasp.models or an operation of lasp.kernels saves; views cost nothing. `layer` is all that a
+layer saves, `selective` and `full` what of it the policies of lasp.models.recompute leave.
+
+Numbers are in the dtype of the compute, or `wide` (float32 at least). Pieces marked `fused` in the code keep their
+inputs alone where a GPU runs them as one kernel; what they and PyTorch keep besides on a CPU is `eager`. What only the
+kernels of GPUs keep is `device`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lasp.config import SOFTMAX, ModelConfig
+
+CHUNK = 64  # of the delta rule's kernels: T and P have so many columns
+Where = Literal["everywhere", "eager", "device"]
+Gate = Literal["silu", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One storage. numbers: for each token. size: "half" stands for the dtype of the compute."""
+
+    name: str
+    numbers: float
+    size: Literal["half", "wide", "index"] = "half"
+    where: Where = "everywhere"
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """Bytes of the numbers, and whether pieces run as one kernel on a device."""
+
+    half: int = 2
+    device: bool = True
+
+    @property
+    def wide(self) -> int:
+        return max(4, self.half)
+
+    def bytes(self, kept: Iterable[Kept]) -> float:
+        """For each token."""
+        sizes = {"half": self.half, "wide": self.wide, "index": 8}
+        absent: Where = "eager" if self.device else "device"
+        return sum(each.numbers * sizes[each.size] for each in kept if each.where != absent)
+
+
+def layer(config: ModelConfig, index: int) -> list[Kept]:
+    """All that the layer keeps, with the policy "none"."""
+    width = config.hidden_size
+    return [
+        Kept("input", width),
+        *_norm("mixer", width),
+        Kept("normed", width),
+        *mixer(config, index),
+        Kept("middle", width),
+        *_norm("mlp", width),
+        Kept("normed middle", width),
+        *mlp(config, index),
+    ]
+
+
+def selective(config: ModelConfig, index: int) -> list[Kept]:
+    """What stays of it with "selective": the input, products, and what operations gave."""
+    heads, keys, values, width = config.num_heads, config.key_dim, config.value_dim, config.hidden_size
+    kept = [Kept("input", width), Kept("out", width), *_operation(config, index)]
+    if config.layers[index] == SOFTMAX:
+        kept += [Kept("qkv", (heads + 2 * config.kv_heads) * keys)]
+    elif config.mixer == "mamba2":
+        kept += [Kept("xbc", heads * values + 2 * keys), Kept("dt product", heads), Kept("o", heads * values)]
+        kept += [Kept("gate", heads * values)]
+    else:
+        kept += [Kept("qkv", heads * (2 * keys + values)), Kept("o", heads * values)]
+        kept += [Kept("gate", heads * values)] if config.mixer not in ("linear", "hgrn2") else []
+        kept += {
+            "delta_net": [Kept("beta product", heads)],
+            "gated_delta_net": [Kept("beta product", heads), Kept("dt product", heads)],
+            "kda": [Kept("beta product", heads), Kept("low rank", keys), Kept("dt product", heads * keys)],
+            "gla": [Kept("low rank", 16), Kept("decay product", heads * keys)],
+        }.get(config.mixer, [])
+    if not config.has_experts(index):
+        return [*kept, Kept("gate_up", 2 * config.intermediate_size)]
+    shared = config.num_shared_experts * config.expert_size
+    return [*kept, Kept("gate_up", 2 * shared)]
+
+
+def full(config: ModelConfig, index: int) -> list[Kept]:
+    return [Kept("input", config.hidden_size)]
+
+
+def ends(config: ModelConfig) -> list[Kept]:
+    """The embedding's ids; the last norm, and the gradient that the loss leaves for it."""
+    width = config.hidden_size
+    return [
+        Kept("ids", 1, "index"),
+        Kept("last hidden", width),
+        *_norm("last", width),
+        Kept("gradient of hidden", width),
+    ]
+
+
+def mixer(config: ModelConfig, index: int) -> list[Kept]:
+    read = _softmax if config.layers[index] == SOFTMAX else _MIXERS[config.mixer]
+    return read(config) + _operation(config, index)
+
+
+def mlp(config: ModelConfig, index: int) -> list[Kept]:
+    if not config.has_experts(index):
+        return _gated_mlp(config.intermediate_size)
+    width, size, chosen = config.hidden_size, config.expert_size, config.experts_per_token
+    routed = [
+        Kept("input of the router", width, "wide", "device"),
+        Kept("scores", 3 * config.num_experts, "wide"),
+        Kept("chosen", chosen, "index"),
+        Kept("orders", 2 * chosen, "index"),
+        Kept("sums of scores", 3 + 2 * chosen, "wide"),
+        Kept("tokens of experts", chosen * width),
+        Kept("gate_up of experts", 2 * chosen * size),
+        Kept("silu of experts", chosen * size, where="eager"),
+        Kept("act of experts", chosen * size),
+        Kept("outputs of experts", chosen * width),
+    ]
+    shared = config.num_shared_experts * size
+    return routed + (_gated_mlp(shared) if shared else [])
+
+
+def _gated_mlp(size: int) -> list[Kept]:
+    return [Kept("gate_up", 2 * size), Kept("silu", size, where="eager"), Kept("act", size)]
+
+
+def _norm(name: str, numbers: float, rows: float = 1) -> list[Kept]:
+    return [Kept(f"{name} rstd", rows, "wide"), Kept(f"{name} scaled", numbers, where="eager")]
+
+
+def _operation(config: ModelConfig, index: int) -> list[Kept]:
+    """What operations over the sequence keep besides their inputs."""
+    heads = config.num_heads
+    if config.layers[index] == SOFTMAX:
+        return [Kept("o", heads * config.key_dim), Kept("lse", heads, "wide")]
+    if config.mixer in ("delta_net", "gated_delta_net", "kda"):
+        gates = Kept("gates of chunks", 4 * heads, "wide", "device")
+        return [Kept("T and P of chunks", 2 * CHUNK * heads, where="device"), gates]
+    return [Kept("gates of chunks", 2 * heads, "wide", "device")] if config.mixer == "mamba2" else []
+
+
+def _output(config: ModelConfig, gate: Gate | None) -> list[Kept]:
+    """GatedOutput."""
+    heads, values = config.num_heads, config.num_heads * config.value_dim
+    kept = [Kept("o", values), *_norm("o", values, rows=heads)]
+    if gate is None:
+        return [*kept, Kept("normed o", values)]
+    kept += [Kept("normed o", values, where="eager"), Kept("gate", values), Kept("gated", values)]
+    return [*kept, Kept("silu of the gate", values, where="eager")] if gate == "silu" else kept
+
+
+def _delta(config: ModelConfig) -> list[Kept]:
+    heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
+    channels = 2 * keys + values
+    decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.mixer]
+    return [
+        Kept("rows", channels),
+        Kept("convolved", channels),
+        Kept("activated", channels, where="eager"),
+        Kept("norms of q and k", 2 * heads, "wide", "eager"),
+        Kept("q", keys),
+        Kept("k", keys),
+        Kept("v", values),
+        Kept("beta", heads, "wide"),
+        Kept("low rank", config.key_dim if config.mixer == "kda" else 0),
+        Kept("dt before softplus", decays, "wide"),
+        Kept("dt", decays, "wide"),
+        Kept("decay", decays, "wide"),
+        *_output(config, "sigmoid" if config.mixer == "kda" else "silu"),
+    ]
+
+
+def _linear(config: ModelConfig) -> list[Kept]:
+    """v, and q and k before what is done to them, are views of their product."""
+    keys, values = config.num_heads * config.key_dim, config.num_heads * config.value_dim
+    features = [Kept("q", keys), Kept("k", keys)]
+    gates: dict[str, Gate] = {"lightning": "sigmoid", "retention": "silu", "gla": "silu"}
+    before = {
+        "linear": features,
+        "lightning": features,
+        "retention": [*features, Kept("angles", 2 * config.key_dim, "wide")],
+        "gla": _gla_decay(keys),
+        "hgrn2": [*features, *_forget_gate(keys)],
+    }[config.mixer]
+    return [Kept("qkv", 2 * keys + values), *before, *_output(config, gates.get(config.mixer))]
+
+
+def _gla_decay(keys: int) -> list[Kept]:
+    buffer = Kept("buffer", keys, "wide", "eager")
+    return [Kept("low rank", 16), Kept("gates", keys, "wide"), buffer, Kept("decay", keys, "wide")]
+
+
+def _forget_gate(keys: int) -> list[Kept]:
+    buffer = Kept("buffer", keys, "wide", "eager")
+    gates = Kept("gates", keys, "wide", "device")  # a copy, where the compute is in bfloat16
+    return [gates, buffer, Kept("decay", keys, "wide"), Kept("expm1", keys, "wide")]
+
+
+def _mamba2(config: ModelConfig) -> list[Kept]:
+    heads, values = config.num_heads, config.num_heads * config.value_dim
+    channels = values + 2 * config.key_dim
+    return [
+        Kept("rows", channels),
+        Kept("convolved", channels),
+        Kept("activated", channels),
+        Kept("dt before softplus", heads, "wide"),
+        Kept("dt", heads, "wide"),
+        Kept("decay", heads, "wide"),
+        Kept("v", values),
+        Kept("o + D x", values),
+        Kept("gate", values),
+        Kept("silu of the gate", values),
+        Kept("gated", values),
+        *_norm("o", values),
+        Kept("normed o", values),
+    ]
+
+
+def _softmax(config: ModelConfig) -> list[Kept]:
+    heads, groups, size = config.num_heads, config.kv_heads, config.key_dim
+    return [
+        Kept("qkv", (heads + 2 * groups) * size),
+        Kept("angles", 2 * size, "wide"),
+        Kept("q", heads * size),
+        Kept("k", groups * size),
+    ]
+
+
+_MIXERS: dict[str, Callable[[ModelConfig], list[Kept]]] = {
+    **dict.fromkeys(("linear", "lightning", "retention", "gla", "hgrn2"), _linear),
+    **dict.fromkeys(("delta_net", "gated_delta_net", "kda"), _delta),
+    "mamba2": _mamba2,
+}
+POLICIES: dict[str, Callable[[ModelConfig, int], list[Kept]]] = {"none": layer, "selective": selective, "full": full}

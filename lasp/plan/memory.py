@@ -1,0 +1,212 @@
+"""How much memory a training step takes on each GPU: its parts at the moments of the step that may need most.
+
+P parameters, W GPUs, n tokens of a rank that are in flight (of its part of a context, or of a segment of a stream).
+AdamW holds two moments in float32 beside float32 weights. With FSDP all of it is divided by W, and there are besides,
+whole and in the dtype of the compute: both ends of the model, the layer in work and the next one, and the gradients of
+the ends and of one layer, which are summed in float32.
+
+The peak is at one of these moments, each with weights and optimiser states:
+
+    loss        all that is kept until backward; a chunk of logits with its gradient; the gradient of the head
+    backward    for each layer what it and those before it keep, and what its backward takes; gathered gradients, and
+                gradients of the layers behind it
+    update      all gradients
+
+All gradients are there from the first moment on where a step sees several contexts or segments.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lasp.config import LINEAR, SOFTMAX, ModelConfig
+from lasp.models.loss import CHUNK_TOKENS
+from lasp.models.products import TILE
+from lasp.models.recompute import Policy, by_layer
+from lasp.plan import kept
+from lasp.plan.kept import CHUNK, Dtype, Kept
+from lasp.plan.setting import Job, Setting, sizes
+
+TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
+GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU, by moment and part; of the host for each GPU."""
+
+    moments: dict[str, dict[str, float]]
+    host: float
+
+    @property
+    def moment(self) -> str:
+        """That which needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return self.moments[self.moment]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def grown(self) -> str:
+        """The largest part at the peak of those that grow with the context."""
+        return max((part for part in GROWS if part in self.parts), key=self.parts.__getitem__)
+
+
+def predict(job: Job, setting: Setting) -> Memory:
+    model, dtype = job.model, Dtype(job.half)
+    held, in_flight = _tokens(job, setting)
+    fixed, gradients, gathered, of_gathered = _parameters(job, dtype)
+    policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
+    one_input, host = dtype.half * model.hidden_size * in_flight, 0.0
+    if setting.offload_activations:
+        host = sum(policy != "none" for policy in policies) * _power_of_two(one_input)
+    everything = [dtype.bytes(kept.POLICIES[policy](model, i)) * in_flight for i, policy in enumerate(policies)]
+
+    def activations(layers: int) -> dict[str, float]:
+        """Of the first so many."""
+        inputs = [one_input] * layers
+        if setting.offload_activations:  # at most one that is used, and one on its way
+            inputs = [one_input for policy in policies[:layers] if policy == "none"] + inputs[:2]
+        return {
+            "layer inputs": sum(inputs),
+            "other activations": sum(everything[:layers]) - one_input * layers,
+        }
+
+    streamed = _stream(job, setting, held)
+    always = fixed | {"batch": 4 * 8.0 * held} | streamed
+    again = job.accumulated > 1 or bool(streamed)  # gradients of a context or segment before are there
+    of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
+    copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
+    moments = {
+        "loss": activations(model.num_layers)
+        | {"gradients": gradients * again, "gathered weights": gathered, "logits and loss": _logits(job) + of_ends},
+        "update": {"gradients": (1 + copies) * gradients},
+    }
+    for index, policy in enumerate(policies):
+        behind = 1.0 if again else 1 - (index + 1) / model.num_layers
+        moments[f"backward of layer {index + 1}"] = activations(index + 1) | {
+            "gradients": gradients * behind,
+            "gathered weights": gathered,
+            "gathered gradients": of_gathered,
+            "one layer": _one_layer(job, policy, index, in_flight),
+        }
+    return Memory({name: always | parts for name, parts in moments.items()}, host)
+
+
+def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
+    """Of a rank's part of the context, and of what of it is in flight."""
+    held = -(-job.context // setting.sequence_parallel)
+    segment = setting.segment_tokens
+    return held, held if segment is None else min(held, -(-segment // setting.sequence_parallel))
+
+
+def _parameters(job: Job, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:
+    """Weights and optimiser states; gradients; what of weights and of gradients is gathered."""
+    size, half, exact = sizes(job.model), dtype.half, dtype.wide
+    mixtures = sum(job.model.has_experts(i) for i in range(job.model.num_layers))
+    experts = size.experts / max(1, mixtures) / job.expert_parallel  # of one layer, on one rank
+    layer = max(size.layers) + experts
+    whole, share = size.total - size.experts + experts * mixtures, size.total / job.gpus
+    gathered, of_gathered = half * (size.ends + 2 * layer), half * (size.ends + layer)
+    if job.sharding == "fsdp":
+        sums = exact * layer if exact != half else 0.0
+        return _fixed(exact * share, exact * share), exact * share, gathered, of_gathered + sums
+    if job.sharding in ("none", "zero-0"):
+        return _fixed(exact * whole, exact * whole), exact * whole, 0.0, 0.0
+    stage = int(job.sharding[-1])
+    weights = half * (share if stage == 3 else whole) + exact * share
+    gradients = half * (whole if stage == 1 else share)
+    return _fixed(weights, exact * share), gradients, *((gathered, of_gathered) if stage == 3 else (0.0, 0.0))
+
+
+def _fixed(weights: float, moment: float) -> dict[str, float]:
+    return {"weights": weights, "optimiser states": 2 * moment}
+
+
+def _logits(job: Job) -> float:
+    """Of a chunk of tokens logits and their gradient; the head's gradient in float32, and a part of it."""
+    model, dtype = job.model, Dtype(job.half)
+    head = model.vocab_size * model.hidden_size
+    return 2 * dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
+
+
+def _stream(job: Job, setting: Setting, held: int) -> dict[str, float]:
+    """What segments leave to each other: states in float32; keys and values, and their gradients in float32."""
+    if setting.segment_tokens is None:
+        return {}
+    model = job.model
+    segments, wide = -(-job.context // setting.segment_tokens), Dtype(job.half).wide
+    states = model.layers.count(LINEAR) * model.num_heads * model.key_dim * model.value_dim
+    pairs = model.layers.count(SOFTMAX) * 2 * model.kv_heads * model.key_dim
+    caches = {"key/value caches": (job.half + wide) * pairs * held} if pairs else {}
+    return {"boundary states": float(wide * segments * states), **caches}
+
+
+def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
+    """Bytes that a layer's backward takes beside what was kept for it: what it computes again, and gradients.
+
+    Its MLP comes first, when all of the mixer has been computed again; then the mixer's operation, when what lies
+    behind it has been freed.
+    """
+    model, dtype = job.model, Dtype(job.half)
+    width = dtype.half * model.hidden_size
+    stays = {each.name for each in kept.POLICIES[policy](model, index)}
+    mixer = [*kept.mixer(model, index), Kept("normed", model.hidden_size)]
+    behind = {"gate", "gated", "normed o", "silu of the gate", "o + D x"}
+
+    def again(parts: list[Kept]) -> float:
+        return dtype.bytes(each for each in parts if each.name not in stays)
+
+    around = 2 * width  # gradients of what comes in and of what goes out
+    mlp_inputs = [Kept("middle", model.hidden_size), Kept("normed middle", model.hidden_size)]
+    in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, policy, index)
+    in_operation = again([each for each in mixer if each.name not in behind]) + around
+    in_operation += _operation_gradients(model, index, dtype, tokens)
+    return max(in_mlp, in_operation) * tokens + _constants(job, policy, index, tokens)
+
+
+def _mlp(job: Job, policy: Policy, index: int) -> float:
+    """Bytes for each token."""
+    model, half = job.model, job.half
+    if model.has_experts(index):
+        chosen, size = model.experts_per_token, model.expert_size
+        computed = 0.0 if policy == "none" else Dtype(half).bytes(kept.mlp(model, index))
+        return computed + half * chosen * (3 * size + 2 * model.hidden_size)
+    return half * 3 * model.intermediate_size if policy == "none" else 0.0
+
+
+def _constants(job: Job, policy: Policy, index: int, tokens: int) -> float:
+    """Bytes that do not grow with the context: a tile of an MLP with its gradients, their sums; the states of tiles."""
+    model, dtype = job.model, Dtype(job.half)
+    states = 0.0
+    if model.layers[index] == LINEAR:
+        states = 2.0 * TILES * dtype.wide * model.num_heads * model.key_dim * model.value_dim
+    if model.has_experts(index) or policy == "none":
+        return states
+    tile = 3 * dtype.half * min(TILE, 2 * model.intermediate_size * tokens)
+    return states + tile + (dtype.wide + dtype.half) * 3 * model.intermediate_size * model.hidden_size
+
+
+def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int) -> float:
+    """Bytes for each token: the gradient of o, those of q, k and v, and what the kernels of the class need besides."""
+    heads, keys, values = model.num_heads, model.key_dim, model.value_dim
+    if model.layers[index] == SOFTMAX:
+        return dtype.half * (2 * heads + 2 * model.kv_heads) * keys
+    gradients = dtype.half * 2 * heads * (keys + values)
+    state = dtype.half * keys * values / CHUNK  # of every chunk, for each token and head
+    if model.mixer in ("gla", "hgrn2"):
+        return gradients + 2 * heads * state + dtype.wide * heads * keys
+    if model.mixer in ("delta_net", "gated_delta_net", "kda"):
+        some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))
+        rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0
+        return gradients + 2 * some * (state + dtype.half * values) + rescaled
+    return gradients + (dtype.wide * heads * keys if model.mixer == "mamba2" else 0)  # one key for all heads: a sum
+
+
+def _power_of_two(size: float) -> float:
+    """PyTorch's pinned memory comes in pieces of such sizes."""
+    return 2.0 ** math.ceil(math.log2(max(1.0, size)))

@@ -1,0 +1,63 @@
+"""The plan's formulas beside what is really saved."""
+
+from dataclasses import replace
+
+import pytest
+
+from lasp.config import MIXERS, ModelConfig
+from lasp.models import Decoder, linear_llama3_1b
+from lasp.plan.kept import POLICIES, Dtype, ends, layer
+from tests.models.helpers import random_tokens, sequence
+from tests.models.saved import counting
+
+TOKENS = 128
+DENSE = ModelConfig(
+    vocab_size=8,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    head_dim=16,
+    value_head_dim=24,
+    num_kv_heads=2,
+    intermediate_size=160,
+    pattern="L",
+)
+MIXTURE = replace(DENSE, num_experts=8, experts_per_token=3, expert_intermediate_size=24, num_shared_experts=2)
+MODELS = {mixer: replace(DENSE, mixer=mixer) for mixer in MIXERS}
+MODELS |= {"softmax": replace(DENSE, pattern="N"), "hybrid of mixtures": replace(MIXTURE, pattern="LN")}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_bytes_are_those_that_are_saved(name, policy):
+    config = MODELS[name]
+    model, tokens = Decoder(config), random_tokens(1, TOKENS) % config.vocab_size
+    model.recompute = policy
+    with counting(model) as saved:
+        model(tokens, sequence(TOKENS), labels=tokens)
+    each = [kept for index in range(config.num_layers) for kept in POLICIES[policy](config, index)]
+    predicted = Dtype(half=4, device=False).bytes([*each, *ends(config)]) * TOKENS
+    assert predicted == pytest.approx(saved.bytes, rel=0.05)
+
+
+def test_bytes_follow_dtype_and_device():
+    kept = layer(linear_llama3_1b(pattern="L"), 0)
+    assert Dtype(2).bytes(kept) < Dtype(4).bytes(kept) < 2 * Dtype(2).bytes(kept)
+    assert Dtype(2).bytes(kept) < Dtype(2, device=False).bytes(kept)
+    # On an H200 a step grew by 224 KiB a token: 64 for inputs of 16 layers, 48 for gradients in an MLP in one piece.
+    assert Dtype(2).bytes(kept) / 1024 == pytest.approx(224 - 64 - 48, rel=0.05)
+
+
+def test_every_storage_has_one_line():
+    for config in MODELS.values():
+        for index in range(config.num_layers):
+            names = [kept.name for kept in layer(config, index)]
+            assert len(names) == len(set(names))
+
+
+def test_what_stays_is_known_to_the_layer_or_a_product():
+    products = {"out", "o", "qkv", "xbc", "beta product", "dt product", "decay product"}
+    for config in MODELS.values():
+        for index in range(config.num_layers):
+            names = {kept.name for kept in layer(config, index)}
+            assert {kept.name for kept in POLICIES["selective"](config, index)} <= names | products

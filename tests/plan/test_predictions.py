@@ -1,0 +1,183 @@
+"""Memory, time and the choice of settings: against published runs, and as users read them."""
+
+from dataclasses import replace
+
+import pytest
+
+from lasp.models import linear_llama3_1b, linear_llama3_8b, linear_moe_a0_3b_2b, tiny
+from lasp.plan import GPUS, Job, Setting, advice, best, named, plan, recomputation
+from lasp.plan.gpus import GIB, of_name
+from lasp.plan.memory import predict
+from lasp.plan.search import options, smaller
+from lasp.plan.setting import sizes
+
+ONE_B = Job(model=linear_llama3_1b(pattern="L"), context=65_536, gpu=GPUS["H200"])
+FULL = Setting(recompute="full")
+
+# docs/performance.md and docs/scaling.csv: pattern, GPUs that share a context, its tokens, milliseconds of a step
+STEPS = [
+    ("L", 1, 65_536, 1433),
+    ("L", 1, 524_288, 11_724),
+    ("L", 2, 524_288, 5788),
+    ("L", 4, 262_144, 1508),
+    ("LLLN", 1, 65_536, 2361),
+    ("LLLN", 2, 131_072, 3555),
+    ("LLLN", 2, 524_288, 39_028),
+    ("LLLN", 4, 524_288, 18_673),
+]
+
+
+@pytest.mark.parametrize(("pattern", "ranks", "context", "milliseconds"), STEPS)
+def test_published_steps_are_predicted_within_a_tenth(pattern, ranks, context, milliseconds):
+    job = replace(ONE_B, model=linear_llama3_1b(pattern=pattern), context=context, gpus=ranks)
+    made = plan(job, replace(FULL, sequence_parallel=ranks))
+    assert 1e3 * made.seconds == pytest.approx(milliseconds, rel=0.1)
+
+
+def test_a_mixture_is_predicted_within_a_tenth():
+    job = replace(ONE_B, model=linear_moe_a0_3b_2b(pattern="L"), context=131_072, gpus=2)
+    made = plan(job, replace(FULL, sequence_parallel=2))
+    assert 1e3 * made.seconds == pytest.approx(773, rel=0.1)
+    assert made.utilisation == pytest.approx(0.251, rel=0.1)
+
+
+def memory(job: Job = ONE_B, **setting: object) -> float:
+    return predict(job, Setting(**setting)).total / GIB  # type: ignore[arg-type]
+
+
+def test_weights_gradients_and_optimiser_are_shared_by_fsdp():
+    """16 bytes a parameter in all, and what is gathered; float32 without FSDP on every GPU."""
+    parameters = sizes(ONE_B.model).total
+    for gpus in (1, 4):
+        parts = predict(replace(ONE_B, gpus=gpus), FULL).moments["update"]
+        assert sum(parts.values()) == pytest.approx(16 * parameters / gpus, rel=1e-3)
+    whole = replace(ONE_B, gpus=4, sharding="none", half=4)
+    parts = predict(whole, FULL).moments["update"]
+    assert parts["weights"] == 4 * parameters and parts["optimiser states"] == 8 * parameters
+    assert parts["gradients"] == 3 * 4 * parameters  # while they are summed
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 2 + 2 + 3), (2, 2 + 0.5 + 3), (3, 0.5 + 0.5 + 3)])
+def test_zero_shards_by_its_stage(stage, bytes_each):
+    job = replace(ONE_B, gpus=4, sharding=f"zero-{stage}")
+    held = sum(predict(job, FULL).moments["update"].values())
+    assert held == pytest.approx(bytes_each * sizes(job.model).total, rel=1e-3)
+
+
+def test_experts_are_spread():
+    job = replace(ONE_B, model=linear_moe_a0_3b_2b(pattern="L"), gpus=4)
+    spread = replace(job, expert_parallel=4)
+    before, after = (predict(each, FULL).moments["backward of layer 1"]["gathered weights"] for each in (job, spread))
+    assert before - after == 2 * 2 * sizes(job.model).experts / job.model.num_layers * 3 / 4
+
+
+def test_each_way_to_save_memory_saves_some():
+    kept = [memory(recompute=policy) for policy in ("none", "selective", "full")]
+    assert kept == sorted(kept, reverse=True)
+    long = replace(ONE_B, context=2**20)
+    assert memory(long, recompute="full", offload_activations=True) < memory(long, recompute="full") - 50
+    assert predict(long, replace(FULL, offload_activations=True)).host == 64 * GIB
+    assert memory(replace(long, gpus=8), recompute="full", sequence_parallel=8) < memory(long, recompute="full") / 4
+
+
+def test_a_stream_does_not_grow_with_the_context():
+    segments = Setting(recompute="full", segment_tokens=131_072)
+    short, long = (predict(replace(ONE_B, context=n), segments).total for n in (2**20, 2**23))
+    assert short < long < 1.05 * short
+    hybrid = replace(ONE_B, model=linear_llama3_1b(pattern="LLLN"), context=2**20)
+    parts = predict(hybrid, segments).parts
+    assert parts["key/value caches"] == 4 * 2**20 * 2 * 2048 * (2 + 4)
+    assert parts["boundary states"] == 12 * 8 * 16 * 128 * 128 * 4
+
+
+def test_a_million_tokens_fit_on_one_gpu_without_a_stream():
+    found = best(replace(ONE_B, context=2**20), FULL)
+    assert found.fits and found.setting == replace(FULL, offload_activations=True)
+
+
+def test_the_best_setting_is_the_fastest_that_fits():
+    found = best(ONE_B)
+    assert options(found.setting) == "--parallel.sequence-parallel 1 --recompute selective --recompute-layers 6"
+    assert found.surely_fits and not plan(ONE_B, replace(found.setting, recompute_layers=5)).surely_fits
+    assert best(replace(ONE_B, context=8192)).setting == Setting()
+    assert best(replace(ONE_B, context=2**23)).setting.segment_tokens is not None
+    none = best(replace(ONE_B, model=linear_llama3_8b(), gpu=GPUS["RTX-4090"]))
+    assert not none.fits
+
+
+def test_advice_names_what_to_change():
+    assert "nothing" in advice(best(ONE_B))
+    assert advice(plan(ONE_B, FULL)).startswith("--recompute selective --recompute-layers 6 (")
+    assert advice(plan(replace(ONE_B, context=2**20), FULL)).startswith("--offload-activations (")
+    too_large = Job(model=linear_llama3_8b(), context=65_536, gpu=GPUS["RTX-4090"])
+    assert "16 GPUs, --parallel.sequence-parallel" in advice(plan(too_large, FULL))
+
+
+def test_what_auto_stands_for_leaves_room_for_errors():
+    def chosen(context: int, **wishes: object) -> tuple[str, int | None]:
+        setting = recomputation(replace(ONE_B, context=context), Setting(**wishes))  # type: ignore[arg-type]
+        return setting.recompute, setting.recompute_layers
+
+    assert chosen(8192) == ("none", None)
+    assert chosen(65_536) == ("selective", 6)
+    assert chosen(2**18) == ("full", 12)
+    assert chosen(2**24) == ("full", None)
+    assert chosen(8192, offload_activations=True) == ("selective", None)
+    assert chosen(2**23, segment_tokens=32_768) == ("none", None)
+
+
+def test_layers_between_two_policies_lie_between_them():
+    steps = [plan(ONE_B, replace(FULL, recompute_layers=n)) for n in (16, 8, 0)]
+    assert steps[0].memory.total < steps[1].memory.total < steps[2].memory.total
+    assert steps[0].seconds > steps[1].seconds > steps[2].seconds
+    selective = plan(ONE_B, Setting(recompute="selective"))
+    assert steps[2].memory.total == selective.memory.total and steps[2].step == selective.step
+
+
+def test_softmax_layers_run_again_last():
+    hybrid = replace(ONE_B, model=linear_llama3_1b(pattern="LLLN"), context=2**18)
+    some, all_layers = (plan(hybrid, replace(FULL, recompute_layers=n)).step["softmax attention"] for n in (12, 16))
+    assert all_layers / some == pytest.approx((2 + 2.5) / (1 + 2.5))
+
+
+def test_smaller_settings_are_found_after_memory_has_run_out():
+    made = plan(ONE_B, Setting(recompute="none"))
+    fewer = smaller(made)
+    assert fewer is not None and fewer.memory.total < 0.8 * made.memory.total
+    assert options(fewer.setting, made.setting).startswith("--recompute selective")
+    assert made.memory.grown == "other activations"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"sequence_parallel": 3}, "sequence_parallel: got 3, expected a divisor of the 1 GPUs"),
+        ({"offload_activations": True}, "offload_activations: got True, expected False with recompute='none'"),
+        ({"segment_tokens": 0}, "segment_tokens: got 0, expected at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit_the_job_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        plan(ONE_B, Setting(**setting))
+
+
+def test_gpus_are_known_by_name():
+    assert named("h200").flops == named("H100").flops == 989e12
+    assert of_name("NVIDIA A100-SXM4-40GB", 39.4 * GIB) == GPUS["A100-40"]
+    assert of_name("NVIDIA A100-SXM4-80GB").memory == GPUS["A100-80"].memory
+    assert of_name("NVIDIA GeForce RTX 5090", 1.0) == replace(GPUS["RTX-5090"], memory=1.0)
+    assert of_name("Another") is None
+    for name in ("H300", ""):
+        with pytest.raises(ValueError, match=f"gpu: got '{name}', expected here, or one of H100-PCIe, "):
+            named(name)
+
+
+def test_a_gpu_that_is_not_there_cannot_be_measured(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="gpu: got 'here', expected a GPU"):
+        named("here")
+
+
+def test_tiny_models_have_plans_too():
+    for mixer in ("mamba2", "hgrn2", "gla", "kda"):
+        assert plan(Job(model=tiny(mixer), context=64, gpu=GPUS["H100"]), Setting()).fits
