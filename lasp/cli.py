@@ -29,6 +29,7 @@ def prepare(
     text_field: str = "text",
     suffixes: tuple[str, ...] = SUFFIXES,
     valid_fraction: float = 0.05,
+    chat: bool = False,
 ) -> None:
     """Turn texts into token files: plain text, JSON Lines, parquet, saved data sets; compressed or not.
 
@@ -40,11 +41,13 @@ def prepare(
         text_field: of a record (a line of JSON Lines, a row), the field that is its document.
         suffixes: of the files that are read in folders.
         valid_fraction: the part of the documents that is held out.
+        chat: records hold conversations, "messages", or "prompt" and "completion"; only what the assistant says, or
+            the completion, has a loss. Messages go through the chat template of the tokenizer's directory.
     """
     from lasp.data.prepare import prepare
 
     settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
-    print(prepare(inputs, output, tokenizer, eod=eod, **settings))
+    print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
 
 
 def train(config: Any) -> None:
@@ -184,11 +187,22 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 
 def _exchange() -> Any:
-    found = find_spec("transformers") is not None
-    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
+    _require_transformers()
     from lasp.integrations import exchange
 
     return exchange
+
+
+def _chat(tokenizer: str) -> Any:
+    _require_transformers()
+    from lasp.integrations.huggingface.chat import HuggingFaceChat
+
+    return HuggingFaceChat(tokenizer)
+
+
+def _require_transformers() -> None:
+    found = find_spec("transformers") is not None
+    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
 
 
 if __name__ == "__main__":

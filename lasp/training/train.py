@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp.config import TrainConfig, require
-from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
+from lasp.data import Context, PackedContexts, load_tokenizer, local_batch
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
 from lasp.parallel.agreement import agree
@@ -104,6 +104,8 @@ def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[C
         held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
         wanted, there = data.eval_contexts, held_out.num_contexts
         require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {data.valid} holds")
+        labelled = any(held_out[i].count_labels() for i in range(wanted))
+        require(labelled, "eval_contexts", wanted, f"more: the first {wanted} contexts of {data.valid} have no label")
         opened.extend([training, held_out])
         return {
             "data.train": training.file.fingerprint(vocab_size),
@@ -133,7 +135,8 @@ def position(config: TrainConfig, fingerprints: dict[str, str]) -> int:
 
 def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World) -> float:
     """The mean loss over all labels of the contexts; the engine gets each rank's part of its gradient."""
-    labels = max(1, sum(count_labels(context) for context in contexts))
+    labels = sum(context.count_labels() for context in contexts)
+    require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in read_batches(share(contexts, world), sp, world):
         tokens, targets = batch.tokens.to(world.device), batch.labels.to(world.device)
@@ -174,12 +177,6 @@ def share(contexts: list[Context], world: World) -> list[Context]:
     return contexts[group::groups]
 
 
-def count_labels(context: Context) -> int:
-    """How many tokens of a context have a label: all but the last ones of documents, which stand where pieces end."""
-    ends = context.cu_seqlens[1:].tolist()
-    return context.length - sum(int(context.labels(end - 1, end).item() == IGNORED) for end in ends)
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World) -> float:
     """The mean loss over all labels of the held-out contexts, in nats per token, without balancing losses.
@@ -193,7 +190,7 @@ def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, wo
         total += torch.stack([part.double() for part in model(tokens, batch.seq, labels=labels)])
     model.train()
     loss_sum, count = all_ranks(total).tolist()
-    return require_finite(loss_sum / max(1, count), "held-out loss")
+    return require_finite(loss_sum / count, "held-out loss")
 
 
 def all_ranks(x: Tensor) -> Tensor:
