@@ -15,6 +15,8 @@ from tyro.conf import Positional
 from lasp import __version__
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
+from lasp.evaluation.recall.config import SWEEPS, RecallSweep
+from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
 from lasp.training.recipes import RECIPES
 
@@ -50,11 +52,33 @@ def prepare(
     print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
 
 
+def synthesize(task: Any, output: str, sequences: int = 20_000, held_out: int = 1_000, seed: int = 0) -> None:
+    """Write a recall task's sequences as token files, PREFIX_train and PREFIX_valid, whose labels are the answers.
+
+    Args:
+        task: which, and its settings.
+        output: path prefix of the files.
+        sequences: of the training files; each is a document.
+        held_out: sequences of the validation files.
+        seed: of the training files; the validation files' is the next one.
+    """
+    from lasp.evaluation.tasks import write
+
+    for split, number, its_seed in (("train", sequences, seed), ("valid", held_out, seed + 1)):
+        write(task, f"{output}_{split}", number, its_seed)
+        print(f"{output}_{split}: {number:,} sequences of {task.length:,} tokens, ids below {task.vocab_size:,}")
+
+
 def train(config: Any) -> None:
     """Train a recipe; alone, or on the ranks that torchrun started.
 
     A run whose directory holds a checkpoint goes on from it.
     """
+    if isinstance(config, RecallSweep):
+        from lasp.evaluation.recall import sweep
+
+        sweep.run(config)
+        return
     from lasp.training.train import train
 
     train(config)
@@ -146,12 +170,14 @@ def main(args: list[str] | None = None) -> None:
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"lasp {__version__}")
         return
-    recipes = {name.replace("_", "-"): recipe for name, recipe in RECIPES.items()}
-    configs = {name: recipe() for name, recipe in recipes.items()}
-    texts = {name: (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
-    chosen = tyro.extras.subcommand_type_from_defaults(configs, texts, prefix_names=False)
+    recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS}
+    configs = {name.replace("_", "-"): recipe() for name, recipe in recipes.items()}
+    texts = {name.replace("_", "-"): (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
+    chosen = _one_of(configs, texts)
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
-    commands = {f.__name__: _deferred(f) for f in (prepare, train, generate, report)}
+    tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
+    synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
+    commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, train, generate, report)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
@@ -174,6 +200,11 @@ def _explains(error: Exception) -> bool:
     """Whether it says what is wrong with the input: what lasp raises, and the system's about files. Others are bugs."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("lasp.")
+
+
+def _one_of(defaults: dict[str, Any], texts: dict[str, str] | None = None) -> Any:
+    """The type of a subcommand for each default, by its name, with its fields as options."""
+    return tyro.extras.subcommand_type_from_defaults(defaults, texts or {}, prefix_names=False)
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:

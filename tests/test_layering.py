@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "lasp").rglob("*.py"))
 
-# What a part of lasp may import of the rest: kernels <- parallel <- training -> models, data.
+# What a part of lasp may import of the rest: kernels <- parallel <- training -> models, data; evaluation looks at all.
 MAY_IMPORT = {
     "kernels": set(),
     "parallel": {"kernels", "names"},
@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "data": {"config"},
     "training": {"kernels", "parallel", "models", "data", "config"},
     "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "training"},
+    "evaluation": {"parallel", "models", "data", "config", "fields", "names", "training", "integrations"},
 }
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {
@@ -31,6 +32,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
+    "lasp/evaluation/recall/sweep.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},
     "lasp/integrations/megatron_weights.py": {"torch.distributed.checkpoint"},
 }

@@ -102,7 +102,7 @@ class TokenFileWriter:
             raise ValueError(f"mask: got {'none' if mask is None else 'one'}, expected {expected}")
         if mask is not None and self._mask is not None:
             labels = np.asarray(mask)
-            if labels.shape != array.shape or not np.isin(labels, (0, 1)).all():
+            if labels.shape != array.shape or not ((labels == 0) | (labels == 1)).all():
                 raise ValueError(f"mask: got {labels.dtype}{list(labels.shape)}, expected {array.size} zeros and ones")
             self._mask.write(labels.astype(np.uint8).tobytes())
             self.num_labels += int(labels[self._unended == 0 :].sum())

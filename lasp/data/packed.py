@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lasp.data.indexed import TokenFile, VocabularyTokens
 
+MOST_ROWS = 4096  # of a batch: GPUs take so many in every kernel
 IGNORED = -100  # the label of positions without a loss, PyTorch's cross-entropy's default
 
 
@@ -37,6 +38,12 @@ class Context:
         self._tokens, self._pieces, self._sources, self._ends, self._mask = tokens, pieces, sources, ends, mask
         self.length = int(pieces[-1])
         self.cu_seqlens = torch.from_numpy(pieces)
+
+    @property
+    def row_length(self) -> int | None:
+        """The pieces' length, if there are several and all are equally long: they can be the rows of a batch."""
+        lengths = np.diff(self._pieces)
+        return int(lengths[0]) if 1 < len(lengths) <= MOST_ROWS and (lengths == lengths[0]).all() else None
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """The tokens of positions start…stop, int64 [stop - start]."""

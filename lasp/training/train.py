@@ -8,13 +8,15 @@ it, and the sum of the ranks' gradients is the gradient.
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp.config import TrainConfig, require
-from lasp.data import Context, PackedContexts, load_tokenizer, local_batch
+from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import Sequence, SequenceParallel, comm
 from lasp.parallel.agreement import agree
@@ -139,8 +141,7 @@ def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParal
     require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in read_batches(share(contexts, world), sp, world):
-        tokens, targets = batch.tokens.to(world.device), batch.labels.to(world.device)
-        loss_sum, _ = engine.model(tokens, batch.seq, labels=targets)
+        loss_sum, _ = engine.model(**batch.inputs(world.device))
         engine.backward(loss_sum / labels)
         total += loss_sum.detach()
     return all_ranks(total).item() / labels
@@ -148,11 +149,26 @@ def compute_gradients(engine: Engine, contexts: list[Context], sp: SequenceParal
 
 @dataclass(frozen=True)
 class Batch:
-    """One context as a rank sees it: tokens and labels of its own units, int64 [1, T_local], and what links them."""
+    """One context as a rank sees it: tokens and labels of its own units, int64 [B, T_local], and what links them.
+
+    A context of equally long documents is a batch of them, B = 1 otherwise. scored: int64 [N], which of the labels,
+    flattened, are not -100, if those are fewer than half.
+    """
 
     tokens: Tensor
     labels: Tensor
     seq: Sequence
+
+    @cached_property
+    def scored(self) -> Tensor | None:
+        places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
+        return places if 2 * len(places) < self.labels.numel() else None
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """What the model takes, on its device."""
+        scored = None if self.scored is None else self.scored.to(device)
+        tokens, labels = self.tokens.to(device), self.labels.to(device)
+        return {"tokens": tokens, "seq": self.seq, "labels": labels, "scored": scored}
 
 
 def read_batches(contexts: list[Context], sp: SequenceParallel, world: World) -> list[Batch]:
@@ -160,12 +176,20 @@ def read_batches(contexts: list[Context], sp: SequenceParallel, world: World) ->
 
     Raises ValueError on every rank if one of them reads a token that is not in the vocabulary.
     """
-    sequences = [sp.sequence(context.length, context.cu_seqlens) for context in contexts]
+    rows = [context.row_length for context in contexts]
+    sequences = [
+        sp.sequence(context.length, context.cu_seqlens) if length is None else sp.sequence(length)
+        for context, length in zip(contexts, rows, strict=True)
+    ]
     batches: list[Batch] = []
 
     def read() -> None:
-        for context, seq in zip(contexts, sequences, strict=True):
-            batches.append(Batch(*local_batch(context, seq.partition.ranges), seq))
+        for context, length, seq in zip(contexts, rows, sequences, strict=True):
+            if length is None:
+                batches.append(Batch(*local_batch(context, seq.partition.ranges), seq))
+            else:
+                tokens, labels = context.tokens(0, context.length), context.labels(0, context.length)
+                batches.append(Batch(seq.shard(tokens.view(-1, length)), seq.shard(labels.view(-1, length)), seq))
 
     agree(dist.group.WORLD, world.device, read)
     return batches
@@ -186,8 +210,7 @@ def evaluate(model: nn.Module, held_out: list[Context], sp: SequenceParallel, wo
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in read_batches(share(held_out, world), sp, world):
-        tokens, labels = batch.tokens.to(world.device), batch.labels.to(world.device)
-        total += torch.stack([part.double() for part in model(tokens, batch.seq, labels=labels)])
+        total += torch.stack([part.double() for part in model(**batch.inputs(world.device))])
     model.train()
     loss_sum, count = all_ranks(total).tolist()
     return require_finite(loss_sum / count, "held-out loss")

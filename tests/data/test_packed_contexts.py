@@ -201,3 +201,13 @@ def test_labels_are_counted_without_reading_tokens(prefix, masked, monkeypatch):
         monkeypatch.setattr(contexts.file, "tokens", recorder)
         assert [contexts[i].count_labels() for i in range(12)] == expected
         assert not recorder.read
+
+
+def test_rows_are_pieces_of_one_length(tmp_path, prefix):
+    with TokenFileWriter(tmp_path / "rows", np.uint16) as writer:
+        for first in range(0, 40, 4):
+            writer.add_document(range(first, first + 4))
+    assert PackedContexts(tmp_path / "rows", 12, seed=0)[1].row_length == 4
+    assert PackedContexts(tmp_path / "rows", 10, seed=0)[1].row_length is None  # the first and the last are cut
+    assert PackedContexts(tmp_path / "rows", 4, seed=0)[1].row_length is None
+    assert PackedContexts(prefix, 20, seed=0, shuffle=False)[0].row_length is None
