@@ -1,4 +1,4 @@
-"""The command `lasp`: prepare data, train a recipe, generate text, report on a run, exchange weights."""
+"""The command `lasp`: prepare data, train a recipe, generate text, report on and evaluate a run, exchange weights."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from tyro.conf import Positional
@@ -15,6 +15,7 @@ from tyro.conf import Positional
 from lasp import __version__
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
+from lasp.evaluation.evaluate import EVALUATIONS
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
@@ -122,6 +123,16 @@ def report(run_dir: Positional[str]) -> None:
     print(report(run_dir))
 
 
+def evaluate(what: Any) -> None:
+    """Evaluate a run or an exported model; alone, or on the ranks that torchrun started, which share each context.
+
+    Results go to MODEL/evaluation: a JSON file, a table and a picture.
+    """
+    from lasp.evaluation.evaluate import evaluate
+
+    evaluate(what)
+
+
 def export_weights(
     run_dir: Positional[str], output: Positional[str], to: Literal["huggingface", "megatron"] = "huggingface"
 ) -> None:
@@ -178,6 +189,9 @@ def main(args: list[str] | None = None) -> None:
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
     commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, train, generate, report)}
+    kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
+    evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
+    commands |= {"eval": _deferred(evaluate)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)

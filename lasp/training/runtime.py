@@ -5,18 +5,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lasp.config import TrainConfig, require
+from lasp.config import ParallelConfig, require
 from lasp.parallel.groups import leave, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it
+
+
+class Joining(Protocol):
+    """What is to be run: a dataclass whose settings are the same on all ranks."""
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def allow_changed(self) -> tuple[str, ...]: ...
+    def mesh_shape(self, world_size: int) -> tuple[int, int]:
+        """(data-parallel, sequence-parallel) ranks; ValueError if it does not fit such a world."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -34,7 +49,7 @@ class World:
 
 
 @contextmanager
-def join_world(config: TrainConfig) -> Iterator[World]:
+def join_world(config: Joining) -> Iterator[World]:
     """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), or is a world of one.
 
     A process group that exists already is used, and left as it is. Raises ValueError on every rank if the run does not

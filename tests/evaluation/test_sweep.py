@@ -16,7 +16,7 @@ from lasp.evaluation.recall import sweep as module
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep, parse_model
 from lasp.evaluation.recall.report import Cell, SweepResult
 from lasp.evaluation.recall.sweep import run, state_size
-from lasp.evaluation.subject import open_run
+from lasp.evaluation.subject import open_subject
 from lasp.evaluation.tasks import MQAR
 from lasp.models import Decoder
 from lasp.training.runtime import join_world
@@ -62,11 +62,11 @@ def test_accuracy_is_that_of_the_likeliest_tokens(small):
     assert config.steps == 10
     for pairs in (2, 3):
         with join_world(config) as world:
-            model = open_run(config.run_dir, world).model
+            subject = open_subject(config.run_dir, world, config.parallel)
+            model, seq = subject.model, subject.sp.sequence(16)
             contexts = PackedContexts(small.held_out_data(pairs), 16, seed=0, shuffle=False)
             right = []
             for context in contexts.one_epoch():
-                seq = open_run(config.run_dir, world).sp.sequence(16)
                 labels = context.labels(0, 16)
                 best = model(context.tokens(0, 16)[None], seq)[0].argmax(-1)
                 right += (best == labels)[labels >= 0].tolist()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lasp.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from lasp.data import IGNORED, PackedContexts
-from lasp.evaluation.accuracy import accuracy
-from lasp.evaluation.subject import open_run
+from lasp.data import IGNORED, PackedContexts, TokenFile
+from lasp.evaluation.labels import file_accuracy
+from lasp.evaluation.subject import open_subject
 from lasp.evaluation.tasks import MQAR, write
 from lasp.models import Decoder, tiny
 from lasp.parallel import SequenceParallel
@@ -84,8 +84,7 @@ def test_recall_is_trained_and_measured_as_on_one_rank(ranks, config, layout):
     got = [record["loss"] for record in read_metrics(config.run_dir) if "loss" in record]
     assert got == pytest.approx(losses, rel=1e-9)
     with join_world(config) as world:
-        subject = open_run(config.run_dir, world, layout=layout)
-        contexts = PackedContexts(config.data.valid, config.context_length, seed=0, shuffle=False)
-        found = accuracy(subject, contexts.one_epoch())
+        subject = open_subject(config.run_dir, world, config.parallel)
+        found = file_accuracy(subject, TokenFile(config.data.valid), 3 * LENGTH)
     assert found.accuracy == pytest.approx(right, abs=1e-12)
     assert found.labels == 4 * ROWS * 7 // 2

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from lasp.config import TrainConfig, require
-from lasp.data import PackedContexts
-from lasp.evaluation.accuracy import accuracy
+from lasp.data import TokenFile
+from lasp.evaluation.labels import file_accuracy
 from lasp.evaluation.recall.config import RecallSweep
 from lasp.evaluation.recall.report import Cell, SweepResult
 from lasp.evaluation.results import save
-from lasp.evaluation.subject import Subject, open_run
+from lasp.evaluation.subject import open_subject
 from lasp.evaluation.tasks import write
 from lasp.models import Decoder, Memory, count_parameters
 from lasp.parallel import SequenceParallel
@@ -84,7 +84,11 @@ def evaluate(job: Job, world: World) -> Cell:
     if path.is_file() and (known := json.loads(path.read_text()))["config"] == settings:
         return Cell(**known["cell"])
     loss = train(config)
-    subject = open_run(config.run_dir, world)
+    subject = open_subject(config.run_dir, world, config.parallel)
+    accuracy = {
+        str(pairs): file_accuracy(subject, TokenFile(job.sweep.held_out_data(pairs)), config.context_length).accuracy
+        for pairs in job.sweep.task.pairs
+    }
     cell = Cell(
         model=job.model,
         width=job.width,
@@ -93,7 +97,7 @@ def evaluate(job: Job, world: World) -> Cell:
         parameters=count_parameters(config.model),
         state=state_size(subject.model, job.sweep.task.length),
         loss=loss,
-        accuracy={str(pairs): _accuracy(subject, job.sweep, pairs) for pairs in job.sweep.task.pairs},
+        accuracy=accuracy,
     )
     on_rank_0(dist.group.WORLD, lambda: path.write_text(json.dumps({"config": settings, "cell": asdict(cell)})))
     return cell
@@ -110,14 +114,6 @@ def state_size(model: Decoder, tokens: int) -> int:
 
 def _numbers(slot: Any) -> int:
     return slot.numel() if isinstance(slot, torch.Tensor) else sum(map(_numbers, slot))
-
-
-def _accuracy(subject: Subject, sweep: RecallSweep, pairs: int) -> float:
-    """On the held-out sequences of one number of pairs, a batch at a time, of which there are at least that many."""
-    length, rows = sweep.task.length, min(sweep.batch, sweep.held_out)
-    prefix, vocab_size = sweep.held_out_data(pairs), subject.model.config.vocab_size
-    contexts = PackedContexts(prefix, rows * length, seed=0, shuffle=False, vocab_size=vocab_size)
-    return accuracy(subject, contexts.one_epoch()).accuracy
 
 
 def _say(job: Job, cell: Cell, world: World) -> Cell:
