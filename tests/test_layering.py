@@ -32,6 +32,8 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/train.py": {"torch.distributed"},
+    "lasp/evaluation/evaluate.py": {"torch.distributed"},
+    "lasp/evaluation/subject.py": {"torch.distributed"},
     "lasp/evaluation/recall/sweep.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},
     "lasp/integrations/megatron_weights.py": {"torch.distributed.checkpoint"},
