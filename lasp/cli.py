@@ -1,4 +1,4 @@
-"""The command `lasp`: prepare data, plan and train a recipe, generate text, report on a run, exchange weights."""
+"""The command `lasp`: prepare data, plan and train recipes, generate text, evaluate runs, exchange weights."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import torch
 import tyro
@@ -16,6 +16,9 @@ from tyro.conf import Positional
 from lasp import __version__
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
+from lasp.evaluation.evaluate import EVALUATIONS
+from lasp.evaluation.recall.config import SWEEPS, RecallSweep
+from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
 from lasp.training.recipes import RECIPES
 
@@ -30,6 +33,7 @@ def prepare(
     text_field: str = "text",
     suffixes: tuple[str, ...] = SUFFIXES,
     valid_fraction: float = 0.05,
+    chat: bool = False,
 ) -> None:
     """Turn texts into token files: plain text, JSON Lines, parquet, saved data sets; compressed or not.
 
@@ -41,11 +45,30 @@ def prepare(
         text_field: of a record (a line of JSON Lines, a row), the field that is its document.
         suffixes: of the files that are read in folders.
         valid_fraction: the part of the documents that is held out.
+        chat: records hold conversations, "messages", or "prompt" and "completion"; only what the assistant says, or
+            the completion, has a loss. Messages go through the chat template of the tokenizer's directory.
     """
     from lasp.data.prepare import prepare
 
     settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
-    print(prepare(inputs, output, tokenizer, eod=eod, **settings))
+    print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
+
+
+def synthesize(task: Any, output: str, sequences: int = 20_000, held_out: int = 1_000, seed: int = 0) -> None:
+    """Write a recall task's sequences as token files, PREFIX_train and PREFIX_valid, whose labels are the answers.
+
+    Args:
+        task: which, and its settings.
+        output: path prefix of the files.
+        sequences: of the training files; each is a document.
+        held_out: sequences of the validation files.
+        seed: of the training files; the validation files' is the next one.
+    """
+    from lasp.evaluation.tasks import write
+
+    for split, number, its_seed in (("train", sequences, seed), ("valid", held_out, seed + 1)):
+        write(task, f"{output}_{split}", number, its_seed)
+        print(f"{output}_{split}: {number:,} sequences of {task.length:,} tokens, ids below {task.vocab_size:,}")
 
 
 def train(config: Any) -> None:
@@ -53,6 +76,11 @@ def train(config: Any) -> None:
 
     A run whose directory holds a checkpoint goes on from it.
     """
+    if isinstance(config, RecallSweep):
+        from lasp.evaluation.recall import sweep
+
+        sweep.run(config)
+        return
     from lasp.training.train import train
 
     train(config)
@@ -140,6 +168,16 @@ def report(run_dir: Positional[str]) -> None:
     print(report(run_dir))
 
 
+def evaluate(what: Any) -> None:
+    """Evaluate a run or an exported model; alone, or on the ranks that torchrun started, which share each context.
+
+    Results go to MODEL/evaluation: a JSON file, a table and a picture.
+    """
+    from lasp.evaluation.evaluate import evaluate
+
+    evaluate(what)
+
+
 def export_weights(
     run_dir: Positional[str], output: Positional[str], to: Literal["huggingface", "megatron"] = "huggingface"
 ) -> None:
@@ -188,12 +226,17 @@ def main(args: list[str] | None = None) -> None:
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"lasp {__version__}")
         return
-    recipes = {name.replace("_", "-"): recipe for name, recipe in RECIPES.items()}
-    configs = {name: recipe() for name, recipe in recipes.items()}
-    texts = {name: (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
-    chosen = tyro.extras.subcommand_type_from_defaults(configs, texts, prefix_names=False)
+    recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS}
+    configs = {name.replace("_", "-"): recipe() for name, recipe in recipes.items()}
+    texts = {name.replace("_", "-"): (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
+    chosen = _one_of(configs, texts)
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
-    commands = {f.__name__: _deferred(f) for f in (prepare, train, plan, generate, report)}
+    tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
+    synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
+    commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, train, plan, generate, report)}
+    kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
+    evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
+    commands |= {"eval": _deferred(evaluate)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
@@ -218,6 +261,11 @@ def _explains(error: Exception) -> bool:
     return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("lasp.")
 
 
+def _one_of(defaults: dict[str, Any], texts: dict[str, str] | None = None) -> Any:
+    """The type of a subcommand for each default, by its name, with its fields as options."""
+    return tyro.extras.subcommand_type_from_defaults(defaults, texts or {}, prefix_names=False)
+
+
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """Parses like the function but only binds its arguments: the command's own errors are not the command line's."""
 
@@ -229,11 +277,22 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 
 def _exchange() -> Any:
-    found = find_spec("transformers") is not None
-    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
+    _require_transformers()
     from lasp.integrations import convert
 
     return convert
+
+
+def _chat(tokenizer: str) -> Any:
+    _require_transformers()
+    from lasp.integrations.huggingface.chat import HuggingFaceChat
+
+    return HuggingFaceChat(tokenizer)
+
+
+def _require_transformers() -> None:
+    found = find_spec("transformers") is not None
+    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
 
 
 if __name__ == "__main__":

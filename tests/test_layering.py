@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "lasp").rglob("*.py"))
 
-# What a part of lasp may import of the rest: kernels <- parallel <- training -> models, data, plan.
+# What a part of lasp may import of the rest: kernels <- parallel <- training -> models, data, plan; evaluation of all.
 MAY_IMPORT = {
     "kernels": set(),
     "parallel": {"kernels", "names"},
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "plan": {"models", "config"},
     "training": {"kernels", "parallel", "models", "data", "config", "plan"},
     "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "training"},
+    "evaluation": {"parallel", "models", "data", "config", "fields", "names", "training", "integrations"},
 }
 # And a room of lasp/kernels/triton of the others; "" are the files beside the rooms that know of none.
 ROOMS = {
@@ -49,6 +50,9 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/planning.py": {"torch.distributed"},
     "lasp/training/train.py": {"torch.distributed"},
+    "lasp/evaluation/evaluate.py": {"torch.distributed"},
+    "lasp/evaluation/subject.py": {"torch.distributed"},
+    "lasp/evaluation/recall/sweep.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},
     "lasp/integrations/megatron_weights.py": {"torch.distributed.checkpoint"},
 }

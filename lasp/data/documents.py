@@ -1,6 +1,6 @@
 """Files become documents; however large they are, a part of one is read at a time.
 
-    .jsonl .ndjson .json            a document in each line: the text field of a JSON object
+    .jsonl .ndjson .json            a document in each line: the text field of a JSON object, or a conversation
     .parquet, a saved data set      a document in each row (lasp.data.tables)
     any other                       one document, in UTF-8
 
@@ -13,12 +13,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lasp.config import require
 from lasp.data.compressed import BUFFER, format_suffix, open_bytes
-from lasp.data.tables import read_data_set, read_parquet
+from lasp.data.tables import Fields, read_data_set, read_parquet
 
 PART = 1 << 16  # characters
+CONVERSATION = Fields(
+    (("messages",), ("prompt", "completion")), "the field messages, or prompt and completion (--chat)", ("tools",)
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,15 @@ class Document:
 
     name: str
     parts: Iterator[str]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A record with messages, or a prompt and its completion (lasp.data.conversations), and where it stands."""
+
+    name: str
+    where: str
+    record: dict[str, Any]
 
 
 class Skipped(dict[str, tuple[int, str]]):
@@ -48,8 +61,8 @@ class Source:
     path: Path
 
     @property
-    def records(self) -> "Callable[[Path, str], Iterator[tuple[int, object]]] | None":
-        """What reads its records as (number, value of the field); None if it is one text."""
+    def records(self) -> "Callable[[Path, Fields], Iterator[tuple[int, dict[str, Any]]]] | None":
+        """What reads its records as (number, the fields' values); None if it is one text."""
         return read_data_set if self.path.is_dir() else RECORDS.get(format_suffix(self.path))
 
     def documents(self, text_field: str, skipped: Skipped) -> Iterator[Document]:
@@ -60,11 +73,21 @@ class Source:
             else:
                 skipped.add(problem, self.path)
             return
-        for number, value in self.records(self.path, text_field):
-            if text := _checked(value, f"{self.path}:{number}", text_field):
+        for number, record in self.records(
+            self.path, Fields(((text_field,),), f"the field {text_field!r} (--text-field)")
+        ):
+            if text := _checked(record[text_field], f"{self.path}:{number}", text_field):
                 yield Document(f"{self.name}:{number}", (text[i : i + PART] for i in range(0, len(text), PART)))
             else:
                 skipped.add("records with an empty text", f"{self.path}:{number}")
+
+    def conversations(self, skipped: Skipped) -> Iterator[Conversation]:
+        """Likewise, of records with messages, or with a prompt and a completion."""
+        if self.records is None:
+            skipped.add("files that hold no records", self.path)
+            return
+        for number, record in self.records(self.path, CONVERSATION):
+            yield Conversation(f"{self.name}:{number}", f"{self.path}:{number}", record)
 
 
 def why_no_text(path: Path) -> str | None:
@@ -89,7 +112,7 @@ def _text(path: Path) -> Iterator[str]:
             yield part
 
 
-def _lines(path: Path, text_field: str) -> Iterator[tuple[int, object]]:
+def _lines(path: Path, fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
     with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             where, expected = f"{path}:{number}", "a JSON object in each line"
@@ -98,8 +121,7 @@ def _lines(path: Path, text_field: str) -> Iterator[tuple[int, object]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: got {line[:80]!r}, expected {expected} ({error})") from error
             require(isinstance(record, dict), where, line[:80], expected)
-            require(text_field in record, where, sorted(record), f"the field {text_field!r} (--text-field)")
-            yield number, record[text_field]
+            yield number, {name: record[name] for name in fields.among(record, where)}
 
 
 def _checked(value: object, where: str, text_field: str) -> str:

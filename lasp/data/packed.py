@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lasp.data.indexed import TokenFile, VocabularyTokens
 
+MOST_ROWS = 4096  # of a batch: GPUs take so many in every kernel
 IGNORED = -100  # the label of positions without a loss, PyTorch's cross-entropy's default
 
 
@@ -24,13 +25,25 @@ class Context:
     """
 
     def __init__(
-        self, tokens: np.ndarray | VocabularyTokens, pieces: np.ndarray, sources: np.ndarray, ends: np.ndarray
+        self,
+        tokens: np.ndarray | VocabularyTokens,
+        pieces: np.ndarray,
+        sources: np.ndarray,
+        ends: np.ndarray,
+        mask: np.ndarray | None = None,
     ) -> None:
         """tokens [file]: all documents; pieces [P + 1]: where they begin in the context, then its length;
-        sources [P]: where they begin in `tokens`; ends [P]: where the documents they belong to end in `tokens`."""
-        self._tokens, self._pieces, self._sources, self._ends = tokens, pieces, sources, ends
+        sources [P]: where they begin in `tokens`; ends [P]: where the documents they belong to end in `tokens`;
+        mask [file]: which tokens are labels, all if None."""
+        self._tokens, self._pieces, self._sources, self._ends, self._mask = tokens, pieces, sources, ends, mask
         self.length = int(pieces[-1])
         self.cu_seqlens = torch.from_numpy(pieces)
+
+    @property
+    def row_length(self) -> int | None:
+        """The pieces' length, if there are several and all are equally long: they can be the rows of a batch."""
+        lengths = np.diff(self._pieces)
+        return int(lengths[0]) if 1 < len(lengths) <= MOST_ROWS and (lengths == lengths[0]).all() else None
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """The tokens of positions start…stop, int64 [stop - start]."""
@@ -38,21 +51,35 @@ class Context:
         return self._read(source)
 
     def labels(self, start: int, stop: int) -> Tensor:
-        """For positions start…stop the document's next token, int64 [stop - start]; -100 at the document's last one.
+        """For positions start…stop the document's next token, int64 [stop - start]; -100 at the document's last one,
+        and where the next one is masked.
 
         Where the context's end cuts a document, the last label is the true next token, which is not in the context.
         """
+        following, scored = self._following(start, stop)
+        return self._read(following).masked_fill_(torch.from_numpy(~scored), IGNORED)
+
+    def count_labels(self) -> int:
+        """How many positions have a label; no token is read for that."""
+        if self._mask is not None:
+            return int(self._following(0, self.length)[1].sum())
+        last = self._sources + np.diff(self._pieces) == self._ends  # the pieces that their document's end ends
+        return self.length - int(last.sum())
+
+    def _following(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each position the next token's place in the file, its own at a document's end, and if that is a label."""
         source, end = self._locate(start, stop)
-        last = source + 1 == end
-        return self._read(np.where(last, source, source + 1)).masked_fill_(torch.from_numpy(last), IGNORED)
+        scored = source + 1 < end
+        following = source + scored
+        return following, scored if self._mask is None else scored & (self._mask[following] != 0)
 
     def _locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """For each position its place in the file and the end of its document there."""
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"start, stop: got {start}, {stop}, expected 0 <= start <= stop <= {self.length}")
-        positions = np.arange(start, stop)
-        piece = np.searchsorted(self._pieces, positions, side="right") - 1
-        return self._sources[piece] + positions - self._pieces[piece], self._ends[piece]
+        here = np.diff(self._pieces.clip(start, stop))  # how many of these positions lie in each piece
+        source = np.repeat(self._sources - self._pieces[:-1], here) + np.arange(start, stop)
+        return source, np.repeat(self._ends, here)
 
     def _read(self, source: np.ndarray) -> Tensor:
         return torch.from_numpy(self._tokens[source].astype(np.int64))
@@ -109,7 +136,7 @@ class PackedContexts:
             begin += stop - offset
         lengths, sources, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
         tokens = self.file.tokens if self.vocab_size is None else VocabularyTokens(self.file, self.vocab_size)
-        return Context(tokens, np.concatenate([[0], np.cumsum(lengths)]), sources, ends)
+        return Context(tokens, np.concatenate([[0], np.cumsum(lengths)]), sources, ends, self.file.mask)
 
     def _pieces(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pieces at start…stop of an epoch's stream: their lengths, places and documents' ends in the file."""

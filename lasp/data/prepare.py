@@ -1,20 +1,23 @@
 """Documents become token files: `<prefix>_train` and `<prefix>_valid`, `.bin` and `.idx` each."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from lasp.data.documents import Document, Skipped, Source
+from lasp.data.conversations import ChatTemplate, encode_conversations
+from lasp.data.documents import Conversation, Document, Skipped, Source
 from lasp.data.encode import encode_all
-from lasp.data.indexed import TokenFileWriter, token_dtype
+from lasp.data.indexed import TokenFileWriter, remove_token_files, token_dtype
 from lasp.data.sources import SUFFIXES, find_sources
-from lasp.data.tokenizer import BYTE, load_tokenizer
+from lasp.data.tokenizer import BYTE, Tokenizer, load_tokenizer
 
 PROGRESS = (TextColumn("{task.fields[documents]:,} documents, {task.completed:,} tokens"), TimeElapsedColumn())
 COUNTED = 10_000  # documents, up to which the held-out ones are an exact part
@@ -27,6 +30,7 @@ class Split:
     prefix: str
     documents: int
     tokens: int  # the documents' ends included
+    labels: int | None  # how many of them are to be learnt; None if all are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class Prepared:
     def __str__(self) -> str:
         splits = [split for split in (self.train, self.valid) if split]
         lines = [f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens" for split in splits]
+        if self.train.labels is not None:
+            lines = [f"{line}, {split.labels:,} of them labels" for line, split in zip(lines, splits, strict=True)]
         return "\n".join([*lines, *self.skipped.lines()])
 
 
@@ -53,12 +59,14 @@ def prepare(
     text_field: str = "text",
     suffixes: Sequence[str] = SUFFIXES,
     valid_fraction: float = 0.05,
+    chat: Callable[[], ChatTemplate] | None = None,
 ) -> Prepared:
     """Tokenises every document of `inputs`, which ends with the tokenizer's end-of-document token.
 
     An input is a file, a folder (its files with one of `suffixes`, compressed or not, recursively, without hidden ones)
     or the word "stdlib": the source text of this Python's standard library, about ten million bytes (`./stdlib` is a
-    folder). What a file's documents are says `lasp.data.documents`; those of records are their `text_field`.
+    folder). What a file's documents are says `lasp.data.documents`; those of records are their `text_field`, or with
+    `chat`, which makes a chat template, conversations (`lasp.data.conversations`), whose files get a mask.
     `tokenizer` and `eod` are those of `load_tokenizer`. Memory depends on the largest record, but not on the number or
     size of files.
 
@@ -79,27 +87,31 @@ def prepare(
     encoder = load_tokenizer(tokenizer, eod=eod)
     skipped = Skipped()
     sources = find_sources(inputs, suffixes, skipped)
+
+    def documents(sources: Iterable[Source], skipped: Skipped) -> Iterator[Document | Conversation]:
+        for source in sources:
+            yield from source.documents(text_field, skipped) if chat is None else source.conversations(skipped)
+
     for source in sources:
         if source.records is not None:
-            next(source.documents(text_field, Skipped()), None)  # whether there is such a field
-    last_held_out = _last_held_out(_documents(sources, text_field, Skipped()), valid_fraction)
+            next(documents([source], Skipped()), None)  # whether there is such a field
+    last_held_out = _last_held_out(documents(sources, Skipped()), valid_fraction)
 
     with ExitStack() as stack:
         prefixes = [f"{output_prefix}_train"] + [f"{output_prefix}_valid"] * (valid_fraction > 0)
-        dtype = token_dtype(encoder.vocab_size)
-        writers = [stack.enter_context(TokenFileWriter(prefix, dtype)) for prefix in prefixes]
-        texts = (
-            (writers[_place(number, document) <= last_held_out], document.parts)
-            for number, document in enumerate(_documents(sources, text_field, skipped))
+        dtype, masked = token_dtype(encoder.vocab_size), chat is not None
+        writers = [stack.enter_context(TokenFileWriter(prefix, dtype, masked=masked)) for prefix in prefixes]
+        placed = (
+            (writers[_place(number, document) <= last_held_out], document)
+            for number, document in enumerate(documents(sources, skipped))
         )
         progress = stack.enter_context(Progress(*PROGRESS))
         bar = progress.add_task("", total=None, documents=0)
-        for writer, ids, last in encode_all(encoder, texts):
+        for writer, ids, mask, last in _encoded(encoder, placed, chat, skipped):
+            if ids.size:
+                writer.add_tokens(ids, mask)
             if last:
-                writer.add_tokens(np.append(ids, encoder.eod))
                 writer.end_document()
-            elif ids.size:
-                writer.add_tokens(ids)
             progress.update(bar, advance=ids.size, documents=sum(writer.num_documents for writer in writers))
         for prefix, writer in zip(prefixes, writers, strict=True):
             if writer.num_documents == 0:
@@ -109,10 +121,17 @@ def prepare(
                     f"valid_fraction={valid_fraction})"
                 )
         # Documents of the new training files may be held out in the old validation files, so no old index stays.
-        for ending in ("train.idx", "valid.idx") + ("valid.bin",) * (valid_fraction == 0):
-            Path(f"{output_prefix}_{ending}").unlink(missing_ok=True)
+        for split in ("train", "valid"):
+            Path(f"{output_prefix}_{split}.idx").unlink(missing_ok=True)
+        if valid_fraction == 0:
+            remove_token_files(f"{output_prefix}_valid")
     splits = [
-        Split(prefix=prefix, documents=writer.num_documents, tokens=writer.num_tokens)
+        Split(
+            prefix=prefix,
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            labels=writer.num_labels if writer.masked else None,
+        )
         for prefix, writer in zip(prefixes, writers, strict=True)
     ]
     return Prepared(
@@ -120,18 +139,31 @@ def prepare(
     )
 
 
-def _documents(sources: Iterable[Source], text_field: str, skipped: Skipped) -> Iterator[Document]:
-    for source in sources:
-        yield from source.documents(text_field, skipped)
+Encoded = tuple[TokenFileWriter, np.ndarray, np.ndarray | None, bool]
 
 
-def _place(number: int, document: Document) -> tuple[int, int]:
+def _encoded(
+    tokenizer: Tokenizer,
+    documents: Iterator[tuple[TokenFileWriter, Any]],
+    chat: Callable[[], ChatTemplate] | None,
+    skipped: Skipped,
+) -> Iterator[Encoded]:
+    """(writer, ids, their mask, whether they end the document), of texts in parts, with the end of each document."""
+    if chat is not None:
+        for writer, ids, mask in encode_conversations(tokenizer, cache(chat), documents, skipped):
+            yield writer, ids, mask, True
+        return
+    for writer, ids, last in encode_all(tokenizer, ((writer, document.parts) for writer, document in documents)):
+        yield writer, np.append(ids, tokenizer.eod) if last else ids, None, last
+
+
+def _place(number: int, document: Document | Conversation) -> tuple[int, int]:
     """Where a document stands in the order in which documents are held out: by its name's hash, 64 bits."""
     name = document.name.encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()), number
 
 
-def _last_held_out(documents: Iterator[Document], fraction: float) -> tuple[int, int]:
+def _last_held_out(documents: Iterator[Document | Conversation], fraction: float) -> tuple[int, int]:
     """The place of the last validation document."""
     if fraction == 0:
         return -1, 0

@@ -97,10 +97,16 @@ class Decoder(nn.Module):
 
     @overload
     def forward(
-        self, tokens: Tensor, seq: SequenceOps, *, labels: Tensor, memory: Past | None = None
+        self,
+        tokens: Tensor,
+        seq: SequenceOps,
+        *,
+        labels: Tensor,
+        scored: Tensor | None = None,
+        memory: Past | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
-    def forward(self, tokens, seq, *, labels=None, memory=None):
+    def forward(self, tokens, seq, *, labels=None, scored=None, memory=None):
         """Logits of the next token at every token, or their loss.
 
         Args:
@@ -108,6 +114,8 @@ class Decoder(nn.Module):
             seq: what leads from token to token, made for this batch.
             labels: [B, T] int64, the token that follows each token (shifted before sharding), -100 where there is none.
                 Padding counts as -100 whatever stands there.
+            scored: [N] int64, places in labels.flatten(), all those of labels that are not -100: the head then sees
+                only these tokens. All if None.
             memory: what came before these tokens; read, and updated with them.
 
         Returns:
@@ -123,7 +131,10 @@ class Decoder(nn.Module):
         x, routings = self._run(tokens, seq, labels, memory)
         if labels is None:
             return self.logits(x)
-        loss_sum, count = self._loss(x, _of_tokens(labels, seq))
+        labels = _of_tokens(labels, seq)
+        if scored is not None:
+            x, labels = x.flatten(0, 1)[scored], labels.flatten()[scored]
+        loss_sum, count = self._loss(x, labels)
         if routings and self.training:
             loss_sum = loss_sum + self.balance.loss(routings, count, seq)
         return loss_sum, count

@@ -33,7 +33,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     hidden, weight = cast(hidden, weight)
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     count = (labels != IGNORE).sum()
-    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float64 and (liger := _liger()) is not None:
+    fits = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float64 and len(hidden) > 0
+    if fits and (liger := _liger()) is not None:
         return liger(weight, hidden, labels), count
     return _ChunkedCrossEntropy.apply(hidden, weight, labels), count
 

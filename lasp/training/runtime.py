@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lasp.config import TrainConfig, require
+from lasp.config import ParallelConfig, require
 from lasp.parallel.groups import leave, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
@@ -23,6 +24,20 @@ from lasp.training.together import together
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it
 LAUNCHER = "LASP_LAUNCHER"  # launch/elastic.py sets it: the number of its process
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Joining(Protocol):
+    """What is to be run: a dataclass whose settings are the same on all ranks."""
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def allow_changed(self) -> tuple[str, ...]: ...
+    def mesh_shape(self, world_size: int) -> tuple[int, int]:
+        """(data-parallel, sequence-parallel) ranks; ValueError if it does not fit such a world."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -42,7 +57,7 @@ class World:
 
 
 @contextmanager
-def join_world(config: TrainConfig) -> Iterator[World]:
+def join_world(config: Joining) -> Iterator[World]:
     """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), or is a world of one.
 
     A process group that exists already is used, and left as it is. Raises ValueError on every rank if the run does not
@@ -55,8 +70,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), local_size)
     if not exists:
-        if device.type == "cuda":
-            _record_flights(config.run_dir)
+        if device.type == "cuda" and (run_dir := getattr(config, "run_dir", None)) is not None:
+            _record_flights(run_dir)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.parallel.timeout),

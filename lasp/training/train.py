@@ -8,7 +8,6 @@ it, and the sum of the ranks' gradients is the gradient.
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp.config import TrainConfig, require
-from lasp.data import IGNORED, Context, PackedContexts, load_tokenizer, local_batch
+from lasp.data import Context, PackedContexts, load_tokenizer
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
-from lasp.parallel import Sequence, SequenceParallel, Stream, comm
-from lasp.parallel.agreement import agree
+from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
+from lasp.training.batches import Batch, read_batches, read_streams, share
 from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.host_memory import require_host_memory
@@ -154,6 +153,8 @@ def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[C
         held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
         wanted, there = data.eval_contexts, held_out.num_contexts
         require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {data.valid} holds")
+        labelled = any(held_out[i].count_labels() for i in range(wanted))
+        require(labelled, "eval_contexts", wanted, f"more: the first {wanted} contexts of {data.valid} have no label")
         opened.extend([training, held_out])
         return {
             "data.train": training.file.fingerprint(vocab_size),
@@ -185,14 +186,14 @@ def compute_gradients(
     engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
 ) -> float:
     """The mean loss over all labels of the contexts; the engine gets each rank's part of its gradient."""
-    labels = max(1, sum(count_labels(context) for context in contexts))
+    labels = sum(context.count_labels() for context in contexts)
+    require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in read_batches(share(contexts, world), sp, world, segments):
+    for batch in read(share(contexts, world), sp, world, segments):
         if isinstance(batch, StreamedBatch):
             total += batch.backward(engine.model, labels)
             continue
-        tokens, targets = batch.tokens.to(world.device), batch.labels.to(world.device)
-        loss_sum, _ = engine.model(tokens, batch.seq, labels=targets)
+        loss_sum, _ = engine.model(**batch.inputs(world.device))
         engine.backward(loss_sum / labels)
         total += loss_sum.detach()
     return all_ranks(total).item() / labels
@@ -224,52 +225,13 @@ def tell_nonfinite(
     return story
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One context as a rank sees it: tokens and labels of its own units, int64 [1, T_local], and what links them."""
-
-    tokens: Tensor
-    labels: Tensor
-    seq: Sequence
-
-
-def read_batches(
-    contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
-) -> list[Batch | StreamedBatch]:
-    """This rank's units of some contexts, on the CPU.
-
-    Raises ValueError on every rank if one of them reads a token that is not in the vocabulary.
-    """
-
-    def split(context: Context) -> Sequence | Stream:
-        if segments is None:
-            return sp.sequence(context.length, context.cu_seqlens)
-        return Stream(sp, context.length, segments.tokens, context.cu_seqlens)
-
-    sequences = [split(context) for context in contexts]
-    batches: list[Batch | StreamedBatch] = []
-
-    def read() -> None:
-        for context, seq in zip(contexts, sequences, strict=True):
-            if isinstance(seq, Stream):
-                batches.append(StreamedBatch.read(context, seq, segments is not None and segments.on_host))
-            else:
-                batches.append(Batch(*local_batch(context, seq.partition.ranges), seq))
-
-    agree(dist.group.WORLD, world.device, read)
-    return batches
-
-
-def share(contexts: list[Context], world: World) -> list[Context]:
-    """The contexts of this rank's data-parallel group."""
-    group, groups = world.mesh["dp"].get_local_rank(), world.mesh["dp"].size()
-    return contexts[group::groups]
-
-
-def count_labels(context: Context) -> int:
-    """How many tokens of a context have a label: all but the last ones of documents, which stand where pieces end."""
-    ends = context.cu_seqlens[1:].tolist()
-    return context.length - sum(int(context.labels(end - 1, end).item() == IGNORED) for end in ends)
+def read(
+    contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None
+) -> list[Batch] | list[StreamedBatch]:
+    """This rank's part of some contexts, segment by segment if there are any."""
+    if segments is None:
+        return read_batches(contexts, sp, world)
+    return read_streams(contexts, sp, world, segments)
 
 
 @torch.no_grad()
@@ -282,15 +244,14 @@ def evaluate(
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in read_batches(share(held_out, world), sp, world, segments):
+    for batch in read(share(held_out, world), sp, world, segments):
         if isinstance(batch, StreamedBatch):
             total += torch.stack(batch.loss(model))
             continue
-        tokens, labels = batch.tokens.to(world.device), batch.labels.to(world.device)
-        total += torch.stack([part.double() for part in model(tokens, batch.seq, labels=labels)])
+        total += torch.stack([part.double() for part in model(**batch.inputs(world.device))])
     model.train()
     loss_sum, count = all_ranks(total).tolist()
-    return require_finite(loss_sum / max(1, count), "held-out loss")
+    return require_finite(loss_sum / count, "held-out loss")
 
 
 def who_is_slow(world: World) -> dict[str, float]:

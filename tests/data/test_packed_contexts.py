@@ -160,3 +160,54 @@ def test_bad_arguments(prefix):
         PackedContexts(prefix, 5, seed=-1)
     with pytest.raises(IndexError, match="index: got -1"):
         PackedContexts(prefix, 5, seed=0)[-1]
+
+
+@pytest.fixture
+def masked(tmp_path, documents):
+    """The same documents with a mask in which a quarter of the tokens are labels, first ones included."""
+    masks = [np.random.default_rng().random(length) < 0.25 for length in LENGTHS]
+    masks[2][:] = [True, *[False] * 29]  # of no effect: nothing predicts a document's first token
+    masks[5][:] = [False] * 18 + [True]
+    with TokenFileWriter(tmp_path / "masked", np.uint16, masked=True) as writer:
+        for document, mask in zip(documents, masks, strict=True):
+            writer.add_document(document, mask)
+    assert writer.num_labels == sum(int(mask[1:].sum()) for mask in masks)
+    return tmp_path / "masked", masks
+
+
+@pytest.mark.parametrize("length", [1, 8, 20, 67])
+def test_masked_tokens_are_no_labels(documents, masked, length):
+    prefix, masks = masked
+    contexts = PackedContexts(prefix, length, seed=3)
+    orders = [np.random.default_rng([3, epoch]).permutation(len(documents)) for epoch in range(2)]
+    tokens, labels, _ = stream(documents, orders)
+    learnt = [m for order in orders for index in order for m in [*masks[index][1:], False]]
+    expected = [label if yes else IGNORED for label, yes in zip(labels, learnt, strict=True)]
+    for index in range(len(tokens) // length):
+        span = slice(index * length, (index + 1) * length)
+        got_tokens, got_labels = whole(contexts[index])
+        assert got_tokens.tolist() == tokens[span]
+        assert got_labels.tolist() == expected[span]
+        units = [(0, length // 2), (length // 2, length + 1)]  # with a token of padding
+        local = [local_batch(contexts[index], [unit])[1][0] for unit in units]
+        assert torch.cat(local).tolist() == [*expected[span], IGNORED]
+
+
+def test_labels_are_counted_without_reading_tokens(prefix, masked, monkeypatch):
+    for path in (prefix, masked[0]):
+        contexts = PackedContexts(path, 20, seed=3)
+        expected = [int((contexts[i].labels(0, 20) != IGNORED).sum()) for i in range(12)]
+        recorder = Recorder(contexts.file.tokens)
+        monkeypatch.setattr(contexts.file, "tokens", recorder)
+        assert [contexts[i].count_labels() for i in range(12)] == expected
+        assert not recorder.read
+
+
+def test_rows_are_pieces_of_one_length(tmp_path, prefix):
+    with TokenFileWriter(tmp_path / "rows", np.uint16) as writer:
+        for first in range(0, 40, 4):
+            writer.add_document(range(first, first + 4))
+    assert PackedContexts(tmp_path / "rows", 12, seed=0)[1].row_length == 4
+    assert PackedContexts(tmp_path / "rows", 10, seed=0)[1].row_length is None  # the first and the last are cut
+    assert PackedContexts(tmp_path / "rows", 4, seed=0)[1].row_length is None
+    assert PackedContexts(prefix, 20, seed=0, shuffle=False)[0].row_length is None

@@ -241,3 +241,70 @@ def test_tokens_outside_the_vocabulary_are_named(tmp_path, dtype, bad):
         with pytest.raises(ValueError, match=place):
             look()
     assert file.fingerprint() != ""
+
+
+MASKS = [[1, 0, 1, 1, 0], [1], [0] * 11 + [1], [1, 0, 0]]
+
+
+@pytest.fixture
+def masked(tmp_path, documents):
+    with TokenFileWriter(tmp_path / "data", np.uint16, masked=True) as writer:
+        for document, mask in zip(documents, MASKS, strict=True):
+            writer.add_document(document, mask)
+    assert writer.num_labels == 3  # a document's first token is none
+    return tmp_path / "data"
+
+
+def test_masks(masked, documents):
+    file = TokenFile(masked)
+    check_documents(file, documents)
+    assert file.mask.tolist() == [label for mask in MASKS for label in mask]
+
+
+def test_a_mask_does_not_outlive_its_tokens(masked, documents):
+    with TokenFileWriter(masked, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    assert TokenFile(masked).mask is None
+    assert sorted(path.name for path in masked.parent.iterdir()) == ["data.bin", "data.idx"]
+
+
+def test_a_mask_is_part_of_the_fingerprint(masked):
+    before = TokenFile(masked).fingerprint()
+    overwrite(masked.with_suffix(".mask"), 1, b"\1")
+    assert len({before, TokenFile(masked).fingerprint()}) == 2
+    masked.with_suffix(".mask").unlink()
+    assert len({before, TokenFile(masked).fingerprint()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, 2],), "mask: got none, expected one, as masked=True says"),
+        (([1, 2], [1]), r"mask: got int64\[1\], expected 2 zeros and ones"),
+        (([1, 2], [1, 2]), "mask: got .*, expected 2 zeros and ones"),
+        (([1, 2], [1, 0]), r"d\.mask: got no label, expected at least one token to be predicted"),
+    ],
+)
+def test_bad_masks_are_not_written(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message), TokenFileWriter(tmp_path / "d", np.uint8, masked=True) as writer:
+        writer.add_document(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_a_mask_takes_none(tmp_path):
+    with pytest.raises(ValueError, match="got one, expected none"), TokenFileWriter(tmp_path / "d", np.uint8) as writer:
+        writer.add_document([1, 2], [0, 1])
+
+
+def test_bad_masks_are_not_read(masked, monkeypatch):
+    monkeypatch.setattr("lasp.data.indexed.COPIED", 4)  # more than one block
+    path = masked.with_suffix(".mask")
+    path.write_bytes(b"\0" * 20 + b"\1")
+    assert TokenFile(masked).mask is not None
+    path.write_bytes(bytes(mask[0] for mask in MASKS for mask in [mask, *[[0]] * (len(mask) - 1)]))
+    with pytest.raises(ValueError, match=r"data\.mask: got no label"):
+        TokenFile(masked)
+    path.write_bytes(b"\1")
+    with pytest.raises(ValueError, match=r"data\.mask: got 1 bytes, expected one for each of 21 tokens"):
+        TokenFile(masked)

@@ -185,6 +185,14 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
     assert len(list(micro_batches(dataset, run, 0, 0, 1, vocab_size=301))) == 24
 
 
+def test_a_loss_mask_is_refused(tmp_path):
+    write(tmp_path, np.arange(1600) % 256)
+    (tmp_path / "data.mask").write_bytes(b"\1" * 1600)
+    run = replace(RUN, data=str(tmp_path / "data"), run_dir=str(tmp_path / "run"), global_batch=4)
+    with pytest.raises(ValueError, match=r"data: got .* expected token files without a loss mask \(data\.mask\)"):
+        build_dataset(run, load_tokenizer("byte"))
+
+
 def write(folder, tokens):
     with TokenFileWriter(folder / "data", np.uint16) as writer:
         writer.add_document(tokens)

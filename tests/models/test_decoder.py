@@ -241,3 +241,18 @@ def test_tensors_that_do_not_fit_are_refused():
             model(tokens.masked_fill(torch.arange(8) == 3, bad), sequence(8))
         with pytest.raises(ValueError, match=f"labels: got {bad}, expected 0 to {size - 1} .*or -100"):
             model(tokens, sequence(8), labels=tokens.masked_fill(torch.arange(8) == 3, bad))
+
+
+def test_the_head_may_look_at_labelled_tokens_alone():
+    model, tokens = decoder("gla", "L"), random_tokens(2, 11)
+    labels = torch.full((2, 11), -100)
+    labels[0, 3], labels[1, [0, 10]] = 5, torch.tensor([7, 9])
+    places = (labels.flatten() != -100).nonzero()[:, 0]
+    whole, count = model(tokens, sequence(11), labels=labels)
+    some, number = model(tokens, sequence(11), labels=labels, scored=places)
+    assert count == number == 3
+    assert (some - whole).abs() <= 1e-12 * whole
+    assert_same(gradients(model, some), gradients(model, whole))
+    nothing, number = model(tokens, sequence(11), labels=labels, scored=places[:0])
+    assert (nothing, number) == (0, 0)
+    assert all(not gradient.any() for gradient in gradients(model, nothing).values())

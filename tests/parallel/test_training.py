@@ -24,12 +24,15 @@ VOCAB, STEPS = 257, 3
 
 @pytest.fixture
 def config(ranks, shared_tmp_path, gen):
-    """Packed documents of 1 to 120 tokens in contexts of 101, which no number of units divides."""
+    """Packed documents of 1 to 120 tokens in contexts of 101, which no number of units divides; a third of the tokens
+    that are trained on are labels."""
     if ranks.rank == 0:
-        for split in ("train", "valid"):
-            with TokenFileWriter(shared_tmp_path / split, "uint16") as writer:
+        for split, masked in (("train", True), ("valid", False)):
+            with TokenFileWriter(shared_tmp_path / split, "uint16", masked=masked) as writer:
                 for length in torch.randint(1, 120, (40,), generator=gen).tolist():
-                    writer.add_document(torch.randint(0, VOCAB, (length,), generator=gen).numpy())
+                    mask = (torch.rand(length, generator=gen) < 0.3).numpy()
+                    tokens = torch.randint(0, VOCAB, (length,), generator=gen).numpy()
+                    writer.add_document(tokens, mask if masked else None)
     ranks.barrier(f"{shared_tmp_path} is written")
     return TrainConfig(
         model=replace(tiny(), vocab_size=VOCAB),

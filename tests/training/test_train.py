@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 from lasp.training.optimizer import build_optimizer
-from lasp.training.train import count_labels, train
+from lasp.training.train import train
 
 
 class Interrupted(Exception):
@@ -116,10 +117,26 @@ def test_a_step_is_that_of_the_mean_over_all_labels(config, monkeypatch):
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-10)
 
 
-def test_labels_are_counted_without_reading_the_context(data):
-    contexts = PackedContexts(data.train, 96, seed=3)
-    for i in range(10):
-        assert count_labels(contexts[i]) == int((contexts[i].labels(0, 96) != IGNORED).sum())
+@pytest.fixture
+def masked(data):
+    """The training files with the last token alone as a label."""
+    path = Path(f"{data.train}.mask")
+    path.write_bytes(b"\0" * (PackedContexts(data.train, 96, seed=0).file.num_tokens - 1) + b"\1")
+    yield data
+    path.unlink()
+
+
+def test_a_step_without_labels_is_refused(config, masked):
+    with pytest.raises(
+        ValueError, match=r"data\.train: got \"no label in this step's contexts\".*raise batch_contexts"
+    ):
+        train(replace(config, steps=50, batch_contexts=1, context_length=10))
+
+
+def test_an_evaluation_without_labels_is_refused(config, masked):
+    data = replace(masked, train=masked.valid, valid=masked.train)
+    with pytest.raises(ValueError, match=r"eval_contexts: got 2, expected more: the first 2 contexts of .* have no la"):
+        train(replace(config, data=data))
 
 
 @pytest.mark.parametrize("policy", ["selective", "full", True])

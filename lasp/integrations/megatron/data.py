@@ -3,12 +3,14 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
+from lasp.config import require
 from lasp.data.tokenizer import Tokenizer
 from lasp.integrations.megatron.run import Run
 from lasp.models.loss import require_ids
@@ -25,7 +27,14 @@ class _Vocabulary:
 
 
 def build_dataset(run: Run, tokenizer: Tokenizer) -> GPTDataset:
-    """Sequences of all documents one after the other, shuffled as Megatron does; enough for the whole run."""
+    """Sequences of all documents one after the other, shuffled as Megatron does; enough for the whole run.
+
+    Raises ValueError for files with a loss mask, which Megatron's data sets would not look at.
+    """
+    mask = Path(f"{run.data}.mask")
+    require(
+        not mask.exists(), "data", run.data, f"token files without a loss mask ({mask.name}), for Megatron's loader"
+    )
     config = GPTDatasetConfig(
         random_seed=run.seed,
         sequence_length=run.sequence_length,

@@ -1,0 +1,1 @@
+"""What models have learnt: recall tasks, loss by position, needles, and other evaluations' view of lasp's models."""

@@ -1,0 +1,126 @@
+"""Loss and perplexity by a token's position in its document: does the model use what is far away?"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lasp.config import require
+from lasp.data import Context, PackedContexts
+from lasp.evaluation.config import Evaluation
+from lasp.evaluation.contexts import text_contexts
+from lasp.evaluation.results import aligned
+from lasp.evaluation.subject import Subject
+from lasp.fields import Count, FilePath
+from lasp.training.train import all_ranks
+
+PER_OCTAVE = 4  # intervals of positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossByPosition(Evaluation):
+    """Loss and perplexity by position in the document, on token files or texts."""
+
+    data: FilePath | None = None  # prefix of token files; the run's held-out ones if None and there are no texts
+    texts: tuple[FilePath, ...] = ()  # files of text, each a document, in place of token files
+    context_length: Count | None = None  # tokens; the run's if None
+    contexts: Count = 64  # at most so many, the first ones
+
+    def run(self, subject: Subject) -> "PositionResult":
+        """Raises ValueError if there is nothing with a label, or if data or a length is missing."""
+        length = self.context_length or subject.origin.context_length
+        if length is None:
+            raise ValueError("context_length: got None, expected a number of tokens for a model without its run")
+        edges = interval_edges(length)
+        totals = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=subject.world.device)
+        borders = torch.tensor(edges[1:-1], device=subject.world.device)
+        for batch, scores in subject.scores(islice(self._contexts(subject, length), self.contexts)):
+            interval = torch.bucketize(positions(batch.seq, scores.places), borders, right=True)
+            values = torch.stack([torch.ones_like(scores.losses), scores.losses, scores.right]).double()
+            totals.index_add_(1, interval, values)
+        found = all_ranks(totals).T.tolist()
+        require(any(labels for labels, _, _ in found), "data", "no label in any context", "one at least")
+        return PositionResult(
+            [
+                Interval(first=first, last=stop - 1, labels=int(labels), loss=loss / labels, accuracy=right / labels)
+                for first, stop, (labels, loss, right) in zip(edges[:-1], edges[1:], found, strict=True)
+                if labels
+            ]
+        )
+
+    def _contexts(self, subject: Subject, length: int) -> Iterator[Context]:
+        if self.texts:
+            require(self.data is None, "data", self.data, "None beside texts")
+            return text_contexts(self.texts, subject.tokenizer, length)
+        of_the_run = subject.origin.data
+        data = self.data or (None if of_the_run is None else of_the_run.valid)
+        if data is None:
+            raise ValueError("data: got None, expected token files (--data) or texts (--texts) for an exported model")
+        vocab_size = subject.model.config.vocab_size
+        return PackedContexts(data, length, seed=0, shuffle=False, vocab_size=vocab_size).one_epoch()
+
+
+def interval_edges(length: int) -> list[int]:
+    """0, 1, 2 … length, four to each doubling."""
+    steps = range(math.ceil(PER_OCTAVE * math.log2(length)) + 1)
+    return sorted({0, *(min(length, round(2 ** (step / PER_OCTAVE))) for step in steps), length})
+
+
+def positions(seq: Any, places: Tensor) -> Tensor:
+    """[N] of the tokens at places [N, 2] (row, token), in their documents."""
+    return seq.positions.to(places.device)[places[:, 1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Of tokens at positions first to last, from which the next one is predicted. Loss in nats per token."""
+
+    first: int
+    last: int
+    labels: int
+    loss: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class PositionResult:
+    intervals: list[Interval]
+
+    @property
+    def loss(self) -> float:
+        """Of all labels."""
+        labels = sum(interval.labels for interval in self.intervals)
+        return sum(interval.labels * interval.loss for interval in self.intervals) / labels
+
+    def record(self) -> dict[str, Any]:
+        each = [asdict(interval) | {"perplexity": interval.perplexity} for interval in self.intervals]
+        return {"loss": self.loss, "perplexity": math.exp(self.loss), "positions": each}
+
+    def table(self) -> str:
+        rows = [["positions", "labels", "loss", "perplexity", "accuracy (%)"]]
+        for i in self.intervals:
+            where = f"{i.first:,}" if i.first == i.last else f"{i.first:,} to {i.last:,}"
+            rows.append([where, f"{i.labels:,}", f"{i.loss:.4f}", f"{i.perplexity:.3f}", f"{100 * i.accuracy:.1f}"])
+        total = sum(i.labels for i in self.intervals)
+        right = sum(i.labels * i.accuracy for i in self.intervals) / total
+        rows.append(["all", f"{total:,}", f"{self.loss:.4f}", f"{math.exp(self.loss):.3f}", f"{100 * right:.1f}"])
+        return aligned(rows)
+
+    def figure(self) -> Figure:
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="position in the document", ylabel="loss (nats per token)", xscale="log")
+        middles = [(i.first + i.last) / 2 + 1 for i in self.intervals]
+        axes.plot(middles, [i.loss for i in self.intervals], marker=".")
+        axes.axhline(self.loss, linestyle="--", color="grey", label="all positions")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        return figure
