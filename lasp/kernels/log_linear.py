@@ -1,0 +1,186 @@
+"""Log-linear attention: the public functions. Equations: math §4."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels import autocast, checks
+from lasp.kernels.fenwick import FenwickState, fitted
+from lasp.kernels.linear import BACKENDS, Backend
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.pending import Pending
+from lasp.kernels.reference.log_linear import LogLinearOp
+from lasp.kernels.segments import Segments
+
+
+def log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    level_scales: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: FenwickState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, FenwickState | None]:
+    """o_t = scale · Σ_{s<=t} λ_t^(l(t, s)) exp(g_{s+1} + … + g_t) (q_t·k_s) v_s with l(t, s) = bit_length(t xor s).
+
+    Linear attention with a scalar gate that tells its past apart by age (arXiv:2506.04761): the level l is 0 for the
+    token itself, and l for the 2^(l-1) tokens before the last place where bit l - 1 of its position was 0. So a state
+    is kept for each bit of a position that is set, log2(T) at most.
+
+    Args:
+        q, k: [B, T, Hq, K]; value head h uses q/k head h // (H // Hq).
+        v: [B, T, H, V], H a multiple of Hq. q, k, v share one dtype: float64, float32, bfloat16 or float16.
+        decay: g [B, T, H], natural log, at most 0.
+        level_scales: λ [B, T, H, L], L > bit_length(t) for the position t of every token, counted from the start of its
+            document and including those that the initial state has seen: L >= log2(T) + 1.
+        scale: K ** -0.5 if None.
+        initial_state: of N = B sequences or packed documents; tokens go on at position `initial_state.tokens`.
+        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Levels restart in every document.
+            Offsets on a GPU are copied to the host.
+        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
+        slots of the two states included; accumulation is in the state's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), too few levels, an initial state
+            whose slots do not hold its tokens, or inputs that backend="triton" does not support.
+    """
+    checks.tensor("decay", decay)
+    return _run(q, k, v, decay, level_scales, None, scale, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def log_linear_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    level_scales: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: FenwickState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, FenwickState | None]:
+    """The same for the (gated) delta rule: o_t = scale · Σ_{s<=t} λ_t^(l(t, s)) q_tᵀ A_t … A_{s+1} β_s k_s v_sᵀ with
+    A_t = (I - β_t k_t k_tᵀ) exp(g_t).
+
+    Args:
+        beta: [B, T, H], the writing strength; keys should have unit length and beta lie in [0, 2].
+        decay: None or [B, T, H]. Everything else as in `log_linear_attention`.
+
+    Raises:
+        ValueError: as `log_linear_attention`.
+    """
+    checks.tensor("beta", beta)
+    return _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state, cu_seqlens, backend):
+    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    q, k, v = autocast.unify(q, k, v)
+    check_log_linear(q, k, v, decay, level_scales, beta)
+    batch, tokens = v.shape[:2]
+    checks.cu_seqlens(cu_seqlens, batch, tokens)
+    segments = Segments(batch, tokens, cu_seqlens)
+    check_state(initial_state, segments.count, v, k.shape[-1])
+    seen = (
+        torch.zeros(segments.count, dtype=torch.long, device="cpu") if initial_state is None else initial_state.tokens
+    )
+    x = LogLinearInputs(q, k, v, decay, level_scales, beta, checks.scale(scale, k.shape[-1]), segments, seen)
+    check_levels(level_scales.shape[-1], x.tokens_after)
+    slots = None if initial_state is None else initial_state.slots
+    o, final = _LogLinear.apply(choose_op(x, backend), x, output_final_state, slots, *x.tensors.values())
+    return o, FenwickState(final, x.tokens_after) if output_final_state else None
+
+
+def check_log_linear(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, level_scales: Tensor, beta: Tensor | None
+) -> None:
+    """Raises ValueError unless the tensors fit together."""
+    checks.same_kind({"v": v, "q": q, "k": k, "level_scales": level_scales}, decay=decay, beta=beta)
+    checks.heads(q, k, v)
+    rows = tuple(v.shape[:3])
+    if decay is not None:
+        checks.shape("decay", decay, rows, "[B, T, H]")
+    checks.decay(decay, v, k.shape[-1], causal=True)
+    if beta is not None:
+        checks.shape("beta", beta, rows, "[B, T, H]")
+    checks.require(level_scales.ndim == 4, "level_scales", f"shape {list(level_scales.shape)}", "[B, T, H, L]")
+    checks.shape("level_scales", level_scales, (*rows, level_scales.shape[-1]), "[B, T, H, L]")
+
+
+def check_levels(levels: int, tokens: Tensor) -> None:
+    """tokens: [N] how many every document has, those seen before included."""
+    longest = int(tokens.max()) if tokens.numel() else 0
+    most = max(longest - 1, 0).bit_length() + 1
+    expected = f"at least {most} for {longest} tokens (log2, rounded up, + 1); {levels} levels address"
+    addressed = 1 << (levels - 1) if levels else 0
+    checks.require(levels >= most, "level_scales", f"{levels} levels", f"{expected} {addressed}")
+
+
+def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int) -> None:
+    if state is None:
+        return
+    is_pair = isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)
+    checks.require(is_pair, "initial_state", f"a {type(state).__name__}", "a FenwickState")
+    slots, tokens = state
+    checks.shape("initial_state.tokens", tokens, (count,), "[N]")
+    fits = tokens.dtype == torch.long and tokens.device.type == "cpu"
+    checks.require(fits, "initial_state.tokens", f"{tokens.dtype} on {tokens.device}", "int64 on the CPU")
+    least = int(tokens.min()) if count else 0
+    checks.require(least >= 0, "initial_state.tokens", least, "at least 0")
+    checks.require(slots.ndim == 5, "initial_state.slots", f"shape {list(slots.shape)}", "[N, J, H, K, V]")
+    expected = (count, slots.shape[1], v.shape[2], key_dim, v.shape[3])
+    checks.shape("initial_state.slots", slots, expected, "[N, J, H, K, V]")
+    needed = max(tokens.tolist(), default=0).bit_length()
+    got = f"{slots.shape[1]} slots"
+    checks.require(slots.shape[1] >= needed, "initial_state.slots", got, f"{needed} for {max(tokens)} tokens seen")
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    checks.require(slots.dtype == dtype, "initial_state.slots", f"dtype {slots.dtype}", f"{dtype} for {v.dtype} inputs")
+    checks.require(slots.device == v.device, "initial_state.slots", f"device {slots.device}", f"{v.device}, as v")
+
+
+def choose_op(x: LogLinearInputs, backend: Backend) -> LogLinearOp:
+    """The implementation that serves these inputs."""
+    checks.require(backend != "triton", "backend", "'triton'", "'auto' or 'reference'")
+    return LogLinearOp()
+
+
+class _LogLinear(autocast.Function):
+    """An op between its halves, on one rank."""
+
+    @staticmethod
+    def forward(ctx: Any, op: LogLinearOp, x: LogLinearInputs, output_final_state: bool, slots, *tensors: Tensor):
+        with torch.cuda.device_of(x.v):
+            _, partial = op.summarize(x, wanted=False)
+            o, outgoing, kept = op.finish(x, partial, Pending(lambda: slots))
+            final = outgoing.wait() if output_final_state else None
+        ctx.op, ctx.x, ctx.num_kept = op, x.without_tensors(), len(kept)
+        ctx.slots = None if slots is None else slots.shape[1]
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.names = tuple(x.tensors)
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None):
+        tensors, kept = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
+        x = ctx.x.having(dict(zip(ctx.names, tensors, strict=True)))
+        do = torch.zeros_like(x.v) if do is None else do.contiguous()
+        with torch.cuda.device_of(x.v):
+            _, partial = ctx.op.summarize_grad(x, kept, do, wanted=False)
+            grads = ctx.op.finish_grad(x, kept, partial, Pending(lambda: d_final))
+            d_slots = fitted(grads.incoming.wait(), x.tokens, ctx.slots) if ctx.needs_input_grad[3] else None
+        return None, None, None, d_slots, *(grads.of.get(name) for name in ctx.names)

@@ -1,0 +1,66 @@
+"""What an implementation of log-linear attention is given, and what it gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.fenwick import most_slots
+from lasp.kernels.pending import Pending
+from lasp.kernels.segments import Segments
+
+
+@dataclass(frozen=True)
+class LogLinearInputs:
+    """One call. q, k [B, T, Hq, K], v [B, T, H, V], decay None or [B, T, H], level_scales [B, T, H, L], beta None or
+    [B, T, H].
+
+    tokens: [N] int64 on the host, what every segment's document has had before the segment.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    level_scales: Tensor
+    beta: Tensor | None
+    scale: float
+    segments: Segments
+    tokens: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those given, by name."""
+        names = ("q", "k", "v", "decay", "level_scales", "beta")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+    def having(self, tensors: Mapping[str, Tensor | None]) -> Self:
+        """The same call with some other tensors."""
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def without_tensors(self) -> Self:
+        """What is not a tensor of the caller's: a frame for `having`."""
+        return self.having(dict.fromkeys(self.tensors))
+
+    @property
+    def tokens_after(self) -> Tensor:
+        """[N] what its document has had with the segment."""
+        return self.tokens + self.segments.offsets.diff()
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int, int]:
+        """[N, J, H, K, V] with as many slots as any of the segments needs."""
+        return self.segments.count, most_slots(self.tokens_after), self.v.shape[2], self.k.shape[3], self.v.shape[3]
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.float64 if self.v.dtype == torch.float64 else torch.float32
+
+
+class LogLinearGradients(NamedTuple):
+    """Of the inputs, by their names, and, for whoever asks, of the slots that came in [N, J, H, K, V]."""
+
+    of: dict[str, Tensor]
+    incoming: Pending[Tensor]
