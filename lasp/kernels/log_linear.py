@@ -1,6 +1,6 @@
 """Log-linear attention: the public functions. Equations: math §4."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
+
+if TYPE_CHECKING:
+    from lasp.kernels.triton.log_linear.op import TritonLogLinear
 
 
 def log_linear_attention(
@@ -151,9 +154,17 @@ def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int)
     checks.require(slots.device == v.device, "initial_state.slots", f"device {slots.device}", f"{v.device}, as v")
 
 
-def choose_op(x: LogLinearInputs, backend: Backend) -> LogLinearOp:
-    """The implementation that serves these inputs."""
-    checks.require(backend != "triton", "backend", "'triton'", "'auto' or 'reference'")
+def choose_op(x: LogLinearInputs, backend: Backend) -> "LogLinearOp | TritonLogLinear":
+    """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
+    if backend == "reference" or (backend == "auto" and x.v.device.type != "cuda") or x.v.shape[0] == 0:
+        return LogLinearOp()
+    from lasp.kernels.triton.device import unsupported
+    from lasp.kernels.triton.log_linear.op import TritonLogLinear
+
+    refusal = "a delta rule" if x.beta is not None else unsupported(x.k, x.v)
+    if refusal is None:
+        return TritonLogLinear()
+    checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
     return LogLinearOp()
 
 
