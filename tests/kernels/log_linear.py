@@ -49,6 +49,30 @@ class Drawn:
     cu_seqlens: Tensor | None
     state: FenwickState | None = None
 
+    def to(self, dtype: torch.dtype, gates: torch.dtype, device: str = "cpu") -> "Drawn":
+        """The same, rounded: decays, scales and slots to the dtype of gates."""
+        wide = ("decay", "level_scales")
+        tensors = {n: x.to(device, gates if n in wide else dtype) for n, x in self.tensors.items()}
+        state = self.state and FenwickState(self.state.slots.to(device, gates), self.state.tokens)
+        return Drawn(tensors, self.cu_seqlens, state)
+
+
+def results(gen, function, drawn: Drawn, upstream: dict, *, final: bool, **options) -> dict[str, Tensor]:
+    """Outputs and every gradient, by name; upstream gradients are drawn when first needed."""
+    leaves = {name: x.clone().requires_grad_() for name, x in drawn.tensors.items()}
+    state = drawn.state
+    if state is not None:
+        leaves["slots"] = state.slots.clone().requires_grad_()
+        options["initial_state"] = FenwickState(leaves["slots"], state.tokens)
+    found = function(**{n: x for n, x in leaves.items() if n != "slots"}, cu_seqlens=drawn.cu_seqlens, **options)
+    outputs = {"o": found[0], "final": found[1].slots} if final else {"o": found[0]}
+    for name, x in outputs.items():
+        upstream.setdefault(name, torch.randn(x.shape, generator=gen, dtype=F64))
+    d_outputs = [upstream[name].to(x) for name, x in outputs.items()]
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), d_outputs, materialize_grads=True)
+    named = outputs | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: x.detach() for name, x in named.items()}
+
 
 def draw(gen, tokens, *, delta=False, batch=1, offsets=None, seen=None, levels=None, heads=(1, 2), sizes=(6, 4)):
     """seen: of every segment, the tokens of an initial state."""

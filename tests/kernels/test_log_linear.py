@@ -6,7 +6,7 @@ import torch
 from lasp.kernels import log_linear_attention, log_linear_delta_rule
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
-from tests.kernels.log_linear import F64, Drawn, dense, draw
+from tests.kernels.log_linear import F64, Drawn, dense, draw, results
 from tests.parallel.inputs import error
 
 FAMILIES = pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
@@ -18,29 +18,12 @@ def call(q, k, v, decay, level_scales, beta=None, **options):
     return log_linear_attention(q, k, v, decay, level_scales, **options)
 
 
-def results(gen, function, drawn: Drawn, upstream: dict, *, final: bool, **options) -> dict:
-    """Outputs and every gradient, by name; upstream gradients are drawn when first needed."""
-    leaves = {name: x.clone().requires_grad_() for name, x in drawn.tensors.items()}
-    state = drawn.state
-    if state is not None:
-        leaves["slots"] = state.slots.clone().requires_grad_()
-        options["initial_state"] = FenwickState(leaves["slots"], state.tokens)
-    found = function(**{n: x for n, x in leaves.items() if n != "slots"}, cu_seqlens=drawn.cu_seqlens, **options)
-    outputs = {"o": found[0], "final": found[1].slots} if final else {"o": found[0]}
-    for name, x in outputs.items():
-        upstream.setdefault(name, torch.randn(x.shape, generator=gen, dtype=F64))
-    grads = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [upstream[name] for name in outputs], materialize_grads=True
-    )
-    return outputs | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
 def errors(gen, drawn: Drawn, definition, *, final: bool, **options) -> dict[str, float]:
     upstream: dict = {}
     wanted = results(gen, definition, drawn, upstream, final=final, **options)
     asked = {"output_final_state": True} if final else {}
     got = results(gen, call, drawn, upstream, final=final, **asked, **options)
-    return {name: error(got[name].detach(), wanted[name].detach()) for name in wanted}
+    return {name: error(got[name], wanted[name]) for name in wanted}
 
 
 def test_forms_equal_the_dense_definition(gen):
@@ -51,7 +34,7 @@ def test_forms_equal_the_dense_definition(gen):
         upstream: dict = {}
         recurrent = results(gen, log_linear_recurrent, drawn, upstream, final=False)
         wanted = results(gen, dense, drawn, upstream, final=False)
-        assert max(error(recurrent[name].detach(), wanted[name].detach()) for name in wanted) < 1e-10
+        assert max(error(recurrent[name], wanted[name]) for name in wanted) < 1e-10
 
 
 @FAMILIES

@@ -154,8 +154,8 @@ def _blocks(key_dim: int, value_dim: int) -> tuple[int, int, int]:
 
 
 class NodeStates:
-    """What merging made of the leaves' states: those of all nodes, and their log decays [M + P, H]; and those of the left
-    nodes, as queries read them: `seen` and `spans` [P, H]."""
+    """What merging made of the leaves' states: those of all nodes, and their log decays [M + P, H]; those of the left
+    nodes as queries read them, `seen` and `spans` [P, H]."""
 
     def __init__(self, tree: Tree, leaves: Tensor, decays: Tensor, dtype: torch.dtype):
         """leaves [M, H, K, V] and decays [M, H] in fp32; dtype: in which queries read states."""

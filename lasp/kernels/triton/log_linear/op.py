@@ -195,8 +195,8 @@ class Call:
         return d if final is None else d + moved_back(apply(self.transition, final), self._routes())
 
     def through_ends(self, slots: Tensor | None, final: Tensor, of_heights: Tensor) -> Tensor:
-        """[N, H]: what final slots get from before the last leaf, through all gates of that. It is added to `of_heights`
-        [M, heights + 1, H], as if a query at the end had read it."""
+        """[N, H]: what final slots get from before the last leaf, through all gates of that. It is added to
+        `of_heights` [M, heights + 1, H], as if a query at the end had read it."""
         tree, low = self.tree, self.tree.leaf.bit_length() - 1
         segment, slot, node, _ = tree.final.long()
         own = self.states.of(node) * self._until_end()[..., None, None].exp()

@@ -43,8 +43,8 @@ def _reads(
     partner,  # [tokens, H // GP, DC], if SUMS, and then
     d_scales,  # [blocks, tokens, H, L] fp32, zero
     through,  # [blocks, tokens, H] fp32: y · partner of what lies before the token itself
-    of_heights,  # [blocks, M, chunks, heights + 1, H] fp32, zero: sums of that over a chunk, of each height of nodes and
-    #              of initial slots
+    of_heights,  # [blocks, M, chunks, heights + 1, H] fp32, zero: sums of that over a chunk, for each height of nodes,
+    #              and for initial slots
     leaves,  # see tree.Tree
     seen_pairs,
     seen_heights,
@@ -130,7 +130,7 @@ def _reads(
         weights = tl.where(levels == level, scale_i[:, None], weights)
         if SUMS:
             share = tl.sum(tl.where(levels == level, product, 0.0), axis=1)
-            tl.store(at_scales + level, share * scale, mask=here & (level < L))
+            tl.store(at_scales + level, share * scale, mask=here & (L > level))
             if level > 0:
                 crossing += share * scale_i
     acc = tl.dot((p * weights).to(dtype), cc, acc, input_precision=PRECISION)
@@ -166,15 +166,15 @@ def _reads(
             if (had >> slot) & 1:
                 at = incoming + ((n * J + slot) * H + h) * DA * DC
                 state = tl.load(at + state_place, mask=inside, other=0.0).to(state_dtype)
-                level = level_of(position, (had >> (slot + 1)) << (slot + 1), LEAF, LOG_LEAF)
-                scale_i = scales_at(scales, level, tokens, here, h, H, L)
+                seen_at = level_of(position, (had >> (slot + 1)) << (slot + 1), LEAF, LOG_LEAF)
+                scale_i = scales_at(scales, seen_at, tokens, here, h, H, L)
                 read = tl.dot(ac, state, input_precision=PRECISION) * tl.exp2(bi + passed)[:, None]
                 acc += read * scale_i[:, None]
                 if SUMS:
                     share = tl.sum(read * pc, axis=1)
                     tl.debug_barrier()  # others may be seen at the same level
-                    known = tl.load(at_scales + level, mask=here, other=0.0)
-                    tl.store(at_scales + level, known + share * scale, mask=here)
+                    known = tl.load(at_scales + seen_at, mask=here, other=0.0)
+                    tl.store(at_scales + seen_at, known + share * scale, mask=here)
                     total += tl.sum(share * scale_i, axis=0)
                     crossing += share * scale_i
         if SUMS:
@@ -237,6 +237,6 @@ def reads(
         0 if incoming is None else incoming.shape[1], heads, scales.shape[3], heights, *groups,
         DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk, LOG_C=config.chunk.bit_length() - 1,
         LEAF=tree.leaf, LOG_LEAF=tree.leaf.bit_length() - 1, TRANSPOSED=partner is not None, SUMS=partner is not None,
-        PRECISION=config.precision, num_warps=config.warps,
+        PRECISION=config.precision, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y, shares

@@ -174,6 +174,6 @@ def writes(
         batch * tokens, count, 0 if final is None else final.shape[1], heads, levels, *groups,
         DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk, LOG_C=config.chunk.bit_length() - 1,
         LEAF=tree.leaf, LOG_LEAF=tree.leaf.bit_length() - 1, TRANSPOSED=transposed, SUMS=partner is not None,
-        PRECISION=config.precision, num_warps=config.warps,
+        PRECISION=config.precision, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y, within, beyond
