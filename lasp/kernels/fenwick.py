@@ -54,6 +54,11 @@ def starts(tokens: Tensor, slots: int) -> Tensor:
     return tokens[..., None] >> above << above
 
 
+def entered(tokens: Tensor) -> Tensor:
+    """The slot that the next token enters, with all of the slots below: the place of the lowest bit that is 0."""
+    return bit_length(~tokens & (tokens + 1)) - 1
+
+
 def routes(before: Tensor, after: Tensor, slots: int) -> Tensor:
     """[N, J, J] booleans: whether slot i of `before` tokens is part of slot j of `after`. Empty slots go nowhere."""
     to = level(after[..., None], starts(before, slots)) - 1

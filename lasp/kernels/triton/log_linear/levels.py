@@ -21,4 +21,4 @@ def level_of(position, origin, LEAF: tl.constexpr, LOG_LEAF: tl.constexpr):
 @triton.jit
 def scales_at(scales, level, tokens, here, h, H, L):
     """[C] the scales of the queries at these tokens (levels: one, or one of each), 0 where there is none."""
-    return tl.load(scales + (tokens * H + h) * L + level, mask=here & (L > level), other=0.0).to(tl.float32)
+    return tl.load(scales + (tokens * H + h) * L + level, mask=here & (level < L), other=0.0).to(tl.float32)

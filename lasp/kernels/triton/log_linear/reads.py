@@ -130,7 +130,7 @@ def _reads(
         weights = tl.where(levels == level, scale_i[:, None], weights)
         if SUMS:
             share = tl.sum(tl.where(levels == level, product, 0.0), axis=1)
-            tl.store(at_scales + level, share * scale, mask=here & (L > level))
+            tl.store(at_scales + level, share * scale, mask=here & (level < L))
             if level > 0:
                 crossing += share * scale_i
     acc = tl.dot((p * weights).to(dtype), cc, acc, input_precision=PRECISION)
