@@ -23,7 +23,7 @@ class LogLinearConfig:
 def log_linear_config(k: Tensor, v: Tensor) -> LogLinearConfig:
     """For these head sizes and dtype."""
     if v.dtype == torch.float32:
-        return LogLinearConfig(leaf=128, chunk=32, widest=64, stages=1, precision="ieee")
+        return LogLinearConfig(leaf=128, chunk=32, widest=64, warps=8, stages=1, precision="ieee")
     if max(k.shape[-1], v.shape[-1]) > 128:
         return LogLinearConfig(chunk=32, widest=64, warps=8, stages=1)
     return LogLinearConfig()

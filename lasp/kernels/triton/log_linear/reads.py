@@ -90,7 +90,7 @@ def _reads(
     acc = tl.zeros([C, BC], tl.float32)
     if SUMS:
         pc = load_rows(partner, begin, here, h // GP, H // GP, cols, DC)
-        d_scales += block * TOKENS * H * L
+        d_scales += block.to(tl.int64) * TOKENS * H * L
         at_scales = d_scales + (tokens * H + h) * L
         of_heights += (((block * M + leaf) * chunks + i) * (HEIGHTS + 1)) * H + h
         crossing = tl.zeros([C], tl.float32)
