@@ -139,7 +139,7 @@ def _fold(
     parts, totals, table, out, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """out [I, H, K, V] = Σ e^{decay of the pieces before} part, of the runs in table [4, I]: tree.Tree.incoming."""
+    """out [I, H, K, V] = Σ e^{decay of the pieces before} part, of the runs in table [5, I]: tree.Tree.incoming."""
     i, count, h = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1)
     place, inside = _places(K, V, BK, BV)
     piece, pieces = tl.load(table + 2 * count + i).to(tl.int64), tl.load(table + 3 * count + i)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lasp.kernels.fenwick import fitted, moved, moved_back, routes
+from lasp.kernels.fenwick import fitted
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.log_linear_inputs import LogLinearGradients, LogLinearInputs
 from lasp.kernels.pending import Pending
@@ -39,7 +39,7 @@ class TritonLogLinear:
         self, x: LogLinearInputs, partial: "Call", incoming: Pending[Tensor | None]
     ) -> tuple[Tensor, Pending, Kept]:
         call, slots = partial, incoming.wait()
-        slots = call.slots_of(slots, call.x.tokens)
+        slots = None if slots is None else call.initial(slots)
         x = call.x
         o, _ = call.reads(slots, x.q, x.k, x.v)
         return o, Pending(lambda: call.outgoing(slots)), (slots,)
@@ -56,7 +56,8 @@ class TritonLogLinear:
         x, tree = call.x, call.tree
         dq, shares = call.reads(slots, do, x.v, x.k, partner=x.q)
         assert shares is not None
-        final = call.slots_of(d_outgoing.wait(), x.tokens_after)
+        final = d_outgoing.wait()
+        final = None if final is None else fitted(final, x.tokens_after, tree.slots).contiguous()
         of_heights = shares.of_heights.sum((0, 2))
         ends = None if final is None else call.through_ends(slots, final, of_heights)
         beyond_heights = of_heights.flip(1).cumsum(1).flip(1)[:, 1:].contiguous()
@@ -116,11 +117,10 @@ class Call:
         x = self.x
         return node_grads(self.tree, x.q, do, self.gates, x.level_scales, self.leaf_decays, x.scale, self.config)
 
-    def slots_of(self, slots: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Those of so many tokens, [N, J, H, K, V]; None if there are none."""
-        if slots is None or not tokens.any():
-            return None
-        return fitted(slots, tokens, self.tree.slots).contiguous()
+    def initial(self, slots: Tensor) -> Tensor | None:
+        """[I, H, K, V]: those of [N, J, H, K, V] that hold tokens; None if there are none."""
+        segment, slot = self.tree.incoming.long()[:2]
+        return slots[segment, slot].contiguous() if len(segment) else None
 
     @property
     def transition(self) -> Tensor:
@@ -176,23 +176,27 @@ class Call:
         )
         return tiles, torch.tensor(segment, device=device), torch.tensor(slot, device=device), later
 
-    def _routes(self) -> Tensor:
-        """[N, J, J], on the device."""
-        x = self.x
-        return routes(x.tokens, x.tokens_after, self.tree.slots).to(x.v.device)
+    def _left(self, states: Tensor) -> Tensor:
+        """Of states [I, H, K, V] of the initial slots, what is left of them behind the segments."""
+        return apply(self.transition[self.tree.incoming[0].long(), 0], states)
 
     def outgoing(self, slots: Tensor | None) -> Tensor:
-        """The final slots [N, J, H, K, V], given the initial ones."""
+        """The final slots [N, J, H, K, V], given the initial ones [I, H, K, V]."""
         own = self.own_slots()
-        return own if slots is None else own + apply(self.transition, moved(slots, self._routes()))
+        if slots is not None:
+            segment, *_, to = self.tree.incoming.long()
+            own.index_put_((segment, to), self._left(slots), accumulate=True)
+        return own
 
     def d_incoming(self, parts: Tensor, totals: Tensor, final: Tensor | None = None) -> Tensor:
         """The gradients of the initial slots [N, J, H, K, V], through the queries and through the final slots."""
         tree = self.tree
         d = parts.new_zeros(self.x.state_shape)
-        segment, slot = tree.incoming.long()[:2]
+        segment, slot, *_, to = tree.incoming.long()
         d[segment, slot] = fold(tree, parts, totals)
-        return d if final is None else d + moved_back(apply(self.transition, final), self._routes())
+        if final is not None:
+            d[segment, slot] += self._left(final[segment, to])
+        return d
 
     def through_ends(self, slots: Tensor | None, final: Tensor, of_heights: Tensor) -> Tensor:
         """[N, H]: what final slots get from before the last leaf, through all gates of that. It is added to
@@ -204,7 +208,9 @@ class Call:
         of_heights[tree.last[segment], slot - low] += share
         ends = final.new_zeros(final.shape[0], final.shape[2]).index_add_(0, segment, share)
         if slots is not None:
-            share = (apply(self.transition, moved(slots, self._routes())) * final).sum((1, 3, 4))
-            of_heights[tree.last, -1] += share
-            ends += share
+            segment, *_, to = tree.incoming.long()
+            share = (self._left(slots) * final[segment, to]).sum((-1, -2))
+            of_initial = torch.zeros_like(ends).index_add_(0, segment, share)
+            of_heights[tree.last, -1] += of_initial
+            ends += of_initial
         return ends

@@ -38,7 +38,7 @@ def _reads(
     scales,  # [tokens, H, L]
     seen,  # [P, H, DA, DC], or [P, H, DC, DA] if TRANSPOSED, and the log decays [P, H] of those nodes
     spans,
-    incoming,  # [N, J, H, DA, DC] fp32, likewise, or None
+    incoming,  # [I, H, DA, DC] fp32, likewise, or None
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC], if SUMS, and then
     d_scales,  # [blocks, tokens, H, L] fp32, zero
@@ -48,11 +48,13 @@ def _reads(
     leaves,  # see tree.Tree
     seen_pairs,
     seen_heights,
+    slots,
+    slots_first,
     before,
     scale,
     TOKENS,
     M,
-    J,
+    I,
     H,
     L,
     HEIGHTS,
@@ -162,21 +164,22 @@ def _reads(
         had = tl.load(before + n)
         position = tl.load(leaves + 3 * M + leaf) * LEAF + place
         total = 0.0
-        for slot in range(J):
-            if (had >> slot) & 1:
-                at = incoming + ((n * J + slot) * H + h) * DA * DC
-                state = tl.load(at + state_place, mask=inside, other=0.0).to(state_dtype)
-                seen_at = level_of(position, (had >> (slot + 1)) << (slot + 1), LEAF, LOG_LEAF)
-                scale_i = scales_at(scales, seen_at, tokens, here, h, H, L)
-                read = tl.dot(ac, state, input_precision=PRECISION) * tl.exp2(bi + passed)[:, None]
-                acc += read * scale_i[:, None]
-                if SUMS:
-                    share = tl.sum(read * pc, axis=1)
-                    tl.debug_barrier()  # others may be seen at the same level
-                    known = tl.load(at_scales + seen_at, mask=here, other=0.0)
-                    tl.store(at_scales + seen_at, known + share * scale, mask=here)
-                    total += tl.sum(share * scale_i, axis=0)
-                    crossing += share * scale_i
+        first = tl.load(slots_first + n).to(tl.int64)
+        for j in range(tl.load(slots_first + n + 1) - tl.load(slots_first + n)):
+            slot = tl.load(slots + I + first + j)
+            at = incoming + ((first + j) * H + h) * DA * DC
+            state = tl.load(at + state_place, mask=inside, other=0.0).to(state_dtype)
+            seen_at = level_of(position, (had >> (slot + 1)) << (slot + 1), LEAF, LOG_LEAF)
+            scale_i = scales_at(scales, seen_at, tokens, here, h, H, L)
+            read = tl.dot(ac, state, input_precision=PRECISION) * tl.exp2(bi + passed)[:, None]
+            acc += read * scale_i[:, None]
+            if SUMS:
+                share = tl.sum(read * pc, axis=1)
+                tl.debug_barrier()  # others may be seen at the same level
+                known = tl.load(at_scales + seen_at, mask=here, other=0.0)
+                tl.store(at_scales + seen_at, known + share * scale, mask=here)
+                total += tl.sum(share * scale_i, axis=0)
+                crossing += share * scale_i
         if SUMS:
             tl.store(of_heights + HEIGHTS * H, total * scale)
     store_rows(y, (acc * scale).to(dtype), begin, here, h, H, cols, DC)
@@ -209,7 +212,7 @@ def reads(
 ) -> tuple[Tensor, Shares | None]:
     """y [B, T, H, DC], from transposed states with a partner, and then what it has to do with that.
 
-    incoming: [N, J, H, K, V] fp32.
+    incoming: [I, H, K, V] fp32.
     """
     (batch, tokens, heads, _), size_a, size_c = scales.shape, a.shape[3], c.shape[3]
     width = min(block_of(size_c), config.widest)
@@ -233,8 +236,8 @@ def reads(
         _reads, (count * chunks, heads, blocks),
         a, b, c, gates, scales, states.seen, states.spans, incoming, y, partner,
         *((None,) * 3 if shares is None else (shares.d_scales, shares.through, shares.of_heights)),
-        tree.leaves, tree.seen_pairs, tree.seen_heights, tree.before, scale, batch * tokens, count,
-        0 if incoming is None else incoming.shape[1], heads, scales.shape[3], heights, *groups,
+        tree.leaves, tree.seen_pairs, tree.seen_heights, tree.incoming, tree.incoming_first, tree.before, scale,
+        batch * tokens, count, tree.incoming.shape[1], heads, scales.shape[3], heights, *groups,
         DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk, LOG_C=config.chunk.bit_length() - 1,
         LEAF=tree.leaf, LOG_LEAF=tree.leaf.bit_length() - 1, TRANSPOSED=partner is not None, SUMS=partner is not None,
         PRECISION=config.precision, num_warps=config.warps, num_stages=config.stages,

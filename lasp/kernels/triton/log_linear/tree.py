@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.fenwick import occupied, starts
+from lasp.kernels.fenwick import level, occupied, starts
 from lasp.kernels.lasting import lasting
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.segments import Tiles
@@ -45,7 +45,8 @@ class Tree:
     seen_pairs, seen_heights: [M, heights] those pairs, nearest first.
     pieces: [3, Q] runs of leaves whose queries one program sums up: first leaf, leaves, and where in the document that
         begins which they see. They are the right nodes of all pairs, then each segment once for every initial slot.
-    incoming: [4, I] of every initial slot segment, slot, first piece and how many it has.
+    incoming: [5, I] of every initial slot segment, slot, first piece, how many it has, and the final slot that it is
+        part of; they are in the order of segments, and incoming_first [N + 1] says where those of each begin.
     final: [4, F] of every final slot that is a node segment, slot, node and pair.
     before, last: [N] what each segment's document has had before it; its last leaf.
     """
@@ -59,6 +60,7 @@ class Tree:
     heights: tuple[Pairs, ...]
     pieces: Tensor
     incoming: Tensor
+    incoming_first: Tensor
     final: Tensor
     before: Tensor
     last: Tensor
@@ -117,11 +119,14 @@ def _tree(
     final_pair, final_slot = sees[last][segment, height], height + leaf.bit_length() - 1
     slot = torch.full_like(numbers, NONE).index_put((final_pair,), segment * slots + final_slot)
 
-    incoming = occupied(before, slots).nonzero().T
+    held = occupied(before, slots)
+    incoming, incoming_origin = held.nonzero().T, starts(before, slots)[held]
+    incoming_first = torch.cat([begins[:1] * 0, held.sum(1).cumsum(0)])
+    to = level(after[incoming[0]], incoming_origin) - 1
     of_pieces, pieces = _pieces(
         torch.cat([right_leaf, begins[incoming[0]]]),
         torch.cat([right_leaves, counts[incoming[0]]]),
-        torch.cat([origin * leaf, starts(before, slots)[*incoming]]),
+        torch.cat([origin * leaf, incoming_origin]),
         piece,
     )
     table = torch.stack([left, right, home[count:], right_leaf, right_leaves, *of_pieces[:, : len(left)], slot])
@@ -143,7 +148,8 @@ def _tree(
             if len(pair)
         ),
         pieces=moved(*pieces),
-        incoming=moved(*incoming, *of_pieces[:, len(left) :]),
+        incoming=moved(*incoming, *of_pieces[:, len(left) :], to),
+        incoming_first=incoming_first.int().to(device, non_blocking=True),
         final=moved(segment, final_slot, left[final_pair], final_pair),
         before=before.int().to(device, non_blocking=True),
         last=last.to(device, non_blocking=True),
