@@ -74,14 +74,18 @@ def _one_of(index: Tensor, count: int) -> Tensor:
     return index[..., None] == torch.arange(count, device=index.device)
 
 
-def fitted(slots: Tensor, tokens: Tensor, count: int) -> Tensor:
-    """The slots [N, J, ...] of so many tokens [N] as [N, count, ...]; zero where they hold none."""
-    full = occupied(tokens.to(slots.device), slots.shape[1])
-    slots = slots.where(full.view(*full.shape, *(1,) * (slots.ndim - 2)), 0)
+def resized(slots: Tensor, count: int) -> Tensor:
+    """[N, J, ...] as [N, count, ...]: without those beyond, which hold nothing, or with more of them."""
     missing = count - slots.shape[1]
     if missing <= 0:
         return slots[:, :count]
     return torch.cat([slots, slots.new_zeros(len(slots), missing, *slots.shape[2:])], 1)
+
+
+def fitted(slots: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """The slots [N, J, ...] of so many tokens [N] as [N, count, ...]; zero where they hold none."""
+    full = occupied(tokens.to(slots.device), slots.shape[1])
+    return resized(slots.where(full.view(*full.shape, *(1,) * (slots.ndim - 2)), 0), count)
 
 
 def moved(slots: Tensor, route: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """Log-linear attention: the public functions. Equations: math §4."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels import autocast, checks
-from lasp.kernels.fenwick import FenwickState, fitted
+from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.linear import BACKENDS, Backend
 from lasp.kernels.log_linear_inputs import LogLinearInputs
-from lasp.kernels.pending import Pending
+from lasp.kernels.recurrence import Alone, Boundary, Kept
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
 
@@ -97,14 +97,17 @@ def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_
     checks.cu_seqlens(cu_seqlens, batch, tokens)
     segments = Segments(batch, tokens, cu_seqlens)
     check_state(initial_state, segments.count, v, k.shape[-1])
-    seen = (
-        torch.zeros(segments.count, dtype=torch.long, device="cpu") if initial_state is None else initial_state.tokens
-    )
+    seen = seen_by(initial_state, segments.count)
     x = LogLinearInputs(q, k, v, decay, level_scales, beta, checks.scale(scale, k.shape[-1]), segments, seen)
     check_levels(level_scales.shape[-1], x.tokens_after)
     slots = None if initial_state is None else initial_state.slots
-    o, final = _LogLinear.apply(choose_op(x, backend), x, output_final_state, slots, *x.tensors.values())
-    return o, FenwickState(final, x.tokens_after) if output_final_state else None
+    o, final = run(choose_op(x, backend), Alone(), x, slots, output_final_state)
+    return o, None if final is None else FenwickState(final, x.tokens_after)
+
+
+def seen_by(state: FenwickState | None, count: int) -> tuple[int, ...]:
+    """How many tokens each of the sequences or documents has had."""
+    return (0,) * count if state is None else tuple(state.tokens.tolist())
 
 
 def check_log_linear(
@@ -168,30 +171,49 @@ def choose_op(x: LogLinearInputs, backend: Backend) -> "LogLinearOp | TritonLogL
     return LogLinearOp()
 
 
-class _LogLinear(autocast.Function):
-    """An op between its halves, on one rank."""
+def run(
+    op: "LogLinearOp | TritonLogLinear",
+    boundary: Boundary,
+    x: LogLinearInputs,
+    slots: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`recurrence.run` for states of several slots: o [B, T, H, V] and, if asked for, the final slots."""
+    with torch.cuda.device_of(x.v):
+        return _LogLinear.apply(
+            op, boundary, x.without_tensors(), tuple(x.tensors), output_final_state, slots, *x.tensors.values()
+        )
 
+
+class _LogLinear(autocast.Function):
     @staticmethod
-    def forward(ctx: Any, op: LogLinearOp, x: LogLinearInputs, output_final_state: bool, slots, *tensors: Tensor):
-        with torch.cuda.device_of(x.v):
-            _, partial = op.summarize(x, wanted=False)
-            o, outgoing, kept = op.finish(x, partial, Pending(lambda: slots))
-            final = outgoing.wait() if output_final_state else None
-        ctx.op, ctx.x, ctx.num_kept = op, x.without_tensors(), len(kept)
+    def forward(ctx, op, boundary, frame, names, output_final_state, slots, *tensors):
+        x = frame.having(dict(zip(names, tensors, strict=True)))
+        summary, partial = op.summarize(x, boundary.wants_summary)
+        links: list[Kept] = []
+
+        def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
+            links.append(entered[1])
+            return entered[0]
+
+        o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, slots).then(arrive))
+        (link,) = links
+        ctx.op, ctx.boundary, ctx.frame, ctx.names, ctx.num_kept = op, boundary, frame, names, len(kept)
         ctx.slots = None if slots is None else slots.shape[1]
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.names = tuple(x.tensors)
+        ctx.save_for_backward(*tensors, *kept, *link)
         ctx.set_materialize_grads(False)
-        return o, final
+        return o, boundary.leave(outgoing.wait(), slots) if output_final_state else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None):
-        tensors, kept = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
-        x = ctx.x.having(dict(zip(ctx.names, tensors, strict=True)))
+    def backward(ctx, do, d_final):
+        tensors, rest = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
+        kept, link = rest[: ctx.num_kept], rest[ctx.num_kept :]
+        x = ctx.frame.having(dict(zip(ctx.names, tensors, strict=True)))
         do = torch.zeros_like(x.v) if do is None else do.contiguous()
-        with torch.cuda.device_of(x.v):
-            _, partial = ctx.op.summarize_grad(x, kept, do, wanted=False)
-            grads = ctx.op.finish_grad(x, kept, partial, Pending(lambda: d_final))
-            d_slots = fitted(grads.incoming.wait(), x.tokens, ctx.slots) if ctx.needs_input_grad[3] else None
-        return None, None, None, d_slots, *(grads.of.get(name) for name in ctx.names)
+        d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
+        grads = ctx.op.finish_grad(x, kept, partial, ctx.boundary.enter_grad(link, d_summary, d_final))
+        d_slots = None
+        if ctx.needs_input_grad[5]:
+            d_slots = resized(ctx.boundary.leave_grad(grads.incoming.wait(), d_final), ctx.slots)
+        return None, None, None, None, None, d_slots, *(grads.of.get(name) for name in ctx.names)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
@@ -17,7 +18,7 @@ class LogLinearInputs:
     """One call. q, k [B, T, Hq, K], v [B, T, H, V], decay None or [B, T, H], level_scales [B, T, H, L], beta None or
     [B, T, H].
 
-    tokens: [N] int64 on the host, what every segment's document has had before the segment.
+    seen: of every segment, how many tokens its document has had before it.
     """
 
     q: Tensor
@@ -28,11 +29,11 @@ class LogLinearInputs:
     beta: Tensor | None
     scale: float
     segments: Segments
-    tokens: Tensor
+    seen: tuple[int, ...]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those given, by name."""
+        """Those given, by name; all have an entry for every token."""
         names = ("q", "k", "v", "decay", "level_scales", "beta")
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
@@ -41,12 +42,17 @@ class LogLinearInputs:
         return replace(self, **tensors)  # type: ignore[arg-type]
 
     def without_tensors(self) -> Self:
-        """What is not a tensor of the caller's: a frame for `having`."""
+        """What is not a tensor: a frame for `having`."""
         return self.having(dict.fromkeys(self.tensors))
 
-    @property
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[N] int64 on the host: `seen`."""
+        return torch.tensor(self.seen, dtype=torch.long, device="cpu")
+
+    @cached_property
     def tokens_after(self) -> Tensor:
-        """[N] what its document has had with the segment."""
+        """[N] how many tokens their documents have had with the segments."""
         return self.tokens + self.segments.offsets.diff()
 
     @property
@@ -56,6 +62,7 @@ class LogLinearInputs:
 
     @property
     def state_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 inputs."""
         return torch.float64 if self.v.dtype == torch.float64 else torch.float32
 
 

@@ -80,8 +80,7 @@ def test_summaries(gen, seen):
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
 
     def told(implementation, tensors):
-        before = torch.tensor(seen or [0])
-        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=Segments(1, 45), tokens=before)
+        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=Segments(1, 45), seen=tuple(seen or [0]))
         summary, partial = implementation.summarize(x, True)
         kept = implementation.finish(x, partial, Pending(lambda: None))[2]
         return summary.state, summary.transition, implementation.summarize_grad(x, kept, do.to(x.v.dtype), True)[0]

@@ -27,7 +27,7 @@ class Rank:
         tokens = [f.position + (seen[f.document] if f.document >= 0 else 0) for f in partition.local]
         local = {"decay": None, "beta": None} | {name: self.shard(x) for name, x in tensors.items()}
         segments = Segments(1, partition.local_tokens, lengths.cumsum(0))
-        self.x = LogLinearInputs(**local, scale=0.4, segments=segments, tokens=torch.tensor(tokens))
+        self.x = LogLinearInputs(**local, scale=0.4, segments=segments, seen=tuple(tokens))
 
     def shard(self, x):
         padded = torch.cat(

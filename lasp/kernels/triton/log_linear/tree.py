@@ -72,7 +72,7 @@ class Tree:
 
 def tree_of(x: LogLinearInputs, leaf: int, piece: int) -> Tree:
     """leaf: tokens of a leaf, a power of two. piece: leaves of a piece, at most."""
-    offsets, seen = tuple(x.segments.offsets.tolist()), tuple(x.tokens.tolist())
+    offsets, seen = tuple(x.segments.offsets.tolist()), x.seen
     return _tree(offsets, seen, x.state_shape[1], leaf, piece, x.v.device)
 
 
