@@ -15,10 +15,9 @@ from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Alone, Boundary, Kept
 from lasp.kernels.summary import Summary
-from lasp.parallel import comm
+from lasp.parallel import Sequence, comm
 from lasp.parallel.agreement import gradients, signature
 from lasp.parallel.comm import Group
-from lasp.parallel.context import Sequence
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.fenwick import Fenwick
