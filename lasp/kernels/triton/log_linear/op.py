@@ -125,9 +125,7 @@ class Call:
     @property
     def transition(self) -> Tensor:
         """The segments' log decays, [N, 1, H]."""
-        tiles = self.tree.tiles
-        total = self.leaf_decays.new_zeros(tiles.first.numel() - 1, self.leaf_decays.shape[1])
-        return total.index_add_(0, tiles.owner.long(), self.leaf_decays)[:, None]
+        return self.states.decays[self.tree.roots][:, None]
 
     def own_slots(self) -> Tensor:
         """The final slots [N, J, H, K, V] if nothing comes in."""
@@ -206,11 +204,12 @@ class Call:
         own = self.states.of(node) * self._until_end()[..., None, None].exp()
         share = (own * final[segment, slot]).sum((-1, -2))
         of_heights[tree.last[segment], slot - low] += share
-        ends = final.new_zeros(final.shape[0], final.shape[2]).index_add_(0, segment, share)
+        ends = final.new_zeros(final.shape[0], final.shape[2])
+        ends.index_put_((segment,), share, accumulate=True)
         if slots is not None:
             segment, *_, to = tree.incoming.long()
             share = (self._left(slots) * final[segment, to]).sum((-1, -2))
-            of_initial = torch.zeros_like(ends).index_add_(0, segment, share)
+            of_initial = torch.zeros_like(ends).index_put_((segment,), share, accumulate=True)
             of_heights[tree.last, -1] += of_initial
             ends += of_initial
         return ends

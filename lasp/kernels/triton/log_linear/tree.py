@@ -48,7 +48,7 @@ class Tree:
     incoming: [5, I] of every initial slot segment, slot, first piece, how many it has, and the final slot that it is
         part of; they are in the order of segments, and incoming_first [N + 1] says where those of each begin.
     final: [4, F] of every final slot that is a node segment, slot, node and pair.
-    before, last: [N] what each segment's document has had before it; its last leaf.
+    before, last, roots: [N] what each segment's document has had before it; its last leaf; the node of all its leaves.
     """
 
     leaf: int
@@ -64,6 +64,7 @@ class Tree:
     final: Tensor
     before: Tensor
     last: Tensor
+    roots: Tensor
 
     @property
     def pairs(self) -> int:
@@ -104,7 +105,7 @@ def _tree(
     first = torch.cat([begins, counts.sum()[None]])
     last = first[1:] - 1
 
-    heights = _heights(owner, index, len(before))
+    heights, roots = _heights(owner, index, len(before))
     left, right, right_leaf, right_leaves, origin = (
         torch.cat([height[i] for height in heights]) if heights else begins[:0] for i in range(5)
     )
@@ -153,11 +154,12 @@ def _tree(
         final=moved(segment, final_slot, left[final_pair], final_pair),
         before=before.int().to(device, non_blocking=True),
         last=last.to(device, non_blocking=True),
+        roots=roots.to(device, non_blocking=True),
     )
 
 
-def _heights(owner: Tensor, index: Tensor, segments: int) -> list[_Height]:
-    """From the leaves up, until there is one node in each segment."""
+def _heights(owner: Tensor, index: Tensor, segments: int) -> tuple[list[_Height], Tensor]:
+    """From the leaves up, until there is one node in each segment; and those nodes."""
     found: list[_Height] = []
     count, pairs = len(owner), 0
     node = leaf = row_of_leaf = torch.arange(count, device="cpu")
@@ -176,7 +178,7 @@ def _heights(owner: Tensor, index: Tensor, segments: int) -> list[_Height]:
         leaves = leaves.index_put((left,), leaves[right], accumulate=True)[kept]
         row_of_leaf = (kept.cumsum(0) - 1)[row_of_leaf]
         owner, index, leaf = owner[kept], index[kept] >> 1, leaf[kept]
-    return found
+    return found, node
 
 
 def _by_height(numbers: Tensor, heights: Iterable[_Height]) -> list[Tensor]:
