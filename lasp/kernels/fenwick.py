@@ -27,6 +27,10 @@ class FenwickState(NamedTuple):
     slots: Tensor
     tokens: Tensor
 
+    def select(self, rows: Tensor) -> "FenwickState":
+        """That of some rows, which may be repeated."""
+        return FenwickState(self.slots.index_select(0, rows.to(self.slots.device)), self.tokens[rows.cpu()])
+
 
 def bit_length(x: Tensor) -> Tensor:
     """Of integers from 0 to 2^53."""

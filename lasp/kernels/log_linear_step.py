@@ -1,11 +1,17 @@
-"""Log-linear attention one token at a time, for generation."""
+"""Log-linear attention one token at a time, and in whatever pieces tokens come, for generation."""
 
 import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, entered, fitted, occupied
-from lasp.kernels.log_linear import check_levels, check_log_linear, check_state
+from lasp.kernels.log_linear import (
+    check_levels,
+    check_log_linear,
+    check_state,
+    log_linear_attention,
+    log_linear_delta_rule,
+)
 from lasp.kernels.summary import SHUT
 
 
@@ -31,11 +37,9 @@ class FenwickMemory:
         slots = self.slots * self.since.exp()[..., None, None]
         return FenwickState(fitted(slots, self.tokens, slots.shape[1]), self.tokens.clone())
 
-    def select(self, rows: Tensor) -> None:
-        """Row i goes on from what was row rows[i]; rows may be repeated or left out."""
-        on_device = rows.to(self.slots.device)
-        self.slots, self.since = self.slots.index_select(0, on_device), self.since.index_select(0, on_device)
-        self.tokens = self.tokens.index_select(0, rows.cpu())
+    def select(self, rows: Tensor) -> "FenwickMemory":
+        """That of some rows, which may be repeated."""
+        return FenwickMemory(self.state.select(rows))
 
     @torch.no_grad()
     def step(
@@ -101,6 +105,37 @@ class FenwickMemory:
         self.slots[row, into], self.since[row, into] = merged, 0.0
         self.tokens = self.tokens + 1
         return o[:, None].to(v.dtype)
+
+
+def go_on(
+    past: FenwickState | FenwickMemory | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    level_scales: Tensor,
+    beta: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, FenwickState | FenwickMemory]:
+    """o [B, T, H, V] and the past for the next call: log-linear attention, or the delta rule if there is a beta.
+
+    One token of every row of which nobody wants a gradient changes the past in place.
+    """
+    if past is not None and v.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        memory = past if isinstance(past, FenwickMemory) else FenwickMemory(past)
+        return memory.step(q, k, v, decay, level_scales, beta, scale=scale), memory
+    state = past.state if isinstance(past, FenwickMemory) else past
+    options: dict = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
+    if beta is None:
+        checks.tensor("decay", decay)
+        assert decay is not None
+        o, after = log_linear_attention(q, k, v, decay, level_scales, **options)
+    else:
+        o, after = log_linear_delta_rule(q, k, v, beta, decay, level_scales, **options)
+    assert after is not None
+    return o, after
 
 
 def _padded(scales: Tensor, levels: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Log-linear attention token by token against all tokens at once."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 
 from lasp.kernels.fenwick import FenwickState
-from lasp.kernels.log_linear_step import FenwickMemory
+from lasp.kernels.log_linear_step import FenwickMemory, go_on
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from tests.kernels.log_linear import draw
 from tests.kernels.test_triton_linear import DEVICE
@@ -57,11 +59,37 @@ def test_no_more_slots_than_bits(gen):
 
 def test_rows_are_selected(gen):
     drawn = draw(gen, 3, batch=3, seen=SEEN)
-    memory, chosen = FenwickMemory(drawn.state), torch.tensor([2, 0, 2])
-    memory.select(chosen)
+    chosen = torch.tensor([2, 0, 2])
+    memory = FenwickMemory(drawn.state).select(chosen)
     o = run({n: x[chosen] for n, x in drawn.tensors.items()}, memory, lambda memory, token: memory.step(**token), 3)
     wanted, _ = log_linear_recurrent(**drawn.tensors, initial_state=drawn.state)
     assert error(o, wanted[chosen]) < 1e-10
+
+
+@FAMILIES
+def test_pieces_of_any_length_equal_the_whole(gen, delta):
+    """Prompts, single tokens with and without gradient, rows of unequal length, and other rows in their places."""
+    drawn = draw(gen, 40, delta=delta, batch=2)
+    whole, final = log_linear_recurrent(**drawn.tensors)
+    past, parts = None, []
+    for start, stop in pairwise([0, 17, 18, 19, 30, 31, 40]):
+        with torch.set_grad_enabled(start == 18):
+            piece = {name: x[:, start:stop] for name, x in drawn.tensors.items()}
+            part, past = go_on(past, **piece)
+        parts.append(part)
+    assert error(torch.cat(parts, 1), whole) < 1e-10
+    assert error(past.slots, final.slots) < 1e-10
+
+    lengths = [3, 0, 5]
+    packed = {
+        n: torch.cat([x[:1, :3], x[1:, :5]], 1) for n, x in draw(gen, 5, delta=delta, batch=2, levels=7).tensors.items()
+    }
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)])
+    past = past.select(torch.tensor([0, 1, 1]))
+    o, after = go_on(past, **packed, cu_seqlens=cu_seqlens)
+    wanted, _ = log_linear_recurrent(**packed, initial_state=past, cu_seqlens=cu_seqlens)
+    assert error(o, wanted) < 1e-10
+    assert after.tokens.tolist() == [43, 40, 45]
 
 
 @FAMILIES
