@@ -99,7 +99,7 @@ class FenwickMemory:
         o = torch.einsum("nhk,nhkv->nhv", q, read + scales[..., 0, None, None] * own)
 
         into = entered(self.tokens)
-        merges = (torch.arange(slots) < into[:, None]).to(device)
+        merges = (torch.arange(slots, device="cpu") < into[:, None]).to(device)
         merged = torch.einsum("njh,njhkv->nhkv", left * merges[..., None], self.slots) + own
         row, into = torch.arange(rows, device=device), into.to(device)
         self.slots[row, into], self.since[row, into] = merged, 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lasp.kernels.fenwick import moved, moved_back, routes
 from lasp.kernels.summary import apply, apply_transposed
-from lasp.parallel.layout import Fragment, Partition
+from lasp.parallel.layout import PADDING, Fragment, Partition
 
 Slots = dict[int, Tensor]  # those that are not zero, each [B, H, K, V]
 
@@ -25,7 +25,8 @@ class Fenwick:
     """One direction of one sequence.
 
     before, after: where in its document the fragment begins and ends through which each unit is left (forward its last,
-    backward its first). breaks: whether nothing passes through, since a document starts (backward: ends) in the unit.
+    backward its first); 0 for padding. breaks: whether nothing passes through, since a document starts (backward: ends)
+    in the unit.
     """
 
     before: tuple[int, ...]
@@ -37,15 +38,17 @@ class Fenwick:
     def of(cls, partition: Partition, seen: Sequence[int], *, backward: bool) -> "Fenwick":
         """seen: what every document has had before this sequence."""
 
-        def position(fragment: Fragment) -> int:
-            return fragment.position + (seen[fragment.document] if fragment.document >= 0 else 0)
+        def positions(fragment: Fragment) -> tuple[int, int]:
+            if fragment.document == PADDING:
+                return 0, 0
+            before = fragment.position + seen[fragment.document]
+            return before, before + len(fragment)
 
-        exits = [unit[0 if backward else -1] for unit in partition.units]
-        before = [position(fragment) for fragment in exits]
+        before, after = zip(*(positions(unit[0 if backward else -1]) for unit in partition.units), strict=True)
         edge = "ends" if backward else "begins"
         return cls(
-            before=tuple(before),
-            after=tuple(start + len(fragment) for start, fragment in zip(before, exits, strict=True)),
+            before=before,
+            after=after,
             breaks=tuple(any(getattr(fragment, edge) for fragment in unit) for unit in partition.units),
             backward=backward,
         )

@@ -78,7 +78,7 @@ def _run(method, sequence, q, k, v, decay, level_scales, beta, scale, initial_st
         seen = seen_by(initial_state, v.shape[0] * partition.documents)
         same = set(seen) if partition.documents == 1 else {0}
         checks.require(len(same) <= 1, "initial_state.tokens", sorted(same), "the same number for all rows of a batch")
-        check_levels(level_scales.shape[-1], torch.tensor(_totals(partition, seen)))
+        check_levels(level_scales.shape[-1], torch.tensor(_totals(partition, seen), device="cpu"))
         slots = None if initial_state is None else initial_state.slots
         asked = gradients(q, k, v, decay, level_scales, beta, slots) | gradients(slots, of="initial_state")
         options = {
@@ -107,7 +107,7 @@ def _exchanged(sequence, q, k, v, decay, level_scales, beta, scale, initial_stat
         boundary = Alone()
     slots = None if initial_state is None else initial_state.slots
     o, final = run_op(choose_op(x, "auto"), boundary, x, slots, output_final_state)
-    totals = torch.tensor(_totals(partition, seen) * (batch if partition.documents == 1 else 1))
+    totals = torch.tensor(_totals(partition, seen) * (batch if partition.documents == 1 else 1), device="cpu")
     return local.unfold(o), None if final is None else FenwickState(final, totals)
 
 

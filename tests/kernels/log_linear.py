@@ -100,5 +100,5 @@ def draw(gen, tokens, *, delta=False, batch=1, offsets=None, seen=None, levels=N
     state = None
     if seen is not None:
         slots = normal(len(seen), max(seen).bit_length(), v_heads, key_dim, value_dim)
-        state = FenwickState(slots, torch.tensor(seen))
+        state = FenwickState(slots, torch.tensor(seen, device="cpu"))
     return Drawn(tensors, cu_seqlens, state)

@@ -91,6 +91,26 @@ def test_summaries(gen, seen):
     assert all(a.shape == b.shape for a, b in zip(got, wanted, strict=True))
 
 
+def test_padding_that_is_longer_than_levels_address_changes_nothing(gen):
+    """As a rank has it: a fragment of its own, of noise, whose outputs nobody reads."""
+    drawn = draw(gen, 60, levels=4, heads=(1, 1)).to(torch.float32, torch.float32, DEVICE)
+    do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE) * (torch.arange(60) < 8)[:, None, None].to(
+        DEVICE
+    )
+
+    def grads(tokens, offsets):
+        tensors = {name: x[:, :tokens] for name, x in drawn.tensors.items()}
+        segments, seen = Segments(1, tokens, torch.tensor(offsets)), (0,) * (len(offsets) - 1)
+        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=segments, seen=seen)
+        implementation = op.TritonLogLinear()
+        kept = implementation.finish(x, implementation.summarize(x, False)[1], Pending(lambda: None))[2]
+        partial = implementation.summarize_grad(x, kept, do[:, :tokens], False)[1]
+        return implementation.finish_grad(x, kept, partial, Pending(lambda: None)).of
+
+    wanted, got = grads(8, [0, 8]), grads(60, [0, 8, 60])
+    assert all(torch.equal(got[name][:, :8], wanted[name]) for name in wanted)
+
+
 def test_refuses_the_delta_rule(gen):
     from lasp.kernels import log_linear_delta_rule
 

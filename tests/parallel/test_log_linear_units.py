@@ -22,7 +22,14 @@ from tests.parallel.inputs import error
 from tests.patience import PATIENCE
 
 PACKED = (0, 3, 40, 41, 41, 110, 150)
-CASES = [(150, None, None), (150, PACKED, None), (3, None, None), (77, None, [13]), (150, PACKED, [5, 64, 0, 9, 40, 1])]
+CASES = [
+    (150, None, None),
+    (150, PACKED, None),
+    (3, None, None),
+    (9, (0, 3, 6, 9), None),
+    (77, None, [13]),
+    (150, PACKED, [5, 64, 0, 9, 40, 1]),
+]
 
 
 class Threads:

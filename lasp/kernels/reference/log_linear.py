@@ -101,7 +101,7 @@ class Cut:
         active = [(counts > i).nonzero()[:, 0] for i in range(int(counts.max()) if len(counts) else 0)]
         self.steps: Steps = [(n.to(device), (first[n] + i).to(device)) for i, n in enumerate(active)]
 
-        token = torch.arange(x.segments.batch * x.segments.tokens)
+        token = torch.arange(x.segments.batch * x.segments.tokens, device="cpu")
         segment = torch.repeat_interleave(offsets.diff())
         position = (token - offsets[segment] + seen[segment]).view(*x.v.shape[:2], 1).to(device)
         self.position = self.chunks.split(position)[:, 0]  # [M, C]

@@ -64,4 +64,4 @@ def log_linear_recurrent(
     final = v.new_zeros(segments.count, 0, *empty.shape)
     if most:
         final = torch.stack([torch.stack([slots.get(j, empty) for j in range(most)]) for slots in finals])
-    return torch.stack(outputs).unflatten(0, (batch, tokens)), FenwickState(final, torch.tensor(counts))
+    return torch.stack(outputs).unflatten(0, (batch, tokens)), FenwickState(final, torch.tensor(counts, device="cpu"))

@@ -1,10 +1,10 @@
 """The gradient of the gates: for each the sum over all pairs of a query at or behind it and a source before it, of the
 pair's part of the loss's gradient in a factor that it has in common (math §2). Nothing cancels:
 
-    dg_t = Σ_{i>=t} through_i - Σ_{j>=t} within_j + Σ_{j<t} beyond_j + thru      sums over the tokens of t's leaf
+    dg_t = Σ_{i>=t} through_i - Σ_{j>=t} within_j + Σ_{j<t} beyond_j + across      sums over the tokens of t's leaf
 
 through_i: of pairs of query i with all sources before it. within_j, beyond_j: of pairs of source j with queries in and
-beyond the leaf. thru: of pairs on either side of the leaf.
+beyond the leaf. across: of pairs on either side of the leaf.
 """
 
 import torch
@@ -23,7 +23,7 @@ def _gate_grads(
     through,  # [QB, tokens, H]
     within,  # [VB, tokens, H]
     beyond,  # [VB, tokens, H]
-    thru,  # [SB, nodes, H]
+    across,  # [SB, nodes, H]
     decay,  # [tokens, H]
     dg,  # [tokens, H]
     start,
@@ -51,21 +51,21 @@ def _gate_grads(
         before += tl.load(beyond + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
     total = tl.zeros([BH], tl.float32)
     for block in range(SB):
-        total += tl.load(thru + (block * NODES + leaf) * H + heads, mask=heads < H, other=0.0)
+        total += tl.load(across + (block * NODES + leaf) * H + heads, mask=heads < H, other=0.0)
     total += tl.sum(behind, axis=0)
     grad = total[None, :] - tl.cumsum(behind, axis=0) + behind + tl.cumsum(before, axis=0) - before
     g = tl.load(decay + at, mask=here, other=0.0)
     tl.store(dg + at, unless_shut(grad, g).to(dg.dtype.element_ty), mask=here)
 
 
-def gate_grads(tree: Tree, decay: Tensor, through: Tensor, within: Tensor, beyond: Tensor, thru: Tensor) -> Tensor:
-    """dg [B, T, H]; all in partial sums: through, within and beyond [blocks, B, T, H], thru [blocks, nodes, H]."""
+def gate_grads(tree: Tree, decay: Tensor, through: Tensor, within: Tensor, beyond: Tensor, across: Tensor) -> Tensor:
+    """dg [B, T, H]; all in partial sums: through, within and beyond [blocks, B, T, H], across [blocks, nodes, H]."""
     heads = decay.shape[-1]
     block = min(8, next_power_of_2(heads))
     dg = torch.empty_like(decay)
     launch(
         _gate_grads, (tree.tiles.count, cdiv(heads, block)),
-        through, within, beyond, thru, decay, dg, tree.tiles.start, tree.tiles.length, decay.numel() // heads,
-        thru.shape[1], heads, BH=block, LEAF=tree.leaf, QB=len(through), VB=len(within), SB=len(thru), num_warps=4,
+        through, within, beyond, across, decay, dg, tree.tiles.start, tree.tiles.length, decay.numel() // heads,
+        across.shape[1], heads, BH=block, LEAF=tree.leaf, QB=len(through), VB=len(within), SB=len(across), num_warps=4,
     )  # fmt: skip
     return dg

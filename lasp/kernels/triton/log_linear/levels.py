@@ -22,3 +22,14 @@ def level_of(position, origin, LEAF: tl.constexpr, LOG_LEAF: tl.constexpr):
 def scales_at(scales, level, tokens, here, h, H, L):
     """[C] the scales of the queries at these tokens (levels: one, or one of each), 0 where there is none."""
     return tl.load(scales + (tokens * H + h) * L + level, mask=here & (level < L), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_share(d_scales, level, share, tokens, here, h, H, L, FIRST: tl.constexpr):
+    """Adds to the gradients of the scales at one level, or at one of each query; FIRST: nothing is there yet."""
+    at = d_scales + (tokens * H + h) * L + level
+    here &= level < L
+    if not FIRST:
+        tl.debug_barrier()  # what is there comes from this program
+        share += tl.load(at, mask=here, other=0.0)
+    tl.store(at, share, mask=here)

@@ -7,8 +7,8 @@ a is a node's log decay, D_left the gradient of the left node's state from the q
 final slot that it is (node_grads). The gate's gradient for all tokens of a node, from pairs of a query and a source on
 either side of it (in bits: what their products' gradients are):
 
-    thru_right = thru_parent + <G_parent, e^{a_right} S_left>
-    thru_left = thru_parent + Σ over the leaves of the right node, of what their queries read of sources before the left
+    across_right = across_parent + <G_parent, e^{a_right} S_left>
+    across_left = across_parent + Σ over the right node's leaves, of what their queries read of sources before the left
 """
 
 import torch
@@ -86,7 +86,7 @@ def _hand_down(
     seen,  # [P, H, K, V]
     decays,  # [M + P, H]
     grads,  # [P, H, K, V] fp32 the gradients of the left nodes' states
-    thru,  # [blocks, M + P, H] fp32
+    across,  # [blocks, M + P, H] fp32
     beyond,  # [M, heights, H]: what a leaf's queries read of more than a height
     table,  # see tree.Pairs
     first,
@@ -113,12 +113,12 @@ def _hand_down(
         is_slot = inside & (slot >= 0)
         d += tl.exp(passed) * tl.load(final + (slot * H + h) * K * V + place, mask=is_slot, other=0.0)
     at = ((first + i) * H + h) * K * V + place
-    through = 0.0
+    passing = 0.0
     if above >= 0:
         g = tl.load(grads + (above * H + h) * K * V + place, mask=inside, other=0.0)
         g *= tl.exp(tl.load(decays + right * H + h))
         x = tl.load(seen + at, mask=inside, other=0.0).to(tl.float32)
-        through = tl.sum(tl.sum(g * x, axis=1), axis=0)
+        passing = tl.sum(tl.sum(g * x, axis=1), axis=0)
         d += g
     tl.store(grads + at, d, mask=inside)
 
@@ -128,10 +128,10 @@ def _hand_down(
             number = step * LEAVES + tl.arange(0, LEAVES)
             of_leaf = ((leaf + number).to(tl.int64) * HEIGHTS + height) * H + h
             read += tl.sum(tl.load(beyond + of_leaf, mask=number < leaves, other=0.0), axis=0)
-    thru += block * NODES * H + h
-    parent = tl.load(thru + (M + first + i) * H)
-    tl.store(thru + left * H, parent + read)
-    tl.store(thru + right * H, parent + through)
+    across += block * NODES * H + h
+    parent = tl.load(across + (M + first + i) * H)
+    tl.store(across + left * H, parent + read)
+    tl.store(across + right * H, parent + passing)
 
 
 @triton.jit
@@ -192,15 +192,15 @@ def hand_down(
     heads, key_dim, value_dim = parts.shape[1:]
     count, nodes = tree.tiles.count, len(states.decays)
     rows, cols, blocks = _blocks(key_dim, value_dim)
-    grads, thru = parts.new_empty(tree.pairs, heads, key_dim, value_dim), parts.new_zeros(blocks, nodes, heads)
+    grads, across = parts.new_empty(tree.pairs, heads, key_dim, value_dim), parts.new_zeros(blocks, nodes, heads)
     for pairs in reversed(tree.heights):
         launch(
             _hand_down, (pairs.table.shape[1], heads, blocks),
-            parts, totals, final, states.seen, states.decays, grads, thru, beyond, pairs.table,
+            parts, totals, final, states.seen, states.decays, grads, across, beyond, pairs.table,
             pairs.first, pairs.height, beyond.shape[1], count, nodes, heads,
             K=key_dim, V=value_dim, BK=rows, BV=cols, LEAVES=64, num_warps=4,
         )  # fmt: skip
-    return grads, thru
+    return grads, across
 
 
 def fold(tree: Tree, parts: Tensor, totals: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ class TritonLogLinear:
         of_heights = shares.of_heights.sum((0, 2))
         ends = None if final is None else call.through_ends(slots, final, of_heights)
         beyond_heights = of_heights.flip(1).cumsum(1).flip(1)[:, 1:].contiguous()
-        grads, thru = hand_down(tree, call.states, parts, totals, final, beyond_heights)
+        grads, across = hand_down(tree, call.states, parts, totals, final, beyond_heights)
         if ends is not None:
-            thru[0, tree.last] += ends
+            across[0, tree.last] += ends
         both = tree, grads, final
         dv, within, beyond = writes(*both, x.k, x.q, do, *call.shared, partner=x.v)
         dk, _, _ = writes(*both, x.v, do, x.q, *call.shared, transposed=True)
@@ -72,7 +72,7 @@ class TritonLogLinear:
             "q": per_q_head(dq, x.q),
             "k": per_q_head(dk, x.q),
             "v": dv,
-            "decay": gate_grads(tree, x.decay, shares.through, within, beyond, thru),
+            "decay": gate_grads(tree, x.decay, shares.through, within, beyond, across),
             "level_scales": shares.d_scales.sum(0).to(x.level_scales.dtype),
         }
         return LogLinearGradients(of, Pending(lambda: call.d_incoming(parts, totals, final)))

@@ -22,7 +22,7 @@ from torch import Tensor
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.config import LogLinearConfig
-from lasp.kernels.triton.log_linear.levels import bit_length, level_of, scales_at
+from lasp.kernels.triton.log_linear.levels import add_share, bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.merging import NodeStates
 from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.shared.decay import LOG2_E
@@ -93,7 +93,6 @@ def _reads(
     if SUMS:
         pc = load_rows(partner, begin, here, h // GP, H // GP, cols, DC)
         d_scales += block.to(tl.int64) * TOKENS * H * L
-        at_scales = d_scales + (tokens * H + h) * L
         of_heights += (((block * M + leaf) * chunks + i) * (HEIGHTS + 1)) * H + h
         crossing = tl.zeros([C], tl.float32)
 
@@ -113,7 +112,7 @@ def _reads(
                 share += tl.sum(p * tl.dot(pc, tl.trans(cc), input_precision=PRECISION), axis=1)
             acc = tl.dot((p * scale_i[:, None]).to(dtype), cc, acc, input_precision=PRECISION)
         if SUMS:
-            tl.store(at_scales + LOG_C + 1 + x, share * scale, mask=here & (((i >> x) & 1) == 1))
+            add_share(d_scales, LOG_C + 1 + x, share * scale, tokens, here, h, H, L, True)
             crossing += share * scale_i
 
     # the chunk itself
@@ -132,7 +131,7 @@ def _reads(
         weights = tl.where(levels == level, scale_i[:, None], weights)
         if SUMS:
             share = tl.sum(tl.where(levels == level, product, 0.0), axis=1)
-            tl.store(at_scales + level, share * scale, mask=here & (level < L))
+            add_share(d_scales, level, share * scale, tokens, here, h, H, L, True)
             if level > 0:
                 crossing += share * scale_i
     acc = tl.dot((p * weights).to(dtype), cc, acc, input_precision=PRECISION)
@@ -153,7 +152,7 @@ def _reads(
         acc += read * scale_i[:, None]
         if SUMS:
             share = tl.sum(read * pc, axis=1)
-            tl.store(at_scales + LOG_LEAF + 1 + height, share * scale, mask=here)
+            add_share(d_scales, LOG_LEAF + 1 + height, share * scale, tokens, here, h, H, L, True)
             tl.store(of_heights + height * H, tl.sum(share * scale_i, axis=0) * scale)
             crossing += share * scale_i
         passed += tl.load(spans + pair * H + h) * LOG2_E
@@ -175,9 +174,7 @@ def _reads(
             acc += read * scale_i[:, None]
             if SUMS:
                 share = tl.sum(read * pc, axis=1)
-                tl.debug_barrier()  # others may be seen at the same level
-                known = tl.load(at_scales + seen_at, mask=here, other=0.0)
-                tl.store(at_scales + seen_at, known + share * scale, mask=here)
+                add_share(d_scales, seen_at, share * scale, tokens, here, h, H, L, False)
                 total += tl.sum(share * scale_i, axis=0)
                 crossing += share * scale_i
         if SUMS:
