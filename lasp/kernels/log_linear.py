@@ -95,7 +95,7 @@ def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_
     check_log_linear(q, k, v, decay, level_scales, beta)
     batch, tokens = v.shape[:2]
     checks.cu_seqlens(cu_seqlens, batch, tokens)
-    segments = Segments(batch, tokens, cu_seqlens)
+    segments = Segments(batch, tokens, None if cu_seqlens is None else cu_seqlens.cpu())
     check_state(initial_state, segments.count, v, k.shape[-1])
     seen = seen_by(initial_state, segments.count)
     x = LogLinearInputs(q, k, v, decay, level_scales, beta, checks.scale(scale, k.shape[-1]), segments, seen)

@@ -37,9 +37,9 @@ class LogLinearInputs:
         names = ("q", "k", "v", "decay", "level_scales", "beta")
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
-    def having(self, tensors: Mapping[str, Tensor | None]) -> Self:
-        """The same call with some other tensors."""
-        return replace(self, **tensors)  # type: ignore[arg-type]
+    def having(self, tensors: Mapping[str, Tensor | None], segments: Segments | None = None) -> Self:
+        """The same call with some other tensors (and segments)."""
+        return replace(self, segments=segments or self.segments, **tensors)  # type: ignore[arg-type]
 
     def without_tensors(self) -> Self:
         """What is not a tensor: a frame for `having`."""
