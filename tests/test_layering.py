@@ -27,6 +27,7 @@ ROOMS = {
     "diagonal": {"", "shared"},
     "delta": {"", "shared", "diagonal"},
     "hopper": {"", "shared", "scalar", "delta"},
+    "log_linear": {"", "shared", "scalar"},
 }
 KNOWS_ROOMS = {  # where one of them is chosen
     "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op"},
@@ -49,6 +50,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/planning.py": {"torch.distributed"},
+    "lasp/training/batches.py": {"torch.distributed"},
     "lasp/training/train.py": {"torch.distributed"},
     "lasp/evaluation/evaluate.py": {"torch.distributed"},
     "lasp/evaluation/subject.py": {"torch.distributed"},

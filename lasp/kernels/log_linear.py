@@ -1,0 +1,219 @@
+"""Log-linear attention: the public functions. Equations: math §4."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.kernels import autocast, checks
+from lasp.kernels.fenwick import FenwickState, resized
+from lasp.kernels.linear import BACKENDS, Backend
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.recurrence import Alone, Boundary, Kept
+from lasp.kernels.reference.log_linear import LogLinearOp
+from lasp.kernels.segments import Segments
+
+if TYPE_CHECKING:
+    from lasp.kernels.triton.log_linear.op import TritonLogLinear
+
+
+def log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    level_scales: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: FenwickState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, FenwickState | None]:
+    """o_t = scale · Σ_{s<=t} λ_t^(l(t, s)) exp(g_{s+1} + … + g_t) (q_t·k_s) v_s with l(t, s) = bit_length(t xor s).
+
+    Linear attention with a scalar gate that tells its past apart by age (arXiv:2506.04761): the level l is 0 for the
+    token itself, and l for the 2^(l-1) tokens before the last place where bit l - 1 of its position was 0. So a state
+    is kept for each bit of a position that is set, log2(T) at most.
+
+    Args:
+        q, k: [B, T, Hq, K]; value head h uses q/k head h // (H // Hq).
+        v: [B, T, H, V], H a multiple of Hq. q, k, v share one dtype: float64, float32, bfloat16 or float16.
+        decay: g [B, T, H], natural log, at most 0.
+        level_scales: λ [B, T, H, L], L > bit_length(t) for the position t of every token, counted from the start of its
+            document and including those that the initial state has seen: L >= log2(T) + 1.
+        scale: K ** -0.5 if None.
+        initial_state: of N = B sequences or packed documents; tokens go on at position `initial_state.tokens`.
+        cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Levels restart in every document.
+            Offsets on a GPU are copied to the host.
+        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
+        slots of the two states included; accumulation is in the state's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), too few levels, an initial state
+            whose slots do not hold its tokens, or inputs that backend="triton" does not support.
+    """
+    checks.tensor("decay", decay)
+    return _run(q, k, v, decay, level_scales, None, scale, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def log_linear_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    level_scales: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: FenwickState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, FenwickState | None]:
+    """The same for the (gated) delta rule: o_t = scale · Σ_{s<=t} λ_t^(l(t, s)) q_tᵀ A_t … A_{s+1} β_s k_s v_sᵀ with
+    A_t = (I - β_t k_t k_tᵀ) exp(g_t).
+
+    Args:
+        beta: [B, T, H], the writing strength; keys should have unit length and beta lie in [0, 2].
+        decay: None or [B, T, H]. Everything else as in `log_linear_attention`.
+
+    Raises:
+        ValueError: as `log_linear_attention`.
+    """
+    checks.tensor("beta", beta)
+    return _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state, cu_seqlens, backend)
+
+
+def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state, cu_seqlens, backend):
+    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    q, k, v = autocast.unify(q, k, v)
+    check_log_linear(q, k, v, decay, level_scales, beta)
+    batch, tokens = v.shape[:2]
+    checks.cu_seqlens(cu_seqlens, batch, tokens)
+    segments = Segments(batch, tokens, None if cu_seqlens is None else cu_seqlens.cpu())
+    check_state(initial_state, segments.count, v, k.shape[-1])
+    seen = seen_by(initial_state, segments.count)
+    x = LogLinearInputs(q, k, v, decay, level_scales, beta, checks.scale(scale, k.shape[-1]), segments, seen)
+    check_levels(level_scales.shape[-1], x.tokens_after)
+    slots = None if initial_state is None else initial_state.slots
+    o, final = run(choose_op(x, backend), Alone(), x, slots, output_final_state)
+    return o, None if final is None else FenwickState(final, x.tokens_after)
+
+
+def seen_by(state: FenwickState | None, count: int) -> tuple[int, ...]:
+    """How many tokens each of the sequences or documents has had."""
+    return (0,) * count if state is None else tuple(state.tokens.tolist())
+
+
+def check_log_linear(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, level_scales: Tensor, beta: Tensor | None
+) -> None:
+    """Raises ValueError unless the tensors fit together."""
+    checks.same_kind({"v": v, "q": q, "k": k, "level_scales": level_scales}, decay=decay, beta=beta)
+    checks.heads(q, k, v)
+    rows = tuple(v.shape[:3])
+    if decay is not None:
+        checks.shape("decay", decay, rows, "[B, T, H]")
+    checks.decay(decay, v, k.shape[-1], causal=True)
+    if beta is not None:
+        checks.shape("beta", beta, rows, "[B, T, H]")
+    checks.require(level_scales.ndim == 4, "level_scales", f"shape {list(level_scales.shape)}", "[B, T, H, L]")
+    checks.shape("level_scales", level_scales, (*rows, level_scales.shape[-1]), "[B, T, H, L]")
+
+
+def check_levels(levels: int, tokens: Tensor) -> None:
+    """tokens: [N] how many every document has, those seen before included."""
+    longest = int(tokens.max()) if tokens.numel() else 0
+    most = max(longest - 1, 0).bit_length() + 1
+    expected = f"at least {most} for {longest} tokens (log2, rounded up, + 1); {levels} levels address"
+    addressed = 1 << (levels - 1) if levels else 0
+    checks.require(levels >= most, "level_scales", f"{levels} levels", f"{expected} {addressed}")
+
+
+def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int) -> None:
+    if state is None:
+        return
+    is_pair = isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)
+    checks.require(is_pair, "initial_state", f"a {type(state).__name__}", "a FenwickState")
+    slots, tokens = state
+    checks.shape("initial_state.tokens", tokens, (count,), "[N]")
+    fits = tokens.dtype == torch.long and tokens.device.type == "cpu"
+    checks.require(fits, "initial_state.tokens", f"{tokens.dtype} on {tokens.device}", "int64 on the CPU")
+    least = int(tokens.min()) if count else 0
+    checks.require(least >= 0, "initial_state.tokens", least, "at least 0")
+    checks.require(slots.ndim == 5, "initial_state.slots", f"shape {list(slots.shape)}", "[N, J, H, K, V]")
+    expected = (count, slots.shape[1], v.shape[2], key_dim, v.shape[3])
+    checks.shape("initial_state.slots", slots, expected, "[N, J, H, K, V]")
+    needed = max(tokens.tolist(), default=0).bit_length()
+    got = f"{slots.shape[1]} slots"
+    checks.require(slots.shape[1] >= needed, "initial_state.slots", got, f"{needed} for {max(tokens)} tokens seen")
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    checks.require(slots.dtype == dtype, "initial_state.slots", f"dtype {slots.dtype}", f"{dtype} for {v.dtype} inputs")
+    checks.require(slots.device == v.device, "initial_state.slots", f"device {slots.device}", f"{v.device}, as v")
+
+
+def choose_op(x: LogLinearInputs, backend: Backend) -> "LogLinearOp | TritonLogLinear":
+    """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
+    if backend == "reference" or (backend == "auto" and x.v.device.type != "cuda") or x.v.shape[0] == 0:
+        return LogLinearOp()
+    from lasp.kernels.triton.device import unsupported
+    from lasp.kernels.triton.log_linear.op import TritonLogLinear
+
+    refusal = "a delta rule" if x.beta is not None else unsupported(x.k, x.v)
+    if refusal is None:
+        return TritonLogLinear()
+    checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
+    return LogLinearOp()
+
+
+def run(
+    op: "LogLinearOp | TritonLogLinear",
+    boundary: Boundary,
+    x: LogLinearInputs,
+    slots: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`recurrence.run` for states of several slots: o [B, T, H, V] and, if asked for, the final slots."""
+    with torch.cuda.device_of(x.v):
+        return _LogLinear.apply(
+            op, boundary, x.without_tensors(), tuple(x.tensors), output_final_state, slots, *x.tensors.values()
+        )
+
+
+class _LogLinear(autocast.Function):
+    @staticmethod
+    def forward(ctx, op, boundary, frame, names, output_final_state, slots, *tensors):
+        x = frame.having(dict(zip(names, tensors, strict=True)))
+        summary, partial = op.summarize(x, boundary.wants_summary)
+        links: list[Kept] = []
+
+        def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
+            links.append(entered[1])
+            return entered[0]
+
+        o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, slots).then(arrive))
+        (link,) = links
+        ctx.op, ctx.boundary, ctx.frame, ctx.names, ctx.num_kept = op, boundary, frame, names, len(kept)
+        ctx.slots = None if slots is None else slots.shape[1]
+        ctx.save_for_backward(*tensors, *kept, *link)
+        ctx.set_materialize_grads(False)
+        return o, boundary.leave(outgoing.wait(), slots) if output_final_state else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, d_final):
+        tensors, rest = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
+        kept, link = rest[: ctx.num_kept], rest[ctx.num_kept :]
+        x = ctx.frame.having(dict(zip(ctx.names, tensors, strict=True)))
+        do = torch.zeros_like(x.v) if do is None else do.contiguous()
+        d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
+        grads = ctx.op.finish_grad(x, kept, partial, ctx.boundary.enter_grad(link, d_summary, d_final))
+        d_slots = None
+        if ctx.needs_input_grad[5]:
+            d_slots = resized(ctx.boundary.leave_grad(grads.incoming.wait(), d_final), ctx.slots)
+        return None, None, None, None, None, d_slots, *(grads.of.get(name) for name in ctx.names)

@@ -1,0 +1,197 @@
+"""The tree over the leaves of every segment, made on the host: which nodes are siblings, what a leaf's queries see.
+
+A node that has no sibling in its segment counts as its parent, too. The last leaf of a segment is that in which the
+next token would stand, so it may be empty; what it sees of others are final slots.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.fenwick import level, occupied, starts
+from lasp.kernels.lasting import lasting
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.segments import Tiles
+
+NONE = -1
+
+
+class Pairs(NamedTuple):
+    """The siblings of one height, whose numbers begin at `first`. Nodes 0 … M - 1 are leaves, M + i is the parent of
+    pair i.
+
+    table: [8, pairs] int32: left and right node; the nearest pair whose left node the parent is in, or NONE; the right
+    node's first leaf and how many it has, its first piece and how many it has; which final slot the left node is, as a
+    row of [N · J], or NONE.
+    """
+
+    first: int
+    height: int
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Of N segments in M leaves with P pairs of siblings; tensors are int32 and on the device.
+
+    leaf: tokens of a leaf; slots: J; tiles: the tokens of every leaf.
+    leaves: [7, M] where a leaf begins in the flat tokens (maybe before its segment); how many of its places lie before
+        the first token, and behind which there are none; where it stands in its document; its segment; how many pairs
+        its queries see; the nearest pair whose left node it is in, or NONE.
+    seen_pairs, seen_heights: [M, heights] those pairs, nearest first.
+    pieces: [3, Q] runs of leaves whose queries one program sums up: first leaf, leaves, and where in the document that
+        begins which they see. They are the right nodes of all pairs, then each segment once for every initial slot.
+    incoming: [5, I] of every initial slot segment, slot, first piece, how many it has, and the final slot that it is
+        part of; they are in the order of segments, and incoming_first [N + 1] says where those of each begin.
+    final: [4, F] of every final slot that is a node segment, slot, node and pair.
+    before, last, roots: [N] what each segment's document has had before it; its last leaf; the node of all its leaves.
+    """
+
+    leaf: int
+    slots: int
+    tiles: Tiles
+    leaves: Tensor
+    seen_pairs: Tensor
+    seen_heights: Tensor
+    heights: tuple[Pairs, ...]
+    pieces: Tensor
+    incoming: Tensor
+    incoming_first: Tensor
+    final: Tensor
+    before: Tensor
+    last: Tensor
+    roots: Tensor
+
+    @property
+    def pairs(self) -> int:
+        return sum(pairs.table.shape[1] for pairs in self.heights)
+
+
+def tree_of(x: LogLinearInputs, leaf: int, piece: int) -> Tree:
+    """leaf: tokens of a leaf, a power of two. piece: leaves of a piece, at most."""
+    offsets, seen = tuple(x.segments.offsets.tolist()), x.seen
+    return _tree(offsets, seen, x.state_shape[1], leaf, piece, x.v.device)
+
+
+class _Height(NamedTuple):
+    """Siblings as they are found, one entry a pair but for the last."""
+
+    left: Tensor
+    right: Tensor
+    leaf: Tensor
+    leaves: Tensor
+    origin: Tensor  # where in the document the left node begins, in leaves
+    seen: Tensor  # [M] the pair that a leaf's queries see, or NONE
+
+
+@lru_cache(maxsize=64)
+@lasting
+def _tree(
+    offsets: tuple[int, ...], seen: tuple[int, ...], slots: int, leaf: int, piece: int, device: torch.device
+) -> Tree:
+    offset, before = torch.tensor(offsets, device="cpu"), torch.tensor(seen, device="cpu")
+    after = before + offset.diff()
+    counts = after // leaf - before // leaf + 1
+    begins = counts.cumsum(0) - counts
+    owner = torch.repeat_interleave(counts)
+    count = len(owner)
+    index = torch.arange(count, device="cpu") + (before // leaf - begins)[owner]
+    skipped, stop = ((edge[owner] - index * leaf).clamp(0, leaf) for edge in (before, after))
+    start = (offset[:-1] - before)[owner] + index * leaf
+    first = torch.cat([begins, counts.sum()[None]])
+    last = first[1:] - 1
+
+    heights, roots = _heights(owner, index, len(before))
+    left, right, right_leaf, right_leaves, origin = (
+        torch.cat([height[i] for height in heights]) if heights else begins[:0] for i in range(5)
+    )
+    numbers = torch.arange(len(left), device="cpu")
+    home = torch.full((count + len(left),), NONE, device="cpu")
+    for pair in _by_height(numbers, heights)[::-1]:
+        home[left[pair]], home[right[pair]] = pair, home[count + pair]
+
+    sees = torch.stack([height.seen for height in heights], 1) if heights else index[:, None][:, :0]
+    seen_heights = (sees == NONE).int().argsort(dim=1, stable=True)
+    segment, height = (sees[last] != NONE).nonzero(as_tuple=True)
+    final_pair, final_slot = sees[last][segment, height], height + leaf.bit_length() - 1
+    slot = torch.full_like(numbers, NONE).index_put((final_pair,), segment * slots + final_slot)
+
+    held = occupied(before, slots)
+    incoming, incoming_origin = held.nonzero().T, starts(before, slots)[held]
+    incoming_first = torch.cat([begins[:1] * 0, held.sum(1).cumsum(0)])
+    to = level(after[incoming[0]], incoming_origin) - 1
+    of_pieces, pieces = _pieces(
+        torch.cat([right_leaf, begins[incoming[0]]]),
+        torch.cat([right_leaves, counts[incoming[0]]]),
+        torch.cat([origin * leaf, incoming_origin]),
+        piece,
+    )
+    table = torch.stack([left, right, home[count:], right_leaf, right_leaves, *of_pieces[:, : len(left)], slot])
+
+    def moved(*rows: Tensor) -> Tensor:
+        return torch.stack(rows).int().to(device, non_blocking=True)
+
+    tiles = ((start + skipped).where(stop > skipped, 0), (stop - skipped).int(), owner.int(), first.int())
+    return Tree(
+        leaf=leaf,
+        slots=slots,
+        tiles=Tiles(leaf, count, *(part.to(device, non_blocking=True) for part in tiles)),
+        leaves=moved(start, skipped, stop, index, owner, (sees != NONE).sum(1), home[:count]),
+        seen_pairs=moved(*sees.gather(1, seen_heights)),
+        seen_heights=moved(*seen_heights),
+        heights=tuple(
+            Pairs(int(pair[0]), h, moved(*table[:, pair]))
+            for h, pair in enumerate(_by_height(numbers, heights))
+            if len(pair)
+        ),
+        pieces=moved(*pieces),
+        incoming=moved(*incoming, *of_pieces[:, len(left) :], to),
+        incoming_first=incoming_first.int().to(device, non_blocking=True),
+        final=moved(segment, final_slot, left[final_pair], final_pair),
+        before=before.int().to(device, non_blocking=True),
+        last=last.to(device, non_blocking=True),
+        roots=roots.to(device, non_blocking=True),
+    )
+
+
+def _heights(owner: Tensor, index: Tensor, segments: int) -> tuple[list[_Height], Tensor]:
+    """From the leaves up, until there is one node in each segment; and those nodes."""
+    found: list[_Height] = []
+    count, pairs = len(owner), 0
+    node = leaf = row_of_leaf = torch.arange(count, device="cpu")
+    leaves = torch.ones_like(node)
+    while len(owner) > segments:
+        joins = (owner[1:] == owner[:-1]) & (index[1:] >> 1 == index[:-1] >> 1)
+        left = joins.nonzero()[:, 0]
+        right = left + 1
+        pair = pairs + torch.arange(len(left), device="cpu")
+        seen = torch.full_like(node, NONE).index_put((right,), pair)[row_of_leaf]
+        origin = index[left] << len(found)
+        found.append(_Height(node[left], node[right], leaf[right], leaves[right], origin, seen))
+        pairs += len(left)
+        kept = torch.ones_like(node, dtype=torch.bool).index_put((right,), torch.tensor(False, device="cpu"))
+        node = node.index_put((left,), count + pair)[kept]
+        leaves = leaves.index_put((left,), leaves[right], accumulate=True)[kept]
+        row_of_leaf = (kept.cumsum(0) - 1)[row_of_leaf]
+        owner, index, leaf = owner[kept], index[kept] >> 1, leaf[kept]
+    return found, node
+
+
+def _by_height(numbers: Tensor, heights: Iterable[_Height]) -> list[Tensor]:
+    """The numbers of the pairs of each height."""
+    return list(numbers.split([len(height.left) for height in heights]))
+
+
+def _pieces(first: Tensor, leaves: Tensor, origin: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Runs of leaves cut into pieces of at most `most`: [2, runs] the first piece of each and how many it has, and
+    [3, pieces] first leaf, leaves and origin of each."""
+    counts = (leaves + most - 1) // most
+    begins = counts.cumsum(0) - counts
+    run = torch.repeat_interleave(counts)
+    passed = (torch.arange(len(run), device="cpu") - begins[run]) * most
+    pieces = torch.stack([first[run] + passed, (leaves[run] - passed).clamp(max=most), origin[run]])
+    return torch.stack([begins, counts]), pieces

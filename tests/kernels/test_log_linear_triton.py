@@ -1,0 +1,119 @@
+"""Triton's log-linear attention, in the interpreter where there is no GPU, against the definition in float64."""
+
+import pytest
+import torch
+
+from lasp.kernels import log_linear_attention
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.pending import Pending
+from lasp.kernels.reference.log_linear import LogLinearOp
+from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
+from lasp.kernels.segments import Segments
+from tests.kernels.log_linear import Drawn, draw, results
+from tests.kernels.test_triton_linear import DEVICE, DTYPES, poisoned_memory  # noqa: F401  a fixture
+from tests.parallel.inputs import error
+
+config = pytest.importorskip("lasp.kernels.triton.log_linear.config")
+op = pytest.importorskip("lasp.kernels.triton.log_linear.op")
+GPU = DEVICE == "cuda"
+CASES = {
+    "grouped heads": {"tokens": 45, "batch": 2, "heads": (1, 2)},
+    "whole leaves": {"tokens": 128, "heads": (1, 1)},
+    "documents": {"tokens": 80, "offsets": [0, 1, 1, 60, 80], "levels": 8, "heads": (1, 1)},
+    "initial slots": {"tokens": 45, "seen": [77], "heads": (1, 1)},
+    "initial slots in documents": {
+        "tokens": 75,
+        "offsets": [0, 1, 1, 45, 75],
+        "seen": [7, 12, 130, 64],
+        "heads": (1, 1),
+    },
+    "wide heads": {"tokens": 40, "seen": [5], "heads": (1, 1), "sizes": (40, 72)},
+    "one token": {"tokens": 1, "heads": (1, 1), "levels": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Chunks, leaves and pieces so small that a few tokens need several of each."""
+
+    def chosen(k, v):
+        precision = "ieee" if v.dtype == torch.float32 else "tf32"
+        return config.LogLinearConfig(leaf=32, chunk=16, piece=2, widest=32, stages=1, precision=precision)
+
+    monkeypatch.setattr(op, "log_linear_config", chosen)
+
+
+def errors(gen, drawn: Drawn, dtype) -> dict[str, float]:
+    upstream: dict = {}
+    rounded = drawn.to(dtype, torch.float32, DEVICE)
+    wanted = results(gen, log_linear_recurrent, rounded.to(torch.float64, torch.float64), upstream, final=True)
+    upstream = {name: x.to(DEVICE, dtype if name == "o" else torch.float32) for name, x in upstream.items()}
+    asked = {"output_final_state": True, "backend": "triton"}
+    got = results(gen, log_linear_attention, rounded, upstream, final=True, **asked)
+    return {name: error(got[name].double().cpu(), wanted[name]) for name in wanted}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for dtype in DTYPES for case in CASES if dtype == torch.float32 or case == "initial slots" or GPU],
+)
+def test_equals_the_definition(gen, case, dtype):
+    found = errors(gen, draw(gen, **CASES[case]), dtype)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    assert max(found.values()) < tolerance, found
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+@pytest.mark.parametrize("strength", [0.0, 8.0, 100.0], ids=["open gate", "strong gate", "closing gate"])
+def test_gates_that_do_nothing_or_close(gen, strength):
+    """The gradient of a gate is a sum in which nothing cancels, however much decays."""
+    drawn = draw(gen, 50, heads=(1, 1), seen=[3])
+    drawn.tensors["decay"] = -strength * torch.rand(drawn.tensors["decay"].shape, generator=gen).double()
+    found = errors(gen, drawn, torch.float32)
+    assert max(found.values()) < (2e-5 if strength else 2e-6), found
+
+
+@pytest.mark.parametrize("seen", [None, [77]], ids=["from the start", "behind others"])
+def test_summaries(gen, seen):
+    """What others are told of a segment: the same as the reference tells them."""
+    drawn = draw(gen, 45, seen=seen, heads=(1, 1)).to(torch.float32, torch.float32, DEVICE)
+    do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
+
+    def told(implementation, tensors):
+        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=Segments(1, 45), seen=tuple(seen or [0]))
+        summary, partial = implementation.summarize(x, True)
+        kept = implementation.finish(x, partial, Pending(lambda: None))[2]
+        return summary.state, summary.transition, implementation.summarize_grad(x, kept, do.to(x.v.dtype), True)[0]
+
+    wanted = told(LogLinearOp(), {name: x.double() for name, x in drawn.tensors.items()})
+    got = told(op.TritonLogLinear(), drawn.tensors)
+    assert all(error(a.double(), b) < 2e-6 for a, b in zip(got, wanted, strict=True) if b.abs().max() > 0)
+    assert all(a.shape == b.shape for a, b in zip(got, wanted, strict=True))
+
+
+def test_padding_that_is_longer_than_levels_address_changes_nothing(gen):
+    """As a rank has it: a fragment of its own, of noise, whose outputs nobody reads."""
+    drawn = draw(gen, 60, levels=4, heads=(1, 1)).to(torch.float32, torch.float32, DEVICE)
+    do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE) * (torch.arange(60) < 8)[:, None, None].to(
+        DEVICE
+    )
+
+    def grads(tokens, offsets):
+        tensors = {name: x[:, :tokens] for name, x in drawn.tensors.items()}
+        segments, seen = Segments(1, tokens, torch.tensor(offsets)), (0,) * (len(offsets) - 1)
+        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=segments, seen=seen)
+        implementation = op.TritonLogLinear()
+        kept = implementation.finish(x, implementation.summarize(x, False)[1], Pending(lambda: None))[2]
+        partial = implementation.summarize_grad(x, kept, do[:, :tokens], False)[1]
+        return implementation.finish_grad(x, kept, partial, Pending(lambda: None)).of
+
+    wanted, got = grads(8, [0, 8]), grads(60, [0, 8, 60])
+    assert all(torch.equal(got[name][:, :8], wanted[name]) for name in wanted)
+
+
+def test_refuses_the_delta_rule(gen):
+    from lasp.kernels import log_linear_delta_rule
+
+    drawn = draw(gen, 3, delta=True).to(torch.float32, torch.float32, DEVICE)
+    with pytest.raises(ValueError, match="backend: got 'triton', expected 'auto' or 'reference' for a delta rule"):
+        log_linear_delta_rule(**drawn.tensors, backend="triton")

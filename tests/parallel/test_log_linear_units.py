@@ -1,0 +1,115 @@
+"""Log-linear attention cut into units, with a thread for each rank: slots, wherever units begin in their documents."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasp.kernels.log_linear import run
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.pending import Pending
+from lasp.kernels.reference.log_linear import LogLinearOp
+from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
+from lasp.kernels.segments import Segments
+from lasp.parallel import log_linear
+from lasp.parallel.fenwick import Fenwick
+from lasp.parallel.layout import PADDING, Layout, Partition
+from tests.kernels.log_linear import Drawn, draw, results
+from tests.parallel.inputs import error
+from tests.patience import PATIENCE
+
+PACKED = (0, 3, 40, 41, 41, 110, 150)
+CASES = [
+    (150, None, None),
+    (150, PACKED, None),
+    (3, None, None),
+    (9, (0, 3, 6, 9), None),
+    (77, None, [13]),
+    (150, PACKED, [5, 64, 0, 9, 40, 1]),
+]
+
+
+class Threads:
+    """Messages between the ranks of one process."""
+
+    def __init__(self, ranks: int):
+        self.ranks, self.barrier, self.sent = ranks, threading.Barrier(ranks, timeout=PATIENCE), {}
+
+    def all_gather(self, x: Tensor, rank: int) -> Pending[Tensor]:
+        self.sent[rank] = x
+        self.barrier.wait()
+        gathered = torch.stack([self.sent[r] for r in range(self.ranks)])
+        self.barrier.wait()
+        return Pending(lambda: gathered)
+
+    def all_reduce(self, x: Tensor, rank: int) -> Pending[Tensor]:
+        return self.all_gather(x, rank).then(lambda gathered: gathered.sum(0))
+
+
+def of_rank(partition: Partition, drawn: Drawn, upstream: dict, seen: tuple[int, ...]) -> dict[str, Tensor]:
+    """What one rank finds."""
+
+    def shard(x):
+        padded = torch.cat([x, x.new_zeros(1, partition.layout.units * partition.unit_length, *x.shape[2:])], 1)
+        return torch.cat([padded[:, a:b] for a, b in partition.ranges], 1)
+
+    leaves = {name: shard(x).requires_grad_() for name, x in drawn.tensors.items()}
+    inputs, slots = list(leaves.values()), None
+    if drawn.state is not None:
+        slots = drawn.state.slots.clone().requires_grad_()
+        inputs.append(slots)
+    lengths = torch.tensor([0, *map(len, partition.local)])
+    before = tuple(f.position + (0 if f.document == PADDING else seen[f.document]) for f in partition.local)
+    segments = Segments(1, partition.local_tokens, lengths.cumsum(0))
+    x = LogLinearInputs(**({"beta": None} | leaves), scale=0.4, segments=segments, seen=before)
+    boundary = log_linear.AcrossSlots(partition, 1, partition.rank, seen)
+    o, final = run(LogLinearOp(), boundary, x, slots, True)
+    grads = torch.autograd.grad([o, final], inputs, [shard(upstream["o"]), upstream["final"]])
+    found = {"o": o, "final": final} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=False)}
+    return found if slots is None else found | {"dslots": grads[-1]}
+
+
+def of_all(layout: Layout, offsets, drawn: Drawn, upstream: dict, monkeypatch) -> dict[str, Tensor]:
+    """The same of all ranks, made whole."""
+    messages = Threads(layout.ranks)
+    monkeypatch.setattr(
+        log_linear, "comm", SimpleNamespace(all_gather=messages.all_gather, all_reduce=messages.all_reduce)
+    )
+    seen = (0,) * (len(offsets) - 1) if drawn.state is None else tuple(drawn.state.tokens.tolist())
+    partitions = [Partition(layout, rank, list(offsets), aligned=True) for rank in range(layout.ranks)]
+    with ThreadPoolExecutor(layout.ranks) as threads:
+        found = list(threads.map(lambda partition: of_rank(partition, drawn, upstream, seen), partitions))
+    whole = {}
+    for name, first in found[0].items():
+        whole[name] = first
+        if name not in ("final", "dslots"):
+            units = torch.cat([of[name] for of in found], 1).unflatten(1, (layout.units, -1))[:, layout.rank_order]
+            whole[name] = units.flatten(1, 2)[:, : offsets[-1]]
+        else:
+            assert all(torch.equal(of[name], first) for of in found)
+    return {name: x.detach() for name, x in whole.items()}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
+def test_units_equal_the_whole(gen, layout, delta, monkeypatch):
+    for tokens, offsets, seen in CASES:
+        drawn, upstream = draw(gen, tokens, delta=delta, offsets=offsets, seen=seen, levels=9), {}
+        wanted = results(gen, log_linear_recurrent, drawn, upstream, final=True, scale=0.4)
+        for ranks in (1, 2, 3, 4):
+            got = of_all(Layout(layout, ranks), offsets or (0, tokens), drawn, upstream, monkeypatch)
+            found = {name: error(got[name], wanted[name]) for name in wanted}
+            assert max(found.values()) < 1e-10, (ranks, tokens, offsets, seen, found)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_an_aligned_unit_sends_one_state_and_gets_one_gradient_for_each_bit_of_its_number(layout):
+    partition = Partition(Layout(layout, 4), 0, [0, 1000], aligned=True)
+    units = partition.layout.units
+    forward, backward = (Fenwick.of(partition, [0], backward=back) for back in (False, True))
+    real = range(1000 // partition.unit_length)
+    assert [len(forward.sent(unit)) for unit in real] == [1] * len(real)
+    assert [len(backward.sent(unit)) for unit in range(units)] == [unit.bit_count() for unit in range(units)]
