@@ -24,6 +24,7 @@ from steps import Trainer
 
 from lasp.config import MIXERS
 from lasp.models import PRESETS
+from lasp.models.recompute import Policy
 from lasp.parallel import leave
 from lasp.training.host_memory import available_bytes
 from lasp.training.metrics import model_flop_utilisation, peak_flops
@@ -40,7 +41,7 @@ class Settings:
     tokens: tuple[int, ...] = (1 << 20,)  # of the sequence, over all ranks
     segment_tokens: int = 1 << 16  # over all ranks; 0: the sequence in one piece
     offload: bool = False  # what segments hand on to each other waits in the host's memory
-    recompute: bool = False  # layers within a segment
+    recompute: Policy = "none"  # of layers within a segment
     runs: int = 1
 
 
@@ -53,7 +54,7 @@ class Row:
     tokens: int
     segment_tokens: int
     offload: bool
-    recompute: bool
+    recompute: str
     seconds: float
     tokens_per_second: float
     mfu: float | None
