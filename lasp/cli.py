@@ -4,7 +4,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from typing import Annotated, Any, Literal
@@ -55,6 +55,29 @@ def train(config: Any) -> None:
     from lasp.training.train import train
 
     train(config)
+
+
+def resume_with(overrides: list[str]) -> Callable[[str], None]:
+    """The command `resume`, with what follows the directory; which fields there are is known when it is read."""
+
+    def resume(run_dir: Positional[str]) -> None:
+        """Go on with a run as it was started last, wherever its directory is now.
+
+        Fields may follow, as of `lasp train`: --steps 2000 --parallel.sequence-parallel 4.
+
+        Args:
+            run_dir: the run's directory.
+        """
+        from lasp.config import TrainConfig
+        from lasp.training.starts import last_config
+        from lasp.training.train import train
+
+        default = last_config(run_dir)
+        with _one_rank_speaks():
+            config = tyro.cli(TrainConfig, default=default, args=overrides, prog=f"lasp resume {run_dir}")
+        train(config)
+
+    return resume
 
 
 def generate(
@@ -140,19 +163,26 @@ def import_weights(
 
 def main(args: list[str] | None = None) -> None:
     """Parses the command line (of this process, if args is None) and runs the command."""
-    if (sys.argv[1:] if args is None else args) == ["--version"]:
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
         print(f"lasp {__version__}")
         return
+    args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
     recipes = {name.replace("_", "-"): recipe for name, recipe in RECIPES.items()}
     configs = {name: recipe() for name, recipe in recipes.items()}
     texts = {name: (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
     chosen = tyro.extras.subcommand_type_from_defaults(configs, texts, prefix_names=False)
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
-    commands = {f.__name__: _deferred(f) for f in (prepare, train, generate, report)}
+    commands = {f.__name__: _deferred(f) for f in (prepare, train, resume_with(overrides), generate, report)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
-    with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
+    with _one_rank_speaks():
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
     run()
+
+
+def _one_rank_speaks() -> AbstractContextManager:
+    """Inside it only one of the ranks says what is wrong with the command line."""
+    return nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO())
 
 
 def console() -> None:

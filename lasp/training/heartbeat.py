@@ -26,7 +26,7 @@ FRAMES = 4  # of the stack's innermost
 def heartbeat(run_dir: str | Path, world: World) -> Iterator[None]:
     """Inside it this rank writes its file. A RuntimeError that leaves it gets a note of the ranks that are behind."""
     folder = ranks_folder(run_dir)
-    own, ended = _file(folder, world.rank), threading.Event()
+    own, unfinished, ended = _file(folder, world.rank), folder / f"unfinished-{world.rank}", threading.Event()
     if world.rank == 0:
         for path in folder.glob("heartbeat-*"):
             if path >= _file(folder, world.size):
@@ -34,7 +34,8 @@ def heartbeat(run_dir: str | Path, world: World) -> Iterator[None]:
 
     def write() -> None:
         with suppress(OSError):
-            own.write_text(json.dumps(_state(world)))
+            unfinished.write_text(json.dumps(_state(world)))
+            unfinished.replace(own)
 
     def beat() -> None:
         while not ended.wait(PERIOD):

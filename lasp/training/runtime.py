@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lasp.config import TrainConfig, require
-from lasp.parallel.groups import leave, make_mesh
+from lasp.parallel.groups import leave, make_cpu_group, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
 
@@ -29,6 +29,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 class World:
     """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours.
 
+    saves: all ranks once more, on CPUs, for the messages of saving and loading, which have a time limit of their own.
     doing: what the run is at, for the note that an error gets.
     """
 
@@ -36,6 +37,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    saves: dist.ProcessGroup | None
     doing: str = "its start"
 
 
@@ -67,14 +69,17 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         require_same_on_ranks(together(dist.group.WORLD, lambda: settings(config)))
         mesh_shape = config.mesh_shape(size)
         mesh = make_mesh(device.type, torch.arange(size, device="cpu").view(mesh_shape), ("dp", "sp"))
-        world = World(rank=rank, size=size, device=device, mesh=mesh)
+        saves = make_cpu_group(config.checkpoint_timeout)
+        world = World(rank=rank, size=size, device=device, mesh=mesh, saves=saves)
         yield world
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")
         if not exists:
             dist.destroy_process_group()  # the others may never come
         raise
-    if not exists:
+    if exists:
+        dist.destroy_process_group(saves)
+    else:
         leave()
 
 

@@ -8,6 +8,8 @@ it, and the sum of the ranks' gradients is the gradient.
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +34,7 @@ from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.starts import keep_start
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.together import together
 
@@ -74,9 +77,10 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         if world.rank == 0:
             keep_tokenizer(config)
+            keep_start(config, world.size)
         spikes, skipped = Spikes(), 0
         metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
-        with metrics, stop_signals() as told:
+        with metrics, stop_signals() as told, finishing_saves(engine):
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
@@ -132,6 +136,17 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         metrics.say(f"told to stop: step {taken} is saved in {config.run_dir}, from where the same command goes on")
     raise Stopped
+
+
+@contextmanager
+def finishing_saves(engine: Engine) -> Iterator[None]:
+    """Finishes the save under way before it is left, also by an error that all ranks have; others may be dead."""
+    try:
+        yield
+    except (ValueError, FloatingPointError):
+        engine.finish_saving()
+        raise
+    engine.finish_saving()
 
 
 def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[Context], dict[str, str]]:

@@ -12,7 +12,7 @@ from lasp.training.runtime import World
 
 
 def world(rank=0, size=3, doing="step 5"):
-    return World(rank=rank, size=size, device=torch.device("cpu"), mesh=None, doing=doing)
+    return World(rank=rank, size=size, device=torch.device("cpu"), mesh=None, saves=None, doing=doing)
 
 
 @pytest.fixture
