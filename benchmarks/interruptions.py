@@ -49,6 +49,7 @@ class Settings:
     steps: int = 24
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     fsdp: bool = True
+    checkpoint_async: bool = False
     seed: int | None = None  # of the moments
 
 
@@ -63,6 +64,7 @@ class Launch:
         self.run, self.began = run, len(records(run))
         data = f"--data.train {run.parent}/train --data.valid {run.parent}/valid --data.eval-contexts 4 --run-dir {run}"
         way = f"--steps {settings.steps} --dtype {settings.dtype} --parallel.{'' if settings.fsdp else 'no-'}fsdp"
+        way += f" --{'' if settings.checkpoint_async else 'no-'}checkpoint-async"
         command = [sys.executable, str(ROOT / "launch/elastic.py"), str(ranks), "-m", "lasp.cli", "train", "quickstart"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.log = open(run.with_suffix(".log"), "a")  # noqa: SIM115 (closed by wait)

@@ -97,6 +97,9 @@ def train(config: TrainConfig) -> float:
                     values |= {"loss": loss, "grad_norm": grad_norm}
                     if config.model.num_experts:
                         values |= balance_experts(engine.model, all_ranks)
+                    if (median := spikes.median_if_spike(loss)) is not None:
+                        metrics.note(taken, spike=loss, median=median, contexts=numbers)
+                        metrics.say(f"step {taken}, {name_contexts(numbers)}: loss {loss:.4f}, the median {median:.4f}")
                 else:
                     story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world)
                     if skipped == config.skip_nonfinite:
@@ -104,12 +107,6 @@ def train(config: TrainConfig) -> float:
                     skipped += 1
                     values["skipped"] = skipped
                     metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
-                if (median := spikes.median_if_spike(loss)) is not None:
-                    metrics.note(taken, spike=loss, median=median, contexts=numbers)
-                    metrics.say(
-                        f"step {taken}: loss {loss:.4f} after a median of {median:.4f}, {name_contexts(numbers)}"
-                    )
-
                 values |= who_is_slow(world)
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values["tokens_per_second"] = tokens_per_second
@@ -122,12 +119,10 @@ def train(config: TrainConfig) -> float:
                     valid_loss = evaluate(engine.model, held_out, sp, world)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
-                stopping = told.asked(dist.group.WORLD)
-                saving = taken % config.checkpoint_every == 0 or last or stopping
-                comparing = config.compare_replicas_every
-                if comparing and (saving or taken % comparing == 0):
+                if config.compare_replicas_every and taken % config.compare_replicas_every == 0:
                     require_same_replicas(engine.model, dist.group.WORLD)
-                if saving:
+                stopping = told.asked(dist.group.WORLD)
+                if taken % config.checkpoint_every == 0 or last or stopping:
                     engine.save(taken, lock, record(seen * config.context_length, fingerprints))
                 if stopping:
                     break
