@@ -118,7 +118,8 @@ def end_with_launcher() -> None:
     """
     if ERROR_FILE in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it died before
+        parent = str(os.getppid())
+        if os.environ.pop(LAUNCHER, parent) != parent:  # it died before; own children have another parent
             os.kill(os.getpid(), signal.SIGKILL)
 
 
