@@ -56,7 +56,7 @@ def save(
     FloatingPointError on every rank, and saves nothing, if a weight or a state of the optimiser is not finite.
     """
     training = _training_state(model, optimizer)
-    require_finite(_tensors(training), _world())
+    require_finite(_tensors(training), group or _world())
     state = {**training, **_generators(), "step": step}
 
     def write(directory: Path) -> Iterable[Path]:
@@ -94,6 +94,8 @@ def commit(
     """
     root, group = _root(run_dir), group or _world()
     unfinished, finished = root / f"unfinished-step-{step:08d}", root / f"step-{step:08d}"
+    own: list[Path] = []
+    parts: list[dict[str, str]] = []
 
     def begin() -> None:
         if lock is not None:
@@ -130,8 +132,6 @@ def commit(
         parts.extend(together(group, finish_own))
         on_rank_0(group, finish)
 
-    own: list[Path] = []
-    parts: list[dict[str, str]] = []
     on_rank_0(group, begin)
     written = write(unfinished)
     if config.checkpoint_async:

@@ -1,7 +1,9 @@
 """Where every rank is, in a file of its own: for those who look at a run that hangs, and for the errors of other ranks.
 
-run_dir/ranks/heartbeat-00003    JSON, written anew every PERIOD seconds; gone when the rank has ended well
-run_dir/ranks/nccl-trace-3       the flight recorder's, of a rank on a GPU whose messages ran out of time
+    run_dir/ranks/heartbeat-00003    JSON, written anew every PERIOD seconds; gone when the rank has ended well
+    run_dir/ranks/nccl-trace-3       the flight recorder's, of a rank on a GPU whose messages ran out of time
+
+A rank is behind that has been silent for three periods, or does something else than the one that met the error.
 """
 
 import json

@@ -1,6 +1,8 @@
 """How a run was started, each time: enough to go on with it, and to know later what has made it.
 
-run_dir/starts.jsonl    a line for each start: time, command, folder, host, ranks, versions, and the configuration
+    run_dir/starts.jsonl    a line for each start: time, command, folder, host, ranks, versions, and the configuration
+
+`lasp resume` goes on with the last of them.
 """
 
 import json
