@@ -132,7 +132,7 @@ def is_alive(process: int) -> bool:
     return False
 
 
-def interrupt(kind: str, launch: Launch, draw: random.Random) -> bool:
+def interrupt(kind: str, launch: Launch, settings: Settings, draw: random.Random) -> bool:
     """One interruption; whether the launcher has to be started again."""
     processes = launch.ranks()
     if kind == "rank":
@@ -156,7 +156,7 @@ def interrupt(kind: str, launch: Launch, draw: random.Random) -> bool:
         code, taken = launch.wait(), last_step(records(launch.run)[began:])
         if code == 0:
             return False
-        if code != EXIT_CODE and taken > 0:
+        if code != EXIT_CODE and 0 < taken < settings.steps:
             raise Failed(f"exit code {code} after step {taken}")
         if taken > 0 and (saved := require_latest(launch.run).name) != f"step-{taken:08d}":
             raise Failed(f"{saved} was saved after step {taken}")
@@ -175,7 +175,7 @@ def trial(
             if reached > 0 and not launch.wait_for_step(reached):
                 break  # the moment came too late: the run is at its end
             time.sleep(draw.uniform(0, 2 * step_seconds if reached > 0 else 40 * step_seconds))
-            if interrupt(kind, launch, draw):
+            if interrupt(kind, launch, settings, draw):
                 launch = Launch(run, ranks, settings)
         if (code := launch.wait()) != 0:
             raise Failed(f"exit code {code}")

@@ -111,6 +111,8 @@ def main() -> None:
         sys.exit(128 + (agent.told or signal.SIGTERM))
     if was_stopped(result):
         sys.exit(EXIT_CODE)
+    if result.is_failed() and agent.told is not None:  # before the first step, or after the last one
+        sys.exit(128 + agent.told)
     shutdown()
     if result.is_failed():
         raise ChildFailedError(" ".join(arguments), result.failures)
