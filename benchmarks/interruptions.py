@@ -49,6 +49,7 @@ class Settings:
     steps: int = 24
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     fsdp: bool = True
+    checkpoint_async: bool = False
     seed: int | None = None  # of the moments
 
 
@@ -63,6 +64,7 @@ class Launch:
         self.run, self.began = run, len(records(run))
         data = f"--data.train {run.parent}/train --data.valid {run.parent}/valid --data.eval-contexts 4 --run-dir {run}"
         way = f"--steps {settings.steps} --dtype {settings.dtype} --parallel.{'' if settings.fsdp else 'no-'}fsdp"
+        way += f" --{'' if settings.checkpoint_async else 'no-'}checkpoint-async"
         command = [sys.executable, str(ROOT / "launch/elastic.py"), str(ranks), "-m", "lasp.cli", "train", "quickstart"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.log = open(run.with_suffix(".log"), "a")  # noqa: SIM115 (closed by wait)
@@ -130,7 +132,7 @@ def is_alive(process: int) -> bool:
     return False
 
 
-def interrupt(kind: str, launch: Launch, draw: random.Random) -> bool:
+def interrupt(kind: str, launch: Launch, settings: Settings, draw: random.Random) -> bool:
     """One interruption; whether the launcher has to be started again."""
     processes = launch.ranks()
     if kind == "rank":
@@ -154,7 +156,7 @@ def interrupt(kind: str, launch: Launch, draw: random.Random) -> bool:
         code, taken = launch.wait(), last_step(records(launch.run)[began:])
         if code == 0:
             return False
-        if code != EXIT_CODE and taken > 0:
+        if code != EXIT_CODE and 0 < taken < settings.steps:
             raise Failed(f"exit code {code} after step {taken}")
         if taken > 0 and (saved := require_latest(launch.run).name) != f"step-{taken:08d}":
             raise Failed(f"{saved} was saved after step {taken}")
@@ -173,7 +175,7 @@ def trial(
             if reached > 0 and not launch.wait_for_step(reached):
                 break  # the moment came too late: the run is at its end
             time.sleep(draw.uniform(0, 2 * step_seconds if reached > 0 else 40 * step_seconds))
-            if interrupt(kind, launch, draw):
+            if interrupt(kind, launch, settings, draw):
                 launch = Launch(run, ranks, settings)
         if (code := launch.wait()) != 0:
             raise Failed(f"exit code {code}")

@@ -98,7 +98,7 @@ class HostMemory:
                 return
 
     def taken(self) -> int | None:
-        return None if FIRST is None or self.least is None else FIRST - self.least
+        return None if FIRST is None or self.least is None else max(0, FIRST - self.least)
 
 
 def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> Row:

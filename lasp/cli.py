@@ -4,7 +4,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from typing import Annotated, Any, Literal, Union
@@ -130,6 +130,29 @@ def plan(
     planning.show(model, gpu, planning.Asked(gpus, context, pattern, mixer), wishes, as_json=json, picture=plot)
 
 
+def resume_with(overrides: list[str]) -> Callable[[str], None]:
+    """The command `resume`, with what follows the directory; which fields there are is known when it is read."""
+
+    def resume(run_dir: Positional[str]) -> None:
+        """Go on with a run as it was started last, wherever its directory is now.
+
+        Fields may follow, as of `lasp train`: --steps 2000 --parallel.sequence-parallel 4.
+
+        Args:
+            run_dir: the run's directory.
+        """
+        from lasp.config import TrainConfig
+        from lasp.training.starts import last_config
+        from lasp.training.train import train
+
+        default = last_config(run_dir)
+        with _one_rank_speaks():
+            config = tyro.cli(TrainConfig, default=default, args=overrides, prog=f"lasp resume {run_dir}")
+        train(config)
+
+    return resume
+
+
 def generate(
     run_dir: Positional[str],
     prompt: str = "The",
@@ -223,9 +246,11 @@ def import_weights(
 
 def main(args: list[str] | None = None) -> None:
     """Parses the command line (of this process, if args is None) and runs the command."""
-    if (sys.argv[1:] if args is None else args) == ["--version"]:
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
         print(f"lasp {__version__}")
         return
+    args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
     recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS}
     configs = {name.replace("_", "-"): recipe() for name, recipe in recipes.items()}
     texts = {name.replace("_", "-"): (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
@@ -233,14 +258,20 @@ def main(args: list[str] | None = None) -> None:
     train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
-    commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, train, plan, generate, report)}
+    training = (train, resume_with(overrides), plan, generate, report)
+    commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, *training)}
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
     evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
     commands |= {"eval": _deferred(evaluate)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
-    with nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO()):
+    with _one_rank_speaks():
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
     run()
+
+
+def _one_rank_speaks() -> AbstractContextManager:
+    """Inside it only one of the ranks says what is wrong with the command line."""
+    return nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO())
 
 
 def console() -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from lasp.fields import (
     Allowed,
@@ -20,6 +20,7 @@ from lasp.fields import (
     Seed,
     SomePart,
     check_fields,
+    from_dict,
     require,
 )
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
@@ -255,7 +256,10 @@ class TrainConfig:
     offload_activations: bool = False  # inputs of layers that are recomputed wait in the host's memory
     eval_every: Count = 100  # steps
     checkpoint_every: Count = 1000  # steps; the last step is always saved
-    checkpoint_keep: Count = 2
+    checkpoint_keep: Count = 2  # the newest
+    checkpoint_keep_every: CountOrZero = 0  # steps, besides: checkpoints of their multiples stay for good; 0: none
+    checkpoint_async: bool = False  # written beside the next steps, from a copy in CPU memory
+    checkpoint_timeout: Seconds = 3600.0  # of a save, or of loading; messages of steps have parallel.timeout
     skip_nonfinite: CountOrZero = 0  # steps in a row that may be left out because loss or gradient are not finite
     compare_replicas_every: CountOrZero = 100  # steps; 0: ranks never compare the weights that several of them hold
     seed: Seed = 0
@@ -279,6 +283,7 @@ class TrainConfig:
             require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
             require(full or self.deepspeed.stage > 0, "stage", 0, "at least 1 in bfloat16, for its float32 weights")
             require(self.model.num_experts == 0, "num_experts", self.model.num_experts, "0 with engine='deepspeed'")
+            require(not self.checkpoint_async, "checkpoint_async", True, "False with engine='deepspeed'")
             expected = "0 with engine='deepspeed' (it knows of a gradient when it has used it)"
             require(self.skip_nonfinite == 0, "skip_nonfinite", self.skip_nonfinite, expected)
         else:
@@ -313,6 +318,11 @@ class TrainConfig:
             units = ranks * (2 if self.parallel.layout == "zigzag" else 1)
             expected = f"at least {units}, a token for each unit of {ranks} ranks (layout={self.parallel.layout!r})"
             require(self.segment_tokens >= units, "segment_tokens", self.segment_tokens, expected)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "TrainConfig":
+        """What `asdict` made `saved` of, perhaps by way of JSON; ValueError if it is none."""
+        return from_dict(cls, saved)
 
     def _require_heads_for(self, ranks: int) -> None:
         """Raises ValueError unless softmax layers' heads can be spread over that many ranks as asked for."""

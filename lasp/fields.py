@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -41,6 +41,25 @@ def check_fields(config: Any) -> None:
     for field, hint in get_type_hints(type(config), include_extras=True).items():
         got = getattr(config, field)
         require(_fits(got, hint), field, got, _words(hint))
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass of this kind that `asdict`, perhaps by way of JSON, has made such a dict of.
+
+    What is missing in it has its default. Raises ValueError for what is no field, or does not fit.
+    """
+    hints = get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    require(not unknown, kind.__name__, unknown, f"only its fields, {', '.join(hints)}")
+    read = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]) and isinstance(value, dict):
+            value = from_dict(hints[name], value)
+        read[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**read)
+    except TypeError as error:  # a field without a default
+        raise ValueError(f"{kind.__name__}: got {error}, expected all fields that have no default") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

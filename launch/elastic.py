@@ -2,7 +2,7 @@
 
 ARGUMENTS are Python's: `-m lasp.cli train quickstart`. It is torchrun (PyTorch's elastic agent), but in how things end:
 
-    told to stop       SIGTERM and SIGINT go on to the ranks, which end by themselves; a second one gives them 30 s
+    told to stop       a signal goes on to the ranks, which end by themselves; a second one gives them 30 seconds
     stopped, refused   ranks that stopped with a checkpoint (exit code 75, then also the launcher's) or were refused
                        what they asked for (ValueError, FileNotFoundError, a wrong command line) are not started again
     killed             the ranks end with their launcher
@@ -35,9 +35,12 @@ class Agent(LocalElasticAgent):
     told: int | None = None  # the signal to stop that came
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        hangup = signal.getsignal(signal.SIGHUP)
         started = super()._start_workers(worker_group)
-        for number in SIGNALS:  # in place of the agent's own
+        for number in (*SIGNALS, signal.SIGHUP):  # in place of the agent's own
             signal.signal(number, self._pass_on)
+        if hangup is signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, hangup)
         return started
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -47,7 +50,7 @@ class Agent(LocalElasticAgent):
             raise SignalException(f"got {signal.Signals(number).name}", signal.SIGTERM)
         for worker in group.workers:
             with suppress(ProcessLookupError):
-                os.kill(worker.id, number)
+                os.kill(worker.id, number if number in SIGNALS else signal.SIGTERM)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -108,6 +111,8 @@ def main() -> None:
         sys.exit(128 + (agent.told or signal.SIGTERM))
     if was_stopped(result):
         sys.exit(EXIT_CODE)
+    if result.is_failed() and agent.told is not None:  # before the first step, or after the last one
+        sys.exit(128 + agent.told)
     shutdown()
     if result.is_failed():
         raise ChildFailedError(" ".join(arguments), result.failures)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs `lasp train` on several ranks:   bash launch/torchrun.sh RANKS_PER_NODE RECIPE [--overrides]
+# Goes on with a run:                   bash launch/torchrun.sh RANKS_PER_NODE resume RUN_DIR [--overrides]
 # On several nodes, start it on each with NNODES and MASTER_ADDR set, the name of one of them (MASTER_PORT if 29500 is taken).
 # Ranks that die are started again, MAX_RESTARTS times (3 unless set). SIGTERM or SIGINT stops the run after its step, with a
 # checkpoint and the exit code 75; the same command goes on from there.
@@ -9,4 +10,5 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 ranks="$1"
 shift
 
-exec "$root/.venv/bin/python" "$root/launch/elastic.py" "$ranks" -m lasp.cli train "$@"
+[ "$1" = resume ] || set -- train "$@"
+exec "$root/.venv/bin/python" "$root/launch/elastic.py" "$ranks" -m lasp.cli "$@"

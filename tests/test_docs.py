@@ -53,7 +53,8 @@ def test_command_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert script.is_file()
         if script.name not in BEFORE_RECIPE:
             return
-        words = ["lasp", "train", *words[2 + BEFORE_RECIPE[script.name] :]]
+        words = words[2 + BEFORE_RECIPE[script.name] :]
+        words = ["lasp", *([] if words[0] == "resume" else ["train"]), *words]
         if script.name == "deepspeed.sh":
             words += ["--engine", "deepspeed", "--parallel.no-fsdp"]
     if words[1:] != ["train", "--help"]:

@@ -25,6 +25,11 @@ def make_mesh(device_type: str, ranks: Tensor, names: tuple[str, ...]) -> Device
     return mesh
 
 
+def make_cpu_group(timeout: float) -> dist.ProcessGroup | None:
+    """All ranks once more, on CPUs, with a timeout of their own in seconds. Collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="on CPUs")
+
+
 def flatten(mesh: DeviceMesh) -> DeviceMesh:
     """All ranks of a mesh along one axis; made once per mesh. Collective."""
     if mesh.ndim == 1:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lasp.config import ModelConfig, TrainConfig, require, require_empty
+from lasp.kernels.pending import Pending
 from lasp.models import Decoder
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
@@ -34,7 +35,7 @@ from lasp.parallel.comm import Group
 from lasp.training import files, storage
 from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums, require_finite, verify
 from lasp.training.ownership import Lock
-from lasp.training.together import on_rank_0, together
+from lasp.training.together import beside, on_rank_0, together
 
 CONFIG_FILE = "config.json"
 
@@ -47,20 +48,30 @@ def save(
     config: TrainConfig,
     lock: Lock | None = None,
     record: Mapping[str, object] = MappingProxyType({}),
-) -> None:
+    group: Group = None,
+) -> Pending[None] | None:
     """Saves model, optimiser, generators and the number of steps taken; keeps the newest config.checkpoint_keep.
 
-    record: what to write beside the configuration (see lasp.training.same_run). Raises FloatingPointError on every
-    rank, and saves nothing, if a weight or a state of the optimiser is not finite.
+    record: what to write beside the configuration (see lasp.training.same_run). group: as in `commit`. Raises
+    FloatingPointError on every rank, and saves nothing, if a weight or a state of the optimiser is not finite.
     """
     training = _training_state(model, optimizer)
-    require_finite(_tensors(training), _world())
+    require_finite(_tensors(training), group or _world())
+    state = {**training, **_generators(), "step": step}
 
     def write(directory: Path) -> Iterable[Path]:
-        storage.save({**training, **_generators(), "step": step}, directory)
-        return directory.glob(f"__{_rank()}_*")
+        if config.checkpoint_async:
+            written = storage.start_saving(state, directory, group)
+        else:
+            written = Pending(lambda: storage.save(state, directory, group=group))
 
-    commit(run_dir, step, config, write, lock, record)
+        def own() -> Iterator[Path]:
+            written.wait()
+            yield from directory.glob(f"__{_rank()}_*")
+
+        return own()
+
+    return commit(run_dir, step, config, write, lock, record, group)
 
 
 def commit(
@@ -70,15 +81,21 @@ def commit(
     write: Callable[[Path], Iterable[Path]],
     lock: Lock | None = None,
     record: Mapping[str, object] = MappingProxyType({}),
-) -> None:
+    group: Group = None,
+) -> Pending[None] | None:
     """Makes what `write(directory)` saves the run's last checkpoint.
 
-    `write` is called on every rank and returns, when every rank has written its part, the files that are this rank's.
-    Raises on every rank what one raises: ValueError if the lock is given and no longer held, or if rank 0 does not see
-    a file of another rank.
+    `write` is called on every rank. What it returns gives, when every rank has written its part, the files that are
+    this rank's. Raises on every rank what one raises: ValueError if the lock is given and no longer held, or if rank 0
+    does not see a file of another rank.
+
+    group: of all ranks, on CPUs, for the messages; the default group if None. With config.checkpoint_async a thread
+    does what comes after `write`, and needs a group of its own; what it raises, the `wait()` of the result does.
     """
-    root, group = _root(run_dir), _world()
+    root, group = _root(run_dir), group or _world()
     unfinished, finished = root / f"unfinished-step-{step:08d}", root / f"step-{step:08d}"
+    own: list[Path] = []
+    parts: list[dict[str, str]] = []
 
     def begin() -> None:
         if lock is not None:
@@ -105,29 +122,39 @@ def commit(
         unfinished.rename(finished)
         files.flush(root)
         files.move_latest(root)
-        older = [path for saved, path in files.saved(root).items() if saved < step]
+        every = config.checkpoint_keep_every
+        older = [p for saved, p in files.saved(root).items() if saved < step and not (every and saved % every == 0)]
         for path in older[: max(0, len(older) + 1 - config.checkpoint_keep)]:
             files.discard(path)
 
+    def complete() -> None:
+        own.extend(written)
+        parts.extend(together(group, finish_own))
+        on_rank_0(group, finish)
+
     on_rank_0(group, begin)
-    own = list(write(unfinished))
-    parts = together(group, finish_own)
-    on_rank_0(group, finish)
+    written = write(unfinished)
+    if config.checkpoint_async:
+        return beside(complete)
+    complete()
+    return None
 
 
-def restore(run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> int:
+def restore(
+    run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, group: Group = None
+) -> int:
     """Loads the latest intact checkpoint, if there is any; returns the number of steps taken (0 if there is none).
 
     Raises ValueError on every rank if it is of another model, if all are damaged, or if ranks do not see the same ones.
     """
-    path = find_resumable(run_dir, config, next(model.parameters()).device)
+    path = find_resumable(run_dir, config, group=group)
     if path is None:
         return 0
     training = _training_state(model, optimizer)
     saved = storage.read_metadata(path).state_dict_metadata
     generators = {name: state for name, state in _generators().items() if name in saved}
     state_dict = {**training, **generators, "step": 0}
-    storage.load(state_dict, path)
+    storage.load(state_dict, path, group=group)
     set_state_dict(model, optimizer, model_state_dict=training["model"], optim_state_dict=training["optimizer"])
     _set_generators(generators)
     return state_dict["step"]
@@ -136,8 +163,8 @@ def restore(run_dir: str | Path, model: nn.Module, optimizer: torch.optim.Optimi
 def find_resumable(
     run_dir: str | Path,
     config: TrainConfig,
-    device: torch.device,
     check: Callable[[Path], object] = lambda path: None,
+    group: Group = None,
 ) -> Path | None:
     """The directory of the checkpoint to go on from, if there is one; removes what an interrupted save left.
 
@@ -145,7 +172,8 @@ def find_resumable(
     then on. Raises ValueError on every rank if there is none, if it is of another model or engine, if `check` raises
     that, or if ranks do not see the same ones.
     """
-    root, group = _root(run_dir), _world()
+    root, group = _root(run_dir), group or _world()
+    device = comm.message_device(group)
     candidates: list[Path] = []
 
     def list_candidates() -> list[Path]:

@@ -104,10 +104,13 @@ class DeepSpeedEngine:
             return [*self._parts(directory), *(_whole_parts(directory) if self.world.rank == 0 else ())]
 
         integrity.require_finite(self._tensors(), dist.group.WORLD)
-        checkpoint.commit(self.config.run_dir, step, self.config, write, lock, record)
+        checkpoint.commit(self.config.run_dir, step, self.config, write, lock, record, self.world.saves)
+
+    def finish_saving(self) -> None:
+        """A save is done when `save` returns."""
 
     def restore(self) -> int:
-        path = checkpoint.find_resumable(self.config.run_dir, self.config, self.world.device, self._check)
+        path = checkpoint.find_resumable(self.config.run_dir, self.config, self._check, self.world.saves)
         if path is None:
             return 0
         with only_data(path, *_saved_classes()):

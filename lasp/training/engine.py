@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lasp.config import TrainConfig
+from lasp.kernels.pending import Pending
 from lasp.models import Decoder
 from lasp.models.recompute import POLICIES
 from lasp.parallel.apply import parallelize, reduce_gradients
@@ -44,8 +45,13 @@ class Engine(Protocol):
     def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
         """Saves a checkpoint of the run, which holds the lock, after that many steps; a record beside its settings.
 
-        Raises FloatingPointError on every rank, and saves nothing, if a weight or a state is not finite.
+        With config.checkpoint_async it may be under way still when this returns. Raises FloatingPointError on every
+        rank, and saves nothing, if a weight or a state is not finite.
         """
+        ...
+
+    def finish_saving(self) -> None:
+        """Returns when the last save is done; raises what it raised."""
         ...
 
     def restore(self) -> int:
@@ -86,7 +92,8 @@ class NativeEngine:
     gradients in float32."""
 
     def __init__(self, config: TrainConfig, world: World):
-        self.config, self.mesh = config, world.mesh
+        self.config, self.mesh, self.saves = config, world.mesh, world.saves
+        self.saving: Pending[None] | None = None
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.model = parallelize(
             build_model(config, world.device),
@@ -111,7 +118,14 @@ class NativeEngine:
         return grad_norm
 
     def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
-        checkpoint.save(self.config.run_dir, step, self.model, self.optimizer, self.config, lock, record)
+        self.finish_saving()
+        state = self.model, self.optimizer, self.config
+        self.saving = checkpoint.save(self.config.run_dir, step, *state, lock, record, self.saves)
+
+    def finish_saving(self) -> None:
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.wait()
 
     def restore(self) -> int:
-        return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config)
+        return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config, self.saves)

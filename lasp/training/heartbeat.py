@@ -1,7 +1,9 @@
 """Where every rank is, in a file of its own: for those who look at a run that hangs, and for the errors of other ranks.
 
-run_dir/ranks/heartbeat-00003    JSON, written anew every PERIOD seconds; gone when the rank has ended well
-run_dir/ranks/nccl-trace-3       the flight recorder's, of a rank on a GPU whose messages ran out of time
+    run_dir/ranks/heartbeat-00003    JSON, written anew every PERIOD seconds; gone when the rank has ended well
+    run_dir/ranks/nccl-trace-3       the flight recorder's, of a rank on a GPU whose messages ran out of time
+
+A rank is behind that has been silent for three periods, or does something else than the one that met the error.
 """
 
 import json
@@ -26,7 +28,7 @@ FRAMES = 4  # of the stack's innermost
 def heartbeat(run_dir: str | Path, world: World) -> Iterator[None]:
     """Inside it this rank writes its file. A RuntimeError that leaves it gets a note of the ranks that are behind."""
     folder = ranks_folder(run_dir)
-    own, ended = _file(folder, world.rank), threading.Event()
+    own, unfinished, ended = _file(folder, world.rank), folder / f"unfinished-{world.rank}", threading.Event()
     if world.rank == 0:
         for path in folder.glob("heartbeat-*"):
             if path >= _file(folder, world.size):
@@ -34,7 +36,8 @@ def heartbeat(run_dir: str | Path, world: World) -> Iterator[None]:
 
     def write() -> None:
         with suppress(OSError):
-            own.write_text(json.dumps(_state(world)))
+            unfinished.write_text(json.dumps(_state(world)))
+            unfinished.replace(own)
 
     def beat() -> None:
         while not ended.wait(PERIOD):

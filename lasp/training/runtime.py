@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lasp.config import ParallelConfig, require
-from lasp.parallel.groups import leave, make_mesh
+from lasp.config import ParallelConfig, TrainConfig, require
+from lasp.parallel.groups import leave, make_cpu_group, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
 
@@ -45,6 +45,7 @@ class World:
     """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours.
 
     local_size: how many of the ranks share this machine.
+    saves: all ranks once more, on CPUs, for the messages of saving and loading, which have a time limit of their own.
     doing: what the run is at, for the note that an error gets.
     """
 
@@ -53,6 +54,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     local_size: int = 1
+    saves: dist.ProcessGroup | None = None
     doing: str = "its start"
 
 
@@ -85,14 +87,17 @@ def join_world(config: Joining) -> Iterator[World]:
         require_same_on_ranks(together(dist.group.WORLD, lambda: settings(config)))
         mesh_shape = config.mesh_shape(size)
         mesh = make_mesh(device.type, torch.arange(size, device="cpu").view(mesh_shape), ("dp", "sp"))
-        world = World(rank=rank, size=size, device=device, mesh=mesh, local_size=local_size)
+        saves = make_cpu_group(config.checkpoint_timeout) if isinstance(config, TrainConfig) else None
+        world = World(rank=rank, size=size, device=device, mesh=mesh, local_size=local_size, saves=saves)
         yield world
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")
         if not exists:
             dist.destroy_process_group()  # the others may never come
         raise
-    if not exists:
+    if exists:
+        dist.destroy_process_group(saves)
+    else:
         leave()
 
 
@@ -131,7 +136,8 @@ def end_with_launcher() -> None:
     """
     if ERROR_FILE in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it died before
+        parent = str(os.getppid())
+        if os.environ.pop(LAUNCHER, parent) != parent:  # it died before; own children have another parent
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+
+from lasp.kernels.pending import Pending
+from lasp.parallel.comm import Group
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # PyTorch's: torch.load takes data only, whatever its caller asks for
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
@@ -49,23 +53,32 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-def save(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False) -> None:
+def save(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False, group: Group = None) -> None:
     """Writes a state dict, on all ranks together or on this one alone. Raises OSError on every rank if one fails."""
-    try:
-        with _quiet():
-            dcp.save(state_dict, checkpoint_id=path, no_dist=alone)
-    except CheckpointException as error:  # no Exception
-        raise OSError(f"checkpoint {path}: got {_reasons(error)}, expected to write it") from error
+    with _quiet(), _naming(path):
+        dcp.save(state_dict, checkpoint_id=path, no_dist=alone, process_group=group)
 
 
-def load(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False) -> None:
+def start_saving(state_dict: dict[str, Any], path: str | Path, group: Group) -> Pending[None]:
+    """As `save` on all ranks, from a copy: the state dict may change as soon as this returns."""
+    written = dcp.async_save(state_dict, checkpoint_id=path, process_group=group)
+    assert isinstance(written, Future)  # as long as the copy is made at once
+
+    def finish() -> None:
+        with _naming(path):
+            written.result()
+
+    return Pending(finish)
+
+
+def load(state_dict: dict[str, Any], path: str | Path, *, alone: bool = False, group: Group = None) -> None:
     """Fills a state dict. Raises ValueError, on all ranks together or on this one alone, unless all is there.
 
     What is wrong with messages between ranks is a RuntimeError, as elsewhere, and tells nothing of the checkpoint.
     """
     try:
         with _quiet(), only_data(path):
-            dcp.load(state_dict, storage_reader=_Reader(path), no_dist=alone)
+            dcp.load(state_dict, storage_reader=_Reader(path), no_dist=alone, process_group=group)
     except (Exception, CheckpointException) as error:  # the latter is no Exception, and holds what ranks met alone
         if isinstance(error, RuntimeError) and not alone:
             raise
@@ -98,6 +111,14 @@ def only_data(path: str | Path, *classes: type) -> Iterator[None]:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # no Exception
+        raise OSError(f"checkpoint {path}: got {_reasons(error)}, expected to write it") from error
 
 
 def _reasons(error: BaseException) -> str:

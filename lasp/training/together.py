@@ -1,8 +1,10 @@
 """What all ranks do together ends alike on each of them: an error of one is an error of all."""
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from lasp.kernels.pending import Pending
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 
@@ -35,3 +37,23 @@ def together(group: Group, action: Callable[[], Result]) -> list[Result]:
 def on_rank_0(group: Group, action: Callable[[], object]) -> None:
     """As `together`, but only rank 0 acts."""
     together(group, lambda: action() if comm.rank(group) == 0 else None)
+
+
+def beside(action: Callable[[], None]) -> Pending[None]:
+    """Runs `action` in a thread; `wait()` raises what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    def finish() -> None:
+        thread.join()
+        if raised:
+            raise raised[0]
+
+    thread = threading.Thread(target=run, name="beside", daemon=True)
+    thread.start()
+    return Pending(finish)

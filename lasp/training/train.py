@@ -8,6 +8,8 @@ it, and the sum of the ranks' gradients is the gradient.
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -33,6 +35,7 @@ from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.planning import explained_memory, settled
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.starts import keep_start
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.streaming import Segments, StreamedBatch
 from lasp.training.together import together
@@ -79,9 +82,10 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         if world.rank == 0:
             keep_tokenizer(config)
+            keep_start(config, world.size)
         spikes, skipped = Spikes(), 0
         metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
-        with metrics, stop_signals() as told:
+        with metrics, stop_signals() as told, finishing_saves(engine):
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
@@ -99,6 +103,9 @@ def train(config: TrainConfig) -> float:
                     values |= {"loss": loss, "grad_norm": grad_norm}
                     if config.model.num_experts:
                         values |= balance_experts(engine.model, all_ranks)
+                    if (median := spikes.median_if_spike(loss)) is not None:
+                        metrics.note(taken, spike=loss, median=median, contexts=numbers)
+                        metrics.say(f"step {taken}, {name_contexts(numbers)}: loss {loss:.4f}, the median {median:.4f}")
                 else:
                     story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world)
                     if skipped == config.skip_nonfinite:
@@ -106,12 +113,6 @@ def train(config: TrainConfig) -> float:
                     skipped += 1
                     values["skipped"] = skipped
                     metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
-                if (median := spikes.median_if_spike(loss)) is not None:
-                    metrics.note(taken, spike=loss, median=median, contexts=numbers)
-                    metrics.say(
-                        f"step {taken}: loss {loss:.4f} after a median of {median:.4f}, {name_contexts(numbers)}"
-                    )
-
                 values |= who_is_slow(world)
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values["tokens_per_second"] = tokens_per_second
@@ -124,12 +125,10 @@ def train(config: TrainConfig) -> float:
                     valid_loss = evaluate(engine.model, held_out, sp, world, segments)
                     metrics.log(taken, valid_loss=valid_loss)
                     metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
-                stopping = told.asked(dist.group.WORLD)
-                saving = taken % config.checkpoint_every == 0 or last or stopping
-                comparing = config.compare_replicas_every
-                if comparing and (saving or taken % comparing == 0):
+                if config.compare_replicas_every and taken % config.compare_replicas_every == 0:
                     require_same_replicas(engine.model, dist.group.WORLD)
-                if saving:
+                stopping = told.asked(dist.group.WORLD)
+                if taken % config.checkpoint_every == 0 or last or stopping:
                     engine.save(taken, lock, record(seen * config.context_length, fingerprints))
                 if stopping:
                     break
@@ -138,6 +137,17 @@ def train(config: TrainConfig) -> float:
             return valid_loss
         metrics.say(f"told to stop: step {taken} is saved in {config.run_dir}, from where the same command goes on")
     raise Stopped
+
+
+@contextmanager
+def finishing_saves(engine: Engine) -> Iterator[None]:
+    """Finishes the save under way before it is left, also by an error that all ranks have; others may be dead."""
+    try:
+        yield
+    except (ValueError, FloatingPointError):
+        engine.finish_saving()
+        raise
+    engine.finish_saving()
 
 
 def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[Context], dict[str, str]]:

@@ -32,13 +32,13 @@ if what == "dies" and start == "0" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 while not stopped:
     time.sleep(0.01)
-sys.exit(1 if what == "dies" and start == "0" else 75)  # lost one of them, told to stop
+sys.exit(1 if start == "0" else 75)  # the other one was lost; told to stop
 """
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts two ranks that do something; the launchers are killed in the end."""
+    """Starts two ranks that do something; what is left of them is killed in the end."""
     (tmp_path / "rank.py").write_text(RANK)
     started = []
 
@@ -63,20 +63,16 @@ def appear(path):
     return path.read_text()
 
 
-def test_a_rank_that_dies_is_started_again_and_a_signal_ends_all(launch, tmp_path):
+def test_ranks_are_started_again_when_one_dies_but_not_when_one_stops(launch, tmp_path):
     launcher = launch("dies")
     again = [int(appear(tmp_path / f"1-{rank}")) for rank in (0, 1)]
-    launcher.send_signal(signal.SIGTERM)
+    os.kill(again[1], signal.SIGTERM)  # one alone, as Slurm may
     assert launcher.wait(PATIENCE) == EXIT_CODE
     assert not any(map(is_alive, again))
     assert not (tmp_path / "2-0").exists()
 
 
-def test_ranks_that_stop_or_are_refused_are_not_started_again(launch, tmp_path):
-    launcher = launch("waits")
-    os.kill(int(appear(tmp_path / "0-1")), signal.SIGTERM)  # one alone, as Slurm may
-    appear(tmp_path / "0-0")
-    assert launcher.wait(PATIENCE) == EXIT_CODE
+def test_ranks_that_are_refused_are_not_started_again(launch, tmp_path):
     launcher = launch("refused")
     assert launcher.wait(PATIENCE) == 1
     assert "ValueError: no" in launcher.stderr.read()
@@ -93,24 +89,21 @@ import os, sys, time
 from pathlib import Path
 from lasp.training.runtime import end_with_launcher
 
-file, early, launcher = Path(sys.argv[1]), sys.argv[2] == "early", os.getppid()
-if early:
-    file.write_text(str(os.getpid()))
-    while os.getppid() == launcher:
-        time.sleep(0.01)
+launcher = os.getppid()
+Path(sys.argv[1]).write_text(str(os.getpid()))
+while os.getppid() == launcher:
+    time.sleep(0.01)
 end_with_launcher()
-file.write_text(str(os.getpid()))
 time.sleep(600)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends them")
-@pytest.mark.parametrize("moment", ["early", "late"])
-def test_a_killed_launcher_takes_its_ranks_along(moment, tmp_path):
-    """Also one that is still at its start, and asks for it only when its launcher is dead."""
+def test_a_killed_launcher_takes_a_rank_along_that_is_still_at_its_start(tmp_path):
+    """Others: test_interruptions.py."""
     file = tmp_path / "rank"
     where = {"PYTHONPATH": str(ROOT), "TORCHELASTIC_ERROR_FILE": "none"}
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD, str(file), moment], env=os.environ | where)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD, str(file)], env=os.environ | where)
     child = int(appear(file))
     launcher.kill()
     launcher.wait()

@@ -1,6 +1,7 @@
 """What goes wrong with a checkpoint on one rank goes wrong on all of them, and nothing is committed."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch.distributed as dist
 
 from lasp.config import DataConfig, ParallelConfig, TrainConfig
 from lasp.models import Decoder, tiny
+from lasp.parallel import comm
 from lasp.parallel.apply import parallelize
+from lasp.parallel.groups import make_cpu_group
 from lasp.training import checkpoint
 from lasp.training.optimizer import build_optimizer
 from lasp.training.ownership import hold
@@ -103,6 +106,20 @@ def test_rank_0s_errors_while_it_commits_are_everybodys(ranks, config, parts, mo
     with pytest.raises(OSError, match="rank 0: .*disk full"):
         checkpoint.save(config.run_dir, 2, *parts, config)
     assert checkpoint.require_latest(config.run_dir).name == "step-00000001"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_messages_of_saving_and_loading_have_a_time_limit_of_their_own(ranks, config, parts, monkeypatch, beside):
+    group, gather, used = make_cpu_group(77.0), comm.gather_objects, []
+    monkeypatch.setattr(comm, "gather_objects", lambda x, group: (used.append(group), gather(x, group))[1])
+    saving = checkpoint.save(config.run_dir, 1, *parts, replace(config, checkpoint_async=beside), group=group)
+    assert (saving is not None) == beside
+    if saving is not None:
+        saving.wait()
+    assert checkpoint.restore(config.run_dir, *parts, config, group) == 1
+    assert set(used) == {group}
+    assert comm.timeout(group) == 77.0
+    dist.destroy_process_group(group)
 
 
 def test_one_run_on_ranks_that_see_one_directory(ranks, config, shared_tmp_path):

@@ -153,18 +153,21 @@ class Interrupted(Exception):
 
 @pytest.mark.no_exchange
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize(("dtype", "fsdp"), [("float32", False), ("bfloat16", True)])
-def test_resuming_on_the_same_ranks_is_bitwise(ranks, config, monkeypatch, dtype, fsdp):
+@pytest.mark.parametrize(("dtype", "fsdp", "beside"), [("float32", False, False), ("bfloat16", True, True)])
+def test_resuming_on_the_same_ranks_is_bitwise(ranks, config, monkeypatch, dtype, fsdp, beside):
     parallel = replace(config.parallel, sequence_parallel=ranks.size, layout="zigzag", fsdp=fsdp)
     config = replace(config, parallel=parallel, dtype=dtype, steps=4, eval_every=2, checkpoint_every=2)
+    config = replace(config, checkpoint_async=beside)
     straight = replace(config, run_dir=f"{config.run_dir}-straight")
     loss = train(straight)
 
     save = checkpoint.save
 
     def save_and_die(run_dir, step, *args):
-        save(run_dir, step, *args)
+        saving = save(run_dir, step, *args)
         if step == 2:
+            if saving is not None:
+                saving.wait()
             raise Interrupted
 
     with monkeypatch.context() as patch:

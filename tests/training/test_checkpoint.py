@@ -1,5 +1,6 @@
 import json
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from lasp.models import Decoder
 from lasp.training import checkpoint, files
 from lasp.training.optimizer import build_optimizer
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -171,6 +173,41 @@ def test_a_damaged_one_is_passed_over_for_the_newest_intact(config, parts, capsy
     flip(root(config) / "step-00000002" / "SHA256SUMS")
     with pytest.raises(ValueError, match=r"step-00000002: got .*; checkpoint .*step-00000001: got a damaged config"):
         resume(config)
+
+
+def test_multiples_stay_besides_the_newest(config, parts):
+    config = replace(config, checkpoint_keep_every=4)
+    save(config, parts, *range(1, 11))
+    assert names(config) == [f"step-{step:08d}" for step in (4, 8, 9, 10)]
+
+
+def test_beside_the_steps_what_was_there_at_the_call_is_saved(config, parts, monkeypatch):
+    may_write = threading.Event()
+    write = checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *args: (may_write.wait(PATIENCE), write(*args)))
+    config = replace(config, checkpoint_async=True)
+    model, optimizer = parts
+    wanted = [p.clone() for p in model.parameters()]
+    saving = checkpoint.save(config.run_dir, 3, model, optimizer, config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            optimizer.state[p]["exp_avg"].zero_()
+    assert checkpoint.latest(config.run_dir) is None
+    may_write.set()
+    saving.wait()
+    model, optimizer = fresh(config)
+    assert checkpoint.restore(config.run_dir, model, optimizer, config) == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), wanted, strict=True))
+    assert all(optimizer.state[p]["exp_avg"].any() for p in model.parameters())
+
+
+def test_an_error_beside_the_steps_is_raised_by_the_wait(config, parts, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    saving = checkpoint.save(config.run_dir, 3, *parts, replace(config, checkpoint_async=True))
+    with pytest.raises(OSError, match="disk full"):
+        saving.wait()
+    assert checkpoint.latest(config.run_dir) is None
 
 
 def test_weights_with_nan_replace_nothing(config, parts):

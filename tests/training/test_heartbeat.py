@@ -9,10 +9,11 @@ import torch
 
 from lasp.training import heartbeat, runtime
 from lasp.training.runtime import World
+from tests.patience import PATIENCE
 
 
 def world(rank=0, size=3, doing="step 5"):
-    return World(rank=rank, size=size, device=torch.device("cpu"), mesh=None, doing=doing)
+    return World(rank=rank, size=size, device=torch.device("cpu"), mesh=None, saves=None, doing=doing)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_a_rank_says_where_it_is_until_it_ends_well(tmp_path, monkeypatch):
     here = world(rank=1)
     with heartbeat.heartbeat(tmp_path, here):
         here.doing = "step 6"
-        assert written.wait(60)
+        assert written.wait(PATIENCE)
         (line,) = [line for line in json.loads(file.read_text())["at"] if "test_a_rank_says" in line]
         assert "test_heartbeat.py:" in line
     assert not file.exists()

@@ -26,8 +26,10 @@ def interrupt_after(step, monkeypatch):
     save = checkpoint.save
 
     def save_and_die(run_dir, taken, *args):
-        save(run_dir, taken, *args)
+        saving = save(run_dir, taken, *args)
         if taken == step:
+            if saving is not None:
+                saving.wait()
             raise Interrupted
 
     monkeypatch.setattr(checkpoint, "save", save_and_die)
@@ -43,10 +45,16 @@ def saved_tensors(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fsdp"), [("float32", False), ("float64", False), ("float32", True), ("bfloat16", True)]
+    ("dtype", "fsdp", "beside"),
+    [
+        ("float32", False, False),
+        ("float64", False, True),
+        ("float32", True, False),
+        ("bfloat16", True, True),
+    ],
 )
-def test_resuming_is_bitwise_the_run_that_was_never_stopped(config, tmp_path, monkeypatch, dtype, fsdp):
-    config = replace(config, dtype=dtype, parallel=replace(config.parallel, fsdp=fsdp))
+def test_resuming_is_bitwise_the_run_that_was_never_stopped(config, tmp_path, monkeypatch, dtype, fsdp, beside):
+    config = replace(config, dtype=dtype, parallel=replace(config.parallel, fsdp=fsdp), checkpoint_async=beside)
     straight = replace(config, run_dir=str(tmp_path / "straight"))
     loss = train(straight)
     with monkeypatch.context() as patch:
