@@ -85,6 +85,7 @@ class Wheel(bdist_wheel):
 NATIVE = ["ninja>=1.10"]  # to compile csrc/
 HUGGINGFACE = ["transformers>=5.0", "safetensors>=0.5"]
 DEEPSPEED = ["deepspeed>=0.19"]
+HARNESS = ["lm_eval>=0.4.9"]
 DATA = ["pyarrow>=20.0"]  # for parquet, saved data sets and .zst
 
 setup(
@@ -120,6 +121,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "deepspeed": DEEPSPEED,
         "data": DATA,
+        "harness": HARNESS,
         "test": [
             *NATIVE,
             *HUGGINGFACE,

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from lasp.config import require
 from lasp.evaluation.config import Evaluation
-from lasp.evaluation.greedy import answer
 from lasp.evaluation.prompts.needles import Needles
 from lasp.evaluation.prompts.prompt import Composer, read_haystack
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
+from lasp.evaluation.writing import answer
 from lasp.fields import Count, FilePath, Part, Seed
 
 KINDS: dict[str, Callable[[int], Needles]] = {

@@ -9,10 +9,10 @@ import torch
 from lasp import cli
 from lasp.evaluation import needle, ruler
 from lasp.evaluation.evaluate import evaluate
-from lasp.evaluation.greedy import answer
 from lasp.evaluation.needle import Needle
 from lasp.evaluation.prompts.prompt import Prompt
 from lasp.evaluation.ruler import Ruler
+from lasp.evaluation.writing import answer
 from lasp.training.generate import generate
 
 

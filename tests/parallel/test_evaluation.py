@@ -8,10 +8,11 @@ import torch
 
 from lasp.data import TokenFileWriter
 from lasp.evaluation.config import Evaluation
-from lasp.evaluation.greedy import answer
+from lasp.evaluation.likelihood import log_likelihoods
 from lasp.evaluation.position import LossByPosition
 from lasp.evaluation.prompts.prompt import Prompt
 from lasp.evaluation.subject import Subject, Trained
+from lasp.evaluation.writing import answer
 from lasp.models import Decoder, tiny
 from lasp.parallel import SequenceParallel
 from lasp.parallel.groups import make_mesh
@@ -51,6 +52,15 @@ def test_answers(ranks, model, layout):
     assert answer(many, nothing) == written  # a wrong guess
     bytes_written = np.frombuffer(written.encode(errors="ignore"), np.uint8).astype(np.int64)
     assert answer(many, Prompt(ids, ("\0",), 6, bytes_written[:3])) == written
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_log_likelihoods(ranks, model, gen, layout):
+    many, one = on_all_ranks(model, Evaluation(model="there", layout=layout, device="cpu")), on_this_rank(model, ranks)
+    texts = [torch.randint(0, 257, (length,), generator=gen).tolist() for length in (21, 5, 1, 9, 14, 2)]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    for got, expected in zip(log_likelihoods(many, pairs), log_likelihoods(one, pairs), strict=True):
+        assert got == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

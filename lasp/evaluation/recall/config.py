@@ -52,6 +52,7 @@ class RecallSweep:
     seeds: tuple[Seed, ...] = (0, 1, 2)
     widths: tuple[Count, ...] = (64,)
     layers: Count = 2
+    init_std: NotNegative | None = None  # of the weights' start; width ** -0.5 if None
     weight_decay: NotNegative = 0.1
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -93,6 +94,7 @@ class RecallSweep:
                 intermediate_size=4 * width,
                 mixer=mixer,
                 pattern=pattern,
+                init_std=width**-0.5 if self.init_std is None else self.init_std,
             ),
             data=DataConfig(
                 train=self.train_data,
