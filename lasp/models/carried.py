@@ -7,13 +7,13 @@ with the gradients of the leaves of the next one. Gradients of keys and values a
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from lasp.kernels.keys import KeyStore
 from lasp.kernels.parked import Parked, fetch_ahead
 from lasp.models.past import OpsWithPast, Past, Slots
-from lasp.models.sequence import SegmentSequence
 
 Gradients = dict[int, list[Tensor | None]]  # of what a segment was entered with, by layer and slot
 Stores = defaultdict[tuple[int, int], KeyStore]  # by layer and op
@@ -77,10 +77,10 @@ class SegmentPast(Past):
         self.slots, self.stores = slots, stores
         self.entered = {layer: list(of_layer) for layer, of_layer in slots.items()}
 
-    def attacher(self, index: int) -> Callable[[SegmentSequence, Slots], "SegmentOps"]:
+    def attacher(self, index: int) -> Callable[[Any, Slots], "SegmentOps"]:
         return lambda seq, slots: SegmentOps(seq, slots, lambda op: self.stores[index, op])
 
-    def advance(self, seq: SegmentSequence) -> None:
+    def advance(self, seq: Any) -> None:
         """The stream knows where its segments stand."""
 
     def handed_on(self, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
@@ -99,33 +99,21 @@ class SegmentPast(Past):
 
 
 class SegmentOps(OpsWithPast):
-    """The ops of a segment in one call of one layer. store: of the keys of the layer's op with that number."""
+    """The ops of a segment, as `lasp.parallel` makes it, in one call of one layer.
 
-    def __init__(self, seq: SegmentSequence, slots: Slots, store: Callable[[int], KeyStore]):
-        super().__init__(slots)
+    store: what keeps the keys of the layer's op with that number.
+    """
+
+    def __init__(self, seq: Any, slots: Slots, store: Callable[[int], KeyStore]):
+        super().__init__(slots, seq.linear_attention, seq.delta_rule)
         self.positions, self.valid = seq.positions, seq.valid
         self._seq, self._store = seq, store
 
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
 
-    def linear_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        def op(state):
-            states = {"initial_state": state, "output_final_state": self._seq.continues}
-            return self._seq.linear_attention(q, k, v, decay, scale=scale, **states)
-
-        return self._step(op), None
-
-    def delta_rule(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        def op(state):
-            states = {"initial_state": state, "output_final_state": self._seq.continues}
-            return self._seq.delta_rule(q, k, v, beta, decay, scale=scale, **states)
-
-        return self._step(op), None
+    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+        return {"initial_state": state, "output_final_state": self._seq.continues}
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         store = self._store(self._next)

@@ -4,8 +4,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lasp.kernels.keys import KeyStore
-
 
 class SequenceOps(Protocol):
     """The only operations of a model that look beyond a token; everything else is local to it.
@@ -48,45 +46,3 @@ class ShardedSequence(SequenceOps, Protocol):
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole x; ValueError unless x has as many tokens as the sequence."""
         ...
-
-
-class SegmentSequence(SequenceOps, Protocol):
-    """A segment of a longer sequence, whose ops are given what came before, and give what they hand on."""
-
-    @property
-    def continues(self) -> bool:
-        """Whether there is something to hand on: a document that the segment's end cuts."""
-        ...
-
-    def linear_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        decay: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def softmax_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, keys: KeyStore | None = None
-    ) -> Tensor: ...
-
-    def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, initial_tail: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]: ...
