@@ -115,7 +115,7 @@ def test_what_is_carried_is_one_state_for_each_cut(monkeypatch):
 
     def look(self, past):
         keep(self, past)
-        held = [parked._held for slots in self._entered[-1].values() for parked in slots if parked is not None]
+        held = [parked._held for parked in self._parked(-1)]
         sizes.append(sum(x.untyped_storage().nbytes() for x in held) // 8)
 
     monkeypatch.setattr(Carried, "keep", look)
