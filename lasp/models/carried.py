@@ -7,8 +7,9 @@ with the gradients of the leaves of the next one. Gradients of keys and values a
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -27,6 +28,8 @@ class Carried:
         self.on_host = on_host
         self.stores: Stores = defaultdict(lambda: KeyStore(on_host))
         self._entered: list[tuple[list[Any], TreeSpec]] = [tree_flatten({})]
+        self._summed: set[int] = set()
+        self._total: Tensor | int = 0
 
     def keep(self, past: "SegmentPast") -> None:
         """What the last segment so far leaves is what the next one is entered with."""
@@ -38,6 +41,13 @@ class Carried:
         del self._entered[:-1]
         for store in self.stores.values():
             store.forget_before(segment)
+
+    def add_up(self, number: int, sum_of_segment: Callable[[], Tensor]) -> Tensor:
+        """The sum over the segments so far; over all of them, when one is computed again. Each counts once."""
+        if number not in self._summed:
+            self._summed.add(number)
+            self._total = self._total + sum_of_segment()
+        return torch.as_tensor(self._total)
 
     def forward(self) -> "SegmentPast":
         """For the segment after those kept so far, without gradients."""
@@ -53,11 +63,10 @@ class Carried:
             del self._entered[-1]
 
     def _fetch(self, numbers: Iterable[int]) -> Iterator["SegmentPast"]:
-        parked = ((self._entered[number], self._parked(number)) for number in numbers)
-        for (left, spec), fetched in fetch_ahead(parked):
-            tensors = iter(fetched)
+        for number, fetched in fetch_ahead((number, self._parked(number)) for number in numbers):
+            (left, spec), tensors = self._entered[number], iter(fetched)
             entered = [next(tensors).detach() if isinstance(x, Parked) else x for x in left]
-            yield SegmentPast(entered, spec, self.stores)
+            yield SegmentPast(entered, spec, self, number)
 
     def _parked(self, number: int) -> list[Parked]:
         return [x for x in self._entered[number][0] if isinstance(x, Parked)]
@@ -71,12 +80,16 @@ class SegmentPast(Past):
     entered: what was in them at first, in a row.
     """
 
-    def __init__(self, entered: list[Any], spec: TreeSpec, stores: Stores):
+    def __init__(self, entered: list[Any], spec: TreeSpec, carried: Carried, number: int):
         super().__init__()
-        self.entered, self.slots, self.stores = entered, tree_unflatten(entered, spec), stores
+        self.entered, self.slots = entered, tree_unflatten(entered, spec)
+        self._carried, self._number = carried, number
 
     def attacher(self, index: int) -> Callable[[Any, Slots], "SegmentOps"]:
-        return lambda seq, slots: SegmentOps(seq, slots, lambda op: self.stores[index, op])
+        return lambda seq, slots: SegmentOps(seq, slots, lambda op: self._carried.stores[index, op])
+
+    def whole(self, seq: Any) -> "Summing":
+        return Summing(self._carried, self._number, seq)
 
     def advance(self, seq: Any) -> None:
         """The stream knows where its segments stand."""
@@ -90,6 +103,17 @@ class SegmentPast(Past):
     def gradients(self) -> Gradients:
         """After backward: of what the segment was entered with."""
         return [x.grad if isinstance(x, Tensor) else None for x in self.entered]
+
+
+class Summing(NamedTuple):
+    """Over all segments, once all have been computed; without messages, if this one is computed again."""
+
+    carried: Carried
+    number: int
+    seq: Any
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.carried.add_up(self.number, lambda: self.seq.sum(x))
 
 
 class SegmentOps(OpsWithPast):

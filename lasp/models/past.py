@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lasp.models.sequence import SupportsSum
+
 Layer = Callable[[Tensor, Any], Any]
 Slots = list[Any]
 
@@ -41,6 +43,10 @@ class Past(ABC):
     @abstractmethod
     def attacher(self, index: int) -> Callable[[Any, Slots], Any]:
         """What makes, of the batch's `seq`, the `seq` of one call of the layer, whose ops use these slots."""
+
+    def whole(self, seq: Any) -> SupportsSum:
+        """What sums over the whole sequence, of which `seq` may be a part."""
+        return seq
 
     @abstractmethod
     def advance(self, seq: Any) -> None:

@@ -5,7 +5,13 @@ from typing import Protocol
 from torch import Tensor
 
 
-class SequenceOps(Protocol):
+class SupportsSum(Protocol):
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the ranks that share the sequence; no gradient."""
+        ...
+
+
+class SequenceOps(SupportsSum, Protocol):
     """The only operations of a model that look beyond a token; everything else is local to it.
 
     `lasp.parallel` makes such an object for every batch (one rank or many), and a past one for each call of a layer
@@ -21,10 +27,6 @@ class SequenceOps(Protocol):
     @property
     def valid(self) -> Tensor:
         """[T] bool: False for the padding that gives every rank as many tokens."""
-        ...
-
-    def sum(self, x: Tensor) -> Tensor:
-        """x summed over the ranks that share the sequence; no gradient."""
         ...
 
     def linear_attention(
