@@ -7,16 +7,18 @@ with the gradients of the leaves of the next one. Gradients of keys and values a
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from lasp.kernels.keys import KeyStore
 from lasp.kernels.parked import Parked, fetch_ahead
 from lasp.kernels.parts import Parts
 from lasp.models.past import OpsWithPast, Past, Slots
-from lasp.models.sequence import SegmentSequence
 
-Gradients = dict[int, list[Tensor | None]]  # of what a segment was entered with, by layer and slot
+Gradients = list[Tensor | None]  # of the tensors that a segment was entered with
 Stores = defaultdict[tuple[int, int], KeyStore]  # by layer and op
 
 
@@ -26,15 +28,14 @@ class Carried:
     def __init__(self, on_host: bool = False):
         self.on_host = on_host
         self.stores: Stores = defaultdict(lambda: KeyStore(on_host))
-        self._entered: list[dict[int, list[Parked | None]]] = [{}]
+        self._entered: list[tuple[list[Any], TreeSpec]] = [tree_flatten({})]
+        self._summed: set[int] = set()
+        self._total: Tensor | int = 0
 
     def keep(self, past: "SegmentPast") -> None:
         """What the last segment so far leaves is what the next one is entered with."""
-        kept = {
-            layer: [None if x is None else Parked(x, self.on_host) for x in slots]
-            for layer, slots in past.slots.items()
-        }
-        self._entered.append(kept)
+        left, spec = tree_flatten(past.slots)
+        self._entered.append(([Parked(x, self.on_host) if isinstance(x, Tensor) else x for x in left], spec))
 
     def forget_before(self, segment: int) -> None:
         """Nobody will go back, and the segments to come see no keys of those before this one."""
@@ -42,91 +43,96 @@ class Carried:
         for store in self.stores.values():
             store.forget_before(segment)
 
+    def add_up(self, number: int, sum_of_segment: Callable[[], Tensor]) -> Tensor:
+        """The sum over the segments so far; over all of them, when one is computed again. Each counts once."""
+        if number not in self._summed:
+            self._summed.add(number)
+            self._total = self._total + sum_of_segment()
+        return torch.as_tensor(self._total)
+
     def forward(self) -> "SegmentPast":
         """For the segment after those kept so far, without gradients."""
-        ((_, tensors),) = fetch_ahead([(None, _flat(self._entered[-1]))])
-        return SegmentPast(self._slots(-1, tensors), self.stores)
+        return next(self._fetch([len(self._entered) - 1]))
 
     def backward(self) -> Iterator["SegmentPast"]:
         """For all segments, from the last to the first, with gradients; what is behind is forgotten."""
-        numbers = reversed(range(len(self._entered)))
-        for number, tensors in fetch_ahead((number, _flat(self._entered[number])) for number in numbers):
-            yield SegmentPast(self._slots(number, [x.detach().requires_grad_() for x in tensors]), self.stores)
-            del self._entered[number]
+        for past in self._fetch(range(len(self._entered) - 1, -1, -1)):
+            for x in past.entered:
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    x.requires_grad_()
+            yield past
+            del self._entered[-1]
 
-    def _slots(self, number: int, tensors: Iterable[Tensor]) -> dict[int, Slots]:
-        rest = iter(tensors)
-        return {
-            layer: [None if parked is None else next(rest) for parked in slots]
-            for layer, slots in self._entered[number].items()
-        }
+    def _fetch(self, numbers: Iterable[int]) -> Iterator["SegmentPast"]:
+        for number, fetched in fetch_ahead((number, self._parked(number)) for number in numbers):
+            (left, spec), tensors = self._entered[number], iter(fetched)
+            entered = [next(tensors).detach() if isinstance(x, Parked) else x for x in left]
+            yield SegmentPast(entered, spec, self, number)
 
-
-def _flat(slots: dict[int, list[Parked | None]]) -> list[Parked]:
-    return [parked for of_layer in slots.values() for parked in of_layer if parked is not None]
+    def _parked(self, number: int) -> list[Parked]:
+        return [x for x in self._entered[number][0] if isinstance(x, Parked)]
 
 
 class SegmentPast(Past):
     """The past of one segment.
 
-    slots: of an op with a state the state [B, H, K, V], of a convolution the tail [B, width - 1, D]; None where no
-    document goes on from the segment before, and for softmax attention, which has its store.
+    slots: of an op with a state the state, [B, H, K, V] each tensor, of a convolution the tail [B, width - 1, D]; None
+    where no document goes on from the segment before, and for softmax attention, which has its store.
+    entered: what was in them at first, in a row.
     """
 
-    def __init__(self, slots: dict[int, Slots], stores: Stores):
+    def __init__(self, entered: list[Any], spec: TreeSpec, carried: Carried, number: int):
         super().__init__()
-        self.slots, self.stores = slots, stores
-        self.entered = {layer: list(of_layer) for layer, of_layer in slots.items()}
+        self.entered, self.slots = entered, tree_unflatten(entered, spec)
+        self._carried, self._number = carried, number
 
-    def attacher(self, index: int) -> Callable[[SegmentSequence, Slots], "SegmentOps"]:
-        return lambda seq, slots: SegmentOps(seq, slots, lambda op: self.stores[index, op])
+    def attacher(self, index: int) -> Callable[[Any, Slots], "SegmentOps"]:
+        return lambda seq, slots: SegmentOps(seq, slots, lambda op: self._carried.stores[index, op])
 
-    def advance(self, seq: SegmentSequence) -> None:
+    def whole(self, seq: Any) -> "Summing":
+        return Summing(self._carried, self._number, seq)
+
+    def advance(self, seq: Any) -> None:
         """The stream knows where its segments stand."""
 
     def handed_on(self, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
         """What the segment hands on, and its gradients, given those of what the next one was entered with."""
-        pairs = [
-            (x, d)
-            for layer, of_layer in gradients.items()
-            for x, d in zip(self.slots[layer], of_layer, strict=True)
-            if d is not None and x.requires_grad
-        ]
+        left = tree_leaves(self.slots) if gradients else []
+        pairs = [(x, d) for x, d in zip(left, gradients, strict=True) if d is not None and x.requires_grad]
         return [x for x, _ in pairs], [d for _, d in pairs]
 
     def gradients(self) -> Gradients:
         """After backward: of what the segment was entered with."""
-        return {layer: [None if x is None else x.grad for x in slots] for layer, slots in self.entered.items()}
+        return [x.grad if isinstance(x, Tensor) else None for x in self.entered]
+
+
+class Summing(NamedTuple):
+    """Over all segments, once all have been computed; without messages, if this one is computed again."""
+
+    carried: Carried
+    number: int
+    seq: Any
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.carried.add_up(self.number, lambda: self.seq.sum(x))
 
 
 class SegmentOps(OpsWithPast):
-    """The ops of a segment in one call of one layer. store: of the keys of the layer's op with that number."""
+    """The ops of a segment, as `lasp.parallel` makes it, in one call of one layer.
 
-    def __init__(self, seq: SegmentSequence, slots: Slots, store: Callable[[int], KeyStore]):
-        super().__init__(slots)
+    store: what keeps the keys of the layer's op with that number.
+    """
+
+    def __init__(self, seq: Any, slots: Slots, store: Callable[[int], KeyStore]):
+        super().__init__(slots, seq.linear_attention, seq.delta_rule)
         self.positions, self.valid = seq.positions, seq.valid
         self._seq, self._store = seq, store
 
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
 
-    def linear_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        def op(state):
-            states = {"initial_state": state, "output_final_state": self._seq.continues}
-            return self._seq.linear_attention(q, k, v, decay, scale=scale, **states)
-
-        return self._step(op), None
-
-    def delta_rule(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        def op(state):
-            states = {"initial_state": state, "output_final_state": self._seq.continues}
-            return self._seq.delta_rule(q, k, v, beta, decay, scale=scale, **states)
-
-        return self._step(op), None
+    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+        return {"initial_state": state, "output_final_state": self._seq.continues}
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         store = self._store(self._next)

@@ -136,7 +136,7 @@ class Decoder(nn.Module):
             x, labels = x.flatten(0, 1)[scored], labels.flatten()[scored]
         loss_sum, count = self._loss(x, labels)
         if routings and self.training:
-            loss_sum = loss_sum + self.balance.loss(routings, count, seq)
+            loss_sum = loss_sum + self.balance.loss(routings, count, seq if memory is None else memory.whole(seq))
         return loss_sum, count
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         """
         _, routings = self._run(tokens, seq, labels, memory)
         if routings and self.training and labels is not None:
-            self.balance.sums(routings, (_of_tokens(labels, seq) != IGNORE).sum(), seq)
+            self.balance.sums(routings, (_of_tokens(labels, seq) != IGNORE).sum(), memory.whole(seq))
 
     def _run(
         self, tokens: Tensor, seq: SequenceOps, labels: Tensor | None, memory: Past | None

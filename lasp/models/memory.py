@@ -97,7 +97,7 @@ class RememberingOps(OpsWithPast):
     """
 
     def __init__(self, seq: SequenceOps | Rows, slots: Slots, tokens: int | Tensor):
-        super().__init__(slots)
+        super().__init__(slots, linear_attention, delta_rule)
         self._rows = seq if isinstance(seq, Rows) else None
         self._offsets = None if self._rows is None else self._rows.offsets
         self._unequal = self._rows is not None or isinstance(tokens, Tensor)
@@ -113,22 +113,6 @@ class RememberingOps(OpsWithPast):
 
     def sum(self, x: Tensor) -> Tensor:
         return x
-
-    def linear_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        def op(state):
-            return linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
-
-        return self._step(op), None
-
-    def delta_rule(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        def op(state):
-            return delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
-
-        return self._step(op), None
 
     def _continuing(self, state: Tensor | None) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": True, "cu_seqlens": self._offsets}

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lasp.models.sequence import SupportsSum
+
 Layer = Callable[[Tensor, Any], Any]
 Slots = list[Any]
 
@@ -42,16 +44,44 @@ class Past(ABC):
     def attacher(self, index: int) -> Callable[[Any, Slots], Any]:
         """What makes, of the batch's `seq`, the `seq` of one call of the layer, whose ops use these slots."""
 
+    def whole(self, seq: Any) -> SupportsSum:
+        """What sums over the whole sequence, of which `seq` may be a part."""
+        return seq
+
     @abstractmethod
     def advance(self, seq: Any) -> None:
         """All layers have seen the tokens of `seq`."""
 
 
-class OpsWithPast:
-    """The ops of one call of one layer, each with its slot."""
+class OpsWithPast(ABC):
+    """The ops of one call of one layer, each with its slot.
 
-    def __init__(self, slots: Slots):
+    linear_attention, delta_rule: those of `lasp.kernels`, or of a sequence.
+    """
+
+    def __init__(self, slots: Slots, linear_attention: Callable[..., Any], delta_rule: Callable[..., Any]):
         self._slots, self._next = slots, 0
+        self._linear_attention, self._delta_rule = linear_attention, delta_rule
+
+    def linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
+    ) -> tuple[Tensor, None]:
+        def op(state):
+            return self._linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
+
+        return self._step(op), None
+
+    def delta_rule(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
+    ) -> tuple[Tensor, None]:
+        def op(state):
+            return self._delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
+
+        return self._step(op), None
+
+    @abstractmethod
+    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+        """The arguments by which an op goes on from a state and gives the next one."""
 
     def _step(self, op: Callable[[Any], tuple[Any, Any]]) -> Any:
         """Runs op(past) -> (output, past for the next call) on the layer's next slot; the first past is None."""

@@ -1,14 +1,19 @@
 """What a model asks of the sequence that it is run on."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from lasp.kernels.keys import KeyStore
 from lasp.kernels.parts import Parts
 
 
-class SequenceOps(Protocol):
+class SupportsSum(Protocol):
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the ranks that share the sequence; no gradient."""
+        ...
+
+
+class SequenceOps(SupportsSum, Protocol):
     """The only operations of a model that look beyond a token; everything else is local to it.
 
     `lasp.parallel` makes such an object for every batch (one rank or many), and a past one for each call of a layer
@@ -24,10 +29,6 @@ class SequenceOps(Protocol):
     @property
     def valid(self) -> Tensor:
         """[T] bool: False for the padding that gives every rank as many tokens."""
-        ...
-
-    def sum(self, x: Tensor) -> Tensor:
-        """x summed over the ranks that share the sequence; no gradient."""
         ...
 
     def linear_attention(
@@ -51,50 +52,3 @@ class ShardedSequence(SequenceOps, Protocol):
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole x; ValueError unless x has as many tokens as the sequence."""
         ...
-
-
-class SegmentSequence(SequenceOps, Protocol):
-    """A segment of a longer sequence, whose ops are given what came before, and give what they hand on."""
-
-    @property
-    def continues(self) -> bool:
-        """Whether there is something to hand on: a document that the segment's end cuts."""
-        ...
-
-    def linear_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        decay: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def softmax_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, keys: KeyStore | None = None
-    ) -> Tensor: ...
-
-    def convolve(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        initial_tail: Tensor | None = None,
-        parts: Parts | None = None,
-    ) -> tuple[Any, Tensor | None]: ...

@@ -37,6 +37,9 @@ class Part(NamedTuple):
     tokens: Tensor
     labels: Tensor
 
+    def on(self, device: torch.device) -> "Part":
+        return Part(*(to_device(x, device) for x in self))
+
 
 @dataclass(frozen=True)
 class StreamedBatch:
@@ -69,7 +72,7 @@ class StreamedBatch:
         """
         carried, gradients = Carried(self.on_host), Gradients()
         self._go_forward(model, carried)
-        total = torch.zeros((), dtype=torch.float64, device=self.stream.parallel.device)
+        total = torch.zeros((), dtype=torch.float64, device=_device(model))
         for number, past in zip(reversed(range(len(self.stream))), carried.backward(), strict=True):
             total += self._go_back(model, number, past, gradients, labels)
             gradients = past.gradients()
@@ -82,14 +85,14 @@ class StreamedBatch:
             last = segment.number == len(self.stream) - 1
             if not last or whole:
                 past = carried.forward()
-                tokens, labels = self._on_device(part)
+                tokens, labels = part.on(_device(model))
                 model.remember(tokens, segment, past, labels=labels)
                 if not last:
                     carried.keep(past)
 
     def _go_back(self, model: Any, number: int, past: SegmentPast, gradients: Gradients, labels: float) -> Tensor:
         """Through one segment; gradients are those of what it hands on."""
-        tokens, targets = self._on_device(self.parts[number])
+        tokens, targets = self.parts[number].on(_device(model))
         loss_sum, _ = model(tokens, self.stream[number], labels=targets, memory=past)
         handed_on, of_handed_on = past.handed_on(gradients)
         torch.autograd.backward([loss_sum / labels, *handed_on], [None, *of_handed_on])
@@ -98,15 +101,15 @@ class StreamedBatch:
     @torch.no_grad()
     def loss(self, model: Any) -> tuple[Tensor, Tensor]:
         """This rank's sum of losses and number of labels, in a model that is not in training mode."""
-        carried, sums = Carried(self.on_host), torch.zeros(2, dtype=torch.float64, device=self.stream.parallel.device)
+        carried, sums = Carried(self.on_host), torch.zeros(2, dtype=torch.float64, device=_device(model))
         for segment, part in zip(self.stream, self.parts, strict=True):
             carried.forget_before(segment.first)
             past = carried.forward()
-            tokens, targets = self._on_device(part)
+            tokens, targets = part.on(_device(model))
             sums += torch.stack([x.double() for x in model(tokens, segment, labels=targets, memory=past)])
             carried.keep(past)
         return sums[0], sums[1]
 
-    def _on_device(self, part: Part) -> Part:
-        device = self.stream.parallel.device
-        return Part(*(to_device(x, device) for x in part))
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

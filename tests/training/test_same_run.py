@@ -91,6 +91,8 @@ def test_what_does_not_determine_them_may_change(config):
         "recompute": "full",
         "recompute_layers": 1,
         "offload_activations": True,
+        "segment_tokens": 8,
+        "segment_offload": True,
         "eval_every": 1,
         "checkpoint_every": 1,
         "checkpoint_keep": 1,

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from lasp.config import ParallelConfig
 from lasp.kernels.keys import KeyStore
 from lasp.kernels.parked import Parked
+from lasp.models import Decoder
 from lasp.models.carried import Carried
 from lasp.parallel import SequenceParallel, Stream
 from lasp.training import host_memory
@@ -19,6 +20,7 @@ from lasp.training.metrics import read_metrics
 from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
 from tests.models.helpers import MODELS, decoder, random_tokens
+from tests.models.helpers import config as config_of
 
 TOKENS, DOCUMENTS = 29, (0, 3, 3, 20, 24, 29)
 
@@ -56,6 +58,20 @@ def test_frozen_layers_hand_on_no_gradients():
     for name, parameter in model.layers[2:].named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-10, atol=0, msg=name)
     assert all(parameter.grad is None for parameter in model.layers[:2].parameters())
+
+
+def test_a_stream_serves_many_steps():
+    """What one step sums over the segments, or keeps of them, is not the next one's."""
+    torch.manual_seed(0)
+    mixture = {"num_experts": 4, "expert_intermediate_size": 16, "aux_loss_weight": 1.0}
+    model = Decoder(replace(config_of("gated_delta_net", "LN"), **mixture)).double()
+    batch = streamed(TOKENS, 8)
+    batch.backward(model, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    again = StreamedBatch(Stream(SequenceParallel(None), TOKENS, 8), batch.parts)
+    assert batch.backward(model, 1) == again.backward(model, 1)
 
 
 class Alive(TorchDispatchMode):
@@ -115,7 +131,7 @@ def test_what_is_carried_is_one_state_for_each_cut(monkeypatch):
 
     def look(self, past):
         keep(self, past)
-        held = [parked._held for slots in self._entered[-1].values() for parked in slots if parked is not None]
+        held = [parked._held for parked in self._parked(-1)]
         sizes.append(sum(x.untyped_storage().nbytes() for x in held) // 8)
 
     monkeypatch.setattr(Carried, "keep", look)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lasp.config import ModelConfig
 from lasp.models.moe.router import Routing
-from lasp.models.sequence import SequenceOps
+from lasp.models.sequence import SupportsSum
 
 
 class ExpertBalance:
@@ -26,7 +26,7 @@ class ExpertBalance:
         self.aux_weight, self.z_weight = config.aux_loss_weight, config.z_loss_weight
         self._record: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def loss(self, routings: list[Routing], labels: Tensor, seq: SequenceOps) -> Tensor:
+    def loss(self, routings: list[Routing], labels: Tensor, seq: SupportsSum) -> Tensor:
         """This rank's part of: the batch's balancing losses, weighted and summed over layers, times its labels.
 
         labels: scalar int64, this rank's number of labels. So the sum of the ranks' parts over the sum of their labels
@@ -43,7 +43,7 @@ class ExpertBalance:
         self._add(counts, part.detach().double(), labels)
         return part
 
-    def sums(self, routings: list[Routing], labels: Tensor, seq: SequenceOps) -> tuple[Tensor, Tensor]:
+    def sums(self, routings: list[Routing], labels: Tensor, seq: SupportsSum) -> tuple[Tensor, Tensor]:
         """Over the whole sequence: the tokens that chose each expert, [MoE layers, E], and the number of labels."""
         counts = torch.stack([routing.counts for routing in routings])
         total = seq.sum(torch.cat([counts.flatten(), labels[None]]))

@@ -7,7 +7,6 @@ backward, which goes from the last segment to the first, its gradient.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import count
 from numbers import Integral
 from typing import Any
 
@@ -33,7 +32,7 @@ from lasp.parallel.stream.tails import TailPlan
 
 
 class Stream:
-    """One batch of sequences of `tokens` tokens, the same on every rank, in segments.
+    """Sequences of `tokens` tokens, the same on every rank, in segments. Immutable.
 
     Args:
         parallel: how each segment is split.
@@ -67,7 +66,6 @@ class Stream:
         documents = sorted(edges)
         self.partitions = [self._partition(start, documents) for start in range(0, tokens, segment_tokens)]
         self.continues = [stop not in edges for _, stop in self.ranges]
-        self._sums: dict[int, tuple[set[int], Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.partitions)
@@ -98,12 +96,6 @@ class Stream:
         checks.require(x.shape[dim] == self.tokens, "x", f"{x.shape[dim]} tokens", f"{self.tokens}")
         return [self[i].shard(x.narrow(dim, start, stop - start), dim) for i, (start, stop) in enumerate(self.ranges)]
 
-    def add_up(self, number: int, call: int, x: Tensor) -> Tensor:
-        """The sum over segments of what each of them first said in that call of `Segment.sum`."""
-        seen, total = self._sums.get(call, (set(), torch.zeros_like(x)))
-        self._sums[call] = seen | {number}, total if number in seen else total + x
-        return self._sums[call][1]
-
     def _partition(self, start: int, documents: list[int]) -> Partition:
         stop = min(start + self.segment_tokens, self.tokens)
         first, last = bisect_right(documents, start), bisect_right(documents, stop - 1)
@@ -125,7 +117,6 @@ class Segment(Sequence):
         self.past, self.continues = self.partition.past, stream.continues[number]
         self.first = self._seen(None).start
         self._identity += f", segment {number} after {self.past} tokens"
-        self._calls = count()
         self._tails: dict[int, TailPlan] = {}
 
     def softmax_attention(
@@ -209,13 +200,6 @@ class Segment(Sequence):
         silu, how = parts is not None, parts or undivided(x)
         results = tuple(local.unfold(y) for y in convolve(local.fold(x), weight, bias, tail, local.segments, silu, how))
         return whole(results) if parts is None else results, last
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks and over the segments so far; over all of them, once each has been asked.
-
-        Whoever goes through the segments twice gets the whole sum the second time: of each, what it said first counts.
-        """
-        return self.stream.add_up(self.number, next(self._calls), super().sum(x))
 
     def _boundary(self, batch: int, across: Across) -> Boundary:
         checks.require(across is AcrossUnits, "causal", False, "True in a segment: it knows no tokens that follow")
