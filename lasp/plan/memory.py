@@ -197,6 +197,8 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
     if model.layers[index] == SOFTMAX:
         return dtype.half * (2 * heads + 2 * model.kv_heads) * keys
     gradients = dtype.half * 2 * heads * (keys + values)
+    if model.mixer in ("linear", "lightning", "retention", "gla", "hgrn2"):  # kernels copy what are views of a product
+        gradients += dtype.half * heads * (values + (2 * keys if model.mixer == "gla" else 0))
     state = dtype.half * keys * values / CHUNK  # of every chunk, for each token and head
     if model.mixer in ("gla", "hgrn2"):
         return gradients + 2 * heads * state + dtype.wide * heads * keys
