@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         if not tokens.is_cuda:  # where the embedding's lookup asserts as much
             require_ids("tokens", tokens, self.config.vocab_size)
         x = self.embedding(tokens)
-        return self.hidden_states(x, seq, memory=memory, recompute=self._recompute(x))
+        return self.hidden_states(x, seq, memory=memory, recompute=self._recompute())
 
     def hidden_states(
         self,
@@ -210,11 +210,11 @@ class Decoder(nn.Module):
     def checkpoint_layers(self, value: bool) -> None:
         self.recompute, self.recompute_layers = "full" if value else "none", None
 
-    def _recompute(self, x: Tensor) -> Callable[..., Any] | None:
+    def _recompute(self) -> Callable[..., Any] | None:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return None
         policies = by_layer(self.recompute, self.recompute_layers, self.config.layers)
-        return recomputing(policies, HostMemory(x.device) if self.offload_activations else None)
+        return recomputing(policies, HostMemory() if self.offload_activations else None)
 
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies and their number."""

@@ -160,8 +160,7 @@ def _delta(config: ModelConfig) -> list[Kept]:
     channels = 2 * keys + values
     decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.mixer]
     return [
-        Kept("rows", channels),
-        Kept("convolved", channels),
+        *_short_conv("qkv", channels),
         Kept("activated", channels, where="eager"),
         Kept("norms of q and k", 2 * heads, "wide", "eager"),
         Kept("q", keys),
@@ -174,6 +173,12 @@ def _delta(config: ModelConfig) -> list[Kept]:
         Kept("decay", decays, "wide"),
         *_output(config, "sigmoid" if config.mixer == "kda" else "silu"),
     ]
+
+
+def _short_conv(product: str, channels: int) -> list[Kept]:
+    """A GPU's kernel keeps the product that it reads; on a CPU that is copied behind its tail, and SiLU keeps sums."""
+    copies = [Kept("rows", channels, where="eager"), Kept("convolved", channels, where="eager")]
+    return [Kept(product, channels, where="device"), *copies]
 
 
 def _linear(config: ModelConfig) -> list[Kept]:
@@ -206,8 +211,7 @@ def _mamba2(config: ModelConfig) -> list[Kept]:
     heads, values = config.num_heads, config.num_heads * config.value_dim
     channels = values + 2 * config.key_dim
     return [
-        Kept("rows", channels),
-        Kept("convolved", channels),
+        *_short_conv("xbc", channels),
         Kept("activated", channels),
         Kept("dt before softplus", heads, "wide"),
         Kept("dt", heads, "wide"),

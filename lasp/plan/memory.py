@@ -76,9 +76,12 @@ def predict(job: Job, setting: Setting) -> Memory:
             "other activations": sum(everything[:layers]) - one_input * layers,
         }
 
-    streamed = _stream(job, setting, held)
-    always = fixed | {"batch": 4 * 8.0 * held} | streamed
-    again = job.accumulated > 1 or bool(streamed)  # gradients of a context or segment before are there
+    handed_on = _handed_on(job, setting, held)
+    if setting.segment_offload:  # but for what one segment reads
+        host += sum(handed_on.values())
+        handed_on = {name: 2 * size * in_flight / held for name, size in handed_on.items()}
+    always = fixed | {"batch": 4 * 8.0 * in_flight} | handed_on
+    again = job.accumulated > 1 or bool(handed_on)  # gradients of a context or segment before are there
     of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
     moments = {
@@ -134,16 +137,20 @@ def _logits(job: Job) -> float:
     return 2 * dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
 
 
-def _stream(job: Job, setting: Setting, held: int) -> dict[str, float]:
-    """What segments leave to each other: states in float32; keys and values, and their gradients in float32."""
+def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
+    """What segments leave to each other: states; and of softmax layers keys and values, their gradients, and what
+    queries saw. States and sums are float32."""
     if setting.segment_tokens is None:
         return {}
-    model = job.model
-    segments, wide = -(-job.context // setting.segment_tokens), Dtype(job.half).wide
-    states = model.layers.count(LINEAR) * model.num_heads * model.key_dim * model.value_dim
-    pairs = model.layers.count(SOFTMAX) * 2 * model.kv_heads * model.key_dim
-    caches = {"key/value caches": (job.half + wide) * pairs * held} if pairs else {}
-    return {"boundary states": float(wide * segments * states), **caches}
+    model, half, wide = job.model, job.half, Dtype(job.half).wide
+    cuts = -(-job.context // setting.segment_tokens) - 1
+    state = model.num_heads * model.key_dim * model.value_dim
+    keys = 2 * model.kv_heads * model.key_dim * (half + wide)
+    seen = model.num_heads * (model.key_dim * half + wide)
+    return {
+        "boundary states": float(model.layers.count(LINEAR) * cuts * state * wide),
+        "key/value caches": float(model.layers.count(SOFTMAX) * held * (keys + seen)),
+    }
 
 
 def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
@@ -197,6 +204,8 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
     if model.layers[index] == SOFTMAX:
         return dtype.half * (2 * heads + 2 * model.kv_heads) * keys
     gradients = dtype.half * 2 * heads * (keys + values)
+    if model.mixer in ("linear", "lightning", "retention", "gla", "hgrn2"):  # kernels copy what are views of a product
+        gradients += dtype.half * heads * (values + (2 * keys if model.mixer == "gla" else 0))
     state = dtype.half * keys * values / CHUNK  # of every chunk, for each token and head
     if model.mixer in ("gla", "hgrn2"):
         return gradients + 2 * heads * state + dtype.wide * heads * keys

@@ -61,10 +61,8 @@ def as_json(made: Plan, others: Iterable[Plan]) -> dict[str, Any]:
 def plot(made: Plan, path: str | Path) -> None:
     """Memory against the length of the context, for each way to keep activations."""
     job, base = made.job, made.setting
-    curves: dict[str, Setting] = {
-        policy: replace(base, recompute=policy, recompute_layers=None, offload_activations=False, segment_tokens=None)
-        for policy in search.POLICIES
-    }
+    whole = Setting(sequence_parallel=base.sequence_parallel)
+    curves: dict[str, Setting] = {policy: replace(whole, recompute=policy) for policy in search.POLICIES}
     curves["full, offloaded"] = replace(curves["full"], offload_activations=True)
     tokens = base.segment_tokens or min(job.context, 2**17 * base.sequence_parallel)
     curves[f"full, segments of {tokens:,}"] = replace(curves["full"], segment_tokens=tokens)
@@ -86,13 +84,9 @@ def plot(made: Plan, path: str | Path) -> None:
 
 def choices(made: Plan) -> list[Plan]:
     """Every policy beside the plan's other settings, offloaded and not, and the best of all."""
+    base = replace(made.setting, recompute_layers=None)
     found = [
-        Setting(
-            sequence_parallel=made.setting.sequence_parallel,
-            recompute=policy,
-            offload_activations=offload,
-            segment_tokens=made.setting.segment_tokens,
-        )
+        replace(base, recompute=policy, offload_activations=offload)
         for policy in search.POLICIES
         for offload in (False, True)
         if not (offload and policy == "none")
@@ -109,7 +103,7 @@ def _row(made: Plan) -> tuple[str, ...]:
         str(made.job.gpus // setting.sequence_parallel),
         setting.recompute if layers is None else f"{setting.recompute} {layers}",
         "yes" if setting.offload_activations else "",
-        "" if setting.segment_tokens is None else f"{setting.segment_tokens:,}",
+        "" if setting.segment_tokens is None else f"{setting.segment_tokens:,}{' host' * setting.segment_offload}",
         f"{made.memory.total / GIB:.1f}",
         "yes" if made.surely_fits else "barely" if made.fits else "no",
         f"{made.seconds:.2f}",

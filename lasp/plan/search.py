@@ -60,6 +60,8 @@ def plan(job: Job, setting: Setting) -> Plan:
     wrong = setting.offload_activations and setting.recompute == "none"
     require(not wrong, "offload_activations", True, expected)
     require(segment is None or segment >= ranks, "segment_tokens", segment, f"at least {ranks}, a token for each rank")
+    stream = segment is not None or not setting.segment_offload
+    require(stream, "segment_offload", True, "False without segment_tokens")
     return Plan(job, setting, memory.predict(job, setting), seconds.predict(job, setting))
 
 
@@ -83,7 +85,10 @@ def smaller(made: Plan) -> Plan | None:
 
 def settings(job: Job, ranks: list[int]) -> Iterator[Setting]:
     """From the simplest on, each with as little recomputation as surely fits, and with as much as there is."""
-    for sequence_parallel, streamed, offload in product(ranks, (False, True), (False, True)):
+    either = (False, True)
+    for sequence_parallel, streamed, handed_on, offload in product(ranks, either, either, either):
+        if handed_on and not streamed:
+            continue
         shortest = SHORTEST_SEGMENT * sequence_parallel if streamed else job.context
         segment = job.context // 2 if streamed else job.context
         while segment >= shortest:
@@ -91,6 +96,7 @@ def settings(job: Job, ranks: list[int]) -> Iterator[Setting]:
                 sequence_parallel=sequence_parallel,
                 offload_activations=offload,
                 segment_tokens=segment if streamed else None,
+                segment_offload=handed_on,
             )
             yield recomputation(job, setting)
             yield replace(setting, recompute=POLICIES[-1])

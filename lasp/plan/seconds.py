@@ -46,15 +46,16 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
     full = [policy == "full" for policy in policies]
     again = 1 - policies.count("none") / model.num_layers  # of the layers: something of them runs twice
-    forwards = 1 + int(setting.segment_tokens is not None)  # a stream goes forward once more
+    streamed = setting.segment_tokens is not None
+    forwards = 1 + int(streamed)  # softmax layers keep what their queries saw in the first
 
     flops = gpu.flops * (1 if job.half == 2 else 0.25)
     size, share = sizes(model), model.experts_per_token / model.num_experts if model.num_experts else 0.0
-    dense: float = (2 + forwards) * (sum(size.layers) + model.vocab_size * model.hidden_size)
+    dense: float = (2 + forwards) * sum(size.layers) + 3 * model.vocab_size * model.hidden_size
     dense += sum(size.layers[index] - _last_product(job, index) for index in range(model.num_layers) if full[index])
     experts = (2 + forwards + again) * size.experts * share
     chains = sum(Dtype(job.half).bytes(kept.layer(model, index)) for index in range(model.num_layers))
-    softmax, linear = _passes(model.layers, SOFTMAX, full, forwards), _passes(model.layers, LINEAR, full, forwards)
+    softmax, linear = _passes(model.layers, SOFTMAX, full, 1), _passes(model.layers, LINEAR, full, forwards)
     attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1])
     operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * 1e-9
     operations *= model.num_heads * (model.key_dim + model.value_dim) * job.half / (16 * 256 * 2)

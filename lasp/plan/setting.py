@@ -34,13 +34,15 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """sequence_parallel: ranks that share a context; the others see contexts of their own. recompute_layers: so many
-    follow the policy, and the others the one that keeps more; all if None."""
+    follow the policy, and the others the one that keeps more; all if None. segment_offload: what segments hand on waits
+    in the host's memory."""
 
     sequence_parallel: int = 1
     recompute: Policy = "none"
     recompute_layers: int | None = None
     offload_activations: bool = False
     segment_tokens: int | None = None
+    segment_offload: bool = False
 
 
 def job_of(config: TrainConfig, gpu: GPU, gpus: int) -> Job:

@@ -31,6 +31,7 @@ class Wishes:
     recompute_layers: int | None = None
     offload_activations: bool | None = None
     segment_tokens: int | None = None
+    segment_offload: bool | None = None
 
     @property
     def any(self) -> bool:
@@ -79,6 +80,7 @@ def _made(job: Job, wishes: Wishes) -> Plan:
         sequence_parallel=ranks,
         offload_activations=bool(wishes.offload_activations),
         segment_tokens=wishes.segment_tokens,
+        segment_offload=bool(wishes.segment_offload),
     )
     if wishes.recompute == "auto":
         return plan(job, recomputation(job, setting))
@@ -112,7 +114,8 @@ def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
         recompute=config.recompute,
         recompute_layers=config.recompute_layers,
         offload_activations=config.offload_activations,
-        segment_tokens=getattr(config, "segment_tokens", None),
+        segment_tokens=config.segment_tokens,
+        segment_offload=getattr(config, "segment_offload", None),
     )
 
 

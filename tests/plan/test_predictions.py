@@ -86,8 +86,12 @@ def test_a_stream_does_not_grow_with_the_context():
     assert short < long < 1.05 * short
     hybrid = replace(ONE_B, model=linear_llama3_1b(pattern="LLLN"), context=2**20)
     parts = predict(hybrid, segments).parts
-    assert parts["key/value caches"] == 4 * 2**20 * 2 * 2048 * (2 + 4)
-    assert parts["boundary states"] == 12 * 8 * 16 * 128 * 128 * 4
+    keys, seen = 2 * 2048 * (2 + 4), 2048 * 2 + 16 * 4
+    assert parts["key/value caches"] == 4 * 2**20 * (keys + seen)
+    assert parts["boundary states"] == 12 * 7 * 16 * 128 * 128 * 4
+    away = predict(hybrid, replace(segments, segment_offload=True))
+    assert away.host == parts["key/value caches"] + parts["boundary states"]
+    assert away.parts["key/value caches"] == parts["key/value caches"] / 4
 
 
 def test_a_million_tokens_fit_on_one_gpu_without_a_stream():
@@ -97,8 +101,8 @@ def test_a_million_tokens_fit_on_one_gpu_without_a_stream():
 
 def test_the_best_setting_is_the_fastest_that_fits():
     found = best(ONE_B)
-    assert options(found.setting) == "--parallel.sequence-parallel 1 --recompute selective --recompute-layers 6"
-    assert found.surely_fits and not plan(ONE_B, replace(found.setting, recompute_layers=5)).surely_fits
+    assert options(found.setting) == "--parallel.sequence-parallel 1 --recompute selective --recompute-layers 3"
+    assert found.surely_fits and not plan(ONE_B, replace(found.setting, recompute_layers=2)).surely_fits
     assert best(replace(ONE_B, context=8192)).setting == Setting()
     assert best(replace(ONE_B, context=2**23)).setting.segment_tokens is not None
     none = best(replace(ONE_B, model=linear_llama3_8b(), gpu=GPUS["RTX-4090"]))
@@ -107,7 +111,7 @@ def test_the_best_setting_is_the_fastest_that_fits():
 
 def test_advice_names_what_to_change():
     assert "nothing" in advice(best(ONE_B))
-    assert advice(plan(ONE_B, FULL)).startswith("--recompute selective --recompute-layers 6 (")
+    assert advice(plan(ONE_B, FULL)).startswith("--recompute selective --recompute-layers 3 (")
     assert advice(plan(replace(ONE_B, context=2**20), FULL)).startswith("--offload-activations (")
     too_large = Job(model=linear_llama3_8b(), context=65_536, gpu=GPUS["RTX-4090"])
     assert "16 GPUs, --parallel.sequence-parallel" in advice(plan(too_large, FULL))
@@ -119,7 +123,7 @@ def test_what_auto_stands_for_leaves_room_for_errors():
         return setting.recompute, setting.recompute_layers
 
     assert chosen(8192) == ("none", None)
-    assert chosen(65_536) == ("selective", 6)
+    assert chosen(65_536) == ("selective", 3)
     assert chosen(2**18) == ("full", 12)
     assert chosen(2**24) == ("full", None)
     assert chosen(8192, offload_activations=True) == ("selective", None)
@@ -154,6 +158,7 @@ def test_smaller_settings_are_found_after_memory_has_run_out():
         ({"sequence_parallel": 3}, "sequence_parallel: got 3, expected a divisor of the 1 GPUs"),
         ({"offload_activations": True}, "offload_activations: got True, expected False with recompute='none'"),
         ({"segment_tokens": 0}, "segment_tokens: got 0, expected at least 1"),
+        ({"segment_offload": True}, "segment_offload: got True, expected False without segment_tokens"),
     ],
 )
 def test_settings_that_do_not_fit_the_job_are_refused(setting, message):
