@@ -1,14 +1,19 @@
 """Log-linear attention in chunks (math §4): what runs on a CPU, and what the device kernels are measured against.
 
-Chunks are cut at positions within documents that C divides, so that all earlier tokens of a slot have one level for all
-queries of a chunk. A chunk is the same affine map as in `reference.chunk`, of every slot X^(j) that enters it:
+Chunks are the leaves of a tree over positions (lasp.kernels.leaves). A chunk is the same affine map of a state X that
+enters it as in `reference.chunk`, but that its outputs weigh levels:
 
-    o = Σ_j λ^(j) R X^(j) + (P ⊙ Λ) v        P [C, C] what outputs read of v if all levels have the scale 1
-    X' = A route(X) + S                      S^(j) of the chunk's tokens that belong to slot j behind it
+    o = λ R X + (P ⊙ Λ) v        P [C, C] what outputs read of v if all levels have the scale 1, Λ [C, C] the scales of
+    X' = A X + S                 the levels at which its tokens see each other, λ [C] those at which they see X
 
-with λ^(j) [C] the scales of the levels at which its queries see slot j, Λ [C, C] those at which they see each other.
+1. From the leaves up a parent is what its children are one after the other: A = A_right A_left, S = A_right S_left +
+   S_right.
+2. Again from the leaves up, what queries see at one level is the S of a left sibling: o += λ R S_left. Then R becomes
+   R A_left, what they read of a state that enters the left sibling.
+3. So in the end R X is what outputs read, without their λ, of what has entered the segment. Final slots are read like
+   outputs, by the last chunk's A in the place of R.
 
-Across chunks the slots are scanned, backward their gradients; what is local to a chunk is left to autograd.
+Backward leaves all of this to autograd; by hand go what enters and leaves the segments.
 """
 
 from typing import Any
@@ -16,24 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.kernels.fenwick import (
-    fitted,
-    level,
-    moved,
-    moved_back,
-    occupied,
-    own_slots,
-    routes,
-    starts,
-)
+from lasp.kernels.fenwick import fitted, level, most_slots, moved, moved_back, occupied, own_slots, routes, starts
+from lasp.kernels.leaves import NONE, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearGradients, LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Kept
 from lasp.kernels.reference.chunk import CHUNK, read, write
-from lasp.kernels.segments import Chunks
 from lasp.kernels.summary import SHUT, Summary, apply, apply_transposed
 
-Steps = list[tuple[Tensor, Tensor]]  # the segments that have an i-th chunk, and those chunks
+LOG_CHUNK = CHUNK.bit_length() - 1
 
 
 class LogLinearOp:
@@ -41,150 +37,162 @@ class LogLinearOp:
     states [N, J, H, K, V] and transitions [N, 1, H] or [N, 1, H, K, K]."""
 
     def summarize(self, x: LogLinearInputs, wanted: bool):
-        cut = Cut(x)
-        local = cut.local(x, cut.leaves(x))
-        summary = None
-        if wanted:
-            start = x.v.new_zeros(x.state_shape, dtype=x.state_dtype)
-            summary = Summary(cut.scan(local["a"], local["s"], start)[1], cut.total(local["a"], start))
-        return summary, (cut, local)
+        call = Call(x)
+        made = call.run(call.leaves())
+        return Summary(made["slots"], made["a"]) if wanted else None, (call, made)
 
     def finish(self, x: LogLinearInputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending, Kept]:
-        cut, local = partial
-        start = cut.slots_of(x, incoming.wait(), x.tokens)
-        entering, outgoing = cut.scan(local["a"], local["s"], start)
-        o = local["y"] + torch.einsum("mjhck,mjhkv->mhcv", local["r"], entering)
-        return cut.chunks.join(o, x.v).to(x.v.dtype), Pending(lambda: outgoing), (start,)
+        call, made = partial
+        start = call.initial(incoming.wait())
+        o = made["o"] + torch.einsum("mjhck,mjhkv->mhcv", made["r"], start[call.owner])
+
+        def outgoing() -> Tensor:
+            return made["slots"] + apply(made["a"], moved(fitted(start, x.tokens, call.slots), call.routes))
+
+        return call.join(o).to(x.v.dtype), Pending(outgoing), (start,)
 
     def summarize_grad(self, x: LogLinearInputs, kept: Kept, do: Tensor, wanted: bool):
-        cut, start = Cut(x), kept[0]
-        assert start is not None
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in cut.leaves(x).items()}
+        call = Call(x)
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in call.leaves().items()}
         with torch.enable_grad():
-            local = cut.local(x, leaves)
-        do = cut.chunks.split(do).to(x.state_dtype)
-        d = local["r"].detach().mT @ do[:, None]
-        total = cut.scan_back(cut.detached(local["a"]), d, torch.zeros_like(start))[1] if wanted else None
-        return total, (cut, leaves, local, do, d, start)
+            made = call.run(leaves)
+        do = call.split(do).to(x.state_dtype)
+        of_chunks = made["r"].detach().mT @ do[:, None]
+        d = of_chunks.new_zeros(x.segments.count, *of_chunks.shape[1:]).index_add(0, call.owner, of_chunks)
+        return fitted(d, x.tokens, call.slots) if wanted else None, (call, leaves, made, do, d, kept[0])
 
     def finish_grad(
         self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]
     ) -> LogLinearGradients:
-        cut, leaves, local, do, d, start = partial
-        a = cut.detached(local["a"])
-        entering, _ = cut.scan(a, local["s"].detach(), start)
-        leaving, d_incoming = cut.scan_back(a, d, cut.slots_of(x, d_outgoing.wait(), x.tokens_after))
-        grads = {"r": do[:, None] @ entering.mT, "y": do, "s": leaving}
-        if a is not None:
-            grads["a"] = _transition_grad(a, moved(entering, cut.routes), leaving)
-        found = torch.autograd.grad(
-            [local[name] for name in grads], list(leaves.values()), list(grads.values()), materialize_grads=True
-        )
-        of = {
-            name: cut.chunks.join(grad, x.v).to(getattr(x, name).dtype)
-            for name, grad in zip(leaves, found, strict=True)
-        }
-        return LogLinearGradients(of, Pending(lambda: d_incoming))
+        call, leaves, made, do, d, start = partial
+        grads = {"o": do, "r": do[:, None] @ start[call.owner].mT}
+        if (end := d_outgoing.wait()) is not None:
+            end = fitted(end, x.tokens_after, call.slots)
+            grads["slots"] = end
+            a, entered = made["a"], moved(fitted(start, x.tokens, call.slots), call.routes)
+            if a is not None:
+                grads["a"] = _transition_grad(a.detach(), entered, end)
+            passed = moved_back(apply_transposed(None if a is None else a.detach(), end), call.routes)
+            d = d + passed[:, : d.shape[1]]
+        outputs = [made[name] for name in grads]
+        found = torch.autograd.grad(outputs, list(leaves.values()), list(grads.values()), materialize_grads=True)
+        pairs = zip(leaves, found, strict=True)
+        of = {name: call.join(grad).to(getattr(x, name).dtype) for name, grad in pairs}
+        return LogLinearGradients(of, Pending(lambda: fitted(d, x.tokens, call.slots)))
 
 
-class Cut:
-    """The segments' tokens in M chunks, and where these stand in their documents."""
+class Call:
+    """The segments' tokens in M chunks, [M, H, C, ...], and where these stand in their documents."""
 
     def __init__(self, x: LogLinearInputs):
-        offsets, seen, device = x.segments.offsets, x.tokens, x.v.device
-        head = torch.minimum(-seen % CHUNK, offsets.diff())  # up to a place where chunks may begin
-        cuts = torch.stack([offsets[:-1], offsets[:-1] + head], 1).flatten()
-        self.chunks = Chunks(torch.cat([cuts, offsets[-1:]]), CHUNK, device)
-        owner = self.chunks.owner.cpu() // 2
-        counts = owner.bincount(minlength=x.segments.count)
-        first = counts.cumsum(0) - counts
-        active = [(counts > i).nonzero()[:, 0] for i in range(int(counts.max()) if len(counts) else 0)]
-        self.steps: Steps = [(n.to(device), (first[n] + i).to(device)) for i, n in enumerate(active)]
+        self.x, self.slots, device = x, x.state_shape[1], x.v.device
+        chunks = cut(x.segments.offsets, x.tokens, CHUNK)
+        place = torch.arange(CHUNK, device="cpu")
+        self.mask = ((place >= chunks.skipped[:, None]) & (place < chunks.stop[:, None])).to(device)  # [M, C]
+        self.token = (chunks.start[:, None] + place).to(device).where(self.mask, 0)
+        self.position = (chunks.number[:, None] * CHUNK + place).to(device)
+        self.among = level(place[:, None], place[None, :]).to(device)
+        self.owner, self.last = chunks.owner.to(device), chunks.last.to(device)
+        self.before, self.after = x.tokens.to(device), x.tokens_after.to(device)
+        self.routes = routes(self.before, self.after, self.slots)
 
-        token = torch.arange(x.segments.batch * x.segments.tokens, device="cpu")
-        segment = torch.repeat_interleave(offsets.diff())
-        position = (token - offsets[segment] + seen[segment]).view(*x.v.shape[:2], 1).to(device)
-        self.position = self.chunks.split(position)[:, 0]  # [M, C]
-        self.begin = self.position[:, 0]
-        end = self.begin + self.chunks.mask.sum(1)
-        self.slots = x.state_shape[1]
-        self.routes = routes(self.begin, end, self.slots)
-        self.own = own_slots(self.position, end, self.slots) & self.chunks.mask[..., None]  # [M, C, J]
-        self.reads = self.chunks.mask[..., None] & occupied(self.begin, self.slots)[:, None]
+        found, roots = heights(chunks)
+        lefts = torch.cat([height.left for height in found]) if found else roots[:0]
+        self.roots = roots.to(device)
+        self.siblings = [(height.left.to(device), height.right.to(device)) for height in found]
+        self.steps = []  # of every height: chunks and what they see, segments and what their last chunks see
+        for seen in (height.seen for height in found):
+            sights = [(of != NONE, of) for of in (seen, seen[chunks.last])]
+            self.steps.append(
+                [part.to(device) for some, of in sights for part in (some.nonzero()[:, 0], lefts[of[some]])]
+            )
 
-    def slots_of(self, x: LogLinearInputs, slots: Tensor | None, tokens: Tensor) -> Tensor:
-        """[N, J, H, K, V], those of so many tokens; zero if there are none."""
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [M, H, C, ...], zero where there is no token."""
+        chunks = x.flatten(0, 1)[self.token]
+        return chunks.where(self.mask.view(*self.mask.shape, *(1,) * (chunks.ndim - 2)), 0).transpose(1, 2)
+
+    def join(self, chunks: Tensor) -> Tensor:
+        """The inverse of `split`; chunks are in the order of tokens."""
+        return chunks.transpose(1, 2)[self.mask].unflatten(0, self.x.v.shape[:2])
+
+    def initial(self, slots: Tensor | None) -> Tensor:
+        """[N, J0, H, K, V]: as many as hold what came before."""
+        count, (segments, _, *state) = most_slots(self.x.tokens), self.x.state_shape
         if slots is None:
-            return x.v.new_zeros(x.state_shape, dtype=x.state_dtype)
-        return fitted(slots, tokens, self.slots)
+            return self.x.v.new_zeros(segments, count, *state, dtype=self.x.state_dtype)
+        return fitted(slots, self.x.tokens, count)
 
-    def leaves(self, x: LogLinearInputs) -> dict[str, Tensor]:
-        return {name: self.chunks.split(t).to(x.state_dtype) for name, t in x.tensors.items()}
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: self.split(t).to(self.x.state_dtype) for name, t in self.x.tensors.items()}
 
-    def local(self, x: LogLinearInputs, leaves: dict[str, Tensor]) -> dict[str, Any]:
-        """Of each chunk: a and s [M, J, H, K, V], its map of slots; r [M, J, H, C, K], what outputs read of those that
-        enter it, and y [M, H, C, V], what they read of the chunk itself."""
-        heads, v = x.v.shape[2], leaves["v"]
-        q, k = (leaves[name].repeat_interleave(heads // leaves[name].shape[1], dim=1) for name in ("q", "k"))
-        g, scales, beta = leaves.get("decay"), leaves["level_scales"], leaves.get("beta")
+    def run(self, leaves: dict[str, Tensor]) -> dict[str, Any]:
+        """o [M, H, C, V] and the final slots [N, J, H, K, V] if nothing comes in, the segments' transitions a, and
+        r [M, J0, H, C, K], what outputs read of initial slots."""
+        x, v, scales = self.x, leaves["v"], leaves["level_scales"]
+        q, k = (leaves[name].repeat_interleave(x.v.shape[2] // leaves[name].shape[1], dim=1) for name in ("q", "k"))
+        g = leaves.get("decay")
         b = None if g is None else g.clamp(min=SHUT[x.state_dtype]).double().cumsum(2)
         eye = torch.eye(CHUNK, dtype=v.dtype, device=v.device).expand(*v.shape[:3], CHUNK)
-        a, written, u, w = write(k, eye, b, beta)  # of v = I, so that the tokens stay apart
+        a, written, u, w = write(k, eye, b, leaves.get("beta"))  # of v = I, so that the tokens stay apart
         r, p = read(q * x.scale, k, b, u, w)
-        among = _at(scales, level(self.position[:, :, None], self.position[:, None]))
-        earlier = level(self.position[:, :, None], starts(self.begin, self.slots)[:, None])
-        read_scales = _at(scales, earlier.where(self.reads, 0)) * self.reads[:, None]  # [M, H, C, J]
-        return {
-            "a": None if a is None else a[:, None],
-            "s": (written[:, None] * self.own.mT[:, :, None, None]) @ v[:, None],
-            "r": read_scales.movedim(3, 1)[..., None] * r[:, None],
-            "y": (p * among) @ v,
-        }
+        o, s = (p * _at(scales, self.among[None])) @ v, written @ v
+        for left, right in self.siblings:
+            s = torch.cat([s, apply(_of(a, right), s[left]) + s[right]])
+            a = None if a is None else torch.cat([a, _then(a[left], a[right])])
 
-    @staticmethod
-    def detached(a: Tensor | None) -> Tensor | None:
-        return None if a is None else a.detach()
+        slots = self._within_last(written, v)
+        end = _of(a, self.last)
+        for height, (chunk, seen, segment, seen_by_last) in enumerate(self.steps):
+            slot, rows = LOG_CHUNK + height, r[chunk]
+            scale = scales[chunk][..., min(slot + 1, scales.shape[-1] - 1)]  # padding may be longer than levels address
+            o = o.index_add(0, chunk, scale[..., None] * (rows @ s[seen]))
+            r = r if a is None else r.index_copy(0, chunk, _read_before(rows, a[seen]))
+            if len(segment):
+                slots[slot] = slots[slot].index_copy(0, segment, apply(_of(end, segment), s[seen_by_last]))
+                if end is not None and a is not None:
+                    end = end.index_copy(0, segment, _then(a[seen_by_last], end[segment]))
+        total = None if a is None else a[self.roots][:, None]
+        return {"o": o, "slots": torch.stack(slots, 1), "a": total, "r": self._of_initial(r, scales)}
 
-    def scan(self, a: Tensor | None, s: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots that enter each chunk [M, J, H, K, V] and those that leave the segments [N, J, H, K, V]."""
-        entering, state = torch.empty_like(s), start.clone()
-        for segment, chunk in self.steps:
-            entering[chunk] = state[segment]
-            passed = moved(state[segment], self.routes[chunk])
-            state[segment] = apply(None if a is None else a[chunk], passed) + s[chunk]
-        return entering, state
+    def _within_last(self, written: Tensor, v: Tensor) -> list[Tensor]:
+        """[N, H, K, V] of every final slot: what the last chunk's tokens wrote into it."""
+        own = own_slots(self.position[self.last], self.after, LOG_CHUNK) & self.mask[self.last][..., None]
+        written, v = written[self.last], v[self.last]
+        slots = [(written * mask[:, None, None]) @ v for mask in own.unbind(-1)]
+        return (slots + [torch.zeros_like(slots[0])] * self.slots)[: self.slots]
 
-    def scan_back(self, a: Tensor | None, d: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """The mirror image: the gradients of each chunk's outgoing slots and of the segments' incoming ones."""
-        leaving, grad = torch.empty_like(d), end.clone()
-        for segment, chunk in reversed(self.steps):
-            leaving[chunk] = grad[segment]
-            passed = apply_transposed(None if a is None else a[chunk], grad[segment])
-            grad[segment] = moved_back(passed, self.routes[chunk]) + d[chunk]
-        return leaving, grad
-
-    def total(self, a: Tensor | None, like: Tensor) -> Tensor | None:
-        """The product of each segment's transitions, [N, 1, H] or [N, 1, H, K, K]."""
-        if a is None:
-            return None
-        if a.ndim == 3:
-            total = a.new_zeros(len(like), *a.shape[1:])
-            for segment, chunk in self.steps:
-                total[segment] += a[chunk]
-            return total
-        total = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(len(like), *a.shape[1:]).clone()
-        for segment, chunk in self.steps:
-            total[segment] = a[chunk] @ total[segment]
-        return total
+    def _of_initial(self, r: Tensor, scales: Tensor) -> Tensor:
+        """λ R of every initial slot, [M, J0, H, C, K]."""
+        count = most_slots(self.x.tokens)
+        held = self.mask[..., None] & occupied(self.before, count)[self.owner][:, None]
+        seen_at = level(self.position[..., None], starts(self.before, count)[self.owner][:, None])
+        weights = _at(scales, seen_at.where(held, 0)) * held[:, None]
+        return weights.movedim(3, 1)[..., None] * r[:, None]
 
 
 def _at(scales: Tensor, levels: Tensor) -> Tensor:
-    """scales [M, H, C, L] at levels [M, C, D]; places without a token have some level that there is."""
-    return scales.gather(-1, levels.clamp(max=scales.shape[-1] - 1)[:, None].expand(-1, scales.shape[1], -1, -1))
+    """scales [M, H, C, L] at levels [M or 1, C, D]; places without a token have some level that there is."""
+    levels = levels.clamp(max=scales.shape[-1] - 1)[:, None]
+    return scales.gather(-1, levels.expand(*scales.shape[:3], levels.shape[-1]))
 
 
-def _transition_grad(a: Tensor, moved_in: Tensor, leaving: Tensor) -> Tensor:
-    """∂L/∂A = Σ_j G^(j) X^(j)ᵀ, through the exponential where A is a logarithm; a [M, 1, H] or [M, 1, H, K, K]."""
-    if a.ndim == moved_in.ndim:
-        return (leaving @ moved_in.mT).sum(1, keepdim=True)
-    return (apply(a, moved_in) * leaving).sum((1, 3, 4))[:, None]
+def _of(a: Tensor | None, nodes: Tensor) -> Tensor | None:
+    return None if a is None else a[nodes]
+
+
+def _then(first: Tensor, second: Tensor) -> Tensor:
+    """The transition of one run after another."""
+    return first + second if first.ndim == 2 else second @ first
+
+
+def _read_before(r: Tensor, a: Tensor) -> Tensor:
+    """R A, for R [m, H, C, K]: what is read of a state before the transition."""
+    return r @ a if a.ndim == r.ndim else r * a.exp()[..., None, None]
+
+
+def _transition_grad(a: Tensor, entered: Tensor, d_final: Tensor) -> Tensor:
+    """∂L/∂A = Σ_j G^(j) X^(j)ᵀ, through the exponential where A is a logarithm; a [N, 1, H] or [N, 1, H, K, K]."""
+    if a.ndim == entered.ndim:
+        return (d_final @ entered.mT).sum(1, keepdim=True)
+    return (apply(a, entered) * d_final).sum((1, 3, 4))[:, None]

@@ -1,8 +1,4 @@
-"""The tree over the leaves of every segment, made on the host: which nodes are siblings, what a leaf's queries see.
-
-A node that has no sibling in its segment counts as its parent, too. The last leaf of a segment is that in which the
-next token would stand, so it may be empty; what it sees of others are final slots.
-"""
+"""The tree over the leaves of every segment (lasp.kernels.leaves) as tables on the device."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,15 +10,13 @@ from torch import Tensor
 
 from lasp.kernels.fenwick import level, occupied, starts
 from lasp.kernels.lasting import lasting
+from lasp.kernels.leaves import NONE, Height, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.segments import Tiles
 
-NONE = -1
-
 
 class Pairs(NamedTuple):
-    """The siblings of one height, whose numbers begin at `first`. Nodes 0 … M - 1 are leaves, M + i is the parent of
-    pair i.
+    """The siblings of one height, whose numbers begin at `first`.
 
     table: [8, pairs] int32: left and right node; the nearest pair whose left node the parent is in, or NONE; the right
     node's first leaf and how many it has, its first piece and how many it has; which final slot the left node is, as a
@@ -77,17 +71,6 @@ def tree_of(x: LogLinearInputs, leaf: int, piece: int) -> Tree:
     return _tree(offsets, seen, x.state_shape[1], leaf, piece, x.v.device)
 
 
-class _Height(NamedTuple):
-    """Siblings as they are found, one entry a pair but for the last."""
-
-    left: Tensor
-    right: Tensor
-    leaf: Tensor
-    leaves: Tensor
-    origin: Tensor  # where in the document the left node begins, in leaves
-    seen: Tensor  # [M] the pair that a leaf's queries see, or NONE
-
-
 @lru_cache(maxsize=64)
 @lasting
 def _tree(
@@ -95,26 +78,19 @@ def _tree(
 ) -> Tree:
     offset, before = torch.tensor(offsets, device="cpu"), torch.tensor(seen, device="cpu")
     after = before + offset.diff()
-    counts = after // leaf - before // leaf + 1
-    begins = counts.cumsum(0) - counts
-    owner = torch.repeat_interleave(counts)
-    count = len(owner)
-    index = torch.arange(count, device="cpu") + (before // leaf - begins)[owner]
-    skipped, stop = ((edge[owner] - index * leaf).clamp(0, leaf) for edge in (before, after))
-    start = (offset[:-1] - before)[owner] + index * leaf
-    first = torch.cat([begins, counts.sum()[None]])
-    last = first[1:] - 1
-
-    heights, roots = _heights(owner, index, len(before))
+    leaves = cut(offset, before, leaf)
+    start, skipped, stop, index, owner, first = leaves
+    count, last, counts = len(owner), leaves.last, first.diff()
+    levels, roots = heights(leaves)
     left, right, right_leaf, right_leaves, origin = (
-        torch.cat([height[i] for height in heights]) if heights else begins[:0] for i in range(5)
+        torch.cat([height[i] for height in levels]) if levels else owner[:0] for i in range(5)
     )
     numbers = torch.arange(len(left), device="cpu")
     home = torch.full((count + len(left),), NONE, device="cpu")
-    for pair in _by_height(numbers, heights)[::-1]:
+    for pair in _by_height(numbers, levels)[::-1]:
         home[left[pair]], home[right[pair]] = pair, home[count + pair]
 
-    sees = torch.stack([height.seen for height in heights], 1) if heights else index[:, None][:, :0]
+    sees = torch.stack([height.seen for height in levels], 1) if levels else index[:, None][:, :0]
     seen_heights = (sees == NONE).int().argsort(dim=1, stable=True)
     segment, height = (sees[last] != NONE).nonzero(as_tuple=True)
     final_pair, final_slot = sees[last][segment, height], height + leaf.bit_length() - 1
@@ -122,10 +98,10 @@ def _tree(
 
     held = occupied(before, slots)
     incoming, incoming_origin = held.nonzero().T, starts(before, slots)[held]
-    incoming_first = torch.cat([begins[:1] * 0, held.sum(1).cumsum(0)])
+    incoming_first = torch.cat([first[:1], held.sum(1).cumsum(0)])
     to = level(after[incoming[0]], incoming_origin) - 1
     of_pieces, pieces = _pieces(
-        torch.cat([right_leaf, begins[incoming[0]]]),
+        torch.cat([right_leaf, first[incoming[0]]]),
         torch.cat([right_leaves, counts[incoming[0]]]),
         torch.cat([origin * leaf, incoming_origin]),
         piece,
@@ -145,7 +121,7 @@ def _tree(
         seen_heights=moved(*seen_heights),
         heights=tuple(
             Pairs(int(pair[0]), h, moved(*table[:, pair]))
-            for h, pair in enumerate(_by_height(numbers, heights))
+            for h, pair in enumerate(_by_height(numbers, levels))
             if len(pair)
         ),
         pieces=moved(*pieces),
@@ -158,30 +134,7 @@ def _tree(
     )
 
 
-def _heights(owner: Tensor, index: Tensor, segments: int) -> tuple[list[_Height], Tensor]:
-    """From the leaves up, until there is one node in each segment; and those nodes."""
-    found: list[_Height] = []
-    count, pairs = len(owner), 0
-    node = leaf = row_of_leaf = torch.arange(count, device="cpu")
-    leaves = torch.ones_like(node)
-    while len(owner) > segments:
-        joins = (owner[1:] == owner[:-1]) & (index[1:] >> 1 == index[:-1] >> 1)
-        left = joins.nonzero()[:, 0]
-        right = left + 1
-        pair = pairs + torch.arange(len(left), device="cpu")
-        seen = torch.full_like(node, NONE).index_put((right,), pair)[row_of_leaf]
-        origin = index[left] << len(found)
-        found.append(_Height(node[left], node[right], leaf[right], leaves[right], origin, seen))
-        pairs += len(left)
-        kept = torch.ones_like(node, dtype=torch.bool).index_put((right,), torch.tensor(False, device="cpu"))
-        node = node.index_put((left,), count + pair)[kept]
-        leaves = leaves.index_put((left,), leaves[right], accumulate=True)[kept]
-        row_of_leaf = (kept.cumsum(0) - 1)[row_of_leaf]
-        owner, index, leaf = owner[kept], index[kept] >> 1, leaf[kept]
-    return found, node
-
-
-def _by_height(numbers: Tensor, heights: Iterable[_Height]) -> list[Tensor]:
+def _by_height(numbers: Tensor, heights: Iterable[Height]) -> list[Tensor]:
     """The numbers of the pairs of each height."""
     return list(numbers.split([len(height.left) for height in heights]))
 
