@@ -1,5 +1,6 @@
 """What lasp.integrations.megatron.train makes of Megatron's parts: the loss, bf16, optimizers, checkpoints."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -105,3 +106,6 @@ def test_training_in_bf16(gen, four, shared_tmp_path, preset):
     assert again.restore() == 5
     assert again.step(data, 5) == whole.step(data, 5)
     assert again.step(data, 6) == whole.step(data, 6)
+    again.model.module.module.decoder.final_layernorm.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="^step 8, samples 28 to 31: gradient norm: got nan"):
+        again.step(data, 7)

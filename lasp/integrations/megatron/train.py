@@ -36,6 +36,7 @@ from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
+from lasp.training.optimizer import require_finite
 from lasp.training.runtime import end_with_launcher
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.stop import Stopped, stop_signals
@@ -195,7 +196,11 @@ class Training:
         )
 
     def step(self, dataset: Any, step: int) -> float:
-        """One update; the mean loss per token over all ranks."""
+        """One update; the mean loss per token over all ranks.
+
+        Raises FloatingPointError on every rank if that or the gradient norm is not finite; the weights are not to be
+        saved then.
+        """
         run, ranks = self.run, parallel_state.get_data_parallel_world_size()
         batches: list[dict[str, Tensor]] = []
 
@@ -216,11 +221,13 @@ class Training:
             micro_batch_size=run.micro_batch,
             forward_only=False,
         )
-        self.optimizer.step()
+        _, grad_norm, _ = self.optimizer.step()
         both = torch.stack(seen).sum(0) if seen else torch.zeros(2, device=next(self.model.parameters()).device)
         both = comm.all_reduce(both, parallel_state.get_data_parallel_group(with_context_parallel=True)).wait()
         total, count = comm.all_reduce(both, parallel_state.get_pipeline_model_parallel_group()).wait().tolist()
-        return total / count
+        where = f"step {step + 1}, samples {step * run.global_batch} to {(step + 1) * run.global_batch - 1}"
+        require_finite(float(grad_norm), f"{where}: gradient norm")
+        return require_finite(total / count, f"{where}: loss")
 
     def save(self, step: int) -> None:
         """Another mesh may go on from this."""
