@@ -40,7 +40,7 @@ class AttendVisits(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: Blocks, way: Way, earlier: Earlier | None = None
     ):
-        o, lse = _seen_before(earlier, lambda: _attended(q, k, v, mask, blocks, way, earlier))
+        o, lse = _once(earlier, lambda: _attended(q, k, v, mask, blocks, way, earlier))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.blocks, ctx.way, ctx.earlier = mask, blocks, way, earlier
         return o
@@ -71,7 +71,7 @@ class AttendVisits(Function):
         return whole, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-def _seen_before(earlier: Earlier | None, attend: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _once(earlier: Earlier | None, attend: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """attend(), or what it gave when this segment was computed before, if there are others that it looks at again."""
     if earlier is None or not earlier.visitors:
         return attend()
