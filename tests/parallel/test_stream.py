@@ -124,6 +124,33 @@ def test_segments_shorter_than_the_convolutions_reach(gen, group, layout, docume
     check(gen, group, lambda: build("mamba2", conv_width=6), documents, segment=units, layout=layout)
 
 
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("window", [None, 4, 13])
+def test_softmax_attention_segment_by_segment(gen, window, documents):
+    """By hand, on one rank: a store between the segments, forward and then back."""
+    offsets = None if documents is None else torch.tensor(documents)
+    parallel = SequenceParallel(None, layout="zigzag")
+    sizes = (4, 6), (2, 6), (2, 5), (4, 5)
+    *inputs, do = (torch.randn(1, TOKENS, *size, generator=gen, dtype=torch.float64) for size in sizes)
+    leaves = [x.requires_grad_() for x in inputs]
+    seq, stream, store = parallel.sequence(TOKENS, offsets), Stream(parallel, TOKENS, SEGMENT, offsets), KeyStore()
+    wanted = seq.unshard(seq.softmax_attention(*map(seq.shard, leaves), window=window))
+    d_wanted = torch.autograd.grad(wanted, leaves, do)
+
+    parts = list(zip(*map(stream.shard, leaves), strict=True))
+    outputs = [
+        segment.unshard(segment.softmax_attention(*part, window=window, keys=store))
+        for segment, part in zip(stream, parts, strict=True)
+    ]
+    assert error(torch.cat(outputs, dim=1), wanted) <= TOLERANCE
+    d_got = [torch.zeros_like(x) for x in leaves]
+    for (start, stop), o in reversed(list(zip(stream.ranges, outputs, strict=True))):
+        for total, d in zip(d_got, torch.autograd.grad(o, leaves, do[:, start:stop]), strict=True):
+            total += d
+    for got, d in zip(d_got, d_wanted, strict=True):
+        assert error(got, d) <= TOLERANCE
+
+
 def refusals(parallel: SequenceParallel):
     """What every rank must refuse; only the last rank's argument is wrong."""
     wrong = parallel.rank == parallel.size - 1

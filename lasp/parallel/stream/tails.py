@@ -52,15 +52,19 @@ class TailPlan:
         def tensor(rows: Any) -> Tensor:
             return torch.tensor(rows, device=device)
 
+        def place(token: int) -> int:
+            """In the entering tail, which ends where the segment begins; any place for a token that is not there."""
+            return max(0, min(token + w, w - 1))
+
         return cls(
             first=tensor(partition.first),
-            into=tensor([[max(0, min(token + w, w - 1)) for token in row] for row in before]),
+            into=tensor([[place(token) for token in row] for row in before]),
             from_tail=tensor(
                 [[t < 0 and w - i <= far for i, t in enumerate(row)] for row, far in zip(before, back, strict=True)]
             )[..., None],
             local=tensor(local),
             is_local=tensor(mine)[:, None],
-            again=tensor([max(0, min(token + w, w - 1)) for token in last]),
+            again=tensor([place(token) for token in last]),
             is_again=tensor(again)[:, None],
         )
 
