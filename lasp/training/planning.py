@@ -115,7 +115,7 @@ def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
         recompute_layers=config.recompute_layers,
         offload_activations=config.offload_activations,
         segment_tokens=config.segment_tokens,
-        segment_offload=getattr(config, "segment_offload", None),
+        segment_offload=config.segment_offload,
     )
 
 
