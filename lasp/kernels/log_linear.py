@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.linear import BACKENDS, Backend
 from lasp.kernels.log_linear_inputs import LogLinearInputs
-from lasp.kernels.recurrence import Alone, Boundary, Kept
+from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
 
@@ -47,7 +46,7 @@ def log_linear_attention(
         initial_state: of N = B sequences or packed documents; tokens go on at position `initial_state.tokens`.
         cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Levels restart in every document.
             Offsets on a GPU are copied to the host.
-        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
+        backend: "auto", "reference" (PyTorch, which "auto" takes) or "triton" (without beta).
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
@@ -98,9 +97,11 @@ def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_
     segments = Segments(batch, tokens, None if cu_seqlens is None else cu_seqlens.cpu())
     check_state(initial_state, segments.count, v, k.shape[-1])
     seen = seen_by(initial_state, segments.count)
-    x = LogLinearInputs(q, k, v, decay, level_scales, beta, checks.scale(scale, k.shape[-1]), segments, seen)
+    scale = checks.scale(scale, k.shape[-1])
+    x = LogLinearInputs(q, k, v, decay, level_scales, beta, scale=scale, segments=segments, seen=seen)
     check_levels(level_scales.shape[-1], x.tokens_after)
     slots = None if initial_state is None else initial_state.slots
+    slots = None if slots is None else resized(slots, x.state_shape[1])
     o, final = run(choose_op(x, backend), Alone(), x, slots, output_final_state)
     return o, None if final is None else FenwickState(final, x.tokens_after)
 
@@ -158,62 +159,12 @@ def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int)
 
 
 def choose_op(x: LogLinearInputs, backend: Backend) -> "LogLinearOp | TritonLogLinear":
-    """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
-    if backend == "reference" or (backend == "auto" and x.v.device.type != "cuda") or x.v.shape[0] == 0:
+    """The implementation that serves these inputs. "auto" is the reference until the kernels have run on a GPU."""
+    if backend != "triton" or x.v.shape[0] == 0:
         return LogLinearOp()
     from lasp.kernels.triton.device import unsupported
     from lasp.kernels.triton.log_linear.op import TritonLogLinear
 
     refusal = "a delta rule" if x.beta is not None else unsupported(x.k, x.v)
-    if refusal is None:
-        return TritonLogLinear()
-    checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
-    return LogLinearOp()
-
-
-def run(
-    op: "LogLinearOp | TritonLogLinear",
-    boundary: Boundary,
-    x: LogLinearInputs,
-    slots: Tensor | None,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`recurrence.run` for states of several slots: o [B, T, H, V] and, if asked for, the final slots."""
-    with torch.cuda.device_of(x.v):
-        return _LogLinear.apply(
-            op, boundary, x.without_tensors(), tuple(x.tensors), output_final_state, slots, *x.tensors.values()
-        )
-
-
-class _LogLinear(autocast.Function):
-    @staticmethod
-    def forward(ctx, op, boundary, frame, names, output_final_state, slots, *tensors):
-        x = frame.having(dict(zip(names, tensors, strict=True)))
-        summary, partial = op.summarize(x, boundary.wants_summary)
-        links: list[Kept] = []
-
-        def arrive(entered: tuple[Tensor | None, Kept]) -> Tensor | None:
-            links.append(entered[1])
-            return entered[0]
-
-        o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, slots).then(arrive))
-        (link,) = links
-        ctx.op, ctx.boundary, ctx.frame, ctx.names, ctx.num_kept = op, boundary, frame, names, len(kept)
-        ctx.slots = None if slots is None else slots.shape[1]
-        ctx.save_for_backward(*tensors, *kept, *link)
-        ctx.set_materialize_grads(False)
-        return o, boundary.leave(outgoing.wait(), slots) if output_final_state else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, d_final):
-        tensors, rest = ctx.saved_tensors[: len(ctx.names)], ctx.saved_tensors[len(ctx.names) :]
-        kept, link = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        x = ctx.frame.having(dict(zip(ctx.names, tensors, strict=True)))
-        do = torch.zeros_like(x.v) if do is None else do.contiguous()
-        d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
-        grads = ctx.op.finish_grad(x, kept, partial, ctx.boundary.enter_grad(link, d_summary, d_final))
-        d_slots = None
-        if ctx.needs_input_grad[5]:
-            d_slots = resized(ctx.boundary.leave_grad(grads.incoming.wait(), d_final), ctx.slots)
-        return None, None, None, None, None, d_slots, *(grads.of.get(name) for name in ctx.names)
+    checks.require(refusal is None, "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
+    return TritonLogLinear()

@@ -10,10 +10,9 @@ from torch import Tensor
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.log_linear import check_levels, check_log_linear, check_state, choose_op, seen_by
-from lasp.kernels.log_linear import run as run_op
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Alone, Boundary, Kept
+from lasp.kernels.recurrence import Alone, Boundary, Kept, run
 from lasp.kernels.summary import Summary
 from lasp.parallel import Sequence, comm
 from lasp.parallel.agreement import gradients, signature
@@ -105,8 +104,9 @@ def _exchanged(sequence, q, k, v, decay, level_scales, beta, scale, initial_stat
     boundary: Boundary = AcrossSlots(partition, batch, sequence.parallel.group, seen)
     if partition.layout.units == 1 and len(partition.local) == partition.documents:
         boundary = Alone()
-    slots = None if initial_state is None else initial_state.slots
-    o, final = run_op(choose_op(x, "auto"), boundary, x, slots, output_final_state)
+    most = max(_totals(partition, seen)).bit_length()
+    slots = None if initial_state is None else resized(initial_state.slots, most)
+    o, final = run(choose_op(x, "auto"), boundary, x, slots, output_final_state)
     totals = torch.tensor(_totals(partition, seen) * (batch if partition.documents == 1 else 1), device="cpu")
     return local.unfold(o), None if final is None else FenwickState(final, totals)
 

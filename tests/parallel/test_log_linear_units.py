@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp.kernels.log_linear import run
+from lasp.kernels.fenwick import resized
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
+from lasp.kernels.recurrence import run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
@@ -66,7 +67,8 @@ def of_rank(partition: Partition, drawn: Drawn, upstream: dict, seen: tuple[int,
     segments = Segments(1, partition.local_tokens, lengths.cumsum(0))
     x = LogLinearInputs(**({"beta": None} | leaves), scale=0.4, segments=segments, seen=before)
     boundary = log_linear.AcrossSlots(partition, 1, partition.rank, seen)
-    o, final = run(LogLinearOp(), boundary, x, slots, True)
+    as_many = None if slots is None else resized(slots, boundary.slots)
+    o, final = run(LogLinearOp(), boundary, x, as_many, True)
     grads = torch.autograd.grad([o, final], inputs, [shard(upstream["o"]), upstream["final"]])
     found = {"o": o, "final": final} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=False)}
     return found if slots is None else found | {"dslots": grads[-1]}

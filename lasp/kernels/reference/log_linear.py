@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lasp.kernels.fenwick import fitted, level, most_slots, moved, moved_back, occupied, own_slots, routes, starts
 from lasp.kernels.leaves import NONE, cut, heights
-from lasp.kernels.log_linear_inputs import LogLinearGradients, LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Kept
+from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.reference.chunk import CHUNK, read, write
 from lasp.kernels.summary import SHUT, Summary, apply, apply_transposed
 
@@ -61,9 +61,7 @@ class LogLinearOp:
         d = of_chunks.new_zeros(x.segments.count, *of_chunks.shape[1:]).index_add(0, call.owner, of_chunks)
         return fitted(d, x.tokens, call.slots) if wanted else None, (call, leaves, made, do, d, kept[0])
 
-    def finish_grad(
-        self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]
-    ) -> LogLinearGradients:
+    def finish_grad(self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         call, leaves, made, do, d, start = partial
         grads = {"o": do, "r": do[:, None] @ start[call.owner].mT}
         if (end := d_outgoing.wait()) is not None:
@@ -78,7 +76,7 @@ class LogLinearOp:
         found = torch.autograd.grad(outputs, list(leaves.values()), list(grads.values()), materialize_grads=True)
         pairs = zip(leaves, found, strict=True)
         of = {name: call.join(grad).to(getattr(x, name).dtype) for name, grad in pairs}
-        return LogLinearGradients(of, Pending(lambda: fitted(d, x.tokens, call.slots)))
+        return Gradients(of, Pending(lambda: fitted(d, x.tokens, call.slots)))
 
 
 class Call:

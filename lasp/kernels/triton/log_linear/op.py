@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lasp.kernels.fenwick import fitted
 from lasp.kernels.layouts import laid_out
-from lasp.kernels.log_linear_inputs import LogLinearGradients, LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Kept
+from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.segments import Tiles
 from lasp.kernels.summary import Summary, apply
 from lasp.kernels.triton.log_linear.config import LogLinearConfig, log_linear_config
@@ -49,9 +49,7 @@ class TritonLogLinear:
         parts, totals = call.node_grads(do)
         return call.d_incoming(parts, totals) if wanted else None, (call, do, parts, totals, kept[0])
 
-    def finish_grad(
-        self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]
-    ) -> LogLinearGradients:
+    def finish_grad(self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         call, do, parts, totals, slots = partial
         x, tree = call.x, call.tree
         dq, shares = call.reads(slots, do, x.v, x.k, partner=x.q)
@@ -75,7 +73,7 @@ class TritonLogLinear:
             "decay": gate_grads(tree, x.decay, shares.through, within, beyond, across),
             "level_scales": shares.d_scales.sum(0).to(x.level_scales.dtype),
         }
-        return LogLinearGradients(of, Pending(lambda: call.d_incoming(parts, totals, final)))
+        return Gradients(of, Pending(lambda: call.d_incoming(parts, totals, final)))
 
 
 class Call:
