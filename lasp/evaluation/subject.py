@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lasp.config import DataConfig, ModelConfig, ParallelConfig, require
 from lasp.data import Context, Tokenizer, load_tokenizer
 from lasp.evaluation.score import Scores, score
+from lasp.integrations import require_transformers
 from lasp.models import Decoder
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
@@ -54,6 +55,7 @@ def read_model(path: str) -> Trained:
 
 
 def _read_export(path: str) -> Trained:
+    require_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lasp.integrations.huggingface import LaspForCausalLM
