@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
+from importlib.util import find_spec
 from io import StringIO
 from typing import Annotated, Any, Literal, Union
 
@@ -12,11 +13,11 @@ import tyro
 from tyro.conf import Positional
 
 from lasp import __version__
+from lasp.config import require
 from lasp.data.sources import SUFFIXES
 from lasp.evaluation.evaluate import EVALUATIONS
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
-from lasp.integrations import require_transformers
 from lasp.training import runtime
 from lasp.training.recipes import RECIPES
 
@@ -231,17 +232,22 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 
 def _exchange() -> Any:
-    require_transformers()
+    _require_transformers()
     from lasp.integrations import exchange
 
     return exchange
 
 
 def _chat(tokenizer: str) -> Any:
-    require_transformers()
+    _require_transformers()
     from lasp.integrations.huggingface.chat import HuggingFaceChat
 
     return HuggingFaceChat(tokenizer)
+
+
+def _require_transformers() -> None:
+    found = find_spec("transformers") is not None
+    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from lasp.config import DataConfig, ModelConfig, ParallelConfig, require
 from lasp.data import Context, Tokenizer, load_tokenizer
 from lasp.evaluation.score import Scores, score
-from lasp.integrations import require_transformers
 from lasp.models import Decoder
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
@@ -55,7 +55,8 @@ def read_model(path: str) -> Trained:
 
 
 def _read_export(path: str) -> Trained:
-    require_transformers()
+    found = find_spec("transformers") is not None
+    require(found, "transformers", "nothing of that name", f"it, to read {path}: pip install 'lasp-sp[huggingface]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lasp.integrations.huggingface import LaspForCausalLM

@@ -130,7 +130,7 @@ def test_one_rank_speaks_and_torchrun_gets_the_traceback(tmp_path, monkeypatch, 
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("lasp.integrations.find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"transformers: .*pip install 'lasp-sp\[huggingface\]'"):
         cli.main(["export", "run", "out"])
 
