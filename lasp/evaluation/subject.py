@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def read_model(path: str) -> Trained:
 
 
 def _read_export(path: str) -> Trained:
+    found = find_spec("transformers") is not None
+    require(found, "transformers", "nothing of that name", f"it, to read {path}: pip install 'lasp-sp[huggingface]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lasp.integrations.huggingface import LaspForCausalLM

@@ -140,9 +140,12 @@ def test_what_cannot_be_evaluated_is_refused(run, settings, message):
         evaluate(LossByPosition(**{"model": run.run_dir, "device": "cpu", **settings}))
 
 
-def test_an_export_needs_its_data_named(tmp_path, run):
+def test_an_export_needs_its_data_named(tmp_path, run, monkeypatch):
     pytest.importorskip("transformers")
     cli.main(["export", run.run_dir, str(tmp_path / "export")])
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"transformers: got .*lasp-sp\[huggingface\]"):
+        patch.setattr("lasp.evaluation.subject.find_spec", lambda name: None)
+        read_model(str(tmp_path / "export"))
     for settings, message in (
         ({}, "context_length: got None"),
         ({"context_length": 64}, "data: got None, expected token"),

@@ -57,7 +57,7 @@ class RecallSweep:
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, fsdp=False))
-    workers: Count = 1  # processes of a machine that train at the same time, on its GPUs in turn
+    workers: Count = 1  # processes that train at the same time, on the same device
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -127,19 +127,19 @@ def mqar() -> RecallSweep:
 
 
 def mqar_small() -> RecallSweep:
-    """The same in small: three mixers at 2 to 8 pairs of 256 words; minutes on 2 CPU cores."""
+    """The same in small: three models at 2 to 8 pairs of 64 words; minutes on 2 CPU cores."""
     return RecallSweep(
         run_dir="runs/mqar_small",
-        models=("softmax", "gated_delta_net", "linear"),
-        task=MQAR(vocab_size=256, length=32, pairs=(2, 4, 8)),
-        sequences=3_000,
+        models=("softmax", "linear", "gated_delta_net"),
+        task=MQAR(vocab_size=64, length=32, pairs=(2, 4, 8)),
+        sequences=10_000,
         held_out=300,
-        epochs=6,
+        epochs=3,
         batch=64,
-        learning_rates=(1e-2,),
+        learning_rates=(5e-3,),
         seeds=(0,),
-        widths=(32,),
         device="cpu",
+        workers=2,
     )
 
 

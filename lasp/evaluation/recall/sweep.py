@@ -126,7 +126,11 @@ def _in_processes(jobs: list[Job], workers: int, world: World) -> list[Cell]:
     """Each job in one of so many processes; what a run prints goes to log.txt in its directory."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         pending = [pool.submit(_alone, job) for job in jobs]
-        return [_say(job, future.result(), world) for job, future in zip(jobs, pending, strict=True)]
+        try:
+            return [_say(job, future.result(), world) for job, future in zip(jobs, pending, strict=True)]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has begun goes on to its end
+            raise
 
 
 def _alone(job: Job) -> Cell:
