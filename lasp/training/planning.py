@@ -103,6 +103,9 @@ def _read(source: str, gpu: GPU, asked: Asked) -> tuple[Job, Wishes]:
     model, context = replace(config.model, **asked.shape), asked.context or config.context_length
     config, parallel = replace(config, model=model, context_length=context), config.parallel
     gpus = asked.gpus or (parallel.sequence_parallel or 1) * (parallel.data_parallel or 1)
+    if gpus % ((parallel.sequence_parallel or 1) * (parallel.data_parallel or 1)):  # as many as it is not made for
+        config = replace(config, parallel=replace(parallel, sequence_parallel=None, data_parallel=None))
+        return job_of(config, gpu, gpus), Wishes()
     _, sequence_parallel = config.mesh_shape(gpus)
     return job_of(config, gpu, gpus), _wishes(config, sequence_parallel)
 

@@ -51,6 +51,11 @@ def test_a_recipe_brings_its_own(capsys):
     assert found["job"]["expert_parallel"] == 8
 
 
+def test_a_recipe_on_as_many_gpus_as_it_is_not_made_for(capsys):
+    found = planned(capsys, "linear-llama3-1b-128k --gpus 2 --context 65536")
+    assert found["plan"]["fits"] and found["plan"]["setting"]["sequence_parallel"] in (1, 2)
+
+
 def test_a_run_is_read_from_its_directory_also_an_old_one(config, capsys):
     train(replace(config, steps=1, eval_every=1))
     capsys.readouterr()
