@@ -134,7 +134,7 @@ def mqar_small() -> RecallSweep:
         task=MQAR(vocab_size=64, length=32, pairs=(2, 4, 8)),
         sequences=10_000,
         held_out=300,
-        epochs=3,
+        epochs=1,
         batch=64,
         learning_rates=(5e-3,),
         seeds=(0,),
