@@ -95,7 +95,7 @@ def join_world(config: Joining) -> Iterator[World]:
         if not exists:
             dist.destroy_process_group()  # the others may never come
         raise
-    if exists:
+    if exists and saves is not None:
         dist.destroy_process_group(saves)
     else:
         leave()
