@@ -95,10 +95,10 @@ def join_world(config: Joining) -> Iterator[World]:
         if not exists:
             dist.destroy_process_group()  # the others may never come
         raise
-    if exists and saves is not None:
-        dist.destroy_process_group(saves)
-    else:
+    if not exists:
         leave()
+    elif saves is not None:
+        dist.destroy_process_group(saves)
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
