@@ -18,6 +18,14 @@ def losses(run_dir):
     return [(r["step"], r["loss"]) for r in read_metrics(run_dir) if "loss" in r]
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """SIGINT, also where whoever started the tests had it ignored, as shells do for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_loses_no_step(config, tmp_path, monkeypatch, capsys, number):
     straight = replace(config, run_dir=str(tmp_path / "straight"))
