@@ -107,7 +107,7 @@ def train(config: TrainConfig) -> float:
                         metrics.note(taken, spike=loss, median=median, contexts=numbers)
                         metrics.say(f"step {taken}, {name_contexts(numbers)}: loss {loss:.4f}, the median {median:.4f}")
                 else:
-                    story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world)
+                    story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world, segments)
                     if skipped == config.skip_nonfinite:
                         raise FloatingPointError(f"step {taken}, {story}")
                     skipped += 1
@@ -218,6 +218,7 @@ def tell_nonfinite(
     contexts: list[Context],
     sp: SequenceParallel,
     world: World,
+    segments: Segments | None,
 ) -> str:
     """What is not finite in a step that was not taken, and where it comes from; takes the engine's gradients away."""
     what = f"gradient norm: got {grad_norm}" if math.isfinite(loss) else f"loss: got {loss}"
@@ -226,8 +227,9 @@ def tell_nonfinite(
         return story
     groups = world.mesh["dp"].size()
     rounds = (
-        (numbers[i : i + groups], partial(compute_gradients, engine, contexts[i : i + groups], sp, world))
+        (numbers[i : i + groups], partial(compute_gradients, engine, contexts[i : i + groups], sp, world, segments))
         for i in range(0, len(contexts), groups)
+        if any(context.count_labels() for context in contexts[i : i + groups])
     )
     story += f"; {find_nonfinite(engine.model, rounds, dist.group.WORLD)}"
     if config.model.num_experts:

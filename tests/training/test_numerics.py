@@ -11,6 +11,7 @@ from lasp.training import checkpoint
 from lasp.training.engine import NativeEngine
 from lasp.training.metrics import read_metrics
 from lasp.training.numerics import Spikes, require_same_replicas
+from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
 from tests.training.test_train import saved_tensors
 
@@ -68,6 +69,13 @@ def test_what_is_not_finite_is_named(config, spoil, what, message):
     spoil(what, 5)
     with pytest.raises(FloatingPointError, match=f"^{message}"):
         train(config)
+
+
+def test_streams_are_computed_again_as_streams(config, monkeypatch):
+    plain = StreamedBatch.backward
+    monkeypatch.setattr(StreamedBatch, "backward", lambda *args: plain(*args) * math.inf)
+    with pytest.raises(FloatingPointError, match=r"computed again, context 0\b.* gave loss inf"):
+        train(replace(config, segment_tokens=config.context_length // 2))
 
 
 def test_what_does_not_come_again_is_told(config, monkeypatch):
