@@ -272,8 +272,8 @@ class Sequence:
         return tuple(local.unfold(y) for y in results)
 
     def _boundary(self, batch: int, across: Across) -> Boundary:
-        if self.partition.layout.units == 1:
-            return Alone()
+        if self.partition.layout.units == 1 and len(self.partition.local) == self.partition.documents:
+            return Alone()  # and no padding, of which nobody wants a state
         if (batch, across) not in self._boundaries:
             made = across(*self._rows(batch), self.parallel.group, self.parallel.exchange)
             self._boundaries[batch, across] = made

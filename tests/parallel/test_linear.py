@@ -2,7 +2,7 @@
 
 import shutil
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 
 import pytest
 import torch
@@ -132,6 +132,15 @@ def test_no_sequences_at_all(group: dist.ProcessGroup, gen: torch.Generator, exc
     for kind in KINDS:
         got = run(parallel, draw(gen, kind, 37, batch=0))
         assert all(x.shape[0] == 0 for x in got.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_one_rank_in_units_of_a_power_of_two(run_seed: int, monkeypatch, layout: str, kind: str):
+    """Padding has no state of its own."""
+    monkeypatch.setattr(SequenceParallel, "sequence", partialmethod(SequenceParallel.sequence, aligned=True))
+    found = errors(SequenceParallel(None, layout=layout), run_seed, kind)
+    assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
 
 
 @pytest.mark.parametrize("kind", KINDS)
