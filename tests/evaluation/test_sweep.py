@@ -36,6 +36,7 @@ def small(tmp_path):
         epochs=1,
         batch=8,
         widths=(8,),
+        workers=1,
         learning_rates=(1e-2, 3e-3),
         parallel=replace(sweep.parallel, timeout=PATIENCE),
     )
