@@ -218,7 +218,7 @@ def test_training_steps_of_all_models_are_timed(benchmark, two):
 
 @in_this_launch
 def test_steps_in_segments_are_timed(benchmark, two):
-    output = benchmark("streaming", "--pattern LN --tokens 96 128 --segment-tokens 32 --offload --recompute")
+    output = benchmark("streaming", "--pattern LN --tokens 96 128 --segment-tokens 32 --offload --recompute full")
     if two.rank > 0:
         return
     table, told = rows(output), [json.loads(line) for line in output.splitlines() if line.startswith("{")]
