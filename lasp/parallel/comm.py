@@ -8,11 +8,15 @@ the group and the transfer; on GPUs NCCL's watchdog says as much, and ends the p
 from collections.abc import Callable, Generator
 from datetime import timedelta
 from functools import cache
+from hashlib import sha1
 from typing import Any, TypeVar
+from unittest.mock import patch
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from lasp.kernels.pending import Pending
 from lasp.parallel.waits import waits
@@ -53,11 +57,20 @@ def split(group: Group, size: int) -> tuple[Group, Group]:
     ranks, place = dist.get_process_group_ranks(group), dist.get_rank(group)
     first = place // size * size
     members = ranks[first : first + size], ranks[place % size :: size]
-    patience = timedelta(seconds=timeout(group))
-    near, far = (
-        None if len(own) == 1 else dist.new_group(own, patience, use_local_synchronization=True) for own in members
-    )
+    patience, name = timedelta(seconds=timeout(group)), gather_objects(uuid4().hex, group)[0]
+    near, far = (None if len(own) == 1 else _new_group(own, name, patience) for own in members)
     return near, far
+
+
+def _new_group(ranks: list[int], name: str, patience: timedelta) -> dist.ProcessGroup:
+    """A group that its members alone make, who agree on a name.
+
+    PyTorch would name it by how many groups this process has. That may differ between the members, if some are in
+    groups that others are not in, and they would not find each other.
+    """
+    hashed = sha1(f"{name} {ranks}".encode(), usedforsecurity=False).hexdigest()
+    with patch.object(distributed_c10d, "_hash_ranks_to_str", lambda ranks: hashed):
+        return dist.new_group(ranks, patience, use_local_synchronization=True)
 
 
 def gather_objects(x: Any, group: Group) -> list[Any]:

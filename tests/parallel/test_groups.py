@@ -67,6 +67,18 @@ def test_every_group_of_a_mesh_waits_as_long_as_the_world(ranks):
 
 @pytest.mark.mpi
 @pytest.mark.no_exchange
+@pytest.mark.ranks(3)
+def test_groups_that_some_ranks_made_alone_keep_nobody_waiting(ranks):
+    """Rank 1, which is alone in its subgroup, has made fewer groups than the others."""
+    world, subgroup = (ranks.groups[name] for name in ("world", "subgroup"))
+    near, far = comm.split(subgroup if comm.size(subgroup) > 1 else None, 1)
+    assert near is None and comm.size(far) == comm.size(subgroup)
+    near, far = comm.split(world, 1)
+    assert near is None and comm.size(far) == 3
+
+
+@pytest.mark.mpi
+@pytest.mark.no_exchange
 @pytest.mark.cpu_only("NCCL's watchdog tells, and ends the process")
 def test_a_transfer_that_others_do_not_join_says_so(ranks):
     group = dist.new_group(group_desc="pair")
