@@ -133,7 +133,8 @@ class _Recurrence(Function):
     @once_differentiable
     def backward(ctx, do, d_final):
         names, saved = ctx.names, ctx.saved_tensors
-        tensors, (kept, link) = saved[: len(names)], _split(saved[len(names) :], ctx.num_kept)
+        tensors, rest = saved[: len(names)], saved[len(names) :]
+        kept, link = rest[: ctx.num_kept], rest[ctx.num_kept :]
         x = ctx.frame.having(dict(zip(names, tensors, strict=True)))
         do = tensors[0].new_zeros(ctx.o[0], dtype=ctx.o[1]) if do is None else do.contiguous()
         d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
@@ -141,7 +142,3 @@ class _Recurrence(Function):
         grads = ctx.op.finish_grad(x, kept, partial, arriving)
         d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.learns_initial_state else None
         return None, None, None, None, None, d_initial, *(grads.of.get(name) for name in names)
-
-
-def _split(saved: tuple[Tensor, ...], at: int) -> tuple[Kept, Kept]:
-    return saved[:at], saved[at:]

@@ -22,7 +22,7 @@ from lasp.kernels.triton.log_linear.writes import writes
 from lasp.kernels.triton.scalar.config import scalar_config
 from lasp.kernels.triton.scalar.gates import cumulate
 from lasp.kernels.triton.scalar.tile_states import tile_states
-from lasp.kernels.triton.shared.operands import per_q_head
+from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,8 @@ class Call:
     """What both directions begin with: the tree, gates and the states of its nodes."""
 
     def __init__(self, x: LogLinearInputs, config: LogLinearConfig | None):
+        self.x = x = contiguous(x)
         assert x.decay is not None
-        self.x = x = replace(
-            x,
-            q=laid_out(x.q),
-            k=laid_out(x.k),
-            v=laid_out(x.v),
-            decay=x.decay.contiguous(),
-            level_scales=x.level_scales.contiguous(),
-        )
         self.config = config = config or log_linear_config(x.k, x.v)
         self.tree = tree_of(x, config.leaf, config.piece)
         gates = cumulate(self.tree.tiles, x.decay, x.v, config.leaf)

@@ -4,10 +4,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lasp.kernels.inputs import LinearInputs
+from lasp.kernels.inputs import Inputs
 from lasp.kernels.layouts import laid_out
 
-Call = TypeVar("Call", bound=LinearInputs)
+Call = TypeVar("Call", bound=Inputs)
 
 
 def contiguous(x: Call) -> Call:
