@@ -17,7 +17,7 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.config import DeltaConfig
 from lasp.kernels.triton.device import block_of
-from lasp.kernels.triton.diagonal.gradients import sums_after, weighted_sums
+from lasp.kernels.triton.diagonal.gradients import weighted_sums
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
@@ -111,6 +111,16 @@ def channel_sums(g, BY_PRODUCTS: tl.constexpr):
     else:
         up = tl.cumsum(g, axis=0)
     return up, sums_after(g, BY_PRODUCTS, False)
+
+
+@triton.jit
+def sums_after(g, BY_PRODUCTS: tl.constexpr, EXACT: tl.constexpr):
+    """b_C - b_t."""
+    if BY_PRODUCTS:
+        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
+        return weighted_sums((j > t).to(tl.bfloat16), g, EXACT)
+    else:
+        return tl.cumsum(g, axis=0, reverse=True) - g
 
 
 def diagonal_factors(

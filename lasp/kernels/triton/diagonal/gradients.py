@@ -130,16 +130,6 @@ def query_exponents(g, half, BY_PRODUCTS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def sums_after(g, BY_PRODUCTS: tl.constexpr, EXACT: tl.constexpr):
-    """b_C - b_t."""
-    if BY_PRODUCTS:
-        t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
-        return weighted_sums((j > t).to(tl.bfloat16), g, EXACT)
-    else:
-        return tl.cumsum(g, axis=0, reverse=True) - g
-
-
-@triton.jit
 def weighted_sums(weights, x, EXACT: tl.constexpr):
     """weights x, the weights exact in bf16; so is x if EXACT, else it is taken as the sum of two such numbers."""
     high = x.to(tl.bfloat16)
