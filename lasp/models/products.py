@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function, cast
-from lasp.kernels.fused import swiglu
 from lasp.kernels.once import Results, is_kept, once, runs_twice
+from lasp.kernels.swiglu import swiglu, swiglu_and_grad
 
 TILE = 2**28  # numbers in the first product of a tile: 512 MiB in bfloat16, 16,384 tokens with I = 8192
 
@@ -124,10 +124,8 @@ class _GatedMLP(Function):
         d_gate_up, d_out = _Sum(for_gate_up), _Sum(for_out)
         for rows in tiles(*_size(x, gate_up)):
             first = F.linear(x[rows], gate_up) if ctx.kept is None else ctx.kept.take()
-            with torch.enable_grad():
-                act = swiglu(first.requires_grad_())
-            d_out.add(dy[rows], act.detach())
-            (d_first,) = torch.autograd.grad(act, first, dy[rows] @ out)
+            act, d_first = swiglu_and_grad(first, dy[rows] @ out)
+            d_out.add(dy[rows], act)
             d_gate_up.add(d_first, x[rows])
             if dx is not None:
                 torch.mm(d_first, gate_up, out=dx[rows])

@@ -28,7 +28,7 @@ from lasp.kernels.triton.launch import launch
 
 TILE = 256  # tokens that a program scans, and so many rows of sums of dw there are
 WIDEST = 128  # block of channels, where no sum over all of a head is needed
-ELEMENTS = 2048  # of a block: 16 for each thread of 4 warps
+ELEMENTS = 1024  # of a block: 8 for each thread of 4 warps, 16 bytes of them in half precision
 
 
 @triton.jit
@@ -144,7 +144,6 @@ def _dz(
     BP: tl.constexpr,
     BT: tl.constexpr,
     W: tl.constexpr,
-    BW: tl.constexpr,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
@@ -153,8 +152,9 @@ def _dz(
     n, begin, count, position, _ = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
     inside, channels = cols < P, h * HEAD + OFFSET + cols
-    of_weight = tl.arange(0, BW)[:, None]
-    sums, total = tl.zeros([BW, BP], tl.float32), tl.zeros([BP], tl.float32)
+    total, sums = tl.zeros([BT, BP], tl.float32), ()  # of rows i, BT + i, 2 BT + i …: threads add up what is their own
+    for _ in tl.static_range(W):
+        sums = sums + (tl.zeros([BT, BP], tl.float32),)  # noqa: RUF005
     for i in range(tl.cdiv(count, BT)):
         row = i * BT + tl.arange(0, BT)
         here = (row < count)[:, None] & inside
@@ -169,18 +169,21 @@ def _dz(
                 d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
             if SILU:
                 d *= gate * (1.0 + z * (1.0 - gate))
-        total += tl.sum(d, axis=0)
+        total += d
+        more = ()
         for shift in tl.static_range(W):
             rows = _load_rows(x, tail, begin, position, i * BT - shift, BT, count, n, channels, inside, D, X_ROW, W)
-            sums += tl.where(of_weight == W - 1 - shift, tl.sum(d * rows, axis=0)[None, :], 0.0)
+            more = more + (sums[shift] + d * rows,)  # noqa: RUF005  # Triton unpacks no tuples
+        sums = more
         d = d.to(dz.dtype.element_ty)
         at = row[:, None] * D + channels
         tl.store((dz + begin * D) + at, d, mask=here)
         if heads_of_tiles is not None:
             tl.store((heads_of_tiles + tile * (W - 1) * D) + at, d, mask=here & (row < W - 1)[:, None])
-    tl.store(dw + (tile * W + of_weight) * D + channels, sums, mask=(of_weight < W) & inside)
+    for shift in tl.static_range(W):
+        tl.store(dw + (tile * W + (W - 1 - shift)) * D + channels, tl.sum(sums[shift], axis=0)[None, :], mask=inside)
     if db is not None:
-        tl.store(db + tile * D + channels, total[None, :], mask=inside)
+        tl.store(db + tile * D + channels, tl.sum(total, axis=0)[None, :], mask=inside)
 
 
 @triton.jit
@@ -268,8 +271,7 @@ class Convolution(Function):
         db = None if bias is None else rows.new_empty(tiles.count, channels, dtype=torch.float32)
         for (grid, tensors, constants), dy in zip(_launches(rows, weight, tiles, silu, parts), dys, strict=True):
             launch(
-                _dz, grid, rows, tail, weight, bias, dy.contiguous(), dx, heads_of_tiles, dw, db, *tensors,
-                BW=next_power_of_2(width), **constants,
+                _dz, grid, rows, tail, weight, bias, dy.contiguous(), dx, heads_of_tiles, dw, db, *tensors, **constants,
             )  # fmt: skip
         launch(
             _dx, (tiles.count, cdiv(channels, WIDEST)),
