@@ -42,7 +42,8 @@ class _SwiGLU(Function):
         (gate_up,) = ctx.saved_tensors
         if _by_triton(gate_up):
             return _triton(gate_up, d_act, False)[1]
-        return _grad(*gate_up.chunk(2, dim=-1), d_act)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _grad(gate, up, d_act)
 
 
 def _grad(gate: Tensor, up: Tensor, d_act: Tensor) -> Tensor:

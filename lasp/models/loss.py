@@ -12,6 +12,7 @@ from torch import Tensor
 from lasp.config import require
 from lasp.kernels.autocast import Function, cast
 from lasp.kernels.fused import fused
+from lasp.models.products import add_product
 
 IGNORE = -100
 CHUNK_TOKENS = 4096  # 4096 x 128256 logits are a gigabyte in bfloat16; weights' gradients are added to once a chunk
@@ -96,7 +97,7 @@ class _ChunkedCrossEntropy(Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.mT @ hidden[rows]
+                add_product(grad_weight, grad.mT, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

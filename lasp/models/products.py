@@ -67,6 +67,16 @@ def gated_mlp(x: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
     return _GatedMLP.apply(saved, Results() if is_kept() else None, *inputs).view(shape)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, total [M, N] being in float32 at least; on GPUs within the product, which is then not rounded."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
+
+
 def in_tiles() -> bool:
     """Whether MLPs work in tiles here: where a layer runs twice, or nobody wants a gradient."""
     return runs_twice() or not torch.is_grad_enabled()
@@ -146,11 +156,11 @@ class _Sum:
     def add(self, dy: Tensor, x: Tensor) -> None:
         if not self.wanted:
             return
-        part = dy.mT @ x
         if self._sum is None:
-            self._sum = part
+            self._sum = dy.mT @ x
         else:
-            self._sum = self._sum.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
+            self._sum = self._sum.to(torch.promote_types(x.dtype, torch.float32))
+            add_product(self._sum, dy.mT, x)
 
     def total(self, dtype: torch.dtype) -> Tensor | None:
         return None if self._sum is None else self._sum.to(dtype)
