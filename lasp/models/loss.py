@@ -15,7 +15,7 @@ from lasp.kernels.fused import fused
 from lasp.models.products import add_product
 
 IGNORE = -100
-CHUNK_TOKENS = 4096  # 4096 x 128256 logits are a gigabyte in bfloat16; weights' gradients are added to once a chunk
+CHUNK_TOKENS = 4096  # 4096 x 128256 logits are a gigabyte in bfloat16
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
