@@ -71,6 +71,8 @@ def join_world(config: Joining) -> Iterator[World]:
     size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), local_size)
+    if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does: the host's part is small, and many threads wait for each other in it
     if not exists:
         if device.type == "cuda" and (run_dir := getattr(config, "run_dir", None)) is not None:
             _record_flights(run_dir)
