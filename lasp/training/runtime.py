@@ -72,7 +72,7 @@ def join_world(config: Joining) -> Iterator[World]:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), local_size)
     if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as torchrun does: the host's part is small, and many threads wait for each other in it
+        torch.set_num_threads(1)  # as torchrun does: the host has little to compute
     if not exists:
         if device.type == "cuda" and (run_dir := getattr(config, "run_dir", None)) is not None:
             _record_flights(run_dir)
