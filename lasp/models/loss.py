@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lasp.config import require
 from lasp.kernels.autocast import Function, cast
-from lasp.kernels.fused import fused
+from lasp.kernels.cross_entropy import cross_entropy_and_grad
 from lasp.models.products import add_product
 
 IGNORE = -100
@@ -64,20 +64,6 @@ def _liger() -> Any:
     return loss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
 
 
-@fused
-def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over the rows that are valid, in float32 at least, and its gradient softmax - one hot.
-
-    logits, gradient [N, vocabulary]; targets, valid [N, 1].
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_sum = wide.logsumexp(-1, keepdim=True)
-    loss = (log_sum - wide.gather(-1, targets)).where(valid, 0).sum()
-    softmax = (wide - log_sum).exp()
-    hit = targets == torch.arange(logits.shape[-1], device=logits.device)
-    return loss, softmax.where(~hit, softmax - 1).where(valid, 0).to(logits.dtype)
-
-
 class _ChunkedCrossEntropy(Function):
     """Forms the gradients in the forward pass, while a chunk's logits are there; backward only scales them."""
 
@@ -90,9 +76,7 @@ class _ChunkedCrossEntropy(Function):
         total = hidden.new_zeros((), dtype=wide)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            valid = (labels[rows] != IGNORE)[:, None]
-            targets = labels[rows, None].where(valid, 0)
-            loss, grad = _cross_entropy(F.linear(hidden[rows], weight), targets, valid)
+            loss, grad = cross_entropy_and_grad(F.linear(hidden[rows], weight), labels[rows], IGNORE)
             total += loss
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight

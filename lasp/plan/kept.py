@@ -118,7 +118,6 @@ def mlp(config: ModelConfig, index: int) -> list[Kept]:
         Kept("sums of scores", 3 + 2 * chosen, "wide"),
         Kept("tokens of experts", chosen * width),
         Kept("gate_up of experts", 2 * chosen * size),
-        Kept("silu of experts", chosen * size, where="eager"),
         Kept("act of experts", chosen * size),
         Kept("outputs of experts", chosen * width),
     ]
@@ -127,7 +126,7 @@ def mlp(config: ModelConfig, index: int) -> list[Kept]:
 
 
 def _gated_mlp(size: int) -> list[Kept]:
-    return [Kept("gate_up", 2 * size), Kept("silu", size, where="eager"), Kept("act", size)]
+    return [Kept("gate_up", 2 * size), Kept("act", size)]
 
 
 def _norm(name: str, numbers: float, rows: float = 1) -> list[Kept]:

@@ -131,10 +131,10 @@ def _fixed(weights: float, moment: float) -> dict[str, float]:
 
 
 def _logits(job: Job) -> float:
-    """Of a chunk of tokens logits and their gradient; the head's gradient in float32, and a part of it."""
+    """Of a chunk of tokens logits, then their gradient; the head's gradient in float32, and at last as its weights."""
     model, dtype = job.model, Dtype(job.half)
     head = model.vocab_size * model.hidden_size
-    return 2 * dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
+    return dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
 
 
 def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
