@@ -131,6 +131,7 @@ setup(
             "pytest>=9.0",
             "pytest-mpi>=0.6",
             "pytest-xdist>=3.8",
+            "hypothesis>=6.140",
             "mpi4py>=4.1",
             "openmpi>=5.0.11",
             'megatron-core==0.19.2; python_version >= "3.12"',  # on 3.11 launch/install.sh sees to it
