@@ -8,8 +8,8 @@ import torch
 
 from lasp.models import Decoder
 from lasp.training import checkpoint
-from lasp.training.engine import NativeEngine
 from lasp.training.metrics import read_metrics
+from lasp.training.native import NativeEngine
 from lasp.training.numerics import Spikes, require_same_replicas
 from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
@@ -84,7 +84,7 @@ def test_what_does_not_come_again_is_told(config, monkeypatch):
     def overflow(model, mesh):
         next(model.parameters()).grad.fill_(math.inf)
 
-    monkeypatch.setattr("lasp.training.engine.reduce_gradients", overflow)
+    monkeypatch.setattr("lasp.training.native.reduce_gradients", overflow)
     with pytest.raises(FloatingPointError, match="step 1, .* got inf.*of each context were finite on every rank"):
         train(config)
 
