@@ -171,7 +171,7 @@ class Sequence:
         """
         q, k, v = autocast.cast(q, k, v)
         self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
-        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
+        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -327,7 +327,7 @@ class Sequence:
         checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
         self.parallel.softmax.check(q, k, self.partition)
         self._check_tokens(q)
-        options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
+        options = {"scale": checks.softmax_scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
         return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
 
     def _check_tokens(self, x: Tensor) -> None:

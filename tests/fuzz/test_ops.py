@@ -23,7 +23,8 @@ from lasp.kernels import (
 from lasp.kernels.parts import Part, Parts
 from tests.parallel.inputs import error
 
-BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+SUMMED = {torch.float16: 10, torch.bfloat16: 10}  # gradients are sums over tokens, whose terms may cancel
 Arguments = dict[str, Any]
 Break = Callable[[Arguments], None]
 
@@ -142,11 +143,11 @@ def check(op: Callable, definition: Callable, case: tuple[Arguments, bool], leav
         [d for x, d in zip(found, upstream, strict=True) if x.requires_grad],
         allow_unused=True,
     )
-    bound = BOUNDS[arguments[next(iter(leaves))].dtype]
+    dtype = arguments[next(iter(leaves))].dtype
     for name, x, y in zip((*range(len(found)), *leaves), (*found, *grads), (*wanted, *expected), strict=True):
         x = torch.zeros_like(y) if x is None else x
         y = torch.zeros_like(x, dtype=torch.float64) if y is None else y
-        assert error(x.double(), y) < bound, name
+        assert error(x.double(), y) < BOUNDS[dtype] * (SUMMED.get(dtype, 1) if name in leaves else 1), name
 
 
 def recurrence(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[Arguments, list[Break]]:
@@ -245,7 +246,8 @@ def log_linear(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[A
         | ({"beta": (0, 1)} if delta else {}),
     )
     breaks += [changed("decay", spoilt(number)) for number in (0.5, math.nan)]
-    breaks.append(changed("decay", lambda _: None))
+    if not delta:
+        breaks.append(changed("decay", lambda _: None))
     if arguments["cu_seqlens"] is None:
         breaks.append(changed("level_scales", lambda x: x[..., : needed - 1]))
     return arguments, breaks
@@ -305,13 +307,14 @@ def attention(draw: st.DrawFn, gen: torch.Generator) -> tuple[Arguments, list[Br
         "q": normal(batch, tokens, kv_heads * group, key_dim),
         "k": normal(batch, keys, kv_heads, key_dim),
         "v": normal(batch, keys, kv_heads, value_dim),
-        "scale": draw(st.sampled_from([None, 0.5, -1.0])),
+        "scale": draw(st.sampled_from([None, 0.5])),
         "causal": draw(st.booleans()),
         "window": draw(st.none() | st.integers(1, 50)),
         "cu_seqlens": cu_seqlens,
     }
     breaks = breaks_of(arguments, {"q": (0, 3), "k": (0, 1, 3), "v": (0, 1)})
     breaks += [changed("window", lambda _, x=x: x) for x in (0, -1, 1.5, "one", True)]
+    breaks.append(changed("scale", lambda _: -1.0))
     breaks.append(lambda a: a.update(backend="triton"))
     if group > 1 or kv_heads > 1:
         breaks.append(changed("k", longer(2)))
@@ -385,6 +388,7 @@ def test_short_conv(case, unit_length):
     arguments, _ = case
     channels = arguments["weight"].shape[0] if isinstance(arguments["weight"], Tensor) else 2
     sizes = (channels - channels // 2, channels // 2) if channels > 1 else (channels,)
+    unit_length &= channels > 2  # of a single number nothing but its sign is left
     parts = Parts(1, tuple(Part(size, unit_length and place == 0) for place, size in enumerate(sizes)))
 
     def definition(**given: Any) -> list[Tensor]:
