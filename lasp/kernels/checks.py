@@ -74,7 +74,7 @@ def decay(g: Tensor | None, v: Tensor, key_dim: int, causal: bool) -> None:
 
 
 def softmax_scale(value: float | None, key_dim: int) -> float:
-    """`scale`, of softmax attention: above 0, as fused kernels, which look for the largest product, take for granted."""
+    """`scale`, of softmax attention: above 0, which fused kernels take for granted."""
     factor = scale(value, key_dim)
     require(factor > 0, "scale", value, "a number above 0 for softmax attention")
     return factor
