@@ -6,7 +6,6 @@ Two answer: `portable` everywhere, `hopper.delta` for the commonest heads on Hop
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from lasp.kernels.inputs import DeltaInputs
@@ -35,13 +34,18 @@ class Cut:
 
 
 class Grads(NamedTuple):
-    """dq, dk [B, T, H, K] for every value head, dv, the decay's if it is learned, and beta's."""
+    """dq, dk [B, T, H / step, K], sums over so many consecutive value heads, dv, the decay's if it is learned, and
+    beta's."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     d_decay: Tensor | None
     d_beta: Tensor
+
+    def are_added(self, heads: range) -> bool:
+        """Whether dq and dk hold something already when those of `heads`, `step` apart, come."""
+        return heads.start % heads.step > 0 or self.dq.dtype != self.dv.dtype
 
 
 class Recomputed(NamedTuple):
@@ -55,9 +59,6 @@ class Backend(Protocol):
     """The steps of one call."""
 
     states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
-
-    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
-        """Of dq and dk for every value head."""
 
     def terms(self, x: DeltaInputs) -> Terms:
         """What summaries need, early; `scores` may be missing."""

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.inputs import DeltaInputs
+from lasp.kernels.triton.device import HOPPER_HEAD, block_of, cdiv, on_hopper
 
 # What the scans over chunks are for.
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -49,7 +50,7 @@ class DeltaConfig:
 def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConfig:
     """From a table, never from the length of a sequence."""
     widest = block_of(max(k.shape[-1], v.shape[-1]))
-    if v.dtype == torch.bfloat16:
+    if v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and not diagonal):
         stages = 2 if diagonal else 3
         narrow, factors = Launch(64, warps=4, stages=stages), Launch(32, warps=4, stages=2)
         wide = Launch(128, warps=8, stages=stages) if widest == 128 else narrow
@@ -62,6 +63,21 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
     scans = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
     return DeltaConfig(scans, scans, scans, gradients, factors, "tf32x3", 16.0, False)
+
+
+def has_hopper_kernels(x: DeltaInputs) -> bool:
+    """Whether scans of such tensors have kernels for Hopper.
+
+    In fp16 as in bf16 the operands of products are rounded to 16 bits, u, dr, the state and its gradient among them;
+    sums, states and gates are fp32. With keys of unit length and beta <= 2 none of them is much larger than v and do,
+    which are fp16 themselves, and where a gradient overflows, what it gives is infinite, as gradient scalers expect.
+    """
+    return (
+        x.k.shape[-1] == x.v.shape[-1] == HOPPER_HEAD
+        and x.v.dtype in (torch.bfloat16, torch.float16)
+        and scan_decay(x.decay) != Decay.DIAGONAL
+        and on_hopper(x.v)
+    )
 
 
 def scan_decay(decay: Tensor | None) -> Decay:

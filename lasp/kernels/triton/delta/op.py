@@ -20,9 +20,9 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients
 from lasp.kernels.summary import Summary
 from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms
-from lasp.kernels.triton.delta.config import delta_config, scan_decay
+from lasp.kernels.triton.delta.config import delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
-from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
+from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -34,23 +34,25 @@ ENOUGH_SCANS = 96  # scans of whole segments, if there are that many, are worth 
 SHORTEST_TILE = 256
 # Backward holds the states of all chunks, and with some backends their gradients, for so many heads or tokens x heads.
 HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
+MOST_ROUNDED = 4  # sums of gradients in 16 bits
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a call is cut, and the kernels that serve it. one_tile: every segment is one tile. heads: how many of them
-    backward treats at a time."""
+    backward treats at a time, `step` apart: dq and dk are summed over so many as it comes to them."""
 
     cut: Cut
     kernels: Backend
     one_tile: bool
     heads: int
+    step: int
 
     @classmethod
     def of(cls, x: DeltaInputs) -> "Plan":
         (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
         decay = scan_decay(x.decay)
-        on_hopper = for_hopper(x.k, x.v) and decay != Decay.DIAGONAL
+        on_hopper = has_hopper_kernels(x)
         states_at_once = (Hopper if on_hopper else Portable).states_at_once
         config = delta_config(x.k, x.v, decay != Decay.NONE, decay == Decay.DIAGONAL)
         scans = config.states.at_once(value_dim, multiprocessors(device))
@@ -58,11 +60,13 @@ class Plan:
         size = delta_tile_length(x, max(1, scans // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         cut = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device))
+        at_once, group = min(heads, max(some, scans // tiles.count)), heads // x.q.shape[2]
         return cls(
             cut=cut,
             kernels=Hopper(cut) if on_hopper else Portable(cut, config),
             one_tile=x.segments.cu_seqlens is None and tokens <= size,
-            heads=min(heads, max(some, scans // tiles.count)),
+            heads=at_once,
+            step=next(n for n in range(group, 0, -1) if group % n == 0 and (heads // n >= at_once or n == 1)),
         )
 
     def new_states(self, x: DeltaInputs) -> Tensor:
@@ -70,8 +74,11 @@ class Plan:
         return x.v.new_empty(self.cut.tiles.count, *x.state_shape[1:], dtype=torch.float32)
 
     def passes(self, heads: int) -> Iterator[range]:
-        """The heads that backward treats at a time."""
-        return (range(first, min(first + self.heads, heads)) for first in range(0, heads, self.heads))
+        """The heads that backward treats at a time; those whose dq and dk are summed follow each other."""
+        for place in range(self.step):
+            for first in range(0, heads // self.step, self.heads):
+                last = min(first + self.heads, heads // self.step)
+                yield range(first * self.step + place, last * self.step, self.step)
 
 
 def delta_tile_length(x: DeltaInputs, wanted: int) -> int:
@@ -150,8 +157,11 @@ class TritonDelta:
     @staticmethod
     def _new_grads(x: DeltaInputs, plan: Plan) -> Grads:
         (batch, tokens, heads, _), key_dim = x.v.shape, x.k.shape[-1]
-        dtype = plan.kernels.head_grads_dtype(x)
-        dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=dtype) for _ in range(2))
+        shape = batch, tokens, heads // plan.step, key_dim
+        if plan.step > MOST_ROUNDED:
+            dq, dk = (x.q.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+        else:
+            dq, dk = (x.q.new_empty(shape) for _ in range(2))
         d_decay = torch.empty_like(x.decay) if x.decay is not None and x.decay_class.learned else None
         return Grads(dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta))
 

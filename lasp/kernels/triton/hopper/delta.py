@@ -22,11 +22,8 @@ class Hopper:
     cut: Cut
     states_at_once = 1
 
-    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
-        return x.q.dtype
-
     def terms(self, x: DeltaInputs) -> Terms:
-        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, torch.bfloat16)
+        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, x.v.dtype)
         return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:

@@ -193,7 +193,7 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
         gl.store(transitions + state_places(gl.program_id(0), h, H), a)
 
 
-@gluon.jit(do_not_specialize=["FIRST_HEAD"])
+@gluon.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _forward_scan(
     q,  # rows of [tokens, H // G, SIZE], for OUTPUTS
     k,
@@ -215,6 +215,7 @@ def _forward_scan(
     H,
     G,
     FIRST_HEAD,
+    STEP,
     MODE: gl.constexpr,
     FINAL: gl.constexpr,
     DECAY: gl.constexpr,
@@ -223,7 +224,7 @@ def _forward_scan(
     if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
-    h = FIRST_HEAD + row
+    h = FIRST_HEAD + row * STEP
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     dtype: gl.constexpr = k.dtype
@@ -276,5 +277,6 @@ def forward_scan(
         *((scores, rows_of(scores, C.value)) if outputs and scores is not None else (None, None)), initial, final,
         transitions, y, None if y is None else rows_of(y, SIZE.value), None if states is None else states_of(states),
         cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
-        MODE=mode.value, FINAL=final is not None, DECAY=scan_decay(x.decay).value, STAGES=3, num_warps=8, pdl=pdl,
+        heads.step, MODE=mode.value, FINAL=final is not None, DECAY=scan_decay(x.decay).value, STAGES=3, num_warps=8,
+        pdl=pdl,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from lasp.kernels.triton.hopper.delta_shared import (
     STATE_LEFT,
     TOKEN_ROWS,
     fetch_gates,
+    give_tokens,
     split_gates,
     state_places,
 )
@@ -86,12 +87,20 @@ def _fetch(sources, buffers, rings, numbers, GRADIENTS: gl.constexpr):
 
 
 @gluon.jit
-def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
+def _compute(
+    shared,
+    tensors,
+    numbers,
+    GRADIENTS: gl.constexpr,
+    ADD: gl.constexpr,
+    FINAL: gl.constexpr,
+    DECAY: gl.constexpr,
+):
     buffers, gs, drs, sums, rings = shared
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
     ring, rest_ring, late_ring, sums_ring = rings
     d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
-    start, begin, count, h, scale, H = numbers
+    start, begin, count, h, scale, H, STEP = numbers
     dtype: gl.constexpr = k_rows.dtype
     grad = gl.zeros([SIZE, SIZE], gl.float32, STATE)
     if d_final is not None:
@@ -168,24 +177,27 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
         rest_ring.release(step)
         if GRADIENTS:
             mbarrier.arrive(sums_ring.full.index(0), count=1)
-            if cut:
+            if ADD or cut:
                 first = gl.load(start + gl.program_id(0), volatile=True)  # anew, so that nothing is kept for this case
-                mine = (first * H + h) * SIZE
-                store_tokens(dq + mine, given.index(zero), i, count, H * SIZE, TOKEN_ROWS)
-                store_tokens(dk + mine, given.index(zero + 1), i, count, H * SIZE, TOKEN_ROWS)
-                store_tokens(dv + mine, drc, i, count, H * SIZE, TOKEN_ROWS)
+                mine = (first * (H // STEP) + h // STEP) * SIZE
+                give_tokens(dq + mine, given.index(zero), i, count, H // STEP * SIZE, TOKEN_ROWS, ADD)
+                give_tokens(dk + mine, given.index(zero + 1), i, count, H // STEP * SIZE, TOKEN_ROWS, ADD)
             else:
                 at = begin.to(gl.int32) + i * C
-                tma.async_copy_shared_to_global(dq_rows, [at, h * SIZE], given.index(0))
-                tma.async_copy_shared_to_global(dk_rows, [at, h * SIZE], given.index(1))
-                tma.async_copy_shared_to_global(dv_rows, [at, h * SIZE], drc)
+                tma.async_copy_shared_to_global(dq_rows, [at, h // STEP * SIZE], given.index(0))
+                tma.async_copy_shared_to_global(dk_rows, [at, h // STEP * SIZE], given.index(1))
+            if cut:
+                first = gl.load(start + gl.program_id(0), volatile=True)
+                store_tokens(dv + (first * H + h) * SIZE, drc, i, count, H * SIZE, TOKEN_ROWS)
+            else:
+                tma.async_copy_shared_to_global(dv_rows, [begin.to(gl.int32) + i * C, h * SIZE], drc)
     if GRADIENTS:
         tma.store_wait(0)
     if FINAL:
         gl.store(d_initial + state_places(gl.program_id(0), h, H), grad)
 
 
-@gluon.jit(do_not_specialize=["FIRST_HEAD"])
+@gluon.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _reverse_scan(
     q,  # rows of [tokens, H // G, SIZE]
     k,
@@ -199,11 +211,11 @@ def _reverse_scan(
     v,  # rows of [tokens, H, SIZE]
     u,  # rows of [tokens, HEADS, SIZE]
     states,  # [chunks, HEADS, V, K], one by one: the state X that enters each chunk, transposed
-    dq,  # [tokens, H, SIZE]
+    dq,  # [tokens, H // STEP, SIZE]
     dq_rows,  # rows of it
     dk,
     dk_rows,
-    dv,
+    dv,  # [tokens, H, SIZE]
     dv_rows,
     decay,  # [tokens, H], if it is learned
     d_decay,
@@ -215,14 +227,16 @@ def _reverse_scan(
     H,
     G,
     FIRST_HEAD,
+    STEP,
     GRADIENTS: gl.constexpr,
+    ADD: gl.constexpr,  # to the dq and dk of heads before
     FINAL: gl.constexpr,
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     griddepcontrol_wait()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
-    h = FIRST_HEAD + row
+    h = FIRST_HEAD + row * STEP
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     dtype: gl.constexpr = k.dtype
@@ -244,12 +258,12 @@ def _reverse_scan(
     shared = (buffers, gs, drs, sums, (ring, rest_ring, late_ring, sums_ring))
     tensors = (d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
     sources = (q, k, v, do, u, ut, scores, states, gates)
-    numbers = (start, begin, count, h, scale, H)
+    numbers = (start, begin, count, h, scale, H, STEP)
     arriving, where = (ring, rest_ring, late_ring), (begin, count, chunk, h, row, H, HEADS, G)
     if GRADIENTS:
         gl.warp_specialize(
             [
-                (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
+                (_compute, (shared, tensors, numbers, GRADIENTS, ADD, FINAL, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
                 (add_up, (sums, sums_ring, decay, d_decay, d_beta, (begin, count, h, H))),
             ],
@@ -259,7 +273,7 @@ def _reverse_scan(
     else:
         gl.warp_specialize(
             [
-                (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
+                (_compute, (shared, tensors, numbers, GRADIENTS, ADD, FINAL, DECAY)),
                 (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
             ],
             [1],
@@ -287,13 +301,15 @@ def reverse_scan(
     assert terms.scores is not None
     v = x.v if recomputed else None
     learned = None if d_decay is None else x.decay
-    rows = [None if y is None else rows_of(y, SIZE.value) for y in (x.q, x.k, do, v, u, dq, dk, dv)]
+    add = grads is not None and grads.are_added(heads)
+    stored = (None, None, dv) if add else (dq, dk, dv)
+    rows = [None if y is None else rows_of(y, SIZE.value) for y in (x.q, x.k, do, v, u, *stored)]
     launch(
         _reverse_scan, (cut.tiles.count, len(heads)),
         *rows[:3], terms.gates, rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
         *rows[3:5], None if states is None else states_of(states),
         dq, rows[5], dk, rows[6], dv, rows[7], learned, d_decay, d_beta,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
-        GRADIENTS=recomputed is not None, FINAL=d_initial is not None, DECAY=scan_decay(x.decay).value,
-        STAGES=2 if recomputed else 3, num_warps=8, pdl=True,
+        heads.step, GRADIENTS=recomputed is not None, ADD=add, FINAL=d_initial is not None,
+        DECAY=scan_decay(x.decay).value, STAGES=2 if recomputed else 3, num_warps=8, pdl=True,
     )  # fmt: skip

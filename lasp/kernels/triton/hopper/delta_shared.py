@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from lasp.kernels.triton.hopper.shared import SIZE, C
+from lasp.kernels.triton.hopper.shared import SIZE, C, store_tokens
 
 STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))  # [V, K]
 COLUMNS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]))  # [V, C]
@@ -35,6 +35,19 @@ def fetch_gates(gates, chunk, h, H, line, filled):
 def split_gates(line):
     """beta, b, e^b and e^{b_C - b} of a chunk, [C] each."""
     return line.slice(0, C), line.slice(C, C), line.slice(2 * C, C), line.slice(3 * C, C)
+
+
+@gluon.jit
+def give_tokens(y, buffer, i, count, stride, LAYOUT: gl.constexpr, ADD: gl.constexpr):
+    """Writes chunk i's rows, those that are tokens, or adds them to what is there, which nobody else does meanwhile."""
+    if ADD:
+        place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))
+        cols = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        at = y + (place * stride)[:, None] + cols[None, :]
+        rows = buffer.load(LAYOUT).to(y.dtype.element_ty)
+        gl.atomic_add(at, rows, mask=(place < count)[:, None], sem="relaxed")
+    else:
+        store_tokens(y, buffer, i, count, stride, LAYOUT)
 
 
 @gluon.jit
