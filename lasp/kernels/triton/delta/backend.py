@@ -49,14 +49,24 @@ class Grads(NamedTuple):
 
 
 class Recomputed(NamedTuple):
-    """For some heads, of every chunk: u [B, T, heads, V] and the state it starts from [chunks, heads, V, K]."""
+    """For some heads, or parts of them, of every chunk: u [B, T, heads, V] and the state it starts from
+    [chunks, heads, V, K]."""
 
     u: Tensor
     states: Tensor
 
+    def of(self, heads: int) -> "Recomputed":
+        """The same memory, for as many heads or fewer."""
+        (batch, tokens, most, value_dim), key_dim = self.u.shape, self.states.shape[-1]
+        u, states = (x.flatten()[: x.numel() // most * heads] for x in self)
+        return Recomputed(
+            u.view(batch, tokens, heads, value_dim),
+            states.view(self.states.shape[0], heads, value_dim, key_dim),
+        )
+
 
 class Backend(Protocol):
-    """The steps of one call."""
+    """The steps of one call. heads: some of them, or of the parts they have (see op.Plan)."""
 
     states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
-from lasp.kernels.triton.device import HOPPER_HEAD, block_of, cdiv, on_hopper
+from lasp.kernels.triton.device import block_of, cdiv, on_hopper
 
 # What the scans over chunks are for.
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -65,6 +65,32 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
     return DeltaConfig(scans, scans, scans, gradients, factors, "tf32x3", 16.0, False)
 
 
+@dataclass(frozen=True)
+class HopperLaunch:
+    """A program for Hopper holds `columns` of V, one of a head's `parts`; a multiprocessor runs `programs` at once."""
+
+    columns: int
+    parts: int
+    programs: int
+    warps: int
+
+    @classmethod
+    def of(cls, key_dim: int, value_dim: int) -> "HopperLaunch":
+        columns = 64 if key_dim > 128 or value_dim % 128 else 128
+        warps = columns // 16 * (2 if key_dim > 128 else 1)
+        return cls(columns, value_dim // columns, 2 if key_dim == columns == 64 else 1, warps)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps} | ({"maxnreg": 128} if self.programs == 2 else {})
+
+    def stages(self, mode: tl.constexpr) -> int:
+        return 2 if self.programs == 2 and mode is OUTPUTS else 3
+
+    def reverse_stages(self, gradients: bool) -> int:
+        return (1 if gradients else 2) if self.programs == 2 else (2 if gradients else 3)
+
+
 def has_hopper_kernels(x: DeltaInputs) -> bool:
     """Whether scans of such tensors have kernels for Hopper.
 
@@ -73,7 +99,8 @@ def has_hopper_kernels(x: DeltaInputs) -> bool:
     which are fp16 themselves, and where a gradient overflows, what it gives is infinite, as gradient scalers expect.
     """
     return (
-        x.k.shape[-1] == x.v.shape[-1] == HOPPER_HEAD
+        x.k.shape[-1] in (64, 128, 256)
+        and x.v.shape[-1] % 64 == 0
         and x.v.dtype in (torch.bfloat16, torch.float16)
         and scan_decay(x.decay) != Decay.DIAGONAL
         and on_hopper(x.v)
