@@ -9,9 +9,9 @@ from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch
 from lasp.kernels.triton.delta.rescale import Factors
-from lasp.kernels.triton.delta.ut_transform import ut_transform
 from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan
 from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan
+from lasp.kernels.triton.hopper.delta_ut_transform import ut_transform
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Hopper:
     states_at_once = 1
 
     def terms(self, x: DeltaInputs) -> Terms:
-        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, x.v.dtype)
+        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta)
         return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
