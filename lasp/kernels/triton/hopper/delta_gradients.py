@@ -144,10 +144,10 @@ def stage_gradients(
         forgotten = (tc.permute((1, 0)).load(KEYS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
         dk = warpgroup_mma(forgotten, kp, dk, is_async=True)
         if LEARNED:
-            total = whole_decay(from_starts, gl.SliceLayout(0, SUMMED))[None, :]
+            total = whole_decay(from_starts, gl.SliceLayout(1, KEYS))[:, None]
             for rows in gl.static_range(V // C):
                 overlap = xp.slice(rows * C, C).load(KEYS).to(gl.float32) * gp.slice(rows * C, C).load(KEYS)
-                carried += total * _row_sums(overlap, GROUPS)
+                carried += _row_sums(total * overlap, GROUPS)
         if piece == LAST:
             ring.acquire(step)
             if LEARNED:
@@ -162,14 +162,17 @@ def stage_gradients(
         if LEARNED:
             change += _row_sums(qp.load(KEYS).to(gl.float32) * dq, GROUPS)
         w = warpgroup_mma_wait(2, deps=(w,))
-        from_w += _row_sums(kp.load(KEYS).to(gl.float32) * w, GROUPS)
+        k_w = kp.load(KEYS).to(gl.float32) * w
+        from_w += _row_sums(k_w, GROUPS)
         if piece == LAST:
             sums.index(0).store(gl.convert_layout(for_beta, SUMMED) - from_w)
+        if LEARNED:
+            change -= _row_sums(2 * beta * k_w, GROUPS)
         dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
         _columns(dk_out, piece, PIECE).store(dk.to(dtype))
         if LEARNED:
             change -= _row_sums(kp.load(KEYS).to(gl.float32) * dk, GROUPS)
     if LEARNED:
-        sums.index(1).store(change - 2 * betas.load(gl.SliceLayout(0, SUMMED))[None, :] * from_w)
+        sums.index(1).store(change)
     fence_async_shared()
     return grad
