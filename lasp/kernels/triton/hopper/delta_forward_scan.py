@@ -137,59 +137,56 @@ def _compute(
         r = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == OUTPUTS:
             qc = q_rows.index(stage)
-            yc = warpgroup_mma(left, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
             p = warpgroup_mma(qc, kc.permute((1, 0)), none, use_acc=False, is_async=True)
         beta = betas.load(gl.SliceLayout(0, COLUMNS))
-        r = warpgroup_mma_wait(2 if MODE == OUTPUTS else 0, deps=(r,))
-        if MODE == SUMMARY:  # its products run while others are prepared
-            left = gl.convert_layout(a.to(dtype), COLUMNS_LEFT)
-            erased = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        r = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(r,))
         if DECAY != NONE:
-            r *= from_starts.load(gl.SliceLayout(0, COLUMNS))[None, :]
+            read = from_starts.load(gl.SliceLayout(0, COLUMNS))
+            r *= read[None, :]
         r = beta[None, :] * (v_rows.index(stage).permute((1, 0)).load(COLUMNS).to(gl.float32) - r)
         r = gl.convert_layout(r.to(dtype), COLUMNS_LEFT)
         u = warpgroup_mma(r, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if MODE == SUMMARY:
-            if DECAY != NONE:
-                a *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
-            erased = warpgroup_mma_wait(1, deps=(erased,))
-            forget = -betas.load(gl.SliceLayout(0, COLUMNS))
-            if DECAY != NONE:
-                forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
-            erased = gl.convert_layout((forget[None, :] * erased).to(dtype), COLUMNS_LEFT)
-            erased = warpgroup_mma(erased, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == OUTPUTS:
-            yc, p = warpgroup_mma_wait(1, deps=(yc, p))
-            p *= scale
+            p = warpgroup_mma_wait(1, deps=(p,)) * scale
             if DECAY != NONE:
                 down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
                 p *= gl.exp(gl.minimum(down, 0.0))
-            p = gl.where(token[:, None] >= past[None, :], p, 0.0).to(dtype)
-        u = warpgroup_mma_wait(1 if MODE == SUMMARY else 0, deps=(u,))
-        written = u
-        if DECAY != NONE:
-            written = u * to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
-        x = warpgroup_mma(gl.convert_layout(written.to(dtype), STATE_LEFT), kc, x, is_async=True)
-        if MODE == OUTPUTS:
-            u = gl.convert_layout(u.to(dtype), COLUMNS_LEFT)
-        if MODE == SUMMARY:
-            erased = warpgroup_mma_wait(1, deps=(erased,))
-            if DECAY != NONE:
-                erased *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
-            a = warpgroup_mma(gl.convert_layout(erased.to(dtype), STATE_LEFT), kc, a, is_async=True)
-            x, a = warpgroup_mma_wait(0, deps=(x, a))
-        if MODE == OUTPUTS:
-            given_p.store(p)
+            given_p.store(gl.where(token[:, None] >= past[None, :], p, 0.0).to(dtype))
             fence_async_shared()
             tma.store_wait(0)  # of the chunk before, whose buffer is written again
             barrier()
             if part == 0:
                 send_rows(scores, scores_rows, given_p, begin, i, count, h * C, H * C, SCORE_ROWS)
-            yc *= scale
+            yc = warpgroup_mma(left, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
+        written = u
+        if DECAY != NONE:
+            written = u * to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
+        x = warpgroup_mma(gl.convert_layout(written.to(dtype), STATE_LEFT), kc, x, is_async=True)
+        if MODE == SUMMARY:
+            left = gl.convert_layout(a.to(dtype), COLUMNS_LEFT)
+            erased = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if DECAY != NONE:
-                yc *= from_starts.load(gl.SliceLayout(0, COLUMNS))[None, :]
+                a *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
+            x, erased = warpgroup_mma_wait(0, deps=(x, erased))
+            forget = -betas.load(gl.SliceLayout(0, COLUMNS))
+            if DECAY != NONE:
+                forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
+            erased = gl.convert_layout((forget[None, :] * erased).to(dtype), COLUMNS_LEFT)
+            erased = warpgroup_mma(erased, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            erased = warpgroup_mma_wait(0, deps=(erased,))
+            if DECAY != NONE:
+                erased *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
+            a = warpgroup_mma(gl.convert_layout(erased.to(dtype), STATE_LEFT), kc, a, is_async=True)
+            a = warpgroup_mma_wait(0, deps=(a,))
+        if MODE == OUTPUTS:
+            yc = warpgroup_mma_wait(1, deps=(yc,)) * scale
+            if DECAY != NONE:
+                yc *= read[None, :]
+            u = gl.convert_layout(u.to(dtype), COLUMNS_LEFT)
             yc = warpgroup_mma(u, given_p.permute((1, 0)), yc, is_async=True)
-            x, yc = warpgroup_mma_wait(0, deps=(x, yc))
+            x = warpgroup_mma_wait(1, deps=(x,))
+            yc = warpgroup_mma_wait(0, deps=(yc,))
             out = given.index(0)
             out.permute((1, 0)).store(yc.to(dtype))
         if MODE == STATES:

@@ -2,7 +2,7 @@
 
 Two warps do a chunk. Each inverts one of the two blocks of 32 x 32 on L's diagonal by elimination: a thread has a
 column of the inverse, so that nothing but the weights of L comes from others, out of shared memory. The block below
-follows from both by two products; for these what is fp32 is cut into two bf16 numbers.
+follows from both by two products; for these what is fp32 is cut into two 16-bit numbers.
 """
 
 import torch
@@ -50,17 +50,10 @@ def _row(block, j: gl.constexpr):
 
 
 @gluon.jit
-def _halves(x):
-    """Of an fp32 number the bf16 number that it begins with, and what is left of it."""
-    high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
-    return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
-
-
-@gluon.jit
-def _product(a, b):
-    """a b of fp32 numbers; what their second halves would give each other is left out."""
-    a_high, a_low = _halves(a)
-    b_high, b_low = _halves(b)
+def _product(a, b, work: gl.constexpr):
+    """a b of fp32 numbers in two pieces of 16 bits each; the product of the small ones is left out."""
+    a_high, b_high = a.to(work), b.to(work)
+    a_low, b_low = (a - a_high.to(gl.float32)).to(work), (b - b_high.to(gl.float32)).to(work)
     y = mma_v2(a_low, b_high, gl.zeros([HALF, HALF], gl.float32, MMA))
     y = mma_v2(a_high, b_low, y)
     return mma_v2(a_high, b_high, y)
@@ -166,8 +159,8 @@ def _ut_transform(
     barrier()
 
     t0, t1 = inverses.slice(0, HALF), inverses.slice(HALF, HALF)
-    r = _product(gl.convert_layout(below, LEFT), t0.load(RIGHT))
-    t10 = _product(t1.load(LEFT), gl.convert_layout(r, RIGHT))
+    r = _product(gl.convert_layout(below, LEFT), t0.load(RIGHT), dtype)
+    t10 = _product(t1.load(LEFT), gl.convert_layout(r, RIGHT), dtype)
     row, col = gl.arange(0, HALF, layout=gl.SliceLayout(1, OUT)), gl.arange(0, HALF, layout=gl.SliceLayout(0, OUT))
     at = ut + (begin * H + h) * C + (row * (H * C))[:, None] + col[None, :]
     early, late = (row < count)[:, None], (row + HALF < count)[:, None]
