@@ -67,40 +67,44 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
 
 @dataclass(frozen=True)
 class HopperLaunch:
-    """A program for Hopper holds `columns` of V, one of a head's `parts`; a multiprocessor runs `programs` at once."""
+    """A program for Hopper holds `columns` of V, one of a head's `parts`; a multiprocessor runs `programs` at once.
+
+    tight: a chunk takes so much of the shared memory that fewer are fetched ahead. All fit into 227 KiB, or half of it.
+    """
 
     columns: int
     parts: int
     programs: int
     warps: int
+    tight: bool
 
     @classmethod
     def of(cls, key_dim: int, value_dim: int) -> "HopperLaunch":
-        columns = 64 if key_dim > 128 or value_dim % 128 else 128
-        warps = columns // 16 * (2 if key_dim > 128 else 1)
-        return cls(columns, value_dim // columns, 2 if key_dim == columns == 64 else 1, warps)
+        wide, columns = key_dim > 128, 64 if key_dim > 128 or value_dim % 128 else 128
+        programs, warps = 2 if key_dim == columns == 64 else 1, columns // 16 * (2 if wide else 1)
+        return cls(columns, value_dim // columns, programs, warps, tight=wide or programs == 2)
 
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps} | ({"maxnreg": 128} if self.programs == 2 else {})
 
     def stages(self, mode: tl.constexpr) -> int:
-        return 2 if self.programs == 2 and mode is OUTPUTS else 3
+        return 2 if self.tight and mode is OUTPUTS else 3
 
     def reverse_stages(self, gradients: bool) -> int:
-        return (1 if gradients else 2) if self.programs == 2 else (2 if gradients else 3)
+        return 3 - self.tight - gradients
 
 
 def has_hopper_kernels(x: DeltaInputs) -> bool:
     """Whether scans of such tensors have kernels for Hopper.
 
-    In fp16 as in bf16 the operands of products are rounded to 16 bits, u, dr, the state and its gradient among them;
-    sums, states and gates are fp32. With keys of unit length and beta <= 2 none of them is much larger than v and do,
-    which are fp16 themselves, and where a gradient overflows, what it gives is infinite, as gradient scalers expect.
+    The state and its gradient are fp32, but go into products with 16 bits. fp16 needs no scale for that: with keys of
+    unit length an entry of the state is a few times as large as v's, and outputs and gradients, which fp16 has to hold
+    in any case, are about as large as what they are made of. Beyond 65,504 they are not finite, as gradient scalers
+    expect.
     """
     return (
-        x.k.shape[-1] in (64, 128, 256)
-        and x.v.shape[-1] % 64 == 0
+        {x.k.shape[-1], x.v.shape[-1]} <= {64, 128, 256}
         and x.v.dtype in (torch.bfloat16, torch.float16)
         and scan_decay(x.decay) != Decay.DIAGONAL
         and on_hopper(x.v)

@@ -32,8 +32,7 @@ if GLUON:
 
 ENOUGH_SCANS = 96  # scans of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
-# Backward holds the states of all chunks, and with some backends their gradients, for so many heads or, at 128 x 128,
-# tokens x heads.
+# Backward holds the states of all chunks, and with some backends their gradients, for so many heads or tokens x heads.
 HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
 MOST_ROUNDED = 4  # sums of gradients in 16 bits
 
@@ -60,8 +59,7 @@ class Plan:
         if hopper is not None:
             parts, scans, states_at_once = hopper.parts, hopper.programs * multiprocessors(device), 1
         rows, group = heads * parts, heads // x.q.shape[2] * parts
-        room = TOKENS_AT_ONCE * max(1, 128**2 * parts // (key_dim * value_dim)) // states_at_once
-        some = min(rows, max(HEADS_AT_ONCE, room // (batch * tokens)))
+        some = min(rows, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (states_at_once * batch * tokens)))
         size = delta_tile_length(x, max(1, scans // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         cut, at_once = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device)), max(some, scans // tiles.count)
