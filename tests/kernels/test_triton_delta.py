@@ -9,6 +9,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
+from lasp.kernels.triton.delta import backend
 from lasp.kernels.triton.delta import op as delta
 from lasp.kernels.triton.device import cdiv
 from tests.kernels.boundary import Asked
@@ -148,7 +149,7 @@ def test_heads_in_groups_and_in_parts(gen, whole, decay, at_once, most_rounded, 
     """Gradients of a group's q and k are summed as its heads come, here one or two at a time."""
     monkeypatch.setattr(delta, "HEADS_AT_ONCE", at_once)
     monkeypatch.setattr(delta, "TOKENS_AT_ONCE", 0)
-    monkeypatch.setattr(delta, "MOST_ROUNDED", most_rounded)
+    monkeypatch.setattr(backend, "MOST_ROUNDED", most_rounded)
     monkeypatch.setattr(delta, "multiprocessors", lambda device: 1)
     found = errors(gen, decay, (1, 70, 2, 6, 24, 40))
     assert max(found.values()) < EXACT, found

@@ -12,6 +12,8 @@ from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 
+MOST_ROUNDED = 4  # heads over which gradients of q and k are summed in their own dtype
+
 
 class Terms(NamedTuple):
     """What is known of every chunk of C tokens without a state. ut: T of the UT transform [B, T, H, C]. gates: see
@@ -33,6 +35,11 @@ class Cut:
     first_chunk: Tensor
 
 
+def summed_in_fp32(step: int) -> bool:
+    """Whether sums over `step` heads, one by one, would lose too much in 16 bits. They begin with zero."""
+    return step > MOST_ROUNDED
+
+
 class Grads(NamedTuple):
     """dq, dk [B, T, H / step, K], sums over so many consecutive value heads, dv, the decay's if it is learned, and
     beta's."""
@@ -45,7 +52,7 @@ class Grads(NamedTuple):
 
     def are_added(self, heads: range) -> bool:
         """Whether dq and dk hold something already when those of `heads`, `step` apart, come."""
-        return heads.start % heads.step > 0 or self.dq.dtype != self.dv.dtype
+        return heads.start % heads.step > 0 or summed_in_fp32(heads.step)
 
 
 class Recomputed(NamedTuple):

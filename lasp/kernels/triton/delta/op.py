@@ -19,7 +19,7 @@ from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms
+from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms, summed_in_fp32
 from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
 from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors
@@ -34,7 +34,6 @@ ENOUGH_SCANS = 96  # scans of whole segments, if there are that many, are worth 
 SHORTEST_TILE = 256
 # Backward holds the states of all chunks, and with some backends their gradients, for so many heads or tokens x heads.
 HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
-MOST_ROUNDED = 4  # sums of gradients in 16 bits
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class TritonDelta:
     def _new_grads(x: DeltaInputs, plan: Plan) -> Grads:
         (batch, tokens, heads, _), key_dim = x.v.shape, x.k.shape[-1]
         shape = batch, tokens, heads * plan.parts // plan.step, key_dim
-        if plan.step > MOST_ROUNDED:
+        if summed_in_fp32(plan.step):
             dq, dk = (x.q.new_zeros(shape, dtype=torch.float32) for _ in range(2))
         else:
             dq, dk = (x.q.new_empty(shape) for _ in range(2))

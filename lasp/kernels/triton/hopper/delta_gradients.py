@@ -5,8 +5,8 @@ Given the state X that enters the chunk, G of what leaves it, u and dr, all in s
     dq = e^b do Xᵀ + P' k        w = e^b dr Xᵀ + N k        dk = e^{b_C - b} u Gᵀ + P'ᵀ q - Nᵀ (beta k) - beta w
     P'_ij = e_ij (do_i·u_j), j <= i        N_ij = e_ij (dr_i·u_j), j < i        e_ij = e^{b_i - b_j}        dv = beta dr
 
-Each group of warps finds half of every row. A warp of its own adds up what both know of the gradients of beta and of
-the decay.
+Each group of warps finds its share of every row. A warp of its own adds up what all know of the gradients of beta and
+of the decay.
 """
 
 from triton.experimental import gluon
