@@ -29,16 +29,10 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Tr
 
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
-    """How chunks of x [B, T, heads, 128] come and go, so many columns of a head at a time."""
+    """How chunks of x [B, T, heads, D] come and go, so many columns of a head at a time."""
     assert x.data_ptr() % 16 == 0, "see layouts.laid_out"
     tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
-
-
-def states_of(x: Tensor) -> TensorDescriptor:
-    """How states, x [chunks, heads, 128, 128], come and go, one by one: as the rows of them all."""
-    rows, size = x.shape[0] * x.shape[1] * SIZE.value, SIZE.value
-    return TensorDescriptor(x, [rows, size], [size, 1], [size, size], SHARED.value)
 
 
 @gluon.jit
