@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.device import HOPPER_HEAD
+from lasp.kernels.triton.hopper.layouts import shared_layout
 from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, SHUT
 from lasp.kernels.triton.shared.tiles import CHUNK
 
@@ -29,10 +30,10 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Tr
 
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
-    """How chunks of x [B, T, heads, 128] come and go, so many columns of a head at a time."""
+    """How chunks of x [B, T, heads, D] come and go, so many columns of a head at a time."""
     assert x.data_ptr() % 16 == 0, "see layouts.laid_out"
     tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
-    return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
+    return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], shared_layout(columns))
 
 
 def states_of(x: Tensor) -> TensorDescriptor:
@@ -79,12 +80,12 @@ def half_rows(PART: gl.constexpr):
 
 
 @gluon.jit
-def load_initial_state(initial, at, tile, h, H):
-    """What enters a tile, at some places of the state: see scan.load_initial_state."""
+def load_initial_state(initial, at, tile, h, H, AREA: gl.constexpr = SIZE * SIZE):
+    """What enters a tile, at some places of the state, of so many numbers: see scan.load_initial_state."""
     local, incoming, passed, owner = initial
-    x = gl.load(local + (tile * H + h) * SIZE * SIZE + at)
+    x = gl.load(local + (tile * H + h) * AREA + at)
     if incoming is not None:
-        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)
+        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * AREA + at)
         if passed is not None:
             came *= gl.exp(gl.load(passed + tile * H + h))
         x += came
