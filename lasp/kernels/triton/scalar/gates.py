@@ -113,9 +113,9 @@ def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tenso
 
 
 def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: Tensor) -> Tensor:
-    """dg_t = Σ_{j>=t} (q_j·dq_j - v_j·dv_j) + <X, G> at the tile's end (math §2), [B, T, H].
+    """dg_t = Σ_{j>=t} (q_j·dq_j - k_j·dk_j) + <X, G> at the tile's end (math §2), [B, T, H].
 
-    The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
+    The pairs of tokens within a chunk are all in the first term, which has their difference: see chunk_scan.
 
     q_dq, v_dv: [blocks, B, T, H], at_end: [blocks, M, H] partial products, each in as many blocks as there are.
     """

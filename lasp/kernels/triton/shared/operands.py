@@ -20,7 +20,7 @@ def contiguous(x: Call) -> Call:
 
 
 def per_q_head(d: Tensor, q: Tensor) -> Tensor:
-    """[B, T, H, K] -> [B, T, Hq, K]: the sum over the value heads that share a q/k head, in fp32."""
-    if d.shape[2] == q.shape[2]:
-        return d
-    return d.unflatten(2, (q.shape[2], -1)).sum(3, dtype=torch.float32).to(q.dtype)
+    """[B, T, H, K] -> [B, T, Hq, K]: the sum over the value heads that share a q/k head."""
+    if d.shape[2] != q.shape[2]:
+        d = d.unflatten(2, (q.shape[2], -1)).sum(3, dtype=torch.float32)
+    return d.to(q.dtype)
