@@ -9,8 +9,8 @@ as the first operand of what is summed over them. What the groups share out amon
     APART     two heads, one each: for columns too few to be split
     SUMMED    the columns of two heads, whose y is summed, since they share what `c` is: gradients of q and k
 
-For the gradient of gates (SUMS) products of y and a partner are summed in parts that do not cancel: see gates.gate_grads.
-Copies in fp16, which has no room for a state, are scaled so that the largest number fits.
+For the gradient of gates (SUMS) the same is summed as there. Copies of a state are then two, the second of what the
+first one's rounding leaves. In fp16, which has no room for a state, they are scaled so that the largest number fits.
 """
 
 from enum import IntEnum
@@ -38,8 +38,10 @@ from lasp.kernels.triton.hopper.shared import (
     clear_tail,
     load_gates,
     load_initial_state,
+    rounded,
     rows_of,
     send_rows,
+    shortened,
     whole_decay,
 )
 from lasp.kernels.triton.launch import launch
@@ -83,9 +85,7 @@ def _fetch(
             rows = 2 * stage + part
             tma.async_copy_global_to_shared(c, [row, head // GC * DC + at], filled, c_rows.index(rows))
             if SUMS:
-                tma.async_copy_global_to_shared(
-                    partner, [row, head // GP * DC + at], filled, partner_rows.index(rows)
-                )
+                tma.async_copy_global_to_shared(partner, [row, head // GP * DC + at], filled, partner_rows.index(rows))
 
 
 @gluon.jit
@@ -101,24 +101,25 @@ def _state_places(col, DA: gl.constexpr, DC: gl.constexpr, W: gl.constexpr, TRAN
 
 @gluon.jit
 def _copy(x, copies, at, SUMS: gl.constexpr):
-    """Writes, from copy `at` on, what products read of X: with SUMS also what its rounding leaves. Returns what undoes the scale."""
+    """Writes X, from copy `at` on, for products to read. Returns what undoes the scale."""
     up = 1.0
     if copies.dtype == gl.float16:
         most = gl.maximum(gl.max(gl.max(gl.abs(x), axis=1), axis=0), 1e-30)
         up = most / LARGE
         x *= LARGE / most
-    high = x.to(copies.dtype)
-    copies.index(at).store(high)
     if SUMS:
-        copies.index(at + 1).store((x - high.to(gl.float32)).to(copies.dtype))
+        high = shortened(x, copies.dtype)
+        copies.index(at + 1).store((x - high).to(copies.dtype))
+        x = high
+    copies.index(at).store(x.to(copies.dtype))
     return up
 
 
 @gluon.jit
-def _head_room(gs, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+def _head_room(gs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
     """A power of two near the largest weight with which a chunk is written into a state in reverse, that of its first
     token, as a logarithm, [1]: taken out of the weights, since fp16 has no small numbers."""
-    if DTYPE == gl.float16:
+    if dtype == gl.float16:
         return gl.floor(gs.slice(0, 1).load(LAYOUT))
     else:
         return gl.zeros([1], gl.float32, LAYOUT)
@@ -152,8 +153,8 @@ def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.conste
         else:
             read, room = gs.load(ROW), _head_room(gs, ROW, dtype)
         if SUMS:  # the partner as rounded as where another scan writes it into its state
-            rounded = (pc.load(ROW.parent) * gl.exp2(read - room)[:, None]).to(dtype).to(gl.float32)
-            sums = gl.convert_layout(gl.sum(rounded * yc, axis=1) * gl.exp2(room), gl.SliceLayout(1, mma_layout(C)))
+            written = rounded(pc.load(ROW.parent) * gl.exp2(read - room)[:, None], dtype)
+            sums = gl.convert_layout(gl.sum(written * yc, axis=1) * gl.exp2(room), gl.SliceLayout(1, mma_layout(C)))
         yc *= gl.exp2(read)[:, None]
     return yc, sums
 
@@ -179,9 +180,7 @@ def _open(
     nothing = gl.zeros([C, C], gl.float32, SCORES)
     if ALONE:
         read = _read(ac, copies, at, SUMS)
-        read, sums = _finish_read(
-            warpgroup_mma_wait(0, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS
-        )
+        read, sums = _finish_read(warpgroup_mma_wait(0, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
         yc += read
     scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
     others = nothing
@@ -208,9 +207,7 @@ def _open(
         else:
             scores = warpgroup_mma_wait(3 if SUMS else 2, deps=(scores,)) * weights
     if not ALONE:
-        read, sums = _finish_read(
-            warpgroup_mma_wait(1, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS
-        )
+        read, sums = _finish_read(warpgroup_mma_wait(1, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
         yc = yc + read if WORK == SUMMED else read
     if PAIRS:
         sums += near

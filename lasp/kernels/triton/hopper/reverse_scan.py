@@ -37,6 +37,7 @@ from lasp.kernels.triton.hopper.shared import (
     half_rows,
     load_gates,
     load_initial_state,
+    rounded,
     rows_of,
     send_rows,
     whole_decay,
@@ -66,12 +67,12 @@ def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
 
 @gluon.jit
 def _of_rounding(x, kc, vc, gs, PART: gl.constexpr):
-    """w_j k_jᵀ X v_j, [C], of some rows of X and of what the rounding of their copies leaves. Over a tile it would add up."""
+    """w_j k_jᵀ X v_j, [C], of what the rounding of copies leaves of a group's rows of X: over a tile it would add up."""
     PLACE: gl.constexpr = gl.SliceLayout(0, MMA)
-    left = gl.convert_layout((x - x.to(vc.dtype).to(gl.float32)).to(vc.dtype), LEFT)
+    left = gl.convert_layout((x - rounded(x, vc.dtype)).to(vc.dtype), LEFT)
     nothing = gl.zeros([HALF, C], gl.float32, MMA)
     read = warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    keys = kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(MMA)
+    keys = gl.convert_layout(kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(LEFT), MMA)
     weights = gl.exp2(whole_decay(gs, PLACE) - gs.load(PLACE))
     read = warpgroup_mma_wait(0, deps=(read,))
     return gl.sum(read * keys.to(gl.float32), axis=0) * weights
@@ -162,8 +163,7 @@ def _compute(
             yc = warpgroup_mma_wait(1, deps=(yc,))
             if SUMS:
                 if PART == 0:  # v as rounded as where the forward scan writes it into its state
-                    rounded = (vc.load(WIDE_MMA) * read[:, None]).to(dtype).to(gl.float32)
-                    inner += gl.sum(rounded * yc, axis=1)
+                    inner += gl.sum(rounded(vc.load(WIDE_MMA) * read[:, None], dtype) * yc, axis=1)
                 place = i * C + gl.arange(0, C, layout=TOKEN)
                 gl.store(v_dv + place * H, inner * scale, mask=place < count)
             yc *= read[:, None]

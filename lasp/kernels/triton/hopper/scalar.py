@@ -15,7 +15,6 @@ from lasp.kernels.triton.scalar.gates import cumulate
 from lasp.kernels.triton.shared.state_passing import InitialStates
 from lasp.kernels.triton.shared.tiles import CHUNK
 
-
 SIZES = (64, 128, 256)
 
 

@@ -237,7 +237,8 @@ def chunk_scan(
     partner: Tensor | None = None,
     ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [B, T, H, DC], for as many heads as the states have; with a partner (q of dq, v of dv) also sums [blocks, B, T, H].
+    """y [B, T, H, DC], for as many heads as the states have; with a partner (of dq it is q, of dv v) also the sums that
+    gates need, [blocks, B, T, H].
 
     initial: X before the scan, of every tile. A forward scan with a partner fills `ends` [M, H, K, V] with the states
     at the tiles' ends, a reverse one reads them and gives their products with the states' gradients there, [blocks, M,
