@@ -67,7 +67,7 @@ def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
 
 @gluon.jit
 def _of_rounding(x, kc, vc, gs, PART: gl.constexpr):
-    """w_j k_jᵀ X v_j, [C], of what the rounding of copies leaves of a group's rows of X: over a tile it would add up."""
+    """w_j k_jᵀ X v_j, [C], of what rounding leaves of a group's rows of X: over a tile it would add up."""
     PLACE: gl.constexpr = gl.SliceLayout(0, MMA)
     left = gl.convert_layout((x - rounded(x, vc.dtype)).to(vc.dtype), LEFT)
     nothing = gl.zeros([HALF, C], gl.float32, MMA)
