@@ -66,16 +66,11 @@ def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
 
 
 @gluon.jit
-def _of_rounding(x, kc, vc, gs, PART: gl.constexpr):
-    """w_j k_jᵀ X v_j, [C], of what rounding leaves of a group's rows of X: over a tile it would add up."""
-    PLACE: gl.constexpr = gl.SliceLayout(0, MMA)
+def _of_rounding(x, vc):
+    """X v_j, [HALF, C], on its way, of what rounding leaves of a group's rows of X: over a tile it would add up."""
     left = gl.convert_layout((x - rounded(x, vc.dtype)).to(vc.dtype), LEFT)
     nothing = gl.zeros([HALF, C], gl.float32, MMA)
-    read = warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    keys = gl.convert_layout(kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(LEFT), MMA)
-    weights = gl.exp2(whole_decay(gs, PLACE) - gs.load(PLACE))
-    read = warpgroup_mma_wait(0, deps=(read,))
-    return gl.sum(read * keys.to(gl.float32), axis=0) * weights
+    return warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -137,7 +132,7 @@ def _compute(
             fence_async_shared()
             barrier()
         if SUMS:
-            inner = gl.convert_layout(_of_rounding(x, kc, vc, gs, PART), TOKEN)
+            rest = _of_rounding(x, vc)
         if DECAY != NONE:
             x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)))[:, None]
         if PART == 0:
@@ -147,6 +142,12 @@ def _compute(
         scores = warpgroup_mma(
             left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
         )
+        if SUMS:
+            keys = gl.convert_layout(kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(LEFT), MMA)
+            KEY: gl.constexpr = gl.SliceLayout(0, MMA)
+            weights = gl.exp2(whole_decay(gs, KEY) - gs.load(KEY))
+            rest = warpgroup_mma_wait(1, deps=(rest,))
+            inner = gl.convert_layout(gl.sum(rest * keys.to(gl.float32), axis=0) * weights, TOKEN)
         yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
         queries = qc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
         if DECAY == NONE:
