@@ -1,5 +1,6 @@
 """Which Triton kernels serve which inputs."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
-_ready: set[tuple] = set()
+_ready: dict[tuple, str] = {}  # for each kind of inputs what the GPU lacks
 
 
 def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
@@ -37,22 +38,26 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
     op: Op[Any] = TritonDiagonal() if x.decay_class == Decay.DIAGONAL else TritonLinear()
     if isinstance(x, DeltaInputs):
         op = TritonDelta()
-    if x.v.is_cuda:
-        _make_ready(op, x, wants_summary)
+    if x.v.is_cuda and (lack := _make_ready(op, x, wants_summary)):
+        return None, lack
     return op, ""
 
 
-def _make_ready(op: Op[Any], x: LinearInputs, wants_summary: bool) -> None:
-    """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
+def _make_ready(op: Op[Any], x: LinearInputs, wants_summary: bool) -> str:
+    """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows.
+    Returns what the GPU lacks for them, if it does, and warns when the first come."""
     tensors = x.tensors
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors.items())
     key = (type(op), wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
-    if key in _ready:
-        return
-    _ready.add(key)
-    with torch.cuda.device(x.v.device):
-        compile_ahead(lambda: dry_run(op, x, wants_summary, backward))
+    if key not in _ready:
+        _ready[key] = ""
+        with torch.cuda.device(x.v.device):
+            if lack := compile_ahead(lambda: dry_run(op, x, wants_summary, backward)):
+                size = f"K = {x.k.shape[-1]}, V = {x.v.shape[-1]} in {x.v.dtype}"
+                _ready[key] = f"heads of {size}: {lack}"
+                warnings.warn(f"Triton's kernels do not fit into {x.v.device} for {_ready[key]}", stacklevel=2)
+    return _ready[key]
 
 
 def dry_run(op: Op[Any], x: LinearInputs, wants_summary: bool, backward: bool) -> None:
