@@ -30,7 +30,7 @@ ROOMS = {
     "log_linear": {"", "shared", "scalar"},
 }
 KNOWS_ROOMS = {  # where one of them is chosen
-    "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op"},
+    "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op", "log_linear.op"},
     "lasp/kernels/triton/decode.py": {"shared"},
     "lasp/kernels/triton/scalar/op.py": {"hopper.scalar"},
     "lasp/kernels/triton/delta/op.py": {"hopper.delta"},

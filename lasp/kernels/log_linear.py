@@ -1,6 +1,6 @@
 """Log-linear attention: the public functions. Equations: math §4."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +9,9 @@ from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.linear import BACKENDS, Backend
 from lasp.kernels.log_linear_inputs import LogLinearInputs
-from lasp.kernels.recurrence import Alone, run
+from lasp.kernels.recurrence import Alone, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
-
-if TYPE_CHECKING:
-    from lasp.kernels.triton.log_linear.op import TritonLogLinear
 
 
 def log_linear_attention(
@@ -46,7 +43,7 @@ def log_linear_attention(
         initial_state: of N = B sequences or packed documents; tokens go on at position `initial_state.tokens`.
         cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Levels restart in every document.
             Offsets on a GPU are copied to the host.
-        backend: "auto", "reference" (PyTorch, which "auto" takes) or "triton" (without beta).
+        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
@@ -102,7 +99,7 @@ def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_
     check_levels(level_scales.shape[-1], x.tokens_after)
     slots = None if initial_state is None else initial_state.slots
     slots = None if slots is None else resized(slots, x.state_shape[1])
-    o, final = run(choose_op(x, backend), Alone(), x, slots, output_final_state)
+    o, final = run(choose_op(x, backend, wants_summary=False), Alone(), x, slots, output_final_state)
     return o, None if final is None else FenwickState(final, x.tokens_after)
 
 
@@ -158,13 +155,12 @@ def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int)
     checks.require(slots.device == v.device, "initial_state.slots", f"device {slots.device}", f"{v.device}, as v")
 
 
-def choose_op(x: LogLinearInputs, backend: Backend) -> "LogLinearOp | TritonLogLinear":
-    """The implementation that serves these inputs. "auto" is the reference until the kernels have run on a GPU."""
-    if backend != "triton" or x.v.shape[0] == 0:
+def choose_op(x: LogLinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
+    """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
+    if x.v.shape[0] == 0 or not (backend == "triton" or (backend == "auto" and x.v.is_cuda)):
         return LogLinearOp()
-    from lasp.kernels.triton.device import unsupported
-    from lasp.kernels.triton.log_linear.op import TritonLogLinear
+    from lasp.kernels.triton.dispatch import triton_log_linear_op
 
-    refusal = "a delta rule" if x.beta is not None else unsupported(x.k, x.v)
-    checks.require(refusal is None, "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
-    return TritonLogLinear()
+    op, refusal = triton_log_linear_op(x, backend == "triton", wants_summary)
+    checks.require(op is not None or backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
+    return op or LogLinearOp()

@@ -106,7 +106,7 @@ def _exchanged(sequence, q, k, v, decay, level_scales, beta, scale, initial_stat
         boundary = Alone()
     most = max(_totals(partition, seen)).bit_length()
     slots = None if initial_state is None else resized(initial_state.slots, most)
-    o, final = run(choose_op(x, "auto"), boundary, x, slots, output_final_state)
+    o, final = run(choose_op(x, "auto", boundary.wants_summary), boundary, x, slots, output_final_state)
     totals = torch.tensor(_totals(partition, seen) * (batch if partition.documents == 1 else 1), device="cpu")
     return local.unfold(o), None if final is None else FenwickState(final, totals)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.inputs import DeltaInputs, LinearInputs
+from lasp.kernels.inputs import DeltaInputs, Inputs, LinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
@@ -15,6 +16,7 @@ from lasp.kernels.triton.delta.op import TritonDelta
 from lasp.kernels.triton.device import MAX_HEAD, is_roomy, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
+from lasp.kernels.triton.log_linear.op import TritonLogLinear
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
@@ -42,20 +44,35 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
     return op, ""
 
 
-def _make_ready(op: Op[Any], x: LinearInputs, wants_summary: bool) -> None:
+def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
+    """The same for log-linear attention."""
+    if x.beta is not None:
+        return None, "a delta rule"
+    if refusal := unsupported(x.k, x.v):
+        return None, refusal
+    if not (asked or _checked(x)):
+        return None, "what has not been checked on such a GPU"
+    op = TritonLogLinear()
+    if x.v.is_cuda:
+        _make_ready(op, x, wants_summary)
+    return op, ""
+
+
+def _make_ready(op: Op[Any], x: Inputs, wants_summary: bool) -> None:
     """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
     tensors = x.tensors
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors.items())
-    key = (type(op), wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
+    device = next(iter(tensors.values())).device
+    key = (type(op), wants_summary, backward, device, x.segments.cu_seqlens is None, *kinds)
     if key in _ready:
         return
     _ready.add(key)
-    with torch.cuda.device(x.v.device):
+    with torch.cuda.device(device):
         compile_ahead(lambda: dry_run(op, x, wants_summary, backward))
 
 
-def dry_run(op: Op[Any], x: LinearInputs, wants_summary: bool, backward: bool) -> None:
+def dry_run(op: Op[Any], x: Inputs, wants_summary: bool, backward: bool) -> None:
     """All launches that `x` and its gradients need, with tensors that have a shape and no memory."""
     offsets = x.segments.cu_seqlens
     if offsets is not None and offsets.is_cuda:
@@ -63,7 +80,7 @@ def dry_run(op: Op[Any], x: LinearInputs, wants_summary: bool, backward: bool) -
     segments = Segments(x.segments.batch, x.segments.tokens, offsets)
     x = x.having({name: t.detach().to("meta") for name, t in x.tensors.items()}, segments)
     _, partial = op.summarize(x, wants_summary)
-    comes = x.v.new_empty(x.state_shape, dtype=x.state_dtype) if wants_summary else None
+    comes = torch.empty(x.state_shape, dtype=x.state_dtype, device="meta") if wants_summary else None
     o, _, kept = op.finish(x, partial, Pending(lambda: comes))
     if backward:
         _, partial = op.summarize_grad(x, kept, o, wants_summary)
@@ -82,7 +99,7 @@ def triton_step(x: LinearInputs, state: Tensor | None, asked: bool) -> tuple[Ten
         return decode(x, state)
 
 
-def _checked(x: LinearInputs) -> bool:
+def _checked(x: LinearInputs | LogLinearInputs) -> bool:
     """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size, and
     fit into this one's shared memory."""
     if not x.v.is_cuda:
