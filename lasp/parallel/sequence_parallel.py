@@ -70,7 +70,7 @@ class SequenceParallel:
             tokens: any length of at least 1, also fewer than there are units.
             cu_seqlens: [N + 1] int32 or int64 offsets of packed documents from 0 to `tokens`; a device tensor is copied
                 to the host, once.
-            aligned: make the units' length a power of two.
+            aligned: make the units' length a power of two, as log-linear attention needs it; one unit alone keeps its.
 
         Raises:
             ValueError: on every rank, if the arguments do not fit or differ between ranks.

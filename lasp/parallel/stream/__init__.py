@@ -40,12 +40,19 @@ class Stream:
         segment_tokens: of every segment but the last, which may be shorter; over all ranks.
         cu_seqlens: [N + 1] offsets of packed documents, as `SequenceParallel.sequence` takes them. Segments may cut
             them anywhere.
+        aligned: units of segments have a length that is a power of two, as in `SequenceParallel.sequence`.
 
     Collective. Raises ValueError on every rank, if the arguments do not fit or differ between ranks.
     """
 
     def __init__(
-        self, parallel: SequenceParallel, tokens: int, segment_tokens: int, cu_seqlens: Tensor | None = None
+        self,
+        parallel: SequenceParallel,
+        tokens: int,
+        segment_tokens: int,
+        cu_seqlens: Tensor | None = None,
+        *,
+        aligned: bool = False,
     ) -> None:
         units = parallel.layout.units
 
@@ -57,11 +64,12 @@ class Stream:
             checks.require(segment_tokens >= units, "segment_tokens", segment_tokens, expected)
             checks.cu_seqlens(cu_seqlens, 1, tokens)
             offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-            return {"tokens": int(tokens), "segment_tokens": int(segment_tokens), "cu_seqlens": offsets}
+            given = {"tokens": int(tokens), "segment_tokens": int(segment_tokens), "aligned": bool(aligned)}
+            return given | {"cu_seqlens": offsets}
 
         agree(parallel.group, parallel._messages, check, call="Stream")
         self.parallel, self.tokens, self.segment_tokens = parallel, tokens, segment_tokens
-        self.packed = cu_seqlens is not None
+        self.packed, self.aligned = cu_seqlens is not None, aligned
         edges = {0, tokens} if cu_seqlens is None else set(cu_seqlens.tolist())
         documents = sorted(edges)
         self.partitions = [self._partition(start, documents) for start in range(0, tokens, segment_tokens)]
@@ -100,7 +108,8 @@ class Stream:
         stop = min(start + self.segment_tokens, self.tokens)
         first, last = bisect_right(documents, start), bisect_right(documents, stop - 1)
         offsets = [0, *(edge - start for edge in documents[first:last]), stop - start]
-        return Partition(self.parallel.layout, self.parallel.rank, offsets, past=start - documents[first - 1])
+        past = start - documents[first - 1]
+        return Partition(self.parallel.layout, self.parallel.rank, offsets, self.aligned, past=past)
 
 
 class Segment(Sequence):
@@ -203,21 +212,19 @@ class Segment(Sequence):
 
     def _boundary(self, batch: int, across: Across) -> Boundary:
         checks.require(across is AcrossUnits, "causal", False, "True in a segment: it knows no tokens that follow")
-        if (batch, across) not in self._boundaries:
-            self._boundaries[batch, across] = self._make_boundary(batch)
-        return self._boundaries[batch, across]
+        return super()._boundary(batch, CarriedAcrossUnits)
 
-    def _make_boundary(self, batch: int) -> Boundary:
+    def _alone(self) -> Boundary | None:
         if self.partition.layout.units > 1:
-            return CarriedAcrossUnits(self.partition, batch, self.parallel.group, self.parallel.exchange)
+            return None
         return CarriedAlone(self.partition) if self.packed else Alone()
 
-    def _states(self, batch: int) -> int:
-        return batch
+    def _documents_with_states(self) -> tuple[list[int], list[int]]:
+        return [0], [self.partition.documents - 1]
 
-    def _require_past(self, name: str, tensor: Tensor | None) -> None:
+    def _require_past(self, name: str, past: object | None) -> None:
         expected = f"what the segment before left: {self.past} tokens came before"
-        checks.require(tensor is not None or self.past == 0, name, None, expected)
+        checks.require(past is not None or self.past == 0, name, None, expected)
 
     def _seen(self, window: int | None) -> range:
         """The earlier segments of which something may be seen."""
