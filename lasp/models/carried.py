@@ -124,14 +124,14 @@ class SegmentOps(OpsWithPast):
     """
 
     def __init__(self, seq: Any, slots: Slots, store: Callable[[int], KeyStore]):
-        super().__init__(slots, seq.linear_attention, seq.delta_rule)
+        super().__init__(slots, seq)
         self.positions, self.valid = seq.positions, seq.valid
         self._seq, self._store = seq, store
 
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
 
-    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+    def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": self._seq.continues}
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:

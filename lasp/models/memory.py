@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.kernels import causal_conv1d, delta_rule, linear_attention, short_conv, softmax_attention
+import lasp.kernels
+from lasp.kernels import causal_conv1d, short_conv, softmax_attention
+from lasp.kernels.fenwick import FenwickState
+from lasp.kernels.log_linear_step import FenwickMemory, go_on
 from lasp.kernels.parts import Parts
 from lasp.models.past import OpsWithPast, Past, Slots
 from lasp.models.sequence import SequenceOps, ShardedSequence
@@ -30,9 +33,9 @@ class Rows:
 class Memory(Past):
     """The past of whole sequences.
 
-    slots: of linear attention or the delta rule the state [B, H, K, V], of a convolution the last inputs
-    [B, width - 1, D], and of softmax attention a list of pairs, keys and values [B, tokens, Hkv, K]: one pair of all
-    rows, or one of each row once their lengths differ.
+    slots: of linear attention or the delta rule the state [B, H, K, V], of the log-linear ones a `FenwickState` or
+    `FenwickMemory`, of a convolution the last inputs [B, width - 1, D], and of softmax attention a list of pairs, keys
+    and values [B, tokens, Hkv, K]: one pair of all rows, or one of each row once their lengths differ.
     tokens: how many tokens have been seen; [B] int64 once rows have come as `Rows`.
 
     It starts empty, with any batch size. Gradients flow through it.
@@ -71,6 +74,8 @@ class Memory(Past):
         def select(slot: Any) -> Any:
             if isinstance(slot, Tensor):
                 return chosen(slot)
+            if isinstance(slot, FenwickState | FenwickMemory):
+                return slot.select(rows)
             if len(slot) > 1:
                 return [slot[row] for row in rows.tolist()]
             return [tuple(chosen(x) for x in pair) for pair in slot]
@@ -97,7 +102,7 @@ class RememberingOps(OpsWithPast):
     """
 
     def __init__(self, seq: SequenceOps | Rows, slots: Slots, tokens: int | Tensor):
-        super().__init__(slots, linear_attention, delta_rule)
+        super().__init__(slots, lasp.kernels)
         self._rows = seq if isinstance(seq, Rows) else None
         self._offsets = None if self._rows is None else self._rows.offsets
         self._unequal = self._rows is not None or isinstance(tokens, Tensor)
@@ -114,8 +119,28 @@ class RememberingOps(OpsWithPast):
     def sum(self, x: Tensor) -> Tensor:
         return x
 
-    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+    def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": True, "cu_seqlens": self._offsets}
+
+    def log_linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, None]:
+        inputs = q, k, v, decay, level_scales
+        return self._step(lambda past: go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)), None
+
+    def log_linear_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        level_scales: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, None]:
+        inputs = q, k, v, decay, level_scales, beta
+        return self._step(lambda past: go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)), None
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         def op(past):

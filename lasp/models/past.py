@@ -1,8 +1,9 @@
 """What came before the tokens at hand: the one notion of it that generation and segments of a stream share.
 
 Each op of a layer has a slot, in the order in which the layer calls them. It finds there what it goes on from (nothing,
-at first), and leaves there what goes on from it: the state of linear attention or the delta rule, the last inputs of a
-convolution, keys and values. Gradients flow through it, or are carried by hand (`lasp.models.carried`).
+at first), and leaves there what goes on from it: the state of linear attention or the delta rule (its slots, of the
+log-linear ones), the last inputs of a convolution, keys and values. Gradients flow through it, or are carried by hand
+(`lasp.models.carried`).
 """
 
 from abc import ABC, abstractmethod
@@ -56,18 +57,17 @@ class Past(ABC):
 class OpsWithPast(ABC):
     """The ops of one call of one layer, each with its slot.
 
-    linear_attention, delta_rule: those of `lasp.kernels`, or of a sequence.
+    ops: who has those with a state: `lasp.kernels` or a sequence.
     """
 
-    def __init__(self, slots: Slots, linear_attention: Callable[..., Any], delta_rule: Callable[..., Any]):
-        self._slots, self._next = slots, 0
-        self._linear_attention, self._delta_rule = linear_attention, delta_rule
+    def __init__(self, slots: Slots, ops: Any):
+        self._slots, self._next, self._ops = slots, 0, ops
 
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return self._linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
+            return self._ops.linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 
@@ -75,12 +75,38 @@ class OpsWithPast(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return self._delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
+            return self._ops.delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
+
+        return self._step(op), None
+
+    def log_linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, None]:
+        def op(state):
+            return self._ops.log_linear_attention(q, k, v, decay, level_scales, scale=scale, **self._continuing(state))
+
+        return self._step(op), None
+
+    def log_linear_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        level_scales: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, None]:
+        def op(state):
+            return self._ops.log_linear_delta_rule(
+                q, k, v, beta, decay, level_scales, scale=scale, **self._continuing(state)
+            )
 
         return self._step(op), None
 
     @abstractmethod
-    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+    def _continuing(self, state: Any) -> dict[str, Any]:
         """The arguments by which an op goes on from a state and gives the next one."""
 
     def _step(self, op: Callable[[Any], tuple[Any, Any]]) -> Any:

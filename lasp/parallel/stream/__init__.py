@@ -40,19 +40,12 @@ class Stream:
         segment_tokens: of every segment but the last, which may be shorter; over all ranks.
         cu_seqlens: [N + 1] offsets of packed documents, as `SequenceParallel.sequence` takes them. Segments may cut
             them anywhere.
-        aligned: units of segments have a length that is a power of two, as in `SequenceParallel.sequence`.
 
     Collective. Raises ValueError on every rank, if the arguments do not fit or differ between ranks.
     """
 
     def __init__(
-        self,
-        parallel: SequenceParallel,
-        tokens: int,
-        segment_tokens: int,
-        cu_seqlens: Tensor | None = None,
-        *,
-        aligned: bool = False,
+        self, parallel: SequenceParallel, tokens: int, segment_tokens: int, cu_seqlens: Tensor | None = None
     ) -> None:
         units = parallel.layout.units
 
@@ -64,12 +57,11 @@ class Stream:
             checks.require(segment_tokens >= units, "segment_tokens", segment_tokens, expected)
             checks.cu_seqlens(cu_seqlens, 1, tokens)
             offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-            given = {"tokens": int(tokens), "segment_tokens": int(segment_tokens), "aligned": bool(aligned)}
-            return given | {"cu_seqlens": offsets}
+            return {"tokens": int(tokens), "segment_tokens": int(segment_tokens), "cu_seqlens": offsets}
 
         agree(parallel.group, parallel._messages, check, call="Stream")
         self.parallel, self.tokens, self.segment_tokens = parallel, tokens, segment_tokens
-        self.packed, self.aligned = cu_seqlens is not None, aligned
+        self.packed = cu_seqlens is not None
         edges = {0, tokens} if cu_seqlens is None else set(cu_seqlens.tolist())
         documents = sorted(edges)
         self.partitions = [self._partition(start, documents) for start in range(0, tokens, segment_tokens)]
@@ -108,8 +100,8 @@ class Stream:
         stop = min(start + self.segment_tokens, self.tokens)
         first, last = bisect_right(documents, start), bisect_right(documents, stop - 1)
         offsets = [0, *(edge - start for edge in documents[first:last]), stop - start]
-        past = start - documents[first - 1]
-        return Partition(self.parallel.layout, self.parallel.rank, offsets, self.aligned, past=past)
+        past, parallel = start - documents[first - 1], self.parallel
+        return Partition(parallel.layout, parallel.rank, offsets, parallel.aligned, past=past)
 
 
 class Segment(Sequence):
