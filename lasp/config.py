@@ -151,9 +151,23 @@ class ModelConfig:
         return self.pattern * (self.num_layers // len(self.pattern))
 
     @property
+    def plain_mixer(self) -> str:
+        """The mixer, or that which it makes log-linear."""
+        return self.mixer.removeprefix(LOG_LINEAR)
+
+    @property
     def aligned(self) -> bool:
         """Whether ranks' units have to be powers of two: `aligned` of lasp.parallel's sequences."""
-        return self.mixer.startswith(LOG_LINEAR) and LINEAR in self.pattern
+        return self.mixer != self.plain_mixer and LINEAR in self.pattern
+
+    def local_tokens(self, tokens: int, ranks: int) -> int:
+        """Of each of so many ranks that share a sequence, with padding."""
+        local = -(-tokens // ranks)
+        return 1 << (local - 1).bit_length() if self.aligned and ranks > 1 else local
+
+    def states(self, tokens: int) -> int:
+        """How many a linear layer keeps of so many tokens, at most."""
+        return tokens.bit_length() if self.aligned else 1
 
 
 def options_of(config: ModelConfig) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.config import LOG_LINEAR, ModelConfig
+from lasp.config import ModelConfig
 from lasp.kernels.parts import Part, Parts
 from lasp.models.decays import SoftplusDecay
 from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32
@@ -41,7 +41,7 @@ class DeltaMixer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        kind = DELTA_KINDS[config.mixer.removeprefix(LOG_LINEAR)]
+        kind = DELTA_KINDS[config.plain_mixer]
         self.heads, self.sizes = config.num_heads, [config.key_dim, config.key_dim, config.value_dim]
         key = Part(config.key_dim, unit_length=True)
         parts = Parts(self.heads, (key, key, Part(config.value_dim)))
