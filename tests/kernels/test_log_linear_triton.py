@@ -37,8 +37,8 @@ def small(monkeypatch):
     """Chunks, leaves and pieces so small that a few tokens need several of each."""
 
     def chosen(k, v):
-        precision = "ieee" if v.dtype == torch.float32 else "tf32"
-        return config.LogLinearConfig(leaf=32, chunk=16, piece=2, widest=32, stages=1, precision=precision)
+        precision, chunk = "ieee" if v.dtype == torch.float32 else "tf32", 32 if GPU else 16  # see block_of
+        return config.LogLinearConfig(leaf=2 * chunk, chunk=chunk, piece=2, widest=32, precision=precision)
 
     monkeypatch.setattr(op, "log_linear_config", chosen)
 
