@@ -17,6 +17,7 @@ from lasp.kernels.triton.device import MAX_HEAD, is_roomy, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.log_linear.op import TritonLogLinear
+from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
@@ -46,13 +47,15 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
 
 def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
     """The same for log-linear attention."""
-    if x.beta is not None:
-        return None, "a delta rule"
     if refusal := unsupported(x.k, x.v):
         return None, refusal
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
-    op = TritonLogLinear()
+    op: Op[Any] = TritonLogLinear()
+    if x.beta is not None:
+        if max(x.k.shape[-1], x.v.shape[-1]) > (128 if x.v.dtype == torch.bfloat16 else 64):
+            return None, f"a delta rule with heads of {x.k.shape[-1]} and {x.v.shape[-1]} in {x.v.dtype}"
+        op = TritonLogLinearDelta()
     if x.v.is_cuda:
         _make_ready(op, x, wants_summary)
     return op, ""
