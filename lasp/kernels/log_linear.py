@@ -153,14 +153,15 @@ def check_state(state: FenwickState | None, count: int, x: LogLinearInputs) -> N
     checks.shape("initial_state.tokens", tokens, (count,), "[N]")
     fits = tokens.dtype == torch.long and tokens.device.type == "cpu"
     checks.require(fits, "initial_state.tokens", f"{tokens.dtype} on {tokens.device}", "int64 on the CPU")
-    least = int(tokens.min()) if count else 0
+    seen = tokens.tolist()
+    least, most = min(seen, default=0), max(seen, default=0)
     checks.require(least >= 0, "initial_state.tokens", least, "at least 0")
     checks.require(slots.ndim == 5, "initial_state.slots", f"shape {list(slots.shape)}", "[N, J, H, K, V]")
     expected = (count, slots.shape[1], *x.state_shape[2:])
     checks.shape("initial_state.slots", slots, expected, "[N, J, H, K, V]")
-    needed = max(tokens.tolist(), default=0).bit_length()
+    needed = most.bit_length()
     got = f"{slots.shape[1]} slots"
-    checks.require(slots.shape[1] >= needed, "initial_state.slots", got, f"{needed} for {max(tokens)} tokens seen")
+    checks.require(slots.shape[1] >= needed, "initial_state.slots", got, f"{needed} for {most} tokens seen")
     expected_dtype, device = f"{x.state_dtype} for {x.v.dtype} inputs", x.v.device
     checks.require(slots.dtype == x.state_dtype, "initial_state.slots", f"dtype {slots.dtype}", expected_dtype)
     checks.require(slots.device == device, "initial_state.slots", f"device {slots.device}", f"{device}, as v")

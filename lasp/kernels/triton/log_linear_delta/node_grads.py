@@ -3,6 +3,7 @@
 D = Σ R_hᵀ (λ_h do)        E = Σ R_hᵀ dR_{h+1}        see query_grads
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +12,7 @@ from lasp.kernels.triton.device import block_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
-from lasp.kernels.triton.log_linear_delta.query_grads import QueryGrads
+from lasp.kernels.triton.log_linear_delta.query_grads import KeptRows
 from lasp.kernels.triton.shared.rows import load_rows
 
 
@@ -77,16 +78,16 @@ def _node_grads(
         tl.store(at, d, mask=(kk < K)[:, None] & (vv < V)[None, :])
 
 
-def node_grads(tree: Tree, do: Tensor, scales: Tensor, grads: QueryGrads, precision: str) -> tuple[Tensor, Tensor]:
+def node_grads(tree: Tree, do: Tensor, scales: Tensor, kept: KeptRows, precision: str) -> tuple[Tensor, Tensor]:
     """D [Q, H, K, V] of all pieces and E [pieces of pairs, H, K, K], in fp32."""
-    (heads, value_dim), key_dim, tiles = do.shape[2:], grads.d_rows.shape[-1], tree.tiles
+    (heads, value_dim), key_dim, tiles = do.shape[2:], kept.rows.shape[-1], tree.tiles
     count, size = tree.pieces.shape[1], tree.leaf
-    parts = grads.d_values.new_empty(count, heads, key_dim, value_dim)
+    parts = do.new_empty(count, heads, key_dim, value_dim, dtype=torch.float32)
     transition_parts = parts.new_empty(tree.pair_pieces, heads, key_dim, key_dim)
     if count:
         launch(
             _node_grads, (count, heads, 2),
-            do, scales, grads.kept_rows, grads.kept_grads, parts, transition_parts, tiles.start, tiles.length,
+            do, scales, kept.rows, kept.grads, parts, transition_parts, tiles.start, tiles.length,
             tree.leaves, tree.pieces, tree.pair_pieces, do.shape[0] * do.shape[1], tiles.count, heads, scales.shape[3],
             tree.seen_pairs.shape[1], K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_of(value_dim), C=size,
             LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=8, num_stages=2,

@@ -156,9 +156,9 @@ class Backward:
         do, self.part, self.slots = part.of(do).contiguous(), part, part.of(slots)  # type: ignore[union-attr]
         tree, x = call.tree, call.x
         terms = call.rows, call.reads, x.level_scales, call.states, call.transitions
-        self.queries = query_grads(tree, x.v, do, *terms, call.seen(self.slots), call.precision)
-        self.parts, self.transition_parts = node_grads(tree, do, x.level_scales, self.queries, call.precision)
-        no_decay = self.parts.new_zeros(self.parts.shape[:2])
+        self.queries, kept = query_grads(tree, x.v, do, *terms, call.seen(self.slots), call.precision)
+        self.parts, self.transition_parts = node_grads(tree, do, x.level_scales, kept, call.precision)
+        no_decay = self.parts.new_zeros(self.parts.shape[:2])  # pieces' transitions are in their rows
         self.d_slots = self.parts.new_zeros(x.state_shape)
         segment, slot = tree.incoming.long()[:2]
         self.d_slots[segment, slot] = fold(tree, self.parts, no_decay)

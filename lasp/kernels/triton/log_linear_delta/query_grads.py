@@ -111,11 +111,16 @@ def _query_grads(
     store_rows(d_rows, dr.to(work), begin, here, h, H, kk, K)
 
 
+class KeptRows(NamedTuple):
+    """Of every height, see the kernel: rows, of initial slots behind those of nodes, and grads."""
+
+    rows: Tensor
+    grads: Tensor
+
+
 class QueryGrads(NamedTuple):
     """See the kernel."""
 
-    kept_rows: Tensor
-    kept_grads: Tensor
     d_rows: Tensor
     d_reads: Tensor
     d_values: Tensor
@@ -125,13 +130,12 @@ class QueryGrads(NamedTuple):
 def query_grads(
     tree: Tree, v: Tensor, do: Tensor, rows: Tensor, reads: Tensor, scales: Tensor, states: Tensor,
     transitions: Tensor, incoming: Tensor | None, precision: str,
-) -> QueryGrads:  # fmt: skip
+) -> tuple[QueryGrads, KeptRows]:  # fmt: skip
     """incoming: [I, H, K, V] fp32."""
     (heads, value_dim), key_dim, tiles, size = v.shape[2:], rows.shape[-1], tree.tiles, reads.shape[-1]
     heights = tree.seen_pairs.shape[1]
+    kept = KeptRows(rows.new_empty(heights + 1, *rows.shape), rows.new_empty(heights, *rows.shape))
     grads = QueryGrads(
-        rows.new_empty(heights + 1, *rows.shape),
-        rows.new_empty(heights, *rows.shape),
         rows.new_empty(rows.shape),
         reads.new_empty(reads.shape),
         states.new_empty(v.shape),
@@ -139,10 +143,10 @@ def query_grads(
     )
     launch(
         _query_grads, (tiles.count, heads),
-        v, do, rows, reads, scales, states, transitions, incoming, *grads, tiles.start, tiles.length, tree.leaves,
-        tree.seen_pairs, tree.seen_heights, tree.lefts, tree.incoming, tree.incoming_first, tree.before,
+        v, do, rows, reads, scales, states, transitions, incoming, *kept, *grads, tiles.start, tiles.length,
+        tree.leaves, tree.seen_pairs, tree.seen_heights, tree.lefts, tree.incoming, tree.incoming_first, tree.before,
         v.shape[0] * v.shape[1], tiles.count, tree.incoming.shape[1], heads, scales.shape[3], heights,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_of(value_dim), C=size, LOG_C=size.bit_length() - 1,
         PRECISION=precision, num_warps=8, num_stages=1,
     )  # fmt: skip
-    return grads
+    return grads, kept
