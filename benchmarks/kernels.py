@@ -7,7 +7,8 @@
 
 Medians of CUDA events, in milliseconds, as the host starts the kernels and in CUDA graphs, without host. Memory is the
 peak above the inputs, in GiB; errors are relative, by norm, against the float64 reference on the first 2048 tokens. The
-floor moves every input and output once at the copy bandwidth that is measured first.
+floor moves every input and output once at the copy bandwidth that is measured first. Log-linear attention has one q/k
+head, as in Mamba-2; its steps are for the token at position 2^20 - 1, which sees 20 states, and timed without a graph.
 """
 
 import time
@@ -25,9 +26,21 @@ from rich.table import Table
 from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
-from lasp.kernels import delta_rule, linear_attention
+from lasp.kernels import delta_rule, linear_attention, log_linear_attention, log_linear_delta_rule
+from lasp.kernels.fenwick import FenwickState
+from lasp.kernels.log_linear_step import FenwickMemory
 
-Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "diagonal delta"]
+Op = Literal[
+    "none",
+    "constant",
+    "scalar",
+    "diagonal",
+    "delta",
+    "gated delta",
+    "diagonal delta",
+    "log-linear",
+    "log-linear gated delta",
+]
 ACCURACY_TOKENS = 2048
 
 
@@ -48,7 +61,8 @@ def draw(op: Op, tokens: int, settings: Settings) -> dict[str, Tensor]:
     heads, size = settings.heads, settings.head_dim
     batch = 1 if settings.in_all is None else max(1, settings.in_all // tokens)
     shape = (batch, tokens, heads, size)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    of_q = (batch, tokens, 1 if op == "log-linear" else heads, size)
+    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in (of_q, of_q, shape))
     tensors = {"q": q, "k": F.normalize(k.float(), dim=-1).bfloat16(), "v": v}
     if "delta" in op:
         tensors["beta"] = torch.rand(shape[:3], device="cuda", dtype=torch.bfloat16)
@@ -58,14 +72,22 @@ def draw(op: Op, tokens: int, settings: Settings) -> dict[str, Tensor]:
         "gated delta": shape[:3],
         "diagonal": shape,
         "diagonal delta": shape,
+        "log-linear": shape[:3],
+        "log-linear gated delta": shape[:3],
     }
     if op in gate:
         tensors["decay"] = -0.1 * torch.rand(gate[op], device="cuda")
+    if "log-linear" in op:
+        tensors["level_scales"] = torch.rand(*shape[:3], (tokens - 1).bit_length() + 1, device="cuda")
     return tensors
 
 
 def ours(op: Op, backend: Literal["auto", "reference", "triton"]) -> Callable[..., Tensor]:
-    function = delta_rule if "delta" in op else linear_attention
+    plain = delta_rule if "delta" in op else linear_attention
+    function: Callable[..., tuple[Tensor, object]] = {
+        "log-linear": log_linear_attention,
+        "log-linear gated delta": log_linear_delta_rule,
+    }.get(op, plain)
     return lambda **tensors: function(**tensors, backend=backend)[0]
 
 
@@ -74,6 +96,7 @@ def theirs(op: Op) -> Callable[..., Tensor] | None:
     try:
         import fla.ops as fla
         from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.log_linear_attn import chunk_log_linear_attn
     except ImportError:
         return None
     allow_wrong_gradients()
@@ -85,7 +108,10 @@ def theirs(op: Op) -> Callable[..., Tensor] | None:
         "delta": lambda q, k, v, beta: fla.chunk_delta_rule(q, k, v, beta=beta),
         "gated delta": lambda q, k, v, beta, decay: fla.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta),
         "diagonal delta": lambda q, k, v, beta, decay: fla.chunk_kda(q, k, v, g=decay, beta=beta),
+        "log-linear": lambda q, k, v, decay, level_scales: chunk_log_linear_attn(q, k, v, decay, level_scales),
     }
+    if op not in calls:
+        return None
     return lambda **tensors: calls[op](**tensors)[0]
 
 
@@ -134,6 +160,8 @@ def accuracy(op: Op, settings: Settings) -> str:
 
 def decode(op: Op, batch: int, settings: Settings) -> str:
     """Microseconds of a step for a single token in each of `batch` sequences, from a CUDA graph."""
+    if "log-linear" in op:
+        return decode_log_linear(op, batch, settings)
     rows = draw(op, batch, replace(settings, in_all=None))
     tensors = {name: x if x.ndim == 1 else x.transpose(0, 1) for name, x in rows.items()}
     state = torch.zeros(batch, settings.heads, settings.head_dim, settings.head_dim, device="cuda")
@@ -144,6 +172,21 @@ def decode(op: Op, batch: int, settings: Settings) -> str:
             return_mode="median",
         )
     return f"{time_ms * 1e3:.1f}"
+
+
+def decode_log_linear(op: Op, batch: int, settings: Settings, seen: int = 2**20 - 1) -> str:
+    rows = draw(op, batch, replace(settings, in_all=None))
+    tensors = {name: x.transpose(0, 1) for name, x in rows.items()}
+    levels = seen.bit_length()
+    tensors["level_scales"] = torch.rand(batch, 1, settings.heads, levels + 1, device="cuda")
+    state = torch.zeros(batch, levels, settings.heads, settings.head_dim, settings.head_dim, device="cuda")
+    memory = FenwickMemory(FenwickState(state, torch.full((batch,), seen)))
+
+    def step() -> None:
+        memory.tokens.fill_(seen)
+        memory.step(**tensors)
+
+    return f"{do_bench(step, return_mode='median') * 1e3:.1f}"
 
 
 def copy_bandwidth() -> float:
