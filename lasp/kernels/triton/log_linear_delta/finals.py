@@ -30,10 +30,12 @@ class Sight(NamedTuple):
 
 @dataclass(frozen=True)
 class Finals:
-    """token, mask: [N, C] the last leaves' places. own: [N, C, LOG_CHUNK] the slot that each belongs to."""
+    """token, mask: [N, C] the last leaves' places. held: those of N · C that hold a token. own: [N, C, LOG_CHUNK] the
+    slot that each belongs to."""
 
     token: Tensor
     mask: Tensor
+    held: Tensor
     own: Tensor
     sights: tuple[Sight, ...]
 
@@ -47,8 +49,8 @@ class Finals:
 
     def add_tokens(self, to: Tensor, grad: Tensor) -> Tensor:
         """to [B, T, H, ...] with what the last leaves' tokens get besides, [N, H, C, ...]."""
-        rows = grad.transpose(1, 2)[self.mask]
-        return to.flatten(0, 1).index_add(0, self.token[self.mask], rows.to(to.dtype)).view(to.shape)
+        rows = grad.transpose(1, 2).flatten(0, 1)[self.held]
+        return to.flatten(0, 1).index_add(0, self.token.flatten()[self.held], rows.to(to.dtype)).view(to.shape)
 
     def nodes(self, x: Tensor) -> list[Tensor]:
         """Those that are seen at each height, of [nodes, H, ...]."""
@@ -93,6 +95,7 @@ def _finals(offsets: tuple[int, ...], seen: tuple[int, ...], device: torch.devic
     return Finals(
         token=(leaves.start[last][:, None] + place).where(mask, 0).to(device),
         mask=mask.to(device),
+        held=mask.flatten().nonzero()[:, 0].to(device),
         own=(own & mask[..., None]).to(device),
         sights=tuple(sights),
     )

@@ -90,10 +90,10 @@ def _query_grads(
     store_rows(kept_rows + tl.full([], HEIGHTS, tl.int64) * TOKENS * H * K, r.to(work), begin, here, h, H, kk, K)
     dr = tl.zeros([C, BK], tl.float32)
     if incoming is not None:
-        n = tl.load(leaves + 4 * M + leaf).to(tl.int64)
-        had, position = tl.load(before + n), tl.load(leaves + 3 * M + leaf) * C + place
-        first = tl.load(slots_first + n).to(tl.int64)
-        for j in range(tl.load(slots_first + n + 1) - tl.load(slots_first + n)):
+        segment = tl.load(leaves + 4 * M + leaf).to(tl.int64)
+        had, position = tl.load(before + segment), tl.load(leaves + 3 * M + leaf) * C + place
+        first = tl.load(slots_first + segment).to(tl.int64)
+        for j in range(tl.load(slots_first + segment + 1) - tl.load(slots_first + segment)):
             slot = tl.load(slots + I + first + j)
             s = load_state(incoming, (first + j) * H + h, kk, vv, K, V).to(work)
             seen_at = level_of(position, (had >> (slot + 1)) << (slot + 1), C, LOG_C)
