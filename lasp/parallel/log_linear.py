@@ -79,7 +79,7 @@ def _seen(sequence: "Sequence", state: FenwickState | None) -> tuple[int, ...]:
     partition, seen = sequence.partition, [0] * sequence.partition.documents
     entered, _ = sequence._documents_with_states()
     if state is not None and len(entered):
-        rows = torch.tensor(seen_by(state, 0)).view(-1, len(entered))
+        rows = torch.tensor(seen_by(state, 0), device="cpu").view(-1, len(entered))
         same = bool((rows == rows[:1]).all())
         got = state.tokens.tolist()
         checks.require(same, "initial_state.tokens", got, "the same number for all rows of a batch")

@@ -26,7 +26,8 @@ from lasp.plan import kept
 from lasp.plan.kept import CHUNK, Dtype, Kept
 from lasp.plan.setting import Job, Setting, sizes
 
-LEAF, NODES = 256, 18  # tokens that log-linear attention cuts sequences into, and bytes of a number of their states
+LEAF, NODES = 256, 18  # of log-linear attention: tokens of a leaf, and bytes of a number of its states and gradients
+DELTA_NODES = 0.625  # with the delta rule: bytes of states, transitions and rows for each token, head and K (K + V)
 TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
 GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
 
@@ -210,8 +211,11 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
     if model.mixer in ("gla", "hgrn2"):
         return gradients + 2 * heads * state + dtype.wide * heads * keys
     if model.aligned:
-        # Of a node for every LEAF tokens: its state and those before it, what queries read of it, and gradients of all.
-        return gradients + heads * (2 * dtype.wide * LEVELS + NODES * keys * values / LEAF)
+        gradients += heads * 2 * dtype.wide * LEVELS
+        if model.plain_mixer == "gated_delta_net":
+            some = min(heads, max(1, 2**18 // max(1, tokens)))
+            return gradients + some * DELTA_NODES * keys * (keys + values)
+        return gradients + heads * NODES * keys * values / LEAF
     if model.mixer in ("delta_net", "gated_delta_net", "kda"):
         some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))
         rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0
