@@ -62,8 +62,8 @@ def _node_grads(
             r = load_rows(kept_rows, begin, here, h, H, kk, K)
             dr = load_rows(kept_grads, begin, here, h, H, kk, K)
             e = tl.dot(tl.trans(r), dr, e, input_precision=PRECISION)
-        at = transition_parts + (piece * H + h) * K * K + kk[:, None] * K + kk[None, :]
-        tl.store(at, e, mask=(kk < K)[:, None] & (kk < K)[None, :])
+        at_e = transition_parts + (piece * H + h) * K * K + kk[:, None] * K + kk[None, :]
+        tl.store(at_e, e, mask=(kk < K)[:, None] & (kk < K)[None, :])
     else:
         d = tl.zeros([BK, BV], tl.float32)
         for leaf in range(first, first + number):
@@ -74,8 +74,8 @@ def _node_grads(
             r = load_rows(kept_rows, begin, here, h, H, kk, K)
             doc = load_rows(do, begin, here, h, H, vv, V).to(tl.float32) * scale[:, None]
             d = tl.dot(tl.trans(r), doc.to(work), d, input_precision=PRECISION)
-        at = parts + (piece * H + h) * K * V + kk[:, None] * V + vv[None, :]
-        tl.store(at, d, mask=(kk < K)[:, None] & (vv < V)[None, :])
+        at_d = parts + (piece * H + h) * K * V + kk[:, None] * V + vv[None, :]
+        tl.store(at_d, d, mask=(kk < K)[:, None] & (vv < V)[None, :])
 
 
 def node_grads(tree: Tree, do: Tensor, scales: Tensor, kept: KeptRows, precision: str) -> tuple[Tensor, Tensor]:
