@@ -124,12 +124,17 @@ class SegmentOps(OpsWithPast):
     """
 
     def __init__(self, seq: Any, slots: Slots, store: Callable[[int], KeyStore]):
-        super().__init__(slots, seq)
+        super().__init__(slots, seq.linear_attention, seq.delta_rule)
         self.positions, self.valid = seq.positions, seq.valid
         self._seq, self._store = seq, store
 
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
+
+    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
+        q, k, v, decay, level_scales, *beta = inputs
+        op = self._seq.log_linear_delta_rule if beta else self._seq.log_linear_attention
+        return op(q, k, v, *beta, decay, level_scales, scale=scale, **self._continuing(past))
 
     def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": self._seq.continues}

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lasp.kernels
-from lasp.kernels import causal_conv1d, short_conv, softmax_attention
+from lasp.kernels import causal_conv1d, delta_rule, linear_attention, short_conv, softmax_attention
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.log_linear_step import FenwickMemory, go_on
 from lasp.kernels.parts import Parts
@@ -102,7 +101,7 @@ class RememberingOps(OpsWithPast):
     """
 
     def __init__(self, seq: SequenceOps | Rows, slots: Slots, tokens: int | Tensor):
-        super().__init__(slots, lasp.kernels)
+        super().__init__(slots, linear_attention, delta_rule)
         self._rows = seq if isinstance(seq, Rows) else None
         self._offsets = None if self._rows is None else self._rows.offsets
         self._unequal = self._rows is not None or isinstance(tokens, Tensor)
@@ -119,28 +118,11 @@ class RememberingOps(OpsWithPast):
     def sum(self, x: Tensor) -> Tensor:
         return x
 
-    def _continuing(self, state: Any) -> dict[str, Any]:
+    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": True, "cu_seqlens": self._offsets}
 
-    def log_linear_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
-    ) -> tuple[Tensor, None]:
-        inputs = q, k, v, decay, level_scales
-        return self._step(lambda past: go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)), None
-
-    def log_linear_delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        level_scales: Tensor,
-        *,
-        scale: float | None = None,
-    ) -> tuple[Tensor, None]:
-        inputs = q, k, v, decay, level_scales, beta
-        return self._step(lambda past: go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)), None
+    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
+        return go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)  # type: ignore[arg-type]
 
     def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         def op(past):

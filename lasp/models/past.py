@@ -57,17 +57,18 @@ class Past(ABC):
 class OpsWithPast(ABC):
     """The ops of one call of one layer, each with its slot.
 
-    ops: who has those with a state: `lasp.kernels` or a sequence.
+    linear_attention, delta_rule: those of `lasp.kernels`, or of a sequence.
     """
 
-    def __init__(self, slots: Slots, ops: Any):
-        self._slots, self._next, self._ops = slots, 0, ops
+    def __init__(self, slots: Slots, linear_attention: Callable[..., Any], delta_rule: Callable[..., Any]):
+        self._slots, self._next = slots, 0
+        self._linear_attention, self._delta_rule = linear_attention, delta_rule
 
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return self._ops.linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
+            return self._linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 
@@ -75,17 +76,14 @@ class OpsWithPast(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return self._ops.delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
+            return self._delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 
     def log_linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
-        def op(state):
-            return self._ops.log_linear_attention(q, k, v, decay, level_scales, scale=scale, **self._continuing(state))
-
-        return self._step(op), None
+        return self._step(lambda past: self._go_on(past, q, k, v, decay, level_scales, scale=scale)), None
 
     def log_linear_delta_rule(
         self,
@@ -98,15 +96,14 @@ class OpsWithPast(ABC):
         *,
         scale: float | None = None,
     ) -> tuple[Tensor, None]:
-        def op(state):
-            return self._ops.log_linear_delta_rule(
-                q, k, v, beta, decay, level_scales, scale=scale, **self._continuing(state)
-            )
-
-        return self._step(op), None
+        return self._step(lambda past: self._go_on(past, q, k, v, decay, level_scales, beta, scale=scale)), None
 
     @abstractmethod
-    def _continuing(self, state: Any) -> dict[str, Any]:
+    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
+        """Log-linear attention, or with a beta behind its inputs the delta rule, and the past for the next call."""
+
+    @abstractmethod
+    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
         """The arguments by which an op goes on from a state and gives the next one."""
 
     def _step(self, op: Callable[[Any], tuple[Any, Any]]) -> Any:
