@@ -215,7 +215,7 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
         if model.plain_mixer == "gated_delta_net":
             some = min(heads, max(1, 2**18 // max(1, tokens)))
             return gradients + some * DELTA_NODES * keys * (keys + values)
-        return gradients + heads * NODES * keys * values / LEAF
+        return gradients + heads * (NODES * keys * values / LEAF + dtype.wide * keys)
     if model.mixer in ("delta_net", "gated_delta_net", "kda"):
         some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))
         rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0
