@@ -41,7 +41,7 @@ def small(monkeypatch):
 
     def chosen(k, v):
         precision, chunk = "ieee" if v.dtype == torch.float32 else "tf32", 32 if GPU else 16  # see block_of
-        return config.LogLinearConfig(leaf=2 * chunk, chunk=chunk, piece=2, widest=32, precision=precision)
+        return config.LogLinearConfig(leaf=2 * chunk, chunk=chunk, piece=2, widest=32, stages=1, precision=precision)
 
     monkeypatch.setattr(op, "log_linear_config", chosen)
 

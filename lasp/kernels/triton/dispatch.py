@@ -53,9 +53,11 @@ def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
     if x.beta is not None:
-        if max(x.k.shape[-1], x.v.shape[-1]) > (128 if x.v.dtype == torch.bfloat16 else 64):
-            return None, f"a delta rule with heads of {x.k.shape[-1]} and {x.v.shape[-1]} in {x.v.dtype}"
-        op = TritonLogLinearDelta()
+        op, sizes, is_bf16 = TritonLogLinearDelta(), (x.k.shape[-1], x.v.shape[-1]), x.v.dtype == torch.bfloat16
+        if max(sizes) > (128 if is_bf16 else 64):
+            return None, f"a delta rule with heads of {sizes[0]} and {sizes[1]} in {x.v.dtype}"
+        if not asked and not (is_bf16 and min(sizes) > 64):
+            return None, "a delta rule that has not been checked with such heads"
     if x.v.is_cuda:
         _make_ready(op, x, wants_summary)
     return op, ""

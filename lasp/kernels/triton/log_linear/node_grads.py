@@ -94,6 +94,6 @@ def node_grads(
             q, do, gates, scales, decays, parts, totals, tree.leaves, tree.pieces, scale,
             tree.tiles.count, heads, heads // q_heads, scales.shape[-1],
             K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, LEAF=tree.leaf,
-            LOG_LEAF=tree.leaf.bit_length() - 1, PRECISION=config.precision, STAGES=config.sum_stages, num_warps=8,
+            LOG_LEAF=tree.leaf.bit_length() - 1, PRECISION=config.precision, STAGES=config.stages, num_warps=8,
         )  # fmt: skip
     return parts, totals
