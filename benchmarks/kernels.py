@@ -8,7 +8,8 @@
 
 Medians of CUDA events, in milliseconds, as the host starts the kernels and in CUDA graphs, without host. Memory is the
 peak above the inputs, in GiB; errors are relative, by norm, against the float64 reference on the first 2048 tokens. The
-floor moves every input and output once at the copy bandwidth that is measured first.
+floor moves every input and output once at the copy bandwidth that is measured first. Log-linear attention has one q/k
+head, as in Mamba-2; its steps are for the token at position 2^20 - 1, which sees 20 states, and timed without a graph.
 """
 
 import time
@@ -27,7 +28,9 @@ from shapes import MODELS, Op, Shape
 from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
-from lasp.kernels import delta_rule, linear_attention
+from lasp.kernels import delta_rule, linear_attention, log_linear_attention, log_linear_delta_rule
+from lasp.kernels.fenwick import FenwickState
+from lasp.kernels.log_linear_step import FenwickMemory
 
 ACCURACY_TOKENS = 2048
 
@@ -60,14 +63,22 @@ def draw(shape: Shape, batch: int, tokens: int) -> dict[str, Tensor]:
         "gated delta": rows,
         "diagonal": per_channel,
         "diagonal delta": per_channel,
+        "log-linear": rows,
+        "log-linear gated delta": rows,
     }
     if shape.op in gate:
         tensors["decay"] = -0.1 * torch.rand(gate[shape.op], device="cuda")
+    if "log-linear" in shape.op:
+        tensors["level_scales"] = torch.rand(*rows, (tokens - 1).bit_length() + 1, device="cuda")
     return tensors
 
 
 def ours(op: Op, backend: Literal["auto", "reference", "triton"]) -> Callable[..., Tensor]:
-    function = delta_rule if "delta" in op else linear_attention
+    plain = delta_rule if "delta" in op else linear_attention
+    function: Callable[..., tuple[Tensor, object]] = {
+        "log-linear": log_linear_attention,
+        "log-linear gated delta": log_linear_delta_rule,
+    }.get(op, plain)
     return lambda **tensors: function(**tensors, backend=backend)[0]
 
 
@@ -76,6 +87,7 @@ def theirs(op: Op) -> Callable[..., Tensor] | None:
     try:
         import fla.ops as fla
         from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.log_linear_attn import chunk_log_linear_attn
     except ImportError:
         return None
     allow_wrong_gradients()
@@ -87,7 +99,10 @@ def theirs(op: Op) -> Callable[..., Tensor] | None:
         "delta": lambda q, k, v, beta: fla.chunk_delta_rule(q, k, v, beta=beta),
         "gated delta": lambda q, k, v, beta, decay: fla.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta),
         "diagonal delta": lambda q, k, v, beta, decay: fla.chunk_kda(q, k, v, g=decay, beta=beta),
+        "log-linear": lambda q, k, v, decay, level_scales: chunk_log_linear_attn(q, k, v, decay, level_scales),
     }
+    if op not in calls:
+        return None
     return lambda **tensors: calls[op](**tensors)[0]
 
 
@@ -136,6 +151,8 @@ def accuracy(shape: Shape) -> str:
 
 def decode(shape: Shape, batch: int) -> str:
     """Microseconds of a step for a single token in each of `batch` sequences, from a CUDA graph."""
+    if "log-linear" in shape.op:
+        return decode_log_linear(shape, batch)
     tensors = draw(shape, batch, 1)
     state = torch.zeros(batch, shape.heads, shape.key_dim, shape.value_dim, device="cuda")
     function = delta_rule if "delta" in shape.op else linear_attention
@@ -145,6 +162,19 @@ def decode(shape: Shape, batch: int) -> str:
             return_mode="median",
         )
     return f"{time_ms * 1e3:.1f}"
+
+
+def decode_log_linear(shape: Shape, batch: int, seen: int = 2**20 - 1) -> str:
+    tensors, levels = draw(shape, batch, 1), seen.bit_length()
+    tensors["level_scales"] = torch.rand(batch, 1, shape.heads, levels + 1, device="cuda")
+    state = torch.zeros(batch, levels, shape.heads, shape.key_dim, shape.value_dim, device="cuda")
+    memory = FenwickMemory(FenwickState(state, torch.full((batch,), seen)))
+
+    def step() -> None:
+        memory.tokens.fill_(seen)
+        memory.step(**tensors)
+
+    return f"{do_bench(step, return_mode='median') * 1e3:.1f}"
 
 
 def copy_bandwidth() -> float:
@@ -188,7 +218,8 @@ def main(settings: Settings) -> None:
     console.print(f"{settings.heads} heads of {settings.head_dim}, bf16")
     times = ("forward", "+ backward", "graph: forward", "+ backward")
     table = Table("op", "tokens", "by", *times, "peak GiB", "first call s", "error")
-    shapes = {op: Shape(op, *[settings.heads] * 2, *[settings.head_dim] * 2) for op in settings.ops}
+    sizes = settings.heads, settings.head_dim, settings.head_dim
+    shapes = {op: Shape(op, 1 if op == "log-linear" else settings.heads, *sizes) for op in settings.ops}
 
     def drawn(shape: Shape, tokens: int) -> dict[str, Tensor]:
         return draw(shape, 1 if settings.in_all is None else max(1, settings.in_all // tokens), tokens)
@@ -201,7 +232,7 @@ def main(settings: Settings) -> None:
             if settings.peer and (peer := theirs(op)):
                 table.add_row("", "", "fla", *measure(peer, tensors))
     if settings.softmax:
-        plain = Shape("none", *[settings.heads] * 2, *[settings.head_dim] * 2)
+        plain = Shape("none", settings.heads, *sizes)
         for tokens in settings.tokens:
             table.add_row("softmax", str(tokens), "cuDNN", *measure(softmax, drawn(plain, tokens)))
     console.print(table)

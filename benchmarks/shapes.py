@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "diagonal delta"]
+Op = Literal[
+    "none",
+    "constant",
+    "scalar",
+    "diagonal",
+    "delta",
+    "gated delta",
+    "diagonal delta",
+    "log-linear",
+    "log-linear gated delta",
+]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,11 @@ MIXERS = (
     "delta_net",
     "gated_delta_net",
     "kda",
+    "log_linear_mamba2",
+    "log_linear_gated_delta_net",
 )
+LOG_LINEAR = "log_linear_"  # what mixers' names begin with whose states are of levels, which positions say
+LEVELS = 24  # of those: for contexts of up to 2^23 tokens
 Mixer = Annotated[str, Allowed(f"one of {', '.join(MIXERS)}", MIXERS.__contains__)]
 Pattern = Annotated[
     str,
@@ -145,6 +149,25 @@ class ModelConfig:
     def layers(self) -> str:
         """One letter per layer."""
         return self.pattern * (self.num_layers // len(self.pattern))
+
+    @property
+    def plain_mixer(self) -> str:
+        """The mixer, or that which it makes log-linear."""
+        return self.mixer.removeprefix(LOG_LINEAR)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether ranks' units have to be powers of two: `aligned` of lasp.parallel's sequences."""
+        return self.mixer != self.plain_mixer and LINEAR in self.pattern
+
+    def local_tokens(self, tokens: int, ranks: int) -> int:
+        """Of each of so many ranks that share a sequence, with padding."""
+        local = -(-tokens // ranks)
+        return 1 << (local - 1).bit_length() if self.aligned and ranks > 1 else local
+
+    def states(self, tokens: int) -> int:
+        """How many a linear layer keeps of so many tokens, at most."""
+        return tokens.bit_length() if self.aligned else 1
 
 
 def options_of(config: ModelConfig) -> str:
@@ -278,6 +301,7 @@ class TrainConfig:
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         self._require_segments()
+        self._require_levels()
         if self.engine == "deepspeed":
             require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")
             require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
@@ -311,6 +335,15 @@ class TrainConfig:
         most = f"at most context_length={self.context_length}, or None"
         require(self.segment_tokens <= self.context_length, "segment_tokens", self.segment_tokens, most)
         require(self.engine == "native", "segment_tokens", self.segment_tokens, f"None with engine={self.engine!r}")
+
+    def _require_levels(self) -> None:
+        """Raises ValueError unless states of levels, if there are any, serve the context and can be sent."""
+        if self.model.aligned:
+            longest, mixer, exchange = 1 << (LEVELS - 1), self.model.mixer, self.parallel.state_exchange
+            expected = f"at most {longest}, which the {LEVELS} levels of {mixer} address"
+            require(self.context_length <= longest, "context_length", self.context_length, expected)
+            expected = f"'auto' or 'all_gather' for {mixer}, whose states are several"
+            require(exchange in ("auto", "all_gather"), "state_exchange", exchange, expected)
 
     def _require_units_for(self, ranks: int) -> None:
         """Raises ValueError unless every segment has a token for each unit of so many ranks."""

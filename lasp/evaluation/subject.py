@@ -115,6 +115,7 @@ def open_subject(path: str, world: World, parallel: ParallelConfig, dtype: str |
         layout=parallel.layout,
         state_exchange=parallel.state_exchange,
         softmax=parallel.softmax,
+        aligned=origin.decoder.config.aligned,
         device=world.device,
     )
     if origin.dtype == torch.float64:

@@ -1,5 +1,7 @@
 """How much arithmetic a model needs, for model FLOP utilisation."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
         6 P + 3 Σ_layers H a        a = T (K + K)    softmax, causal: a token sees T / 2 others on average
                                         4 K V        linear classes: write to and read from the state
                                         6 K V        delta family: erase as well
+                                        (2 + log2 T) K V    log-linear: half of log2 T states are read; 2 more where
+                                                            the delta rule erases
 
     P counts the parameters that multiply every token: matrices, convolutions and the head, but not the embedding's
     lookup, norms and vectors, nor experts that the token does not go to. The forward terms a are those of math §9
@@ -37,7 +41,8 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
     multiplying = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2)
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()
-    state = (6 if config.mixer in DELTA_KINDS else 4) * config.key_dim * config.value_dim
+    written, read = 4 if config.plain_mixer in DELTA_KINDS else 2, math.log2(context_length) if config.aligned else 2
+    state = (written + read) * config.key_dim * config.value_dim
     attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)
     return 6.0 * multiplying + 3.0 * config.num_heads * attention
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lasp.config import SOFTMAX, ModelConfig
+from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
 
 CHUNK = 64  # of the delta rule's kernels: T and P have so many columns
 Where = Literal["everywhere", "eager", "device"]
@@ -68,7 +68,7 @@ def selective(config: ModelConfig, index: int) -> list[Kept]:
     kept = [Kept("input", width), Kept("out", width), *_operation(config, index)]
     if config.layers[index] == SOFTMAX:
         kept += [Kept("qkv", (heads + 2 * config.kv_heads) * keys)]
-    elif config.mixer == "mamba2":
+    elif config.plain_mixer == "mamba2":
         kept += [Kept("xbc", heads * values + 2 * keys), Kept("dt product", heads), Kept("o", heads * values)]
         kept += [Kept("gate", heads * values)]
     else:
@@ -79,7 +79,9 @@ def selective(config: ModelConfig, index: int) -> list[Kept]:
             "gated_delta_net": [Kept("beta product", heads), Kept("dt product", heads)],
             "kda": [Kept("beta product", heads), Kept("low rank", keys), Kept("dt product", heads * keys)],
             "gla": [Kept("low rank", 16), Kept("decay product", heads * keys)],
-        }.get(config.mixer, [])
+        }.get(config.plain_mixer, [])
+    if config.aligned and config.layers[index] == LINEAR:
+        kept += [Kept("product of scales", heads * LEVELS)]
     if not config.has_experts(index):
         return [*kept, Kept("gate_up", 2 * config.intermediate_size)]
     shared = config.num_shared_experts * config.expert_size
@@ -102,8 +104,10 @@ def ends(config: ModelConfig) -> list[Kept]:
 
 
 def mixer(config: ModelConfig, index: int) -> list[Kept]:
-    read = _softmax if config.layers[index] == SOFTMAX else _MIXERS[config.mixer]
-    return read(config) + _operation(config, index)
+    if config.layers[index] == SOFTMAX:
+        return _softmax(config) + _operation(config, index)
+    scales = _level_scales(config) if config.aligned else []
+    return _MIXERS[config.plain_mixer](config) + scales + _operation(config, index)
 
 
 def mlp(config: ModelConfig, index: int) -> list[Kept]:
@@ -138,6 +142,8 @@ def _operation(config: ModelConfig, index: int) -> list[Kept]:
     heads = config.num_heads
     if config.layers[index] == SOFTMAX:
         return [Kept("o", heads * config.key_dim), Kept("lse", heads, "wide")]
+    if config.aligned:
+        return []
     if config.mixer in ("delta_net", "gated_delta_net", "kda"):
         gates = Kept("gates of chunks", 4 * heads, "wide", "device")
         return [Kept("T and P of chunks", 2 * CHUNK * heads, where="device"), gates]
@@ -157,7 +163,7 @@ def _output(config: ModelConfig, gate: Gate | None) -> list[Kept]:
 def _delta(config: ModelConfig) -> list[Kept]:
     heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
     channels = 2 * keys + values
-    decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.mixer]
+    decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.plain_mixer]
     return [
         *_short_conv("qkv", channels),
         Kept("activated", channels, where="eager"),
@@ -223,6 +229,12 @@ def _mamba2(config: ModelConfig) -> list[Kept]:
         *_norm("o", values),
         Kept("normed o", values),
     ]
+
+
+def _level_scales(config: ModelConfig) -> list[Kept]:
+    numbers = config.num_heads * LEVELS
+    sums = Kept("sums of scales", numbers, "wide", "eager")
+    return [Kept("product of scales", numbers, where="device"), sums, Kept("scales", numbers, "wide")]
 
 
 def _softmax(config: ModelConfig) -> list[Kept]:

@@ -68,6 +68,7 @@ def train(config: TrainConfig) -> float:
             layout=config.parallel.layout,
             state_exchange=config.parallel.state_exchange,
             softmax=config.parallel.softmax,
+            aligned=config.model.aligned,
             device=world.device,
         )
         segments = Segments.of(config)

@@ -10,7 +10,8 @@ from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
 from lasp.kernels.linear import run_op
-from lasp.kernels.recurrence import Alone
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import device, dispatch, launch
 from lasp.kernels.triton.delta import op as delta
@@ -62,6 +63,28 @@ def test_a_dry_run_launches_what_the_call_launches(
     launched.clear()
     op, _ = dispatch.triton_op(x, asked=True, wants_summary=asked)
     assert op is not None
+    launch.run_dry(lambda: dispatch.dry_run(op, x, wants_summary=asked, backward=True))
+    assert launched == real
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
+def test_a_dry_run_of_log_linear_attention(launched: set[tuple], delta: bool, asked: bool):
+    q, k, v = (torch.rand(1, 100, 2, 32, requires_grad=True) for _ in range(3))
+    g, scales = -torch.rand(1, 100, 2).requires_grad_(), torch.rand(1, 100, 2, 9, requires_grad=True)
+    beta, segments = (
+        torch.rand(1, 100, 2, requires_grad=True) if delta else None,
+        Segments(1, 100, torch.tensor([0, 30, 100])),
+    )
+    x = LogLinearInputs(q, k, v, g, scales, beta, scale=1.0, segments=segments, seen=(70, 5))
+    op, _ = dispatch.triton_log_linear_op(x, True, asked)
+    state = torch.zeros(x.state_shape) if asked else None
+    o, final = run(op, Asked() if asked else Alone(), x, state, True)
+    torch.autograd.backward([o, final][: 1 + asked], [torch.ones_like(o), torch.ones_like(final)][: 1 + asked])
+    real = launched.copy()
+    assert len(real) > 4
+
+    launched.clear()
     launch.run_dry(lambda: dispatch.dry_run(op, x, wants_summary=asked, backward=True))
     assert launched == real
 

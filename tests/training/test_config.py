@@ -238,3 +238,22 @@ def test_older_runs_say_true_or_false_of_recomputation():
 def test_recomputation_that_contradicts_itself_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_length": 2**23 + 1}, "context_length: got 8388609, expected at most 8388608, .* 24 levels"),
+        (
+            {"parallel": ParallelConfig(state_exchange="ring")},
+            "state_exchange: got 'ring', expected 'auto'",
+        ),
+    ],
+)
+def test_what_levels_cannot_do_is_refused(changes, message):
+    plain, pure = ModelConfig(**MODEL), ModelConfig(**MODEL, mixer="log_linear_mamba2", pattern="LN")
+    for model in (plain, replace(pure, pattern="N")):
+        make(model=model, **changes)
+    make(model=pure, context_length=2**23)
+    with pytest.raises(ValueError, match=message):
+        make(model=pure, **changes)

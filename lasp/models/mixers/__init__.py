@@ -5,6 +5,7 @@ from torch import nn
 from lasp.config import SOFTMAX, ModelConfig
 from lasp.models.mixers.delta import DELTA_KINDS, DeltaMixer
 from lasp.models.mixers.linear import LINEAR_KINDS, LinearMixer
+from lasp.models.mixers.log_linear import LogLinearDeltaMixer, LogLinearMamba2Mixer
 from lasp.models.mixers.mamba2 import Mamba2Mixer
 from lasp.models.mixers.softmax import SoftmaxMixer
 
@@ -12,6 +13,8 @@ _CLASSES: dict[str, type[nn.Module]] = {
     **dict.fromkeys(LINEAR_KINDS, LinearMixer),
     **dict.fromkeys(DELTA_KINDS, DeltaMixer),
     "mamba2": Mamba2Mixer,
+    "log_linear_mamba2": LogLinearMamba2Mixer,
+    "log_linear_gated_delta_net": LogLinearDeltaMixer,
 }
 
 
@@ -21,4 +24,12 @@ def make_mixer(config: ModelConfig, layer: int) -> nn.Module:
     return mixer(config, layer)
 
 
-__all__ = ["DeltaMixer", "LinearMixer", "Mamba2Mixer", "SoftmaxMixer", "make_mixer"]
+__all__ = [
+    "DeltaMixer",
+    "LinearMixer",
+    "LogLinearDeltaMixer",
+    "LogLinearMamba2Mixer",
+    "Mamba2Mixer",
+    "SoftmaxMixer",
+    "make_mixer",
+]
