@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from lasp.fields import (
     require,
 )
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
+from lasp.notation import Stage, read_corpora, read_stage
 
 LINEAR, SOFTMAX = "L", "N"
 MIXERS = (
@@ -192,13 +194,19 @@ class ParallelConfig:
 class DataConfig:
     """Token files as `lasp prepare` (or Megatron) writes them: path prefixes, without .bin and .idx."""
 
-    train: FilePath
+    train: FilePath | tuple[FilePath, ...]  # one corpus, or several with their weights: a:0.7 b:0.3
     valid: FilePath
     tokenizer: FilePath = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
     eval_contexts: Count = 8  # held-out contexts in every evaluation
 
     def __post_init__(self) -> None:
         check_fields(self)
+        assert self.corpora
+
+    @property
+    def corpora(self) -> dict[str, Fraction | None]:
+        """The prefixes of `train`, with their weights."""
+        return read_corpora("data.train", self.train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +247,7 @@ class TrainConfig:
     run_dir: FilePath  # checkpoints, metrics and plots
     steps: Count
     context_length: Count
+    curriculum: tuple[Stage, ...] = ()  # stages before that, LENGTH:STEPS, of shorter contexts; as many tokens a step
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"  # who holds the weights and updates them
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -278,6 +287,7 @@ class TrainConfig:
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         self._require_segments()
+        self._require_curriculum()
         if self.engine == "deepspeed":
             require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")
             require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
@@ -311,6 +321,27 @@ class TrainConfig:
         most = f"at most context_length={self.context_length}, or None"
         require(self.segment_tokens <= self.context_length, "segment_tokens", self.segment_tokens, most)
         require(self.engine == "native", "segment_tokens", self.segment_tokens, f"None with engine={self.engine!r}")
+
+    def _require_curriculum(self) -> None:
+        """Raises ValueError unless every stage's contexts make up whole ones."""
+        for stage in self.curriculum:
+            length, _ = read_stage(stage)
+            fits = length > 1 and self.context_length % length == 0
+            require(
+                fits, "curriculum", stage, f"a length of at least 2 that divides context_length={self.context_length}"
+            )
+            segments = self.segment_tokens or 0
+            require(length >= segments, "curriculum", stage, f"a length of at least segment_tokens={segments}")
+        if self.engine == "deepspeed":
+            require(not self.curriculum, "curriculum", self.curriculum, "none with engine='deepspeed'")
+
+    def context_length_at(self, step: int) -> int:
+        """How long contexts are in step 0, 1, 2, …"""
+        for length, steps in map(read_stage, self.curriculum):
+            if step < steps:
+                return length
+            step -= steps
+        return self.context_length
 
     def _require_units_for(self, ranks: int) -> None:
         """Raises ValueError unless every segment has a token for each unit of so many ranks."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lasp.config import DataConfig, ModelConfig, ParallelConfig, require
+from lasp.config import DataConfig, ModelConfig, ParallelConfig, from_dict, require
 from lasp.data import Context, Tokenizer, load_tokenizer
 from lasp.evaluation.score import Scores, score
 from lasp.models import Decoder
@@ -50,7 +50,7 @@ def read_model(path: str) -> Trained:
     if config["dtype"] == "float64":
         decoder.double()
     checkpoint.load_model(step, decoder)
-    data, dtype = DataConfig(**config["data"]), getattr(torch, config["dtype"])
+    data, dtype = from_dict(DataConfig, config["data"]), getattr(torch, config["dtype"])
     return Trained(decoder, tokenizer_of(path, config), None, dtype, data, config["context_length"])
 
 

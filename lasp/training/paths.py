@@ -16,12 +16,12 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jin
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The same run, whatever the working directory will be."""
     data, initial = config.data, config.initial_weights
-    files = {name: os.path.abspath(getattr(data, name)) for name in ("train", "valid")}
+    train = os.path.abspath(data.train) if isinstance(data.train, str) else tuple(map(os.path.abspath, data.train))
     tokenizer = BYTE if data.tokenizer == BYTE else os.path.abspath(data.tokenizer)
     return replace(
         config,
         run_dir=os.path.abspath(config.run_dir),
-        data=replace(data, tokenizer=tokenizer, **files),
+        data=replace(data, tokenizer=tokenizer, train=train, valid=os.path.abspath(data.valid)),
         initial_weights=None if initial is None else os.path.abspath(initial),
     )
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig, TrainConfig, require
+from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig, TrainConfig, from_dict, require
 from lasp.models import PRESETS
 from lasp.plan import Job, Plan, Setting, advice, best, job_of, named, of_device, plan, recomputation, report
 from lasp.plan.gpus import GIB, GPU
@@ -126,8 +126,8 @@ def _saved(run_dir: str) -> TrainConfig:
     """The settings of a run's last checkpoint, as far as a plan asks for them."""
     saved = checkpoint.read_config(checkpoint.require_latest(run_dir))
     nested = {"model": ModelConfig, "parallel": ParallelConfig, "data": DataConfig, "deepspeed": DeepSpeedConfig}
-    values = {name: make(**saved[name]) for name, make in nested.items() if name in saved}
-    known = {field.name for field in fields(TrainConfig)} - {*nested, "optimizer", "allow_changed"}
+    values = {name: from_dict(make, saved[name]) for name, make in nested.items() if name in saved}
+    known = {field.name for field in fields(TrainConfig)} - {*nested, "optimizer", "allow_changed", "curriculum"}
     return TrainConfig(**values, **{name: saved[name] for name in known & saved.keys()})
 
 

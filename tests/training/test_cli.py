@@ -38,6 +38,9 @@ def test_any_field_can_be_overridden(trained):
     assert (config.optimizer.schedule, config.optimizer.betas) == ("wsd", (0.8, 0.9))
     assert (config.parallel.sequence_parallel, config.parallel.data_parallel, config.parallel.fsdp) == (4, 2, True)
     assert config.data.train == "elsewhere"
+    cli.main(["train", "quickstart", *["--data.train", "a:0.7", "b:0.3", "--curriculum", "1024:5", "--steps", "7"]])
+    assert trained[-1].data.train == ("a:0.7", "b:0.3")
+    assert (trained[-1].curriculum, trained[-1].steps) == (("1024:5",), 7)
     untouched = RECIPES["quickstart"]()
     assert (config.model.num_layers, config.optimizer.lr, config.seed) == (4, untouched.optimizer.lr, untouched.seed)
 
