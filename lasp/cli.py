@@ -1,12 +1,14 @@
 """The command `lasp`: prepare data, plan and train recipes, generate text, evaluate runs, exchange weights."""
 
 import functools
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import torch
@@ -16,10 +18,12 @@ from tyro.conf import Positional
 from lasp import __version__
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
+from lasp.data.tokenizer import BYTE
 from lasp.evaluation.evaluate import EVALUATIONS
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
+from lasp.training.paths import TOKENIZER_FILE
 from lasp.training.recipes import RECIPES
 
 DESCRIPTION = f"lasp {__version__}: sequence-parallel training of linear-attention and hybrid language models."
@@ -40,7 +44,8 @@ def prepare(
     Args:
         inputs: files, folders, or the word "stdlib": the source text of Python's standard library.
         output: path prefix; the files are PREFIX_train and PREFIX_valid, .bin and .idx each.
-        tokenizer: "byte", or the path of a Hugging Face tokenizer.json.
+        tokenizer: "byte", the path of a Hugging Face tokenizer.json, or what Transformers' AutoTokenizer knows: a name
+            or a folder; that is written to PREFIX_tokenizer, for --data.tokenizer.
         eod: the tokenizer's end-of-document token; found by its usual names if not given.
         text_field: of a record (a line of JSON Lines, a row), the field that is its document.
         suffixes: of the files that are read in folders.
@@ -50,6 +55,7 @@ def prepare(
     """
     from lasp.data.prepare import prepare
 
+    tokenizer = _found_tokenizer(tokenizer, f"{output}_tokenizer")
     settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
     print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
 
@@ -315,6 +321,19 @@ def _exchange() -> Any:
     from lasp.integrations import convert
 
     return convert
+
+
+def _found_tokenizer(name: str, folder: str) -> str:
+    """The same, or where it is written if only Transformers can find it."""
+    by_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    without_file = Path(name).is_dir() and not Path(name, TOKENIZER_FILE).is_file()
+    if name == BYTE or name.endswith(".json") or not (by_name or without_file):
+        return name
+    _require_transformers()
+    from lasp.integrations.huggingface.tokenizer import save_tokenizer
+
+    print(f"tokenizer: {save_tokenizer(name, folder)}")
+    return folder
 
 
 def _chat(tokenizer: str) -> Any:

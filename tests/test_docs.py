@@ -74,7 +74,7 @@ def test_the_first_commands_of_training_run(tmp_path, monkeypatch, capsys) -> No
     page = (ROOT / "docs/training.md").read_text()
     prepare, train, generate = (
         shlex.split(re.search(f"^lasp {words}.*$", page, re.MULTILINE)[0], comments=True)[1:]
-        for words in ("prepare stdlib", "train quickstart", "generate")
+        for words in ("prepare stdlib", "train quickstart --steps", "generate")
     )
     for words in (prepare, train, generate):
         cli.main([*words, *sizes.get(words[0], [])])

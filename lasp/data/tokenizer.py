@@ -1,5 +1,6 @@
 """Tokenizers: the built-in byte tokenizer and Hugging Face `tokenizer.json` files."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -82,7 +83,7 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
-        candidates = USUAL_EOD if eod is None else (eod,)
+        candidates = (*USUAL_EOD, *_named_end(path)) if eod is None else (eod,)
         name = next((name for name in candidates if name in ids), None)
         if name is None:
             raise ValueError(f"eod: got {eod!r}, expected the name of a token of {path}; none of {candidates} is one")
@@ -134,10 +135,21 @@ class JsonTokenizer:
         return self._tokenizer.decode(_in_range(ids, self.vocab_size).tolist(), skip_special_tokens=True)
 
 
+def _named_end(path: Path) -> Sequence[str]:
+    """The end that the tokenizer's own configuration names, beside its file."""
+    beside = path.with_name("tokenizer_config.json")
+    if path.name != "tokenizer.json" or not beside.is_file():
+        return ()
+    named = json.loads(beside.read_text()).get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return (named,) if isinstance(named, str) else ()
+
+
 def load_tokenizer(name_or_path: str | Path = BYTE, *, eod: str | None = None) -> Tokenizer:
     """The tokenizer called "byte", or the one of a `tokenizer.json` (or of the folder that holds it).
 
-    `eod` names a tokenizer.json's end-of-document token; None looks for the usual names. Raises FileNotFoundError if
+    `eod` names a tokenizer.json's end-of-document token; None looks for the usual names, and then for the one that a
+    tokenizer_config.json beside it has. Raises FileNotFoundError if
     there is no such file, ValueError if it is not a tokenizer or has no end-of-document token.
     """
     if name_or_path == BYTE:
