@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from lasp import __version__
+from lasp.chosen import as_yaml, choose
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
 from lasp.data.tokenizer import BYTE
@@ -78,9 +79,9 @@ def synthesize(task: Any, output: str, sequences: int = 20_000, held_out: int = 
 
 
 def train(config: Any) -> None:
-    """Train a recipe; alone, or on the ranks that torchrun started.
+    """Train a recipe, or what a file says; alone, or on the ranks that torchrun started.
 
-    A run whose directory holds a checkpoint goes on from it.
+    A run whose directory holds a checkpoint goes on from it. `lasp train --help` lists the recipes.
     """
     if isinstance(config, RecallSweep):
         from lasp.evaluation.recall import sweep
@@ -90,6 +91,11 @@ def train(config: Any) -> None:
     from lasp.training.train import train
 
     train(config)
+
+
+def config(config: Any) -> None:
+    """Print as YAML what `lasp train` with the same words would run, for its --config."""
+    print(as_yaml(config), end="")
 
 
 def plan(
@@ -259,15 +265,17 @@ def main(args: list[str] | None = None) -> None:
     if args == ["--version"]:
         print(f"lasp {__version__}")
         return
+    if args[:1] in (["train"], ["config"]):
+        with _one_rank_speaks():
+            chosen = choose(args[0], args[1:], {**RECIPES, **SWEEPS})
+        _deferred({"train": train, "config": config}[args[0]])(chosen)()
+        return
+    for command in (train, config):
+        command.__annotations__["config"] = Positional[str]  # for the list of commands; `choose` reads their words
     args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
-    recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS}
-    configs = {name.replace("_", "-"): recipe() for name, recipe in recipes.items()}
-    texts = {name.replace("_", "-"): (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
-    chosen = _one_of(configs, texts)
-    train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
-    training = (train, resume_with(overrides), plan, generate, report)
+    training = (train, config, resume_with(overrides), plan, generate, report)
     commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, *training)}
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
     evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
@@ -301,9 +309,9 @@ def _explains(error: Exception) -> bool:
     return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("lasp.")
 
 
-def _one_of(defaults: dict[str, Any], texts: dict[str, str] | None = None) -> Any:
+def _one_of(defaults: dict[str, Any]) -> Any:
     """The type of a subcommand for each default, by its name, with its fields as options."""
-    return tyro.extras.subcommand_type_from_defaults(defaults, texts or {}, prefix_names=False)
+    return tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False)
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:

@@ -26,6 +26,7 @@ from lasp.fields import (
 )
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
 from lasp.notation import Stage, read_corpora, read_stage
+from lasp.own import OWN
 
 LINEAR, SOFTMAX = "L", "N"
 MIXERS = (
@@ -39,7 +40,11 @@ MIXERS = (
     "gated_delta_net",
     "kda",
 )
-Mixer = Annotated[str, Allowed(f"one of {', '.join(MIXERS)}", MIXERS.__contains__)]
+Own = Annotated[str, Allowed("MODULE:NAME", lambda name: OWN.fullmatch(name) is not None)]
+Mixer = Annotated[
+    str,
+    Allowed(f"one of {', '.join(MIXERS)}, or MODULE:CLASS", lambda name: name in MIXERS or bool(OWN.fullmatch(name))),
+]
 Pattern = Annotated[
     str,
     Allowed(
@@ -65,13 +70,14 @@ class ModelConfig:
     until there are `num_layers` layers.
     """
 
-    vocab_size: Count
+    vocab_size: CountOrZero  # 0: as many as the run's tokenizer has
     hidden_size: Count
     num_layers: Count
     num_heads: Count
     intermediate_size: Count
     pattern: Pattern = "LLLN"
-    mixer: Mixer = "gated_delta_net"
+    mixer: Mixer = "gated_delta_net"  # of the linear layers: a name, or MODULE:CLASS of one's own
+    model_class: Own | None = None  # MODULE:CLASS of one's own model in the place of lasp.models.Decoder
     head_dim: Count | None = None  # key size of every head; hidden_size // num_heads if None
     value_head_dim: Count | None = None  # value size of the linear layers' heads; head_dim if None
     num_kv_heads: Count | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
@@ -122,6 +128,11 @@ class ModelConfig:
                 f"between 1 and num_experts={self.num_experts}",
             )
             require(1 <= every <= self.num_layers, "moe_every", every, f"between 1 and num_layers={self.num_layers}")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether code of the user's is in it, of which plans and other formats know nothing."""
+        return self.model_class is not None or self.mixer not in MIXERS
 
     @property
     def expert_size(self) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lasp.config import DataConfig, ModelConfig, ParallelConfig, from_dict, require
 from lasp.data import Context, Tokenizer, load_tokenizer
 from lasp.evaluation.score import Scores, score
-from lasp.models import Decoder
+from lasp.models import Decoder, make_model
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.batches import Batch, read_batches, share
@@ -46,7 +46,7 @@ def read_model(path: str) -> Trained:
         return _read_export(path)
     step = checkpoint.require_latest(path)
     config = checkpoint.read_config(step)
-    decoder = Decoder(ModelConfig(**config["model"]))
+    decoder = make_model(ModelConfig(**config["model"]))
     if config["dtype"] == "float64":
         decoder.double()
     checkpoint.load_model(step, decoder)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lasp.config import ModelConfig, require
 from lasp.data import load_tokenizer
-from lasp.models import Decoder, Memory
+from lasp.models import Decoder, Memory, make_model
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.paths import tokenizer_of
@@ -34,7 +34,7 @@ def generate(
     require(len(prompt_ids) >= 1, "prompt", prompt, "at least one token")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Decoder(ModelConfig(**config["model"])).to(device, getattr(torch, config["dtype"]))
+    model = make_model(ModelConfig(**config["model"])).to(device, getattr(torch, config["dtype"]))
     checkpoint.load_model(path, model)
     generator = torch.Generator(device).manual_seed(seed)
     memory, incoming = Memory(), torch.from_numpy(prompt_ids).to(device, torch.int64)

@@ -17,6 +17,7 @@ from lasp.plan import Job, Plan, Setting, advice, best, job_of, named, of_device
 from lasp.plan.gpus import GIB, GPU
 from lasp.plan.search import options, smaller
 from lasp.training import checkpoint
+from lasp.training.paths import with_vocabulary
 from lasp.training.recipes import RECIPES
 from lasp.training.runtime import World
 from lasp.training.together import together
@@ -96,6 +97,8 @@ def _read(source: str, gpu: GPU, asked: Asked) -> tuple[Job, Wishes]:
         return Job(model=model, context=asked.context or 0, gpu=gpu, gpus=asked.gpus or 1), Wishes()
     if name in RECIPES:
         config = RECIPES[name]()
+        if config.model.vocab_size == 0:
+            config = with_vocabulary(config)
     else:
         known = ", ".join([*PRESETS, *RECIPES])
         require(Path(source).is_dir(), "model", source, f"a run's directory, or one of {known}")
@@ -151,6 +154,8 @@ def explained_memory(config: TrainConfig, world: World) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        if config.model.is_own:
+            raise
         raise torch.OutOfMemoryError(out_of_memory(config, world, of_device(world.device), str(error))) from error
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp.config import TrainConfig, require
-from lasp.data import Context, Mixture, Numbered, PackedContexts, load_tokenizer
+from lasp.data import Context, Mixture, Numbered, PackedContexts
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.waits import waits
@@ -31,7 +31,7 @@ from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
-from lasp.training.paths import keep_tokenizer, with_absolute_paths
+from lasp.training.paths import keep_tokenizer, with_absolute_paths, with_vocabulary
 from lasp.training.planning import explained_memory, settled
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import (
@@ -65,6 +65,8 @@ def train(config: TrainConfig) -> float:
         heartbeat(config.run_dir, world),
         waits.measured(),
     ):
+        given = config
+        config = together(dist.group.WORLD, lambda: with_vocabulary(given))[world.rank]
         together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
         config = settled(config, world)
@@ -83,7 +85,7 @@ def train(config: TrainConfig) -> float:
             go_on(training, config, fingerprints)
 
         tokens_per_step = config.batch_contexts * config.context_length
-        peak = peak_flops(world.device, config.dtype)
+        peak = None if config.model.is_own else peak_flops(world.device, config.dtype)
         if first_step >= config.steps:
             valid_loss = evaluate(engine.model, held_out, sp, world, segments)
             say_finished(config, world, first_step, valid_loss)
@@ -172,8 +174,6 @@ def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[Context]
     opened: list[tuple[Mixture, PackedContexts]] = []
 
     def read() -> dict[str, str]:
-        needed = load_tokenizer(data.tokenizer).vocab_size
-        require(vocab_size >= needed, "vocab_size", vocab_size, f"at least the tokenizer's {needed}")
         training = Mixture(data.corpora, length, seed=seed, vocab_size=vocab_size)
         held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
         wanted, there = data.eval_contexts, held_out.num_contexts
