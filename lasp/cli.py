@@ -206,6 +206,18 @@ def report(run_dir: Positional[str]) -> None:
     print(report(run_dir))
 
 
+def plot(run_dirs: Positional[tuple[str, ...]], output: str | None = None) -> None:
+    """Draw runs side by side as a PNG: loss, tokens a second, memory, gradient norm.
+
+    Args:
+        run_dirs: the runs' directories.
+        output: the picture; plot.png in the first run's directory if not given.
+    """
+    from lasp.training.plot import plot
+
+    print(plot(run_dirs, output))
+
+
 def evaluate(what: Any) -> None:
     """Evaluate a run or an exported model; alone, or on the ranks that torchrun started, which share each context.
 
@@ -275,7 +287,7 @@ def main(args: list[str] | None = None) -> None:
     args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
-    training = (train, config, resume_with(overrides), plan, generate, report)
+    training = (train, config, resume_with(overrides), plan, generate, report, plot)
     commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, *training)}
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
     evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)

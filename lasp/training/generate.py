@@ -42,7 +42,7 @@ def generate(
     printed = 0
     for _ in range(tokens):
         logits = advance(model, incoming, memory)
-        incoming = choose(logits, temperature=temperature, top_p=top_p, generator=generator)
+        incoming = choose(logits[: tokenizer.vocab_size], temperature=temperature, top_p=top_p, generator=generator)
         if (token := int(incoming)) == tokenizer.eod:
             break
         ids.append(token)

@@ -41,6 +41,9 @@ MAY_CHANGE = (
     "skip_nonfinite",
     "compare_replicas_every",
     "allow_changed",
+    "log_every",
+    "profile",
+    "wandb",
 )
 PART_OF_A_CHECKPOINT = ("model", "optimizer.betas", "optimizer.weight_decay")  # which no permission would change
 

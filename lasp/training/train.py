@@ -10,11 +10,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from lasp.config import TrainConfig, require
 from lasp.data import Context, Mixture, Numbered, PackedContexts
@@ -24,15 +26,16 @@ from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.batches import Batch, read_batches, read_streams, share
-from lasp.training.engine import Engine, make_engine
+from lasp.training.engine import Engine, NativeEngine, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.host_memory import require_host_memory
-from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
+from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, require_wandb
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths, with_vocabulary
 from lasp.training.planning import explained_memory, settled
+from lasp.training.profile import profiling
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import (
     positions_seen,
@@ -46,6 +49,7 @@ from lasp.training.starts import keep_start
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.streaming import Segments, StreamedBatch
 from lasp.training.together import together
+from lasp.training.usage import GIB, describe_memory, memory_by_part, peak_memory
 
 
 def train(config: TrainConfig) -> float:
@@ -67,6 +71,7 @@ def train(config: TrainConfig) -> float:
     ):
         given = config
         config = together(dist.group.WORLD, lambda: with_vocabulary(given))[world.rank]
+        together(dist.group.WORLD, lambda: require_wandb(given.wandb))
         together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
         config = settled(config, world)
@@ -94,8 +99,17 @@ def train(config: TrainConfig) -> float:
             keep_tokenizer(config)
             keep_start(config, world.size)
         spikes, skipped = Spikes(), 0
-        metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
-        with metrics, stop_signals() as told, finishing_saves(engine):
+        metrics = Metrics(
+            config.run_dir,
+            first_step=first_step,
+            steps=config.steps,
+            rank=world.rank,
+            log_every=config.log_every,
+            wandb=config.wandb,
+            settings=asdict(config),
+        )
+        profiled = profiling(config.run_dir, world.rank, engine.model, config.profile)
+        with metrics, stop_signals() as told, finishing_saves(engine), profiled as after_step:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
@@ -105,7 +119,8 @@ def train(config: TrainConfig) -> float:
                 contexts = training.take(config.batch_contexts, length)
                 with explained_memory(config, world):
                     loss = compute_gradients(engine, [each.context for each in contexts], sp, world, segments)
-                    grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
+                    with record_function("optimizer"):
+                        grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
                 taken = step + 1
                 values = {"lr": lr}
                 if math.isfinite(grad_norm):
@@ -128,6 +143,7 @@ def train(config: TrainConfig) -> float:
                     values["skipped"] = skipped
                     metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
                 values |= who_is_slow(world)
+                values["memory"] = peak_memory(world.device) / GIB
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values["tokens_per_second"] = tokens_per_second
                 if peak is not None:
@@ -136,6 +152,11 @@ def train(config: TrainConfig) -> float:
                 if config.curriculum:
                     values["context_length"] = length
                 metrics.log(taken, **values, tokens=training.tokens)
+                if taken == first_step + 1 and isinstance(engine, NativeEngine):
+                    parts = memory_by_part(engine.model, engine.optimizer, world.device)
+                    metrics.note(taken, memory_by_part=parts)
+                    metrics.say(describe_memory(parts))
+                after_step()
 
                 last = taken == config.steps
                 if taken % config.eval_every == 0 or last:
@@ -214,12 +235,16 @@ def compute_gradients(
     labels = sum(context.count_labels() for context in contexts)
     require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in read(share(contexts, world), sp, world, segments):
+    with record_function("read"):
+        batches = read(share(contexts, world), sp, world, segments)
+    for batch in batches:
         if isinstance(batch, StreamedBatch):
             total += batch.backward(engine.model, labels)
             continue
-        loss_sum, _ = engine.model(**batch.inputs(world.device))
-        engine.backward(loss_sum / labels)
+        with record_function("forward"):
+            loss_sum, _ = engine.model(**batch.inputs(world.device))
+        with record_function("backward"):
+            engine.backward(loss_sum / labels)
         total += loss_sum.detach()
     return all_ranks(total).item() / labels
 
@@ -261,6 +286,7 @@ def read(
     return read_streams(contexts, sp, world, segments)
 
 
+@record_function("evaluate")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None

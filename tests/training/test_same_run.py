@@ -105,6 +105,9 @@ def test_what_does_not_determine_them_may_change(config):
         "skip_nonfinite": 3,
         "compare_replicas_every": 1,
         "allow_changed": ("seed",),
+        "log_every": 1,
+        "profile": True,
+        "wandb": "project",
         "data": replace(config.data, train="moved", valid="moved"),  # to where the same files are
     }
     assert others.keys() == {*MAY_CHANGE, "data"}
