@@ -35,6 +35,8 @@ def generate(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(ModelConfig(**config["model"])).to(device, getattr(torch, config["dtype"]))
+    own = config["model"].get("model_class")
+    require(isinstance(model, Decoder), "model_class", own, "a class derived from lasp.models.Decoder, for its memory")
     checkpoint.load_model(path, model)
     generator = torch.Generator(device).manual_seed(seed)
     memory, incoming = Memory(), torch.from_numpy(prompt_ids).to(device, torch.int64)
