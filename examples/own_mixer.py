@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import nn
 
+from lasp.models.layers import at_least_float32
 from lasp.training.recipes import quickstart
 
 
@@ -25,7 +26,7 @@ class ForgettingMixer(nn.Module):
 
     def forward(self, x, seq):  # x [B, T, hidden]
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        o, _ = seq.linear_attention(q, F.silu(k), v, F.logsigmoid(self.gate_proj(x).float()))
+        o, _ = seq.linear_attention(q, F.silu(k), v, F.logsigmoid(at_least_float32(self.gate_proj(x))))
         return self.out_proj(o.flatten(2))
 
 

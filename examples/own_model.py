@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import nn
 
+from lasp.models.layers import at_least_float32
 from lasp.training.recipes import quickstart
 
 
@@ -53,7 +54,8 @@ class Model(nn.Module):
         logits = F.linear(self.norm(x), self.embedding.weight)
         if labels is None:
             return logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        logits = at_least_float32(logits.flatten(0, 1))
+        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
         return losses, (labels != -100).sum()
 
 

@@ -120,7 +120,8 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.silent:
-            self.progress.stop()
+            if self.progress.live.is_started:
+                self.progress.stop()
             self.tensorboard.close()
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if kind is None else 1)
