@@ -13,6 +13,7 @@ from lasp.fields import (
     CountOrZero,
     FieldName,
     FilePath,
+    Name,
     NotNegative,
     Part,
     Positive,
@@ -202,7 +203,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        assert self.corpora
+        read_corpora("data.train", self.train)
 
     @property
     def corpora(self) -> dict[str, Fraction | None]:
@@ -275,7 +276,7 @@ class TrainConfig:
     seed: Seed = 0  # of weights and of the order of documents
     log_every: Count = 10  # steps between the lines that tell of the run where there is no terminal
     profile: bool = False  # traces the steps 3 to 5 of this start (lasp.training.profile)
-    wandb: str | None = None  # a project of Weights & Biases that gets the metrics, too
+    wandb: Name | None = None  # a project of Weights & Biases that gets the metrics, too
     allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
 
     def __post_init__(self) -> None:

@@ -21,11 +21,11 @@ def load_own(field: str, name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), own)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # it is the module that misses another one
         where = "a module in this folder or on PYTHONPATH"
         raise ValueError(f"{field}: got {name!r} (no module {error.name!r}), expected {where}") from error
-    except AttributeError as error:
-        raise ValueError(f"{field}: got {name!r} ({error}), expected a name in that module") from error
+    require(hasattr(found, own), field, name, f"a name in {found.__file__}")
+    return getattr(found, own)

@@ -64,7 +64,7 @@ def test_a_recipe_of_ones_own(trained, own):
             "nowhere_at_all:recipe",
             "recipe: got 'nowhere_at_all:recipe' (no module 'nowhere_at_all'), expected a module",
         ),
-        ("OWN:absent", "has no attribute 'absent'), expected a name in that module"),
+        ("OWN:absent", "recipe: got 'OWN:absent', expected a name in /"),
         ("OWN:other", "recipe: got 'dict of OWN:other', expected a TrainConfig"),
         ("two words:x", "expected MODULE:NAME"),
     ],
