@@ -153,7 +153,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if not self.silent:
-            self.progress.console.print(text)
+            self.progress.console.print(text, soft_wrap=True)
 
 
 def require_wandb(project: str | None) -> None:

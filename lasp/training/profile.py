@@ -96,7 +96,7 @@ def _write(folder: Path, rank: int, profiler: profile) -> None:
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation" and _is_ours(event["name"])]
     host, device = _totals(events, "user_annotation"), _totals(events, "gpu_user_annotation")
     lines = [f"{'milliseconds a step':24}{'host':>12}{'device':>12}{'calls':>8}"]
-    for name, calls in Counter(ranges).items():
+    for name, calls in sorted(Counter(ranges).items(), key=lambda each: _place(each[0])):
         lines.append(f"{name:24}{host[name]:12.3f}{device[name]:12.3f}{calls / STEPS:8.0f}")
     for title, category in (("kernels", "kernel"), ("operations, those inside others counted twice", "cpu_op")):
         lines += ["", f"milliseconds a step: {title}"]
@@ -106,6 +106,13 @@ def _write(folder: Path, rank: int, profiler: profile) -> None:
 
 def _is_ours(name: str) -> bool:
     return name in PHASES or name.startswith("layer ")
+
+
+def _place(name: str) -> tuple[int, int, bool]:
+    """Of a range in the table: phases, then layers, forward before backward."""
+    if name in PHASES:
+        return 0, PHASES.index(name), False
+    return 1, int(name.split()[1]), name.endswith("backward")
 
 
 def _totals(events: list[dict[str, Any]], category: str) -> Counter[str]:

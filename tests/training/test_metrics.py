@@ -117,8 +117,14 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     with Metrics(tmp_path, first_step=0, steps=7, rank=0, log_every=3) as run:
         for step in range(1, 8):
             run.log(step, loss=2.5, tokens_per_second=1234.0, grad_norm=0.125, lr=1e-3, memory=1.5)
+        run.say("long " * 30 + "line")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["step 3/7", "step 6/7", "step 7/7"]
+    assert [line.split(":")[0] for line in lines] == [
+        "step 3/7",
+        "step 6/7",
+        "step 7/7",
+        "long " * 30 + "line",
+    ]
     assert lines[0] == "step 3/7: loss 2.5000, 1,234 tokens/s, gradient norm 0.125, lr 0.001, 1.50 GiB"
 
 

@@ -24,6 +24,7 @@ def test_a_profile_has_phases_and_layers(config, monkeypatch, recompute):
     table = (folder / "rank-0.txt").read_text()
     calls = {name: int(n) for name, n in re.findall(r"^(\w[\w ]*?) +[\d.]+ +[\d.]+ +(\d+)$", table, re.MULTILINE)}
     assert [calls[phase] for phase in ("read", "forward", "backward", "optimizer")] == [1, 2, 2, 1]  # of two contexts
+    assert list(calls)[:4] == ["read", "forward", "backward", "optimizer"]
     again = 2 if recompute == "full" else 1
     for layer in range(config.model.num_layers):
         assert (calls[f"layer {layer} forward"], calls[f"layer {layer} backward"]) == (2 * again, 2)
