@@ -1,12 +1,14 @@
 """The command `lasp`: prepare data, plan and train recipes, generate text, evaluate runs, exchange weights."""
 
 import functools
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import torch
@@ -14,12 +16,15 @@ import tyro
 from tyro.conf import Positional
 
 from lasp import __version__
+from lasp.chosen import as_yaml, choose
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
+from lasp.data.tokenizer import BYTE
 from lasp.evaluation.evaluate import EVALUATIONS
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
+from lasp.training.paths import TOKENIZER_FILE
 from lasp.training.recipes import RECIPES
 
 DESCRIPTION = f"lasp {__version__}: sequence-parallel training of linear-attention and hybrid language models."
@@ -40,7 +45,8 @@ def prepare(
     Args:
         inputs: files, folders, or the word "stdlib": the source text of Python's standard library.
         output: path prefix; the files are PREFIX_train and PREFIX_valid, .bin and .idx each.
-        tokenizer: "byte", or the path of a Hugging Face tokenizer.json.
+        tokenizer: "byte", the path of a Hugging Face tokenizer.json, or what Transformers' AutoTokenizer knows: a name
+            or a folder; that is written to PREFIX_tokenizer, for --data.tokenizer.
         eod: the tokenizer's end-of-document token; found by its usual names if not given.
         text_field: of a record (a line of JSON Lines, a row), the field that is its document.
         suffixes: of the files that are read in folders.
@@ -50,6 +56,7 @@ def prepare(
     """
     from lasp.data.prepare import prepare
 
+    tokenizer = _found_tokenizer(tokenizer, f"{output}_tokenizer")
     settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
     print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
 
@@ -72,9 +79,9 @@ def synthesize(task: Any, output: str, sequences: int = 20_000, held_out: int = 
 
 
 def train(config: Any) -> None:
-    """Train a recipe; alone, or on the ranks that torchrun started.
+    """Train a recipe, or what a file says; alone, or on the ranks that torchrun started.
 
-    A run whose directory holds a checkpoint goes on from it.
+    A run whose directory holds a checkpoint goes on from it. `lasp train --help` lists the recipes.
     """
     if isinstance(config, RecallSweep):
         from lasp.evaluation.recall import sweep
@@ -84,6 +91,11 @@ def train(config: Any) -> None:
     from lasp.training.train import train
 
     train(config)
+
+
+def config(config: Any) -> None:
+    """Print as YAML what `lasp train` with the same words would run, for its --config."""
+    print(as_yaml(config), end="")
 
 
 def plan(
@@ -194,6 +206,18 @@ def report(run_dir: Positional[str]) -> None:
     print(report(run_dir))
 
 
+def plot(run_dirs: Positional[tuple[str, ...]], output: str | None = None) -> None:
+    """Draw runs side by side as a PNG: loss, tokens a second, memory, gradient norm.
+
+    Args:
+        run_dirs: the runs' directories.
+        output: the picture; plot.png in the first run's directory if not given.
+    """
+    from lasp.training.plot import plot
+
+    print(plot(run_dirs, output))
+
+
 def evaluate(what: Any) -> None:
     """Evaluate a run or an exported model; alone, or on the ranks that torchrun started, which share each context.
 
@@ -253,15 +277,17 @@ def main(args: list[str] | None = None) -> None:
     if args == ["--version"]:
         print(f"lasp {__version__}")
         return
+    if args[:1] in (["train"], ["config"]):
+        with _one_rank_speaks():
+            chosen = choose(args[0], args[1:], {**RECIPES, **SWEEPS})
+        _deferred({"train": train, "config": config}[args[0]])(chosen)()
+        return
+    for command in (train, config):
+        command.__annotations__["config"] = Positional[str]  # for the list of commands; `choose` reads their words
     args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
-    recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS}
-    configs = {name.replace("_", "-"): recipe() for name, recipe in recipes.items()}
-    texts = {name.replace("_", "-"): (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
-    chosen = _one_of(configs, texts)
-    train.__annotations__["config"] = Annotated[chosen, tyro.conf.arg(name="")]
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
-    training = (train, resume_with(overrides), plan, generate, report)
+    training = (train, config, resume_with(overrides), plan, generate, report, plot)
     commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, *training)}
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
     evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
@@ -295,9 +321,9 @@ def _explains(error: Exception) -> bool:
     return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("lasp.")
 
 
-def _one_of(defaults: dict[str, Any], texts: dict[str, str] | None = None) -> Any:
+def _one_of(defaults: dict[str, Any]) -> Any:
     """The type of a subcommand for each default, by its name, with its fields as options."""
-    return tyro.extras.subcommand_type_from_defaults(defaults, texts or {}, prefix_names=False)
+    return tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False)
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -315,6 +341,19 @@ def _exchange() -> Any:
     from lasp.integrations import convert
 
     return convert
+
+
+def _found_tokenizer(name: str, folder: str) -> str:
+    """The same, or where it is written if only Transformers can find it."""
+    by_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    without_file = Path(name).is_dir() and not Path(name, TOKENIZER_FILE).is_file()
+    if name == BYTE or name.endswith(".json") or not (by_name or without_file):
+        return name
+    _require_transformers()
+    from lasp.integrations.huggingface.tokenizer import save_tokenizer
+
+    print(f"tokenizer: {save_tokenizer(name, folder)}")
+    return folder
 
 
 def _chat(tokenizer: str) -> Any:

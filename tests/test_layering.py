@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "lasp").rglob("*.py"))
 MAY_IMPORT = {
     "kernels": set(),
     "parallel": {"kernels", "names"},
-    "models": {"kernels", "config"},
+    "models": {"kernels", "config", "own"},
     "data": {"config"},
     "plan": {"models", "config"},
     "training": {"kernels", "parallel", "models", "data", "config", "plan"},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lasp.config import ModelConfig, options_of, require
+from lasp.config import ModelConfig, require
 from lasp.data import load_tokenizer
 from lasp.integrations.huggingface import LaspConfig, to_huggingface
 from lasp.integrations.huggingface.tokenizer import export_tokenizer
@@ -48,9 +48,9 @@ def import_weights(source: str, output: str, *, pattern: str, mixer: str, seed: 
     """Writes the weights of a Hugging Face directory to `output`, for TrainConfig.initial_weights.
 
     A Llama's layers become those of pattern and mixer, what it has no weights for being drawn with the seed. Returns
-    the options of `lasp train` that describe the model. Raises ValueError if `output` is neither new nor an empty
-    directory, if `source` is not such a directory (nothing is downloaded), and for a model that is neither lasp's nor a
-    Llama, or a Llama that lasp cannot express.
+    the option of `lasp train` that takes them. Raises ValueError if `output` is neither new nor an empty directory, if
+    `source` is not such a directory (nothing is downloaded), and for a model that is neither lasp's nor a Llama, or a
+    Llama that lasp cannot express.
     """
     expected = "a directory with a config.json (of a model on the hub: hf download NAME --local-dir DIRECTORY)"
     require((Path(source) / "config.json").is_file(), "source", source, expected)
@@ -63,4 +63,4 @@ def import_weights(source: str, output: str, *, pattern: str, mixer: str, seed: 
         # A run keeps at least float32 weights, whatever it computes in.
         decoder.to(torch.promote_types(model.dtype, torch.float32))
         checkpoint.save_weights(folder, decoder)
-    return f"--initial-weights {output} {options_of(decoder.config)}"
+    return f"--initial-weights {output}"

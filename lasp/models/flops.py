@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from lasp.config import SOFTMAX, ModelConfig
-from lasp.models.decoder import Decoder
+from lasp.models.decoder import make_model
 from lasp.models.mixers import DELTA_KINDS
 
 
 def count_parameters(config: ModelConfig) -> int:
     """All parameters, tied ones once."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Decoder(config).parameters())
+        return sum(p.numel() for p in make_model(config).parameters())
 
 
 def count_active_parameters(config: ModelConfig) -> int:
     """The parameters that one token meets: of a mixture's experts, those that it goes to. Tied ones once."""
     with torch.device("meta"):
-        return sum(_active(p, config) for p in Decoder(config).parameters())
+        return sum(_active(p, config) for p in make_model(config).parameters())
 
 
 def flops_per_token(config: ModelConfig, context_length: int) -> float:
@@ -37,7 +37,7 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
     that is recomputed counts (model FLOPs, not hardware FLOPs).
     """
     with torch.device("meta"):
-        model = Decoder(config)
+        model = make_model(config)
     multiplying = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2)
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()

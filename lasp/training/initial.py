@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lasp.config import TrainConfig
-from lasp.models import Decoder
+from lasp.models import Decoder, make_model
 from lasp.models.recompute import POLICIES
 from lasp.training import checkpoint
 
@@ -13,7 +13,7 @@ from lasp.training import checkpoint
 def build_model(config: TrainConfig, device: torch.device) -> Decoder:
     """The model with fresh weights, or with those of config.initial_weights, in float32 or float64."""
     with device:
-        model = Decoder(config.model)
+        model = make_model(config.model)
     assert config.recompute in POLICIES, "what auto stands for is settled before"
     model.recompute, model.recompute_layers = config.recompute, config.recompute_layers
     model.offload_activations = config.offload_activations

@@ -4,8 +4,9 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -94,6 +95,9 @@ def join_world(config: Joining) -> Iterator[World]:
         yield world
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")
+        run_dir = getattr(config, "run_dir", None)
+        if run_dir is not None and isinstance(error, Exception):
+            _keep_traceback(error, run_dir, rank)
         if not exists:
             dist.destroy_process_group()  # the others may never come
         raise
@@ -118,6 +122,14 @@ def ranks_folder(run_dir: str | Path) -> Path:
     folder = Path(run_dir) / "ranks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _keep_traceback(error: BaseException, run_dir: str, rank: int) -> None:
+    """In a file, for what is said of an error takes a line."""
+    with suppress(OSError):
+        file = ranks_folder(run_dir) / f"traceback-{rank}.txt"
+        file.write_text("".join(traceback.format_exception(error)))
+        error.add_note(f"(traceback: {file})")
 
 
 def _record_flights(run_dir: str) -> None:

@@ -8,6 +8,7 @@ from lasp.models.mixers.linear import LINEAR_KINDS, LinearMixer
 from lasp.models.mixers.log_linear import LogLinearDeltaMixer, LogLinearMamba2Mixer
 from lasp.models.mixers.mamba2 import Mamba2Mixer
 from lasp.models.mixers.softmax import SoftmaxMixer
+from lasp.own import load_own
 
 _CLASSES: dict[str, type[nn.Module]] = {
     **dict.fromkeys(LINEAR_KINDS, LinearMixer),
@@ -19,9 +20,13 @@ _CLASSES: dict[str, type[nn.Module]] = {
 
 
 def make_mixer(config: ModelConfig, layer: int) -> nn.Module:
-    """The mixer of the layer with that index: softmax attention or the linear one that `config.mixer` names."""
-    mixer = SoftmaxMixer if config.layers[layer] == SOFTMAX else _CLASSES[config.mixer]
-    return mixer(config, layer)
+    """The mixer of the layer with that index: softmax attention or the linear one that `config.mixer` names.
+
+    Raises ValueError if that is a class of one's own that is not there.
+    """
+    if config.layers[layer] == SOFTMAX:
+        return SoftmaxMixer(config, layer)
+    return (_CLASSES.get(config.mixer) or load_own("mixer", config.mixer))(config, layer)
 
 
 __all__ = [
