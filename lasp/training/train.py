@@ -30,6 +30,7 @@ from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.host_memory import require_host_memory
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, require_wandb
+from lasp.training.native import NativeEngine
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
