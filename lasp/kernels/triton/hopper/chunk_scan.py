@@ -32,16 +32,15 @@ from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_l
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
+    HALF,
     REGISTERS,
     C,
     barrier,
     clear_tail,
     load_gates,
     load_initial_state,
-    rounded,
     rows_of,
     send_rows,
-    shortened,
     whole_decay,
 )
 from lasp.kernels.triton.launch import launch
@@ -107,11 +106,10 @@ def _copy(x, copies, at, SUMS: gl.constexpr):
         most = gl.maximum(gl.max(gl.max(gl.abs(x), axis=1), axis=0), 1e-30)
         up = most / LARGE
         x *= LARGE / most
+    high = x.to(copies.dtype)
+    copies.index(at).store(high)
     if SUMS:
-        high = shortened(x, copies.dtype)
-        copies.index(at + 1).store((x - high).to(copies.dtype))
-        x = high
-    copies.index(at).store(x.to(copies.dtype))
+        copies.index(at + 1).store((x - high.to(gl.float32)).to(copies.dtype))
     return up
 
 
@@ -153,8 +151,8 @@ def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.conste
         else:
             read, room = gs.load(ROW), _head_room(gs, ROW, dtype)
         if SUMS:  # the partner as rounded as where another scan writes it into its state
-            written = rounded(pc.load(ROW.parent) * gl.exp2(read - room)[:, None], dtype)
-            sums = gl.convert_layout(gl.sum(written * yc, axis=1) * gl.exp2(room), gl.SliceLayout(1, mma_layout(C)))
+            rounded = (pc.load(ROW.parent) * gl.exp2(read - room)[:, None]).to(dtype).to(gl.float32)
+            sums = gl.convert_layout(gl.sum(rounded * yc, axis=1) * gl.exp2(room), gl.SliceLayout(1, mma_layout(C)))
         yc *= gl.exp2(read)[:, None]
     return yc, sums
 
@@ -455,12 +453,10 @@ def chunk_scan(
     """y [B, T, H, DC], for as many heads as the states have, or for half as many, each the sum of two neighbours that
     share c; with a partner also what a gate's gradient needs: see scalar.chunk_scan."""
     (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), initial.local.shape[1]
-    own, width, work = 1, min(size_c, 64), Work.SPLIT
-    if size_a == 256:
-        width = 32
-    elif size_c == 64:
-        work, own = Work.APART, 1 if heads // a.shape[2] % 2 == 0 and heads // b.shape[2] % 2 == 0 else 2
-    elif size_a == 64 and heads // c.shape[2] % 2 == 0:
+    own, width, work = 1, HALF.value, Work.SPLIT
+    if size_c == width:
+        work, own = Work.APART, 1 if heads // a.shape[2] % 2 == 0 else 2
+    elif size_a == width:
         work, own = Work.SUMMED, 2
     y = c.new_empty(batch, tokens, heads // 2 if work == Work.SUMMED else heads, size_c)
     products = at_end = None
