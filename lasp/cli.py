@@ -95,6 +95,7 @@ def train(config: Any) -> None:
 
 def config(config: Any) -> None:
     """Print as YAML what `lasp train` with the same words would run, for its --config."""
+    require(not isinstance(config, RecallSweep), "recipe", "a sweep", "a recipe of one run")
     print(as_yaml(config), end="")
 
 

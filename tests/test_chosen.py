@@ -115,6 +115,15 @@ def test_what_is_wrong_with_a_file_is_said(trained, tmp_path, text, message):
     assert "run.yaml" in str(raised.value) and message in str(raised.value)
 
 
+def test_a_sweep_has_no_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 3")
+    with pytest.raises(ValueError, match="config: got .*run.yaml', expected none with a sweep"):
+        cli.main(["train", "mqar-small", "--config", str(file)])
+    with pytest.raises(ValueError, match="recipe: got 'a sweep', expected a recipe of one run"):
+        cli.main(["config", "mqar-small"])
+
+
 def test_initial_weights_bring_their_models_shape(trained, tmp_path):
     shape = replace(
         RECIPES["quickstart"]().model, vocab_size=300, hidden_size=32, num_layers=2, pattern="L", mixer="gla"
