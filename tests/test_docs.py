@@ -136,7 +136,7 @@ def test_the_commands_of_a_page_run(name, corpora, capsys) -> None:
     commands = [param.values[1] for param in COMMANDS if param.values[0] == page and param.values[1].startswith("lasp")]
     for command in commands:
         words, *file = (shlex.split(part, comments=True) for part in command.split(" > "))
-        if re.search(r"# .*needs |--help", command):
+        if re.search(r"# .*needs |--help|train mqar", command):  # sweeps have tests of their own
             continue
         small = [*SMALL.get(words[1], []), *(["--curriculum", "32:1"] if "--curriculum" in words else [])]
         capsys.readouterr()
