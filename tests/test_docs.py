@@ -35,7 +35,7 @@ COMMANDS = [
     for line in code.replace("\\\n", "").splitlines()
     if re.match("lasp |bash launch/", line)
 ]
-RUN = (
+RUN = {
     "README.md",
     "data.md",
     "log-linear.md",
@@ -43,7 +43,7 @@ RUN = (
     "mixer.md",
     "moe.md",
     "training.md",
-)  # pages whose lasp commands run here
+}  # lasp commands run here
 ELSEWHERE = {  # commands of these kinds run in tests of their own
     "lasp eval": "tests/evaluation",
     "lasp synthesize": "tests/evaluation/test_tasks.py",
@@ -129,7 +129,7 @@ def corpora(tmp_path, monkeypatch):
         cli.main(["prepare", text, "--output", output])
 
 
-@pytest.mark.parametrize("name", sorted({param.values[0].name for param in COMMANDS} & {*RUN}))
+@pytest.mark.parametrize("name", sorted({param.values[0].name for param in COMMANDS} & RUN))
 def test_the_commands_of_a_page_run(name, corpora, capsys) -> None:
     """On one process, in their order, as they stand but for their size."""
     page = ROOT / name if name == "README.md" else ROOT / "docs" / name
