@@ -2,32 +2,28 @@
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lasp.fields import (
     Allowed,
-    Beta,
     Count,
     CountOrZero,
     FieldName,
     FilePath,
     Name,
     NotNegative,
-    Part,
     Positive,
-    PositiveOrInf,
     Seconds,
     Seed,
-    SomePart,
     check_fields,
     from_dict,
     require,
 )
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
-from lasp.notation import Stage, read_corpora, read_stage
+from lasp.notation import Stage, read_stage
 from lasp.own import OWN
+from lasp.settings import DataConfig, DeepSpeedConfig, OptimizerConfig
 
 LINEAR, SOFTMAX = "L", "N"
 MIXERS = (
@@ -46,10 +42,10 @@ MIXERS = (
 LOG_LINEAR = "log_linear_"  # what mixers' names begin with whose states are of levels, which positions say
 LEVELS = 24  # of those: for contexts of up to 2^23 tokens
 Own = Annotated[str, Allowed("MODULE:NAME", lambda name: OWN.fullmatch(name) is not None)]
-Mixer = Annotated[
-    str,
-    Allowed(f"one of {', '.join(MIXERS)}, or MODULE:CLASS", lambda name: name in MIXERS or bool(OWN.fullmatch(name))),
-]
+if TYPE_CHECKING:
+    Mixer = str
+else:
+    Mixer = Literal[MIXERS] | Annotated[str, Allowed("MODULE:CLASS", lambda name: OWN.fullmatch(name) is not None)]
 Pattern = Annotated[
     str,
     Allowed(
@@ -81,9 +77,7 @@ class ModelConfig:
     num_heads: Count  # of every layer
     intermediate_size: Count  # of the MLPs, between their products
     pattern: Pattern = "LLLN"  # of the layers, repeated: L linear, N softmax
-    mixer: Mixer = "gated_delta_net"
-    """Of the linear layers: linear, lightning, retention, mamba2, gla, hgrn2, delta_net, gated_delta_net, kda, or
-    MODULE:CLASS of one's own."""
+    mixer: Mixer = "gated_delta_net"  # of the linear layers: one of lasp's, or MODULE:CLASS of one's own
     model_class: Own | None = None  # MODULE:CLASS of one's own model in the place of lasp.models.Decoder
     head_dim: Count | None = None  # key size of every head; hidden_size // num_heads if None
     value_head_dim: Count | None = None  # value size of the linear layers' heads; head_dim if None
@@ -213,54 +207,6 @@ class ParallelConfig:
         expected = f"world size / sequence_parallel = {world_size} / {sequence}"
         require(data * sequence == world_size, "data_parallel", data, expected)
         return data, sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Token files as `lasp prepare` (or Megatron) writes them: path prefixes, without .bin and .idx."""
-
-    train: FilePath | tuple[FilePath, ...]  # one corpus, or several with their weights: a:0.7 b:0.3
-    valid: FilePath  # what evaluations read
-    tokenizer: FilePath = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
-    eval_contexts: Count = 8  # held-out contexts in every evaluation
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        read_corpora("data.train", self.train)
-
-    @property
-    def corpora(self) -> dict[str, Fraction | None]:
-        """The prefixes of `train`, with their weights."""
-        return read_corpora("data.train", self.train)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning-rate schedule (equations in lasp.training.optimizer)."""
-
-    lr: Positive = 3e-4  # at its highest
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # of the running means of gradients and their squares
-    weight_decay: NotNegative = 0.1  # of matrices only
-    schedule: Literal["cosine", "wsd"] = "cosine"  # of the learning rate; wsd: warm-up, stable, decay
-    warmup_steps: CountOrZero = 100  # in which it rises from 0
-    decay_fraction: SomePart = 0.2  # of the steps, at the end of a "wsd" run
-    min_ratio: Part = 0.1  # learning rate at the end / lr
-    clip_norm: PositiveOrInf = 1.0  # of the gradient's norm over all parameters and ranks
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepSpeedConfig:
-    """ZeRO (arXiv:1910.02054), for runs whose engine is DeepSpeed; sharded over all ranks."""
-
-    stage: Literal[0, 1, 2, 3] = 1  # what is sharded: nothing, optimiser states, and gradients, and parameters
-    offload: bool = False  # optimiser states and update to the CPU
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        require(self.stage > 0 or not self.offload, "offload", self.offload, "False with stage 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,5 +150,5 @@ def test_mixers_and_models_of_ones_own(own):
     assert [type(layer.mixer).__name__ for layer in model.layers] == ["Mixer"] * 3 + ["SoftmaxMixer"]
     with pytest.raises(ValueError, match=r"mixer: got 'own\.x:Mixer'"), torch.device("meta"):
         make_model(replace(shape, mixer="own.x:Mixer"))
-    with pytest.raises(ValueError, match="mixer: got 'gated', expected one of linear, .*, or MODULE:CLASS"):
+    with pytest.raises(ValueError, match="mixer: got 'gated', expected one of linear, .* or MODULE:CLASS"):
         replace(shape, mixer="gated")

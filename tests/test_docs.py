@@ -35,7 +35,15 @@ COMMANDS = [
     for line in code.replace("\\\n", "").splitlines()
     if re.match("lasp |bash launch/", line)
 ]
-RUN = ("README.md", "data.md", "model.md", "mixer.md", "moe.md", "training.md")  # pages whose lasp commands run here
+RUN = {
+    "README.md",
+    "data.md",
+    "log-linear.md",
+    "model.md",
+    "mixer.md",
+    "moe.md",
+    "training.md",
+}  # lasp commands run here
 ELSEWHERE = {  # commands of these kinds run in tests of their own
     "lasp eval": "tests/evaluation",
     "lasp synthesize": "tests/evaluation/test_tasks.py",
@@ -121,15 +129,14 @@ def corpora(tmp_path, monkeypatch):
         cli.main(["prepare", text, "--output", output])
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", sorted({param.values[0].name for param in COMMANDS} & RUN))
 def test_the_commands_of_a_page_run(name, corpora, capsys) -> None:
     """On one process, in their order, as they stand but for their size."""
     page = ROOT / name if name == "README.md" else ROOT / "docs" / name
     commands = [param.values[1] for param in COMMANDS if param.values[0] == page and param.values[1].startswith("lasp")]
-    assert commands
     for command in commands:
         words, *file = (shlex.split(part, comments=True) for part in command.split(" > "))
-        if re.search(r"# .*needs |--help", command):
+        if re.search(r"# .*needs |--help|train mqar", command):  # sweeps have tests of their own
             continue
         small = [*SMALL.get(words[1], []), *(["--curriculum", "32:1"] if "--curriculum" in words else [])]
         capsys.readouterr()
