@@ -14,15 +14,17 @@ Saved = tuple[Tensor | None, ...]  # what a backend keeps of the gates
 
 
 class QueryGrads(NamedTuple):
-    """dq [B, T, H, K] for every value head; with a learned gate also q · dq [blocks, B, T, H] in partial sums."""
+    """dq [B, T, H, K] for every value head, or [B, T, H / 2, K] of pairs of neighbours; with a learned gate also, of
+    q · dq, what came in with the state, and the pairs within chunks (see chunk_scan), [blocks, B, T, H] in partial
+    sums."""
 
     dq: Tensor
     q_dq: Tensor | None
 
 
 class KeyValueGrads(NamedTuple):
-    """dk, dv [B, T, H, K or V]; with a learned gate also v · dv [blocks, B, T, H] and <X, dX> at the tiles' ends
-    [blocks, M, H], in partial sums."""
+    """dk (as dq) and dv [B, T, H, V]; with a learned gate also, of v · dv, what came in with the state
+    [blocks, B, T, H], and <X, dX> at the tiles' ends [blocks, M, H], in partial sums."""
 
     dk: Tensor
     dv: Tensor
