@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from dataclasses import replace
 from importlib.util import find_spec
 from io import StringIO
 from typing import Annotated, Any, Literal, Union
@@ -16,12 +17,14 @@ from tyro.conf import Positional
 from lasp import __version__
 from lasp.config import require
 from lasp.data.sources import SUFFIXES
+from lasp.distillation.config import Distillation, Linear
 from lasp.evaluation.evaluate import EVALUATIONS
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
 from lasp.training.recipes import RECIPES
 
+LINEAR, DISTILLATION = Linear(), Distillation()
 DESCRIPTION = f"lasp {__version__}: sequence-parallel training of linear-attention and hybrid language models."
 
 
@@ -226,25 +229,36 @@ def export_weights(
 def import_weights(
     source: Positional[str],
     output: Positional[str],
-    pattern: str = "LLLN",
-    mixer: str = "gated_delta_net",
-    seed: int = 0,
+    linear: Annotated[Linear, tyro.conf.arg(name="")] = LINEAR,
+    distill: str | None = None,
+    settings: Annotated[Distillation, tyro.conf.arg(name="")] = DISTILLATION,
 ) -> None:
     """Turn a Hugging Face directory or a Megatron checkpoint into weights to begin from (--initial-weights OUTPUT).
+
+    With --distill a Llama's linear layers are trained to do what its softmax layers did; OUTPUT is then the directory
+    of a run. Stopped, the same command goes on; also on the ranks that torchrun started.
 
     Args:
         source: a directory that `lasp export` wrote, that of a Llama, or a checkpoint (step_…) of launch/megatron.sh.
         output: the directory to write.
-        pattern: of a Llama's layers: L becomes linear, N stays softmax.
-        mixer: of a Llama's linear layers.
-        seed: of what a Llama has no weights for, such as gates.
+        linear: what becomes of a Llama's layers.
+        distill: prefix of the token files to distil on, as of `lasp prepare`.
+        settings: how to distil; the seed is that of what a Llama has no weights for, such as gates, in any case.
     """
     from lasp.integrations import megatron_weights
 
+    if distill is not None:
+        _require_transformers()
+        from lasp.distillation import run
+
+        print(run.distill(source, output, distill, linear, settings))
+        return
+    unused = replace(settings, seed=0)
+    require(unused == DISTILLATION, "distill", None, "the token files for the settings of a distillation")
     if megatron_weights.is_checkpoint(source):
         print(megatron_weights.import_weights(source, output))
         return
-    print(_exchange().import_weights(source, output, pattern=pattern, mixer=mixer, seed=seed))
+    print(_exchange().import_weights(source, output, vars(linear), seed=settings.seed))
 
 
 def main(args: list[str] | None = None) -> None:

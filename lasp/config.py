@@ -37,7 +37,10 @@ MIXERS = (
     "gated_delta_net",
     "kda",
 )
+FEATURE_MAPS = ("identity", "elu", "relu", "silu", "hedgehog")
+WITH_FEATURES = ("linear", "lightning", "retention", "gla")  # mixers with a feature map of q and k
 Mixer = Annotated[str, Allowed(f"one of {', '.join(MIXERS)}", MIXERS.__contains__)]
+FeatureMap = Annotated[str, Allowed(f"one of {', '.join(FEATURE_MAPS)}", FEATURE_MAPS.__contains__)]
 Pattern = Annotated[
     str,
     Allowed(
@@ -74,7 +77,9 @@ class ModelConfig:
     value_head_dim: Count | None = None  # value size of the linear layers' heads; head_dim if None
     num_kv_heads: Count | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
     conv_width: Count = 4  # of the mixers that have a short convolution
-    rope_theta: Positive = 500_000.0
+    feature_map: FeatureMap | None = None  # of q and k, for the mixers that have one; the mixer's own if None
+    window: Count | None = None  # of softmax attention beside the linear layers' states: the last so many tokens
+    rope_theta: Positive | None = 500_000.0  # None: softmax layers know nothing of positions (NoPE)
     norm_eps: Positive = 1e-6
     tie_embeddings: bool = True
     init_std: NotNegative = 0.02
@@ -111,6 +116,11 @@ class ModelConfig:
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
+        has_features = self.feature_map is None or self.mixer in WITH_FEATURES
+        expected = f"None with mixer={self.mixer!r} (those with a feature map: {', '.join(WITH_FEATURES)})"
+        require(has_features, "feature_map", self.feature_map, expected)
+        rotates = self.mixer == "retention" and LINEAR in self.pattern
+        require(self.rope_theta is not None or not rotates, "rope_theta", None, "a number with mixer='retention'")
         if self.num_experts:
             chosen, every = self.experts_per_token, self.moe_every
             require(

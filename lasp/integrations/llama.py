@@ -2,11 +2,13 @@
 
 Softmax layers are copied whole, as are embeddings, norms, MLPs and the head: a decoder of pattern "N" computes what the
 Llama does. A linear layer takes q, k, v and o; a group's k and v heads are repeated for each of its q heads, since
-linear layers have as many of all three. What a Llama has nothing for keeps its fresh values: gates, decays, short
-convolutions, norms of heads; hgrn2's k (a forget gate there); Mamba-2's B and C (k and q, but one for all heads).
+linear layers have as many of all three; a window of softmax attention beside it takes them as they are. What a Llama
+has nothing for keeps its fresh values: gates, decays, feature maps, short convolutions, norms of heads; hgrn2's k (a
+forget gate there); Mamba-2's B and C (k and q, but one for all heads).
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lasp.config import SOFTMAX, ModelConfig, require
 from lasp.models import Decoder
-from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer
+from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer, WithWindow
 
 
-def llama_shape(llama: LlamaConfig, *, pattern: str = "N", mixer: str = "gated_delta_net") -> ModelConfig:
-    """The configuration of a decoder in a Llama's shape. Raises ValueError for a Llama that lasp cannot express."""
+def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
+    """The configuration of a decoder in a Llama's shape, softmax layers only unless told otherwise.
+
+    linear: the fields of `ModelConfig` that say what its layers become: pattern, mixer, feature_map, window. Raises
+    ValueError for a Llama that lasp cannot express.
+    """
     require(llama.hidden_act == "silu", "hidden_act", llama.hidden_act, "silu")
     for field in ("attention_bias", "mlp_bias"):
         require(not getattr(llama, field), field, getattr(llama, field), "False")
@@ -36,18 +42,17 @@ def llama_shape(llama: LlamaConfig, *, pattern: str = "N", mixer: str = "gated_d
         norm_eps=llama.rms_norm_eps,
         tie_embeddings=llama.tie_word_embeddings,
         init_std=llama.initializer_range,
-        pattern=pattern,
-        mixer=mixer,
+        **{"pattern": SOFTMAX, **linear},
     )
-    rotates = SOFTMAX in shape.layers or mixer == "retention"
+    rotates = SOFTMAX in shape.layers or shape.window is not None or shape.mixer == "retention"
     require(not rotates or rope["rope_type"] == "default", "rope_type", rope["rope_type"], "default (no scaling)")
     return shape
 
 
 @torch.no_grad()
-def from_llama(llama: LlamaForCausalLM, *, pattern: str = "N", mixer: str = "gated_delta_net") -> Decoder:
-    """A new decoder with the Llama's weights, in its dtype. Raises ValueError as `llama_shape` does."""
-    decoder = Decoder(llama_shape(llama.config, pattern=pattern, mixer=mixer)).to(llama.dtype)
+def from_llama(llama: LlamaForCausalLM, **linear: Any) -> Decoder:
+    """A new decoder with the Llama's weights, in its dtype. Arguments and errors are those of `llama_shape`."""
+    decoder = Decoder(llama_shape(llama.config, **linear)).to(llama.dtype)
     weights = llama.state_dict()
     for name, place in _places(decoder):
         weight = weights[name].view(-1, *place.shape[1:])
@@ -60,6 +65,7 @@ def to_llama(decoder: Decoder) -> LlamaForCausalLM:
     """A Llama with a softmax decoder's weights. Raises ValueError if there are linear layers."""
     shape = decoder.config
     require(set(shape.layers) == {SOFTMAX}, "pattern", shape.pattern, f"only {SOFTMAX}: a Llama has no linear layers")
+    require(shape.rope_theta is not None, "rope_theta", None, "a number: a Llama has RoPE")
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -97,7 +103,8 @@ def _places(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.mlp.gate_proj.weight", gate
         yield f"{layer}.mlp.up_proj.weight", up
         yield f"{layer}.mlp.down_proj.weight", block.mlp.out_proj.weight
-        for name, place in _mixer_places(block.mixer):
+        mixers = [block.mixer.linear, block.mixer.window] if isinstance(block.mixer, WithWindow) else [block.mixer]
+        for name, place in chain.from_iterable(map(_mixer_places, mixers)):
             yield f"{layer}.self_attn.{name}_proj.weight", place
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lasp.config import SOFTMAX, ModelConfig
 from lasp.models.decoder import Decoder
+from lasp.models.features import feature_dim
 from lasp.models.mixers import DELTA_KINDS
 
 
@@ -26,6 +27,7 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
         6 P + 3 Σ_layers H a        a = T (K + K)    softmax, causal: a token sees T / 2 others on average
                                         4 K V        linear classes: write to and read from the state
                                         6 K V        delta family: erase as well
+                                        4 W K        besides, for a window of W tokens
 
     P counts the parameters that multiply every token: matrices, convolutions and the head, but not the embedding's
     lookup, norms and vectors, nor experts that the token does not go to. The forward terms a are those of math §9
@@ -37,7 +39,8 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
     multiplying = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2)
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()
-    state = (6 if config.mixer in DELTA_KINDS else 4) * config.key_dim * config.value_dim
+    state = (6 if config.mixer in DELTA_KINDS else 4) * feature_dim(config) * config.value_dim
+    state += 4 * (config.window or 0) * config.key_dim
     attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)
     return 6.0 * multiplying + 3.0 * config.num_heads * attention
 

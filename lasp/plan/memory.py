@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from lasp.config import LINEAR, SOFTMAX, ModelConfig
+from lasp.models.features import feature_dim
 from lasp.models.loss import CHUNK_TOKENS
 from lasp.models.products import TILE
 from lasp.models.recompute import Policy, by_layer
@@ -200,9 +201,9 @@ def _constants(job: Job, policy: Policy, index: int, tokens: int) -> float:
 
 def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int) -> float:
     """Bytes for each token: the gradient of o, those of q, k and v, and what the kernels of the class need besides."""
-    heads, keys, values = model.num_heads, model.key_dim, model.value_dim
+    heads, keys, values = model.num_heads, feature_dim(model), model.value_dim
     if model.layers[index] == SOFTMAX:
-        return dtype.half * (2 * heads + 2 * model.kv_heads) * keys
+        return dtype.half * (2 * heads + 2 * model.kv_heads) * model.key_dim
     gradients = dtype.half * 2 * heads * (keys + values)
     if model.mixer in ("linear", "lightning", "retention", "gla", "hgrn2"):  # kernels copy what are views of a product
         gradients += dtype.half * heads * (values + (2 * keys if model.mixer == "gla" else 0))

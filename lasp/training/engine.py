@@ -1,8 +1,9 @@
 """Who holds the weights and updates them: PyTorch itself, or DeepSpeed (lasp.training.deepspeed)."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from lasp.training.optimizer import build_optimizer, clip_gradients, set_learnin
 from lasp.training.ownership import Lock
 from lasp.training.planning import settled
 from lasp.training.runtime import World
+
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
 
 
 class Engine(Protocol):
@@ -59,23 +62,17 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(config: TrainConfig, world: World) -> Engine:
-    """The engine that config.engine names, with a model of fresh weights, the same on every rank.
-
-    Raises ValueError for a configuration that the engine cannot run, or if it is not installed.
-    """
-    config = settled(config, world)
-    if config.engine == "deepspeed":
-        from lasp.training.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(config, world)
-    return NativeEngine(config, world)
+Build = Callable[[TrainConfig, torch.device], Decoder]
 
 
 def build_model(config: TrainConfig, device: torch.device) -> Decoder:
+    return build_kind(Decoder, config, device)
+
+
+def build_kind(kind: type[AnyDecoder], config: TrainConfig, device: torch.device) -> AnyDecoder:
     """The model with fresh weights, or with those of config.initial_weights, in float32 or float64."""
     with device:
-        model = Decoder(config.model)
+        model = kind(config.model)
     assert config.recompute in POLICIES, "what auto stands for is settled before"
     model.recompute, model.recompute_layers = config.recompute, config.recompute_layers
     model.offload_activations = config.offload_activations
@@ -87,16 +84,29 @@ def build_model(config: TrainConfig, device: torch.device) -> Decoder:
     return model
 
 
+def make_engine(config: TrainConfig, world: World, build: Build = build_model) -> Engine:
+    """The engine that config.engine names, with a model of fresh weights, the same on every rank.
+
+    Raises ValueError for a configuration that the engine cannot run, or if it is not installed.
+    """
+    config = settled(config, world)
+    if config.engine == "deepspeed":
+        from lasp.training.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, world)
+    return NativeEngine(config, world, build)
+
+
 class NativeEngine:
     """FSDP2, or the same weights on every rank. In bfloat16 FSDP gathers float32 parameters as bfloat16 and sums
     gradients in float32."""
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: World, build: Build = build_model):
         self.config, self.mesh, self.saves = config, world.mesh, world.saves
         self.saving: Pending[None] | None = None
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.model = parallelize(
-            build_model(config, world.device),
+            build(config, world.device),
             world.mesh,
             fsdp=config.parallel.fsdp,
             compute_dtype=compute_dtype,

@@ -24,7 +24,7 @@ from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.batches import Batch, read_batches, read_streams, share
-from lasp.training.engine import Engine, make_engine
+from lasp.training.engine import Build, Engine, build_model, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.host_memory import require_host_memory
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
@@ -41,8 +41,10 @@ from lasp.training.streaming import Segments, StreamedBatch
 from lasp.training.together import together
 
 
-def train(config: TrainConfig) -> float:
+def train(config: TrainConfig, build: Build = build_model) -> float:
     """Runs a configuration to its last step, from its last checkpoint if there is one; returns the held-out loss.
+
+    build: what makes its model. In evaluation mode that gives the losses of the labels, in training mode any.
 
     Raises Stopped on every rank, after the step that is at work and its checkpoint, if SIGTERM or SIGINT came to one.
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
@@ -62,7 +64,7 @@ def train(config: TrainConfig) -> float:
         training, held_out, fingerprints = open_data(config, world)
         config = settled(config, world)
         torch.manual_seed(config.seed)
-        engine = make_engine(config, world)
+        engine = make_engine(config, world, build)
         sp = SequenceParallel(
             world.mesh["sp"].get_group(),
             layout=config.parallel.layout,
