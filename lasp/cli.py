@@ -1,4 +1,4 @@
-"""The command `lasp`: prepare data, plan and train recipes, generate text, evaluate runs, exchange weights."""
+"""The command `lasp`: prepare data, plan and train recipes, generate text, evaluate runs, exchange weights …"""
 
 import functools
 import sys
@@ -19,6 +19,7 @@ from lasp.config import require
 from lasp.data.sources import SUFFIXES
 from lasp.distillation.config import Distillation, Linear
 from lasp.evaluation.evaluate import EVALUATIONS
+from lasp.evaluation.extension import Extension
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
@@ -55,6 +56,30 @@ def prepare(
 
     settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
     print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
+
+
+def tokenizer(
+    inputs: Positional[tuple[str, ...]],
+    output: str,
+    vocab_size: int = 32_768,
+    text_field: str = "text",
+    suffixes: tuple[str, ...] = SUFFIXES,
+    characters: int | None = None,
+) -> None:
+    """Train a tokenizer of one's own (byte-level BPE) on texts, the same as `lasp prepare` reads.
+
+    Args:
+        inputs: files, folders, or the word "stdlib".
+        output: the tokenizer.json to write.
+        vocab_size: tokens, the end of a document included.
+        text_field: of a record, the field that is its document.
+        suffixes: of the files that are read in folders.
+        characters: of longer texts every n-th part is read, about so many characters.
+    """
+    from lasp.data.bpe import train_on
+
+    settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "characters": characters}
+    print(train_on(inputs, output, vocab_size, **settings))
 
 
 def synthesize(task: Any, output: str, sequences: int = 20_000, held_out: int = 1_000, seed: int = 0) -> None:
@@ -207,8 +232,15 @@ def evaluate(what: Any) -> None:
     evaluate(what)
 
 
+def extend(extension: Annotated[Extension, tyro.conf.arg(name="")]) -> None:
+    """Train a run's model on at longer contexts, and look for needles before and after; also under torchrun."""
+    from lasp.evaluation import extension as extending
+
+    extending.extend(extension)
+
+
 def export_weights(
-    run_dir: Positional[str], output: Positional[str], to: Literal["huggingface", "megatron"] = "huggingface"
+    run_dir: Positional[str], output: Positional[str], to: Literal["huggingface", "llama", "megatron"] = "huggingface"
 ) -> None:
     """Write a run's last checkpoint as a Hugging Face directory (safetensors, configuration, tokenizer), or Megatron's.
 
@@ -216,14 +248,14 @@ def export_weights(
         run_dir: the run's directory.
         output: the directory to write. AutoModelForCausalLM loads it after `import lasp.integrations.huggingface`;
             launch/megatron.sh begins from it by --initial-weights.
-        to: whose format.
+        to: whose format; llama: Transformers' own class, for models of softmax layers only.
     """
     from lasp.integrations import megatron_weights
 
     if to == "megatron":
         print(megatron_weights.export_run(run_dir, output))
         return
-    print(_exchange().export_run(run_dir, output))
+    print(_exchange().export_run(run_dir, output, as_llama=to == "llama"))
 
 
 def import_weights(
@@ -276,10 +308,10 @@ def main(args: list[str] | None = None) -> None:
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
     training = (train, resume_with(overrides), plan, generate, report)
-    commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, *training)}
+    commands = {f.__name__: _deferred(f) for f in (prepare, tokenizer, synthesize, *training)}
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
     evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
-    commands |= {"eval": _deferred(evaluate)}
+    commands |= {"eval": _deferred(evaluate), "extend": _deferred(extend)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     with _one_rank_speaks():
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)

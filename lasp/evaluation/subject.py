@@ -38,7 +38,7 @@ class Trained:
 
 
 def read_model(path: str) -> Trained:
-    """The last checkpoint of a run, or what `lasp export` wrote.
+    """The last checkpoint of a run, or a directory of Hugging Face with what `lasp export` wrote, or a Llama.
 
     Raises ValueError for a directory that is neither, or a damaged checkpoint.
     """
@@ -57,16 +57,18 @@ def read_model(path: str) -> Trained:
 def _read_export(path: str) -> Trained:
     found = find_spec("transformers") is not None
     require(found, "transformers", "nothing of that name", f"it, to read {path}: pip install 'lasp-sp[huggingface]'")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from lasp.integrations.convert import read_model as read_huggingface
     from lasp.integrations.huggingface import LaspForCausalLM
+    from lasp.integrations.llama import from_llama
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    require(isinstance(model, LaspForCausalLM), "model", path, "a run's directory, or one that `lasp export` wrote")
+    model = read_huggingface(path)
+    decoder = model.decoder if isinstance(model, LaspForCausalLM) else from_llama(model)
     end = model.config.eos_token_id
     tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     eod = tokenizer.convert_ids_to_tokens(end[0] if isinstance(end, list) else end)
-    return Trained(model.decoder, str(Path(path) / TOKENIZER_FILE), eod, model.dtype)
+    return Trained(decoder, str(Path(path) / TOKENIZER_FILE), eod, model.dtype)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from lasp.training import checkpoint
 from lasp.training.paths import tokenizer_of
 
 
-def export_run(run_dir: str, output: str) -> str:
+def export_run(run_dir: str, output: str, *, as_llama: bool = False) -> str:
     """Writes the last checkpoint of a run to the directory `output`, with its tokenizer; returns a line about it.
 
-    The weights are those that were trained, in their dtype. Raises ValueError if `output` is neither new nor an empty
-    directory, and for a missing or damaged checkpoint.
+    The weights are those that were trained, in their dtype; as a Llama if asked for. Raises ValueError if `output` is
+    neither new nor an empty directory, for a missing or damaged checkpoint, and as `to_llama` does.
     """
     with new_directory(output) as folder:
         path = checkpoint.require_latest(run_dir)
@@ -34,12 +34,12 @@ def export_run(run_dir: str, output: str) -> str:
         name = tokenizer_of(run_dir, config)
         eod, tokenizer = load_tokenizer(name).eod, export_tokenizer(name)
         ends = list(dict.fromkeys((eod, tokenizer.eos_token_id)))  # of documents, as trained, and of a chat's turns
-        model = to_huggingface(
-            decoder,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=ends[0] if len(ends) == 1 else ends,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        special = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model: Any = to_llama(decoder, **special) if as_llama else to_huggingface(decoder, **special)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return f"{output}: {count_parameters(decoder.config):,} parameters of {path}"

@@ -61,10 +61,12 @@ def from_llama(llama: LlamaForCausalLM, **linear: Any) -> Decoder:
 
 
 @torch.no_grad()
-def to_llama(decoder: Decoder) -> LlamaForCausalLM:
-    """A Llama with a softmax decoder's weights. Raises ValueError if there are linear layers."""
+def to_llama(decoder: Decoder, **fields: Any) -> LlamaForCausalLM:
+    """A Llama with a softmax decoder's weights; `fields` are more of its configuration's. Raises ValueError if there
+    are linear layers, experts, or softmax layers without positions."""
     shape = decoder.config
     require(set(shape.layers) == {SOFTMAX}, "pattern", shape.pattern, f"only {SOFTMAX}: a Llama has no linear layers")
+    require(shape.num_experts == 0, "num_experts", shape.num_experts, "0: a Llama has no experts")
     require(shape.rope_theta is not None, "rope_theta", None, "a number: a Llama has RoPE")
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -79,6 +81,7 @@ def to_llama(decoder: Decoder) -> LlamaForCausalLM:
         tie_word_embeddings=shape.tie_embeddings,
         initializer_range=shape.init_std,
         dtype=next(decoder.parameters()).dtype,
+        **fields,
     )
     llama: Any = LlamaForCausalLM(config)
     llama.to(config.dtype)

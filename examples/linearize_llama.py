@@ -1,0 +1,109 @@
+"""A small Llama made linear, with what it recalls before and after; minutes on one GPU.
+
+    python examples/linearize_llama.py
+
+trains a Llama on texts with needles, extends its context to four times the length (`lasp extend`), and distils it
+(`lasp import --distill`) at the short one. Everything goes to --folder; what was stopped goes on.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from lasp.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lasp.data.bpe import train_tokenizer
+from lasp.distillation.config import Distillation, Linear
+from lasp.distillation.run import RESULT, distill
+from lasp.evaluation.evaluate import evaluate
+from lasp.evaluation.extension import Extension, extend
+from lasp.evaluation.needle import Needle
+from lasp.evaluation.prompts.prompt import topics
+from lasp.evaluation.tasks import Needles, write
+from lasp.integrations.convert import export_run
+from lasp.training.train import train
+
+SHORT, FACTOR, VOCABULARY = 512, 4, 1024
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--folder", default="runs/linearize")
+    options.add_argument("--pattern", default="LN", help="L becomes linear, N stays softmax")
+    options.add_argument("--mixer", default="gated_delta_net")
+    options.add_argument("--window", type=int, default=None)
+    options.add_argument("--steps", type=int, default=1000, help="of the Llama; the other stages have parts of it")
+    options.add_argument("--small", action="store_true", help="a model that learns nothing, in seconds")
+    told = options.parse_args()
+    folder, small = Path(told.folder), told.small
+
+    tokenizer = str(folder / "tokenizer.json")
+    train_tokenizer(iter([topics()]), tokenizer, VOCABULARY)
+    rows, sequences = (4, 64) if small else (64, 12_000)
+    for name, length, number in (("short", SHORT, sequences), ("long", FACTOR * SHORT, sequences // 8)):
+        task = Needles(length=length, tokenizer=tokenizer)
+        for split, count, seed in (("train", number, 0), ("valid", 2 * rows, 1)):
+            if not Path(folder, f"{name}_{split}.idx").exists():
+                write(task, folder / f"{name}_{split}", count, seed)
+
+    # 1. The Llama, at the short length and then at the long one.
+    hidden, steps = (64, 6) if small else (256, told.steps)
+    config = TrainConfig(
+        model=ModelConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            num_layers=4,
+            num_heads=hidden // 32,
+            intermediate_size=3 * hidden,
+            pattern="N",
+            rope_theta=1e4,
+            init_std=hidden**-0.5,
+        ),
+        data=DataConfig(
+            train=str(folder / "short_train"), valid=str(folder / "short_valid"), tokenizer=tokenizer, eval_contexts=2
+        ),
+        run_dir=str(folder / "short"),
+        steps=steps,
+        context_length=rows * SHORT,  # of so many texts, as a batch
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=steps // 10, betas=(0.9, 0.98)),
+        eval_every=max(1, steps // 4),
+        checkpoint_every=steps,
+        checkpoint_keep=1,
+    )
+    train(config)
+    samples = 1 if small else 4
+    longer = Extension(
+        model=config.run_dir,
+        output=str(folder / "long"),
+        length=SHORT,
+        factors=(FACTOR,),
+        steps=max(2, steps // 4),
+        data=str(folder / "long"),
+        lr=1e-3,
+        samples=samples,
+    )
+    llama = folder / "llama"
+    extended = extend(longer)
+    if not llama.exists():
+        export_run(extended.model, str(llama), as_llama=True)
+
+    # 2. The Llama made linear, at the short length.
+    linear = folder / f"{told.pattern}-{told.mixer}-{told.window}"
+    settings = Distillation(
+        context_length=rows * SHORT, match_steps=max(2, steps // 4), steps=max(2, 2 * steps // 5), eval_contexts=2
+    )
+    layers = Linear(pattern=told.pattern, mixer=told.mixer, window=told.window)
+    print(distill(str(llama), str(linear), str(folder / "short"), layers, settings))
+
+    # 3. Before and after.
+    losses = json.loads((linear / RESULT).read_text())
+    found = {}
+    for name, model in (("teacher", llama), ("distilled", linear)):
+        needles = evaluate(Needle(model=str(model), lengths=(SHORT, FACTOR * SHORT), samples=samples))
+        _, _, grid = needles.grid()
+        found[name] = {"loss": losses[name], "needles": grid.mean(0).tolist()}
+    print(json.dumps({"layers": asdict(layers), **found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
