@@ -8,7 +8,6 @@ trains a Llama on texts with needles, extends its context to four times the leng
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from lasp.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -23,7 +22,7 @@ from lasp.evaluation.tasks import Needles, write
 from lasp.integrations.convert import export_run
 from lasp.training.train import train
 
-SHORT, FACTOR, VOCABULARY = 512, 4, 1024
+SHORT, FACTOR, VOCABULARY, KEYS = 512, 4, 1024, 6
 
 
 def main() -> None:
@@ -33,15 +32,18 @@ def main() -> None:
     options.add_argument("--mixer", default="gated_delta_net")
     options.add_argument("--window", type=int, default=None)
     options.add_argument("--steps", type=int, default=1000, help="of the Llama; the other stages have parts of it")
+    options.add_argument("--rank", type=int, default=32, help="of the adapters")
+    options.add_argument("--sequences", type=int, default=12_000, help="texts to learn from")
+    options.add_argument("--samples", type=int, default=4, help="needles for each length and depth")
     options.add_argument("--small", action="store_true", help="a model that learns nothing, in seconds")
     told = options.parse_args()
     folder, small = Path(told.folder), told.small
 
     tokenizer = str(folder / "tokenizer.json")
     train_tokenizer(iter([topics()]), tokenizer, VOCABULARY)
-    rows, sequences = (4, 64) if small else (64, 12_000)
+    rows, sequences = (4, 64) if small else (64, told.sequences)
     for name, length, number in (("short", SHORT, sequences), ("long", FACTOR * SHORT, sequences // 8)):
-        task = Needles(length=length, tokenizer=tokenizer)
+        task = Needles(length=length, keys=KEYS, tokenizer=tokenizer)
         for split, count, seed in (("train", number, 0), ("valid", 2 * rows, 1)):
             if not Path(folder, f"{name}_{split}.idx").exists():
                 write(task, folder / f"{name}_{split}", count, seed)
@@ -65,19 +67,19 @@ def main() -> None:
         run_dir=str(folder / "short"),
         steps=steps,
         context_length=rows * SHORT,  # of so many texts, as a batch
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=steps // 10, betas=(0.9, 0.98)),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=steps // 10, betas=(0.9, 0.98)),
         eval_every=max(1, steps // 4),
         checkpoint_every=steps,
         checkpoint_keep=1,
     )
     train(config)
-    samples = 1 if small else 4
+    samples = 1 if small else told.samples
     longer = Extension(
         model=config.run_dir,
         output=str(folder / "long"),
         length=SHORT,
         factors=(FACTOR,),
-        steps=max(2, steps // 4),
+        steps=max(2, steps // 5),
         data=str(folder / "long"),
         lr=1e-3,
         samples=samples,
@@ -90,19 +92,22 @@ def main() -> None:
     # 2. The Llama made linear, at the short length.
     linear = folder / f"{told.pattern}-{told.mixer}-{told.window}"
     settings = Distillation(
-        context_length=rows * SHORT, match_steps=max(2, steps // 4), steps=max(2, 2 * steps // 5), eval_contexts=2
+        context_length=rows * SHORT,
+        match_steps=max(2, steps // 4),
+        steps=max(2, 2 * steps // 5),
+        rank=told.rank,
+        eval_contexts=2,
     )
     layers = Linear(pattern=told.pattern, mixer=told.mixer, window=told.window)
     print(distill(str(llama), str(linear), str(folder / "short"), layers, settings))
 
     # 3. Before and after.
     losses = json.loads((linear / RESULT).read_text())
-    found = {}
-    for name, model in (("teacher", llama), ("distilled", linear)):
-        needles = evaluate(Needle(model=str(model), lengths=(SHORT, FACTOR * SHORT), samples=samples))
-        _, _, grid = needles.grid()
-        found[name] = {"loss": losses[name], "needles": grid.mean(0).tolist()}
-    print(json.dumps({"layers": asdict(layers), **found}, indent=1))
+    after = evaluate(Needle(model=str(linear), lengths=(SHORT, FACTOR * SHORT), samples=samples))
+    for name, needles in (("teacher", extended.after), ("distilled", after)):
+        lengths, _, grid = needles.grid()
+        found = ", ".join(f"{part:.0%} at {length:,}" for length, part in zip(lengths, grid.mean(0), strict=True))
+        print(f"{name}: held-out loss {losses[name]:.4f}, needles found: {found} tokens")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lasp.data.sources import SUFFIXES
 from lasp.distillation.config import Distillation, Linear
 from lasp.evaluation.evaluate import EVALUATIONS
 from lasp.evaluation.extension import Extension
+from lasp.evaluation.quality.config import TABLES, QualityTable
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
@@ -38,6 +39,7 @@ def prepare(
     suffixes: tuple[str, ...] = SUFFIXES,
     valid_fraction: float = 0.05,
     chat: bool = False,
+    folders: bool = False,
 ) -> None:
     """Turn texts into token files: plain text, JSON Lines, parquet, saved data sets; compressed or not.
 
@@ -51,10 +53,16 @@ def prepare(
         valid_fraction: the part of the documents that is held out.
         chat: records hold conversations, "messages", or "prompt" and "completion"; only what the assistant says, or
             the completion, has a loss. Messages go through the chat template of the tokenizer's directory.
+        folders: the texts of a folder are one document, each after a line with its file's name.
     """
     from lasp.data.prepare import prepare
 
-    settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
+    settings: dict[str, Any] = {
+        "text_field": text_field,
+        "suffixes": suffixes,
+        "valid_fraction": valid_fraction,
+        "folders": folders,
+    }
     print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
 
 
@@ -108,6 +116,11 @@ def train(config: Any) -> None:
         from lasp.evaluation.recall import sweep
 
         sweep.run(config)
+        return
+    if isinstance(config, QualityTable):
+        from lasp.evaluation.quality import run as table
+
+        table.run(config)
         return
     from lasp.training.train import train
 
@@ -300,7 +313,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"lasp {__version__}")
         return
     args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
-    recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS}
+    recipes: dict[str, Callable[[], Any]] = {**RECIPES, **SWEEPS, **TABLES}
     configs = {name.replace("_", "-"): recipe() for name, recipe in recipes.items()}
     texts = {name.replace("_", "-"): (recipe.__doc__ or "").strip() for name, recipe in recipes.items()}
     chosen = _one_of(configs, texts)
