@@ -99,7 +99,7 @@ class QualityTable:
 
 
 def quality() -> QualityTable:
-    """Pure models, hybrids of 1 in 8 and 1 in 4, and softmax, of 20M to 120M parameters; for a GPU and a large corpus."""
+    """Softmax, pure models, and hybrids of 1 in 8 and 1 in 4 on the Linux kernel's source; for a GPU."""
     mixers = ("gated_delta_net", "kda", "mamba2", "gla", "lightning")
     hybrids = tuple(f"gated_delta_net:{'L' * n}N" for n in (7, 3)) + tuple(f"{mixer}:LLLN" for mixer in mixers[1:])
     return QualityTable(run_dir="runs/quality", corpus=("linux",), models=("softmax", *mixers, *hybrids))

@@ -54,9 +54,9 @@ def write_data(table: QualityTable) -> None:
         known = json.loads(file.read_text())
         require(known == settings, "corpus", settings, f"{known}, as in {file}; or another run_dir")
         return
-    options = {"suffixes": table.suffixes}
-    print(train_on(table.corpus, table.tokenizer, table.vocab_size, characters=table.characters, **options), flush=True)
-    print(prepare(table.corpus, table.data, table.tokenizer, folders=True, **options), flush=True)
+    suffixes, most = table.suffixes, table.characters
+    print(train_on(table.corpus, table.tokenizer, table.vocab_size, suffixes=suffixes, characters=most), flush=True)
+    print(prepare(table.corpus, table.data, table.tokenizer, suffixes=suffixes, folders=True), flush=True)
     file.write_text(json.dumps(settings))
 
 
@@ -67,8 +67,8 @@ def evaluate(table: QualityTable, model: str, size: str, context: int, seed: int
     def find() -> dict:
         train(config)
         subject = open_subject(config.run_dir, world, config.parallel)
-        reading = {"model": config.run_dir, "contexts": table.held_out}
-        positions, recall = LossByPosition(**reading).run(subject), RecallInText(**reading).run(subject)
+        positions = LossByPosition(model=config.run_dir, contexts=table.held_out).run(subject)
+        recall = RecallInText(model=config.run_dir, contexts=table.held_out).run(subject)
         cell = Cell(
             model=model,
             size=size,
