@@ -18,7 +18,7 @@ from lasp.evaluation.evaluate import evaluate
 from lasp.evaluation.extension import Extension, extend
 from lasp.evaluation.needle import Needle
 from lasp.evaluation.prompts.prompt import topics
-from lasp.evaluation.tasks import Needles, write
+from lasp.evaluation.tasks import NeedleTexts, write
 from lasp.integrations.convert import export_run
 from lasp.training.train import train
 
@@ -43,7 +43,7 @@ def main() -> None:
     train_tokenizer(iter([topics()]), tokenizer, VOCABULARY)
     rows, sequences = (4, 64) if small else (64, told.sequences)
     for name, length, number in (("short", SHORT, sequences), ("long", FACTOR * SHORT, sequences // 8)):
-        task = Needles(length=length, keys=KEYS, tokenizer=tokenizer)
+        task = NeedleTexts(length=length, keys=KEYS, tokenizer=tokenizer)
         for split, count, seed in (("train", number, 0), ("valid", 2 * rows, 1)):
             if not Path(folder, f"{name}_{split}.idx").exists():
                 write(task, folder / f"{name}_{split}", count, seed)

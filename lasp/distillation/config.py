@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from lasp.config import MIXERS, FeatureMap, Mixer, ParallelConfig, Pattern, TrainConfig
+from lasp.config import FeatureMap, Mixer, ParallelConfig, Pattern, TrainConfig
 from lasp.fields import Count, CountOrZero, FilePath, NotNegative, Positive, Seed, check_fields, require
 
 
@@ -12,7 +12,7 @@ class Linear:
     """What becomes of a Llama's layers."""
 
     pattern: Pattern = "LLLN"  # L becomes linear, N stays softmax
-    mixer: Mixer = MIXERS[7]  # of the linear layers: their gate
+    mixer: Mixer = "gated_delta_net"  # of the linear layers: their gate
     feature_map: FeatureMap | None = None  # of q and k, for the mixers that have one
     window: Count | None = None  # of softmax attention that linear layers keep, beside their state
 

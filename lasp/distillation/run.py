@@ -21,11 +21,10 @@ from lasp.distillation.student import Student
 from lasp.integrations.convert import read_llama
 from lasp.integrations.llama import from_llama
 from lasp.models import Decoder
-from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint, storage
 from lasp.training.engine import build_kind
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
-from lasp.training.runtime import World, join_world
+from lasp.training.runtime import World, join_world, sequence_parallel
 from lasp.training.together import on_rank_0
 from lasp.training.train import evaluate, open_data, train
 
@@ -119,15 +118,7 @@ def _student(teacher: Decoder, stage: StageConfig, config: Any, device: torch.de
 
 def _held_out(teacher: Decoder, config: StageConfig, world: World) -> float:
     _, held_out, _ = open_data(with_absolute_paths(config), world)
-    parallel = config.parallel
-    sp = SequenceParallel(
-        world.mesh["sp"].get_group(),
-        layout=parallel.layout,
-        state_exchange=parallel.state_exchange,
-        softmax=parallel.softmax,
-        device=world.device,
-    )
-    loss = evaluate(teacher, held_out, sp, world)
+    loss = evaluate(teacher, held_out, sequence_parallel(config.parallel, world), world)
     teacher.eval()
     return loss
 

@@ -39,6 +39,7 @@ class Extension:
     steps: Count = 200  # of each stage
     data: FilePath | None = None  # prefix of token files with long documents, PREFIX_train and PREFIX_valid; the run's
     positions: Literal["scale", "keep", "none"] = "scale"  # of softmax layers (see `theta`)
+    sequence_parallel: Count | None = None  # ranks that share a context; all of them if None
     lr: Positive | None = None  # a tenth of the run's if None
     needle_kind: Literal["single", "keys", "values"] = "single"
     depths: tuple[Part, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of needles
@@ -67,6 +68,7 @@ class Extension:
     def stages(self, trained: TrainConfig) -> list[TrainConfig]:
         """The run of each stage, without the weights that it begins with."""
         lr, model, optimizer = self.lr or trained.optimizer.lr / 10, trained.model, trained.optimizer
+        parallel = replace(trained.parallel, sequence_parallel=self.sequence_parallel, data_parallel=None)
         data = trained.data
         if self.data is not None:
             data = replace(data, train=f"{self.data}_train", valid=f"{self.data}_valid")
@@ -81,6 +83,7 @@ class Extension:
                     data=data,
                     run_dir=f"{self.output}/{length}",
                     context_length=context,
+                    parallel=parallel,
                     batch_contexts=max(1, round(tokens / context)),
                     steps=self.steps,
                     eval_every=self.steps,
@@ -114,7 +117,7 @@ def extend(extension: Extension) -> "ExtensionResult":
     with join_world(stages[0]) as world:
         for stage in stages:
             open_data(with_absolute_paths(stage), world)  # whether there are such contexts
-        before = _needles(extension, extension.model, lengths, world, trained)
+        before = _needles(extension, extension.model, lengths, world, stages[0])
         losses, source = [], checkpoint.require_latest(extension.model)
         for stage in stages:
             _begin(stage, source, world)

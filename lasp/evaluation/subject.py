@@ -19,7 +19,7 @@ from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.batches import Batch, read_batches, share
 from lasp.training.paths import TOKENIZER_FILE, tokenizer_of
-from lasp.training.runtime import World
+from lasp.training.runtime import World, sequence_parallel
 from lasp.training.together import together
 
 EXPORT_FILE = "config.json"
@@ -38,9 +38,9 @@ class Trained:
 
 
 def read_model(path: str) -> Trained:
-    """The last checkpoint of a run, or a directory of Hugging Face with what `lasp export` wrote, or a Llama.
+    """The last checkpoint of a run; or the model in a Hugging Face directory, lasp's or a Llama.
 
-    Raises ValueError for a directory that is neither, or a damaged checkpoint.
+    Raises ValueError for a directory with neither, or a damaged checkpoint.
     """
     if checkpoint.latest(path) is None and (Path(path) / EXPORT_FILE).is_file():
         return _read_export(path)
@@ -112,13 +112,7 @@ def open_subject(path: str, world: World, parallel: ParallelConfig, dtype: str |
     (origin,) = found
     if dtype is not None:
         origin = replace(origin, dtype=getattr(torch, dtype))
-    sp = SequenceParallel(
-        world.mesh["sp"].get_group(),
-        layout=parallel.layout,
-        state_exchange=parallel.state_exchange,
-        softmax=parallel.softmax,
-        device=world.device,
-    )
+    sp = sequence_parallel(parallel, world)
     if origin.dtype == torch.float64:
         origin.decoder.double()  # before it is moved: constants are kept in float32 at least
     return Subject(origin.decoder.to(world.device, origin.dtype).eval(), sp, world, origin)

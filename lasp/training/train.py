@@ -33,7 +33,7 @@ from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.planning import explained_memory, settled
-from lasp.training.runtime import World, join_world
+from lasp.training.runtime import World, join_world, sequence_parallel
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.starts import keep_start
 from lasp.training.stop import Stopped, stop_signals
@@ -65,13 +65,7 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
         config = settled(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world, build)
-        sp = SequenceParallel(
-            world.mesh["sp"].get_group(),
-            layout=config.parallel.layout,
-            state_exchange=config.parallel.state_exchange,
-            softmax=config.parallel.softmax,
-            device=world.device,
-        )
+        sp = sequence_parallel(config.parallel, world)
         segments = Segments.of(config)
         first_step = engine.restore()
         seen = position(config, fingerprints) if first_step else 0

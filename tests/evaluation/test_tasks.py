@@ -14,7 +14,7 @@ from lasp.evaluation.tasks import (
     Compression,
     FuzzyRecall,
     InContextRecall,
-    Needles,
+    NeedleTexts,
     SelectiveCopying,
     write,
 )
@@ -129,7 +129,7 @@ def test_selective_copying():
 
 @pytest.mark.parametrize("answers_only", [False, True])
 def test_needles_are_asked_for(answers_only):
-    task, told = Needles(length=700, keys=3, answers_only=answers_only), "One of the special numbers for"
+    task, told = NeedleTexts(length=700, keys=3, answers_only=answers_only), "One of the special numbers for"
     ((tokens, mask),) = draw(task, 9, 5)
     for number, (row, labels) in enumerate(zip(tokens, mask, strict=True)):
         assert row[-1] == ByteTokenizer.eod
@@ -148,7 +148,7 @@ def test_needles_are_asked_for(answers_only):
 
 def test_needles_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="length: got 300, expected more than the .* tokens of 2 keys"):
-        Needles(length=300, keys=2).sample(np.random.default_rng(0), 2)
+        NeedleTexts(length=300, keys=2).sample(np.random.default_rng(0), 2)
 
 
 def test_draws_without_replacement_have_their_probabilities():

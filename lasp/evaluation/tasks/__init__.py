@@ -9,7 +9,7 @@ from lasp.evaluation.tasks.dataset import Task, write
 from lasp.evaluation.tasks.fuzzy_recall import FuzzyRecall
 from lasp.evaluation.tasks.in_context_recall import InContextRecall
 from lasp.evaluation.tasks.mqar import MQAR
-from lasp.evaluation.tasks.needles import Needles
+from lasp.evaluation.tasks.needles import NeedleTexts
 from lasp.evaluation.tasks.selective_copying import SelectiveCopying
 
 TASKS: dict[str, Task] = {
@@ -19,7 +19,7 @@ TASKS: dict[str, Task] = {
     "fuzzy_recall": FuzzyRecall(),
     "compression": Compression(),
     "selective_copying": SelectiveCopying(),
-    "needles": Needles(),
+    "needles": NeedleTexts(),
 }
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "Compression",
     "FuzzyRecall",
     "InContextRecall",
-    "Needles",
+    "NeedleTexts",
     "SelectiveCopying",
     "Task",
     "write",

@@ -14,7 +14,7 @@ from lasp.fields import Count, FilePath, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needles:
+class NeedleTexts:
     """A text in which 1 to `keys` sentences tell a key's number, then a question about each and its answer.
 
     All tokens are labels, or with `answers_only` those of the answers. In front stands as much of the text, and then
