@@ -41,7 +41,7 @@ def main() -> None:
 
     tokenizer = str(folder / "tokenizer.json")
     train_tokenizer(iter([topics()]), tokenizer, VOCABULARY)
-    rows, sequences = (4, 64) if small else (64, told.sequences)
+    rows, sequences = (2, 16) if small else (64, told.sequences)
     for name, length, number in (("short", SHORT, sequences), ("long", FACTOR * SHORT, sequences // 8)):
         task = NeedleTexts(length=length, keys=KEYS, tokenizer=tokenizer)
         for split, count, seed in (("train", number, 0), ("valid", 2 * rows, 1)):
@@ -49,7 +49,7 @@ def main() -> None:
                 write(task, folder / f"{name}_{split}", count, seed)
 
     # 1. The Llama, at the short length and then at the long one.
-    hidden, steps = (64, 6) if small else (256, told.steps)
+    hidden, steps = (64, 4) if small else (256, told.steps)
     config = TrainConfig(
         model=ModelConfig(
             vocab_size=VOCABULARY,
@@ -73,7 +73,7 @@ def main() -> None:
         checkpoint_keep=1,
     )
     train(config)
-    samples = 1 if small else told.samples
+    samples, depths = (1, (0.5,)) if small else (told.samples, (0.0, 0.25, 0.5, 0.75, 1.0))
     longer = Extension(
         model=config.run_dir,
         output=str(folder / "long"),
@@ -82,6 +82,7 @@ def main() -> None:
         steps=max(2, steps // 5),
         data=str(folder / "long"),
         lr=1e-3,
+        depths=depths,
         samples=samples,
     )
     llama = folder / "llama"
@@ -103,7 +104,7 @@ def main() -> None:
 
     # 3. Before and after.
     losses = json.loads((linear / RESULT).read_text())
-    after = evaluate(Needle(model=str(linear), lengths=(SHORT, FACTOR * SHORT), samples=samples))
+    after = evaluate(Needle(model=str(linear), lengths=(SHORT, FACTOR * SHORT), depths=depths, samples=samples))
     for name, needles in (("teacher", extended.after), ("distilled", after)):
         lengths, _, grid = needles.grid()
         found = ", ".join(f"{part:.0%} at {length:,}" for length, part in zip(lengths, grid.mean(0), strict=True))
