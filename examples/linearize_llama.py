@@ -7,13 +7,12 @@ trains a Llama on texts with needles, extends its context to four times the leng
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from lasp.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lasp.data.bpe import train_tokenizer
 from lasp.distillation.config import Distillation, Linear
-from lasp.distillation.run import RESULT, distill
+from lasp.distillation.run import distill
 from lasp.evaluation.evaluate import evaluate
 from lasp.evaluation.extension import Extension, extend
 from lasp.evaluation.needle import Needle
@@ -100,10 +99,9 @@ def main() -> None:
         eval_contexts=2,
     )
     layers = Linear(pattern=told.pattern, mixer=told.mixer, window=told.window)
-    print(distill(str(llama), str(linear), str(folder / "short"), layers, settings))
+    losses = distill(str(llama), str(linear), str(folder / "short"), layers, settings)
 
     # 3. Before and after.
-    losses = json.loads((linear / RESULT).read_text())
     after = evaluate(Needle(model=str(linear), lengths=(SHORT, FACTOR * SHORT), depths=depths, samples=samples))
     for name, needles in (("teacher", extended.after), ("distilled", after)):
         lengths, _, grid = needles.grid()

@@ -296,7 +296,7 @@ def import_weights(
         _require_transformers()
         from lasp.distillation import run
 
-        print(run.distill(source, output, distill, linear, settings))
+        run.distill(source, output, distill, linear, settings)
         return
     unused = replace(settings, seed=0)
     require(unused == DISTILLATION, "distill", None, "the token files for the settings of a distillation")

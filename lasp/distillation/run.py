@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lasp.config import DataConfig, OptimizerConfig
+from lasp.config import LINEAR, DataConfig, OptimizerConfig, require
 from lasp.distillation.config import Distillation, Linear, StageConfig
 from lasp.distillation.low_rank import adapt, merge
 from lasp.distillation.matching import Matching
@@ -25,37 +25,44 @@ from lasp.training import checkpoint, storage
 from lasp.training.engine import build_kind
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world, sequence_parallel
+from lasp.training.starts import begin
 from lasp.training.together import on_rank_0
 from lasp.training.train import evaluate, open_data, train
 
 RESULT = "distillation.json"
 
 
-def distill(source: str, output: str, data: str, linear: Linear, settings: Distillation) -> str:
-    """Trains both stages, each from its last checkpoint if there is one; returns a line for each held-out loss.
+def distill(source: str, output: str, data: str, linear: Linear, settings: Distillation) -> dict[str, float]:
+    """Trains both stages, each from its last checkpoint if there is one; returns the held-out losses.
 
     source: the directory of a Llama, or of a softmax decoder that `lasp export` wrote. data: prefix of token files, as
-    `lasp prepare` writes them. Raises ValueError as `import_weights` and `train` do.
+    `lasp prepare` writes them. Raises ValueError on every rank as `import_weights` and `train` do, if no layer becomes
+    linear, and if `output` holds a run or was begun with another Llama.
     """
+    require(LINEAR in linear.pattern, "pattern", linear.pattern, f"at least one {LINEAR}")
+    start = f"{output}/start"
     llama = read_llama(source)
     torch.manual_seed(settings.seed)
     first = from_llama(llama, **vars(linear)).float()
     tokenizer = settings.tokenizer or source
     stage = partial(_stage, first, output, data, tokenizer, settings)
-    match = stage("match", initial=f"{output}/start")
+    match = stage("match", initial=start)
     with join_world(match) as world:
         teacher = from_llama(llama, pattern="N").to(world.device, getattr(torch, settings.dtype)).eval()
         teacher.requires_grad_(False)
-        on_rank_0(dist.group.WORLD, lambda: _keep_start(f"{output}/start", first))
+        on_rank_0(dist.group.WORLD, lambda: begin(output, source=source))
+        on_rank_0(dist.group.WORLD, lambda: _keep_start(start, first))
         losses = {"teacher": _held_out(teacher, match, world)}
-        begin = f"{output}/start"
+        initial = start
         if settings.match_steps:
             losses["matched"] = train(match, partial(_matching, teacher))
-            begin = str(checkpoint.require_latest(match.run_dir))
-        last = stage("distill", initial=begin)
+            initial = str(checkpoint.require_latest(match.run_dir))
+        last = stage("distill", initial=initial)
         losses["distilled"] = train(last, partial(_student, teacher, last))
         _finish(last, output, losses, world)
-    return "\n".join(f"{name}: held-out loss {loss:.4f}" for name, loss in losses.items())
+        if world.rank == 0:
+            print("\n".join(f"{name}: held-out loss {loss:.4f}" for name, loss in losses.items()), flush=True)
+    return losses
 
 
 def _stage(

@@ -19,7 +19,7 @@ from lasp.models import Decoder
 from lasp.training import checkpoint
 from lasp.training.paths import with_absolute_paths
 from lasp.training.runtime import World, join_world
-from lasp.training.starts import last_config
+from lasp.training.starts import begin, last_config
 from lasp.training.together import on_rank_0
 from lasp.training.train import open_data, train
 
@@ -105,8 +105,8 @@ def extend(extension: Extension) -> "ExtensionResult":
     """Trains all stages, each from its last checkpoint if there is one, and asks for needles at the run's length and at
     those of the stages; writes extension.json, .txt and .png to extension.output.
 
-    Raises ValueError on every rank for a directory that is no run's, a retention model without positions, and what
-    `train` and the needle test refuse.
+    Raises ValueError on every rank for a directory that is no run's, an output that was begun with another run, a
+    retention model without positions, and what `train` and the needle test refuse.
     """
     trained = last_config(extension.model)
     softmax = SOFTMAX in trained.model.layers
@@ -115,6 +115,7 @@ def extend(extension: Extension) -> "ExtensionResult":
     longer = extension.lengths(trained)
     lengths = (extension.length or trained.context_length, *longer)
     with join_world(stages[0]) as world:
+        on_rank_0(dist.group.WORLD, lambda: begin(extension.output, model=extension.model))
         for stage in stages:
             open_data(with_absolute_paths(stage), world)  # whether there are such contexts
         before = _needles(extension, extension.model, lengths, world, stages[0])

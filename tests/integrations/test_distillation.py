@@ -219,6 +219,7 @@ def test_a_first_stage_may_be_left_out(llama, prefix, tmp_path):
     ("more", "message"),
     [
         (["--feature-map", "relu", "--mixer", "kda"], "feature_map: got 'relu', expected None with mixer='kda'"),
+        (["--pattern", "NN"], "pattern: got 'NN', expected at least one L"),
         (["--pattern", "LLLLL"], "num_layers: got 4, expected a multiple of 'LLLLL'"),
         (["--context-length", "1000000"], "context_length: got 1000000, expected 1 to"),
         (["--divergence", "0", "--cross-entropy", "0"], "divergence: got 0.0, expected more than 0 where"),
@@ -227,6 +228,20 @@ def test_a_first_stage_may_be_left_out(llama, prefix, tmp_path):
 def test_what_cannot_be_is_refused(llama, prefix, tmp_path, more, message):
     with pytest.raises((ValueError, SystemExit), match=message if "--divergence" not in more else None):
         cli.main(["import", llama, str(tmp_path / "linear"), *options(prefix, *more)])
+
+
+def test_what_else_lies_there_is_not_touched(llama, prefix, tmp_path):
+    for name, file, told in (
+        ("run", "checkpoints/latest", "step-00000001"),
+        ("another", "begun.json", json.dumps({"source": "/models/another"})),
+    ):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).write_text(told)
+    (tmp_path / "run/checkpoints/step-00000001").mkdir()
+    for name, message in (("run", "this one holds a run"), ("another", "this one has begun with .*/models/another")):
+        with pytest.raises(ValueError, match=f"output: got .*{name}.*, expected a new directory; {message}"):
+            cli.main(["import", llama, str(tmp_path / name), *options(prefix)])
+        assert not (tmp_path / name / "start").exists()
 
 
 def test_settings_of_a_distillation_want_one():
