@@ -30,9 +30,9 @@ def main() -> None:
     options.add_argument("--pattern", default="LN", help="L becomes linear, N stays softmax")
     options.add_argument("--mixer", default="gated_delta_net")
     options.add_argument("--window", type=int, default=None)
-    options.add_argument("--steps", type=int, default=1000, help="of the Llama; the other stages have parts of it")
+    options.add_argument("--steps", type=int, default=3000, help="of the Llama; the other stages have parts of it")
     options.add_argument("--rank", type=int, default=32, help="of the adapters")
-    options.add_argument("--sequences", type=int, default=12_000, help="texts to learn from")
+    options.add_argument("--sequences", type=int, default=40_000, help="texts to learn from")
     options.add_argument("--samples", type=int, default=4, help="needles for each length and depth")
     options.add_argument("--small", action="store_true", help="a model that learns nothing, in seconds")
     told = options.parse_args()
@@ -40,7 +40,7 @@ def main() -> None:
 
     tokenizer = str(folder / "tokenizer.json")
     train_tokenizer(iter([topics()]), tokenizer, VOCABULARY)
-    rows, sequences = (2, 16) if small else (64, told.sequences)
+    rows, sequences = (2, 16) if small else (128, told.sequences)
     for name, length, number in (("short", SHORT, sequences), ("long", FACTOR * SHORT, sequences // 8)):
         task = NeedleTexts(length=length, keys=KEYS, tokenizer=tokenizer)
         for split, count, seed in (("train", number, 0), ("valid", 2 * rows, 1)):
