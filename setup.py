@@ -82,6 +82,14 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+TRAIN = [  # the command: data, runs, their pictures
+    "rich>=13.9",
+    "tyro>=1.0",
+    "pyyaml>=6.0",
+    "tokenizers>=0.21",
+    "tensorboard>=2.18",
+    "matplotlib>=3.9",
+]
 NATIVE = ["ninja>=1.10"]  # to compile csrc/
 HUGGINGFACE = ["transformers>=5.0", "safetensors>=0.5"]
 DEEPSPEED = ["deepspeed>=0.19"]
@@ -110,19 +118,17 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=2.0",
-        "rich>=13.9",
-        "tyro>=1.0",
-        "tokenizers>=0.21",
-        "tensorboard>=2.18",
-        "matplotlib>=3.9",
     ],
     extras_require={
+        "train": TRAIN,
         "native": NATIVE,
         "huggingface": HUGGINGFACE,
         "deepspeed": DEEPSPEED,
         "data": DATA,
         "harness": HARNESS,
+        "wandb": ["wandb>=0.19"],
         "test": [
+            *TRAIN,
             *NATIVE,
             *HUGGINGFACE,
             *DEEPSPEED,
@@ -131,13 +137,14 @@ setup(
             "pytest>=9.0",
             "pytest-mpi>=0.6",
             "pytest-xdist>=3.8",
+            "hypothesis>=6.140",
             "mpi4py>=4.1",
             "openmpi>=5.0.11",
             'megatron-core==0.19.2; python_version >= "3.12"',  # on 3.11 launch/install.sh sees to it
         ],
         "interpreter": ["triton==3.7.1"],  # runs the kernels without a GPU, where torch brings no Triton
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0,<3"],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.0"],
     },
-    entry_points={"console_scripts": ["lasp = lasp.cli:console"]},
+    entry_points={"console_scripts": ["lasp = lasp.__main__:main"]},
 )

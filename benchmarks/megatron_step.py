@@ -124,7 +124,8 @@ def native(shape: ModelConfig, data: Tokens, settings: Settings, device: torch.d
         torch.manual_seed(config.seed)
         engine = make_engine(config, world)
         group = world.mesh["sp"].get_group()
-        parallel = SequenceParallel(group, layout=config.parallel.layout, device=world.device)
+        aligned, layout = config.model.aligned, config.parallel.layout
+        parallel = SequenceParallel(group, layout=layout, aligned=aligned, device=world.device)
         context = data.context()
 
         def step() -> float:

@@ -63,7 +63,7 @@ class Trainer:
         group, layout = (
             (world.mesh["sp"].get_group(), "zigzag") if world.mesh["sp"].size() > 1 else (None, "contiguous")
         )
-        sp = SequenceParallel(group, layout=layout, device=self.device)
+        sp = SequenceParallel(group, layout=layout, aligned=self.config.model.aligned, device=self.device)
         sequences = world.mesh["dp"].size()
         contexts = [self._context(tokens * self.ranks // sequences, seed) for seed in range(sequences)]
 

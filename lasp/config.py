@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from lasp.fields import (
-    Allowed,
     Beta,
     Count,
     CountOrZero,
     FieldName,
     FilePath,
+    Name,
     NotNegative,
     Part,
     Positive,
@@ -23,30 +24,28 @@ from lasp.fields import (
     from_dict,
     require,
 )
+from lasp.model_config import LEVELS, LINEAR, LOG_LINEAR, MIXERS, SOFTMAX, FeatureMap, Mixer, ModelConfig, Pattern
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
+from lasp.notation import Stage, read_corpora, read_stage
 
-LINEAR, SOFTMAX = "L", "N"
-MIXERS = (
-    "linear",
-    "lightning",
-    "retention",
-    "mamba2",
-    "gla",
-    "hgrn2",
-    "delta_net",
-    "gated_delta_net",
-    "kda",
-)
-FEATURE_MAPS = ("identity", "elu", "relu", "silu", "hedgehog")
-WITH_FEATURES = ("linear", "lightning", "retention", "gla")  # mixers with a feature map of q and k
-Mixer = Annotated[str, Allowed(f"one of {', '.join(MIXERS)}", MIXERS.__contains__)]
-FeatureMap = Annotated[str, Allowed(f"one of {', '.join(FEATURE_MAPS)}", FEATURE_MAPS.__contains__)]
-Pattern = Annotated[
-    str,
-    Allowed(
-        f"at least one letter and only the letters {LINEAR} and {SOFTMAX}",
-        lambda letters: bool(letters) and set(letters) <= {LINEAR, SOFTMAX},
-    ),
+__all__ = [
+    "LEVELS",
+    "LINEAR",
+    "LOG_LINEAR",
+    "MIXERS",
+    "SOFTMAX",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "FeatureMap",
+    "Mixer",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Pattern",
+    "TrainConfig",
+    "from_dict",
+    "require",
+    "require_empty",
 ]
 
 
@@ -59,125 +58,14 @@ def require_empty(output: str | Path) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a decoder.
-
-    `pattern` is a string of L (linear-attention layer, of the kind `mixer` names) and N (softmax layer); it is repeated
-    until there are `num_layers` layers.
-    """
-
-    vocab_size: Count
-    hidden_size: Count
-    num_layers: Count
-    num_heads: Count
-    intermediate_size: Count
-    pattern: Pattern = "LLLN"
-    mixer: Mixer = "gated_delta_net"
-    head_dim: Count | None = None  # key size of every head; hidden_size // num_heads if None
-    value_head_dim: Count | None = None  # value size of the linear layers' heads; head_dim if None
-    num_kv_heads: Count | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
-    conv_width: Count = 4  # of the mixers that have a short convolution
-    feature_map: FeatureMap | None = None  # of q and k, for the mixers that have one; the mixer's own if None
-    window: Count | None = None  # of softmax attention beside the linear layers' states: the last so many tokens
-    rope_theta: Positive | None = 500_000.0  # None: softmax layers know nothing of positions (NoPE)
-    norm_eps: Positive = 1e-6
-    tie_embeddings: bool = True
-    init_std: NotNegative = 0.02
-    num_experts: CountOrZero = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
-    experts_per_token: Count = 2
-    expert_intermediate_size: Count | None = None  # of each expert; intermediate_size if None
-    num_shared_experts: CountOrZero = 0  # besides, for every token
-    moe_every: Count = 1  # the last of so many layers has experts in its MLP's place
-    router_scores: Literal["softmax", "sigmoid"] = "softmax"
-    normalize_expert_weights: bool = True  # those of a token's experts to the sum 1
-    aux_loss_weight: NotNegative = 0.01  # of the load-balancing loss
-    z_loss_weight: NotNegative = 0.0  # of the router's z-loss
-    expert_bias_rate: NotNegative = 0.0  # of balancing by biases instead of a loss; 0: no biases
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        require(
-            self.num_layers % len(self.pattern) == 0,
-            "num_layers",
-            self.num_layers,
-            f"a multiple of {self.pattern!r}'s length",
-        )
-        if self.head_dim is None:
-            require(
-                self.hidden_size % self.num_heads == 0,
-                "hidden_size",
-                self.hidden_size,
-                f"a multiple of num_heads={self.num_heads}",
-            )
-        require(self.key_dim % 2 == 0, "head_dim", self.key_dim, "an even number (rotary embedding)")
-        require(
-            self.num_heads % self.kv_heads == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads={self.num_heads}",
-        )
-        has_features = self.feature_map is None or self.mixer in WITH_FEATURES
-        expected = f"None with mixer={self.mixer!r} (those with a feature map: {', '.join(WITH_FEATURES)})"
-        require(has_features, "feature_map", self.feature_map, expected)
-        rotates = self.mixer == "retention" and LINEAR in self.pattern
-        require(self.rope_theta is not None or not rotates, "rope_theta", None, "a number with mixer='retention'")
-        if self.num_experts:
-            chosen, every = self.experts_per_token, self.moe_every
-            require(
-                1 <= chosen <= self.num_experts,
-                "experts_per_token",
-                chosen,
-                f"between 1 and num_experts={self.num_experts}",
-            )
-            require(1 <= every <= self.num_layers, "moe_every", every, f"between 1 and num_layers={self.num_layers}")
-
-    @property
-    def expert_size(self) -> int:
-        return self.intermediate_size if self.expert_intermediate_size is None else self.expert_intermediate_size
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether layer 0 <= layer < num_layers is a mixture of experts."""
-        return self.num_experts > 0 and (layer + 1) % self.moe_every == 0
-
-    @property
-    def key_dim(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    @property
-    def value_dim(self) -> int:
-        return self.value_head_dim or self.key_dim
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def layers(self) -> str:
-        """One letter per layer."""
-        return self.pattern * (self.num_layers // len(self.pattern))
-
-
-def options_of(config: ModelConfig) -> str:
-    """The options of `lasp train` that describe this model."""
-
-    def option(name: str, value: object) -> str:
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            return f"--model.{name}" if value else f"--model.no-{name}"
-        return f"--model.{name} {value}"
-
-    return " ".join(option(name, value) for name, value in vars(config).items())
-
-
-@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How ranks share the work: data_parallel groups, each splitting its contexts over sequence_parallel ranks."""
 
     sequence_parallel: Count | None = 1  # what the world leaves: world size / (data_parallel or 1), if None
     data_parallel: Count | None = None  # what the world leaves: world size / sequence_parallel, if None
-    layout: LayoutName = "contiguous"
-    state_exchange: ExchangeName = "auto"
-    softmax: SoftmaxName = "auto"
+    layout: LayoutName = "contiguous"  # of a context over ranks; zigzag gives all the same share of softmax layers
+    state_exchange: ExchangeName = "auto"  # how linear layers' states travel
+    softmax: SoftmaxName = "auto"  # how ranks share softmax layers
     expert_parallel: Count = 1  # ranks that share the experts of a mixture between them, of whichever groups above
     fsdp: bool = True  # parameters, gradients and optimiser states sharded over all ranks (FSDP2)
     timeout: Seconds = 600.0  # seconds after which a collective that a rank does not join ends the run
@@ -202,24 +90,30 @@ class ParallelConfig:
 class DataConfig:
     """Token files as `lasp prepare` (or Megatron) writes them: path prefixes, without .bin and .idx."""
 
-    train: FilePath
-    valid: FilePath
+    train: FilePath | tuple[FilePath, ...]  # one corpus, or several with their weights: a:0.7 b:0.3
+    valid: FilePath  # what evaluations read
     tokenizer: FilePath = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
     eval_contexts: Count = 8  # held-out contexts in every evaluation
 
     def __post_init__(self) -> None:
         check_fields(self)
+        read_corpora("data.train", self.train)
+
+    @property
+    def corpora(self) -> dict[str, Fraction | None]:
+        """The prefixes of `train`, with their weights."""
+        return read_corpora("data.train", self.train)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule (equations in lasp.training.optimizer)."""
 
-    lr: Positive = 3e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    lr: Positive = 3e-4  # at its highest
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # of the running means of gradients and their squares
     weight_decay: NotNegative = 0.1  # of matrices only
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: CountOrZero = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"  # of the learning rate; wsd: warm-up, stable, decay
+    warmup_steps: CountOrZero = 100  # in which it rises from 0
     decay_fraction: SomePart = 0.2  # of the steps, at the end of a "wsd" run
     min_ratio: Part = 0.1  # learning rate at the end / lr
     clip_norm: PositiveOrInf = 1.0  # of the gradient's norm over all parameters and ranks
@@ -247,8 +141,9 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     run_dir: FilePath  # checkpoints, metrics and plots
-    steps: Count
-    context_length: Count
+    steps: Count  # of the optimiser
+    context_length: Count  # tokens
+    curriculum: tuple[Stage, ...] = ()  # stages before that, LENGTH:STEPS, of shorter contexts; as many tokens a step
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"  # who holds the weights and updates them
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -258,7 +153,7 @@ class TrainConfig:
     segment_tokens: Count | None = None  # over all ranks: contexts are streams of segments of so many; None: whole
     segment_offload: bool = False  # what segments hand on to each other waits in the host's memory
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs if every rank can have one
     # What is kept of layers' activations until backward (lasp.models.recompute); auto: as much as fits. Of older runs
     # True is full, False none.
     recompute: Literal["auto", "none", "selective", "full"] | bool = "auto"
@@ -272,7 +167,10 @@ class TrainConfig:
     checkpoint_timeout: Seconds = 3600.0  # of a save, or of loading; messages of steps have parallel.timeout
     skip_nonfinite: CountOrZero = 0  # steps in a row that may be left out because loss or gradient are not finite
     compare_replicas_every: CountOrZero = 100  # steps; 0: ranks never compare the weights that several of them hold
-    seed: Seed = 0
+    seed: Seed = 0  # of weights and of the order of documents
+    log_every: Count = 10  # steps between the lines that tell of the run where there is no terminal
+    profile: bool = False  # traces the steps 3 to 5 of this start (lasp.training.profile)
+    wandb: Name | None = None  # a project of Weights & Biases that gets the metrics, too
     allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
 
     def __post_init__(self) -> None:
@@ -288,6 +186,8 @@ class TrainConfig:
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         self._require_segments()
+        self._require_levels()
+        self._require_curriculum()
         if self.engine == "deepspeed":
             require(not self.parallel.fsdp, "fsdp", True, "False with engine='deepspeed' (ZeRO does the sharding)")
             require(self.dtype != "float64", "dtype", self.dtype, "float32 or bfloat16 with engine='deepspeed'")
@@ -321,6 +221,36 @@ class TrainConfig:
         most = f"at most context_length={self.context_length}, or None"
         require(self.segment_tokens <= self.context_length, "segment_tokens", self.segment_tokens, most)
         require(self.engine == "native", "segment_tokens", self.segment_tokens, f"None with engine={self.engine!r}")
+
+    def _require_levels(self) -> None:
+        """Raises ValueError unless states of levels, if there are any, serve the context and can be sent."""
+        if self.model.aligned:
+            longest, mixer, exchange = 1 << (LEVELS - 1), self.model.mixer, self.parallel.state_exchange
+            expected = f"at most {longest}, which the {LEVELS} levels of {mixer} address"
+            require(self.context_length <= longest, "context_length", self.context_length, expected)
+            expected = f"'auto' or 'all_gather' for {mixer}, whose states are several"
+            require(exchange in ("auto", "all_gather"), "state_exchange", exchange, expected)
+
+    def _require_curriculum(self) -> None:
+        """Raises ValueError unless every stage's contexts make up whole ones."""
+        for stage in self.curriculum:
+            length, _ = read_stage(stage)
+            fits = length > 1 and self.context_length % length == 0
+            require(
+                fits, "curriculum", stage, f"a length of at least 2 that divides context_length={self.context_length}"
+            )
+            segments = self.segment_tokens or 0
+            require(length >= segments, "curriculum", stage, f"a length of at least segment_tokens={segments}")
+        if self.engine == "deepspeed":
+            require(not self.curriculum, "curriculum", self.curriculum, "none with engine='deepspeed'")
+
+    def context_length_at(self, step: int) -> int:
+        """How long contexts are in step 0, 1, 2, …"""
+        for length, steps in map(read_stage, self.curriculum):
+            if step < steps:
+                return length
+            step -= steps
+        return self.context_length
 
     def _require_units_for(self, ranks: int) -> None:
         """Raises ValueError unless every segment has a token for each unit of so many ranks."""

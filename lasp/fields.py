@@ -33,6 +33,7 @@ Part = Annotated[float, Allowed("a number in [0, 1]", lambda x: 0 <= x <= 1)]
 SomePart = Annotated[float, Allowed("a number in (0, 1]", lambda x: 0 < x <= 1)]
 Beta = Annotated[float, Allowed("a number in [0, 1)", lambda x: 0 <= x < 1)]
 FieldName = Annotated[str, Allowed("a field's name, as seed or optimizer.lr", bool)]
+Name = Annotated[str, Allowed("a name", lambda name: bool(name) and "\0" not in name)]
 FilePath = Annotated[str, Allowed("a path", lambda path: bool(path) and "\0" not in path)]
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv at the repository's root and installs lasp there, with the extras named as arguments (see setup.py):
+# Makes .venv at the repository's root and installs lasp there, with the command (the extra train) and the extras named as
+# arguments (see setup.py):
 #     bash launch/install.sh test docs dev
 # Returns at once when that has been done before. A machine without an NVIDIA GPU gets PyTorch's CPU build.
 set -euo pipefail
@@ -58,9 +59,9 @@ if ! has_torch python; then
     install_torch
 fi
 say "Installing lasp and what it needs (a minute or two)"
-extras=$(IFS=,; echo "$*")
+extras=$(IFS=,; echo "train${*:+,$*}")
 torch=$(python -c 'import torch; print(torch.__version__)' 2>/dev/null)
-pip install -qq --editable ".${extras:+[$extras]}" "torch==$torch" # the version is named so that pip keeps it
+pip install -qq --editable ".[$extras]" "torch==$torch" # the version is named so that pip keeps it
 if [[ " $* " == *" test "* ]] && ! python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
     # It says that it wants Python 3.12, yet comes built for 3.11, and works there.
     pip install -qq --ignore-requires-python --no-deps "$(grep -o 'megatron-core==[0-9.]*' setup.py)"

@@ -11,4 +11,4 @@ ranks="$1"
 shift
 
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's overlap of messages asks for it
-exec "$root/.venv/bin/python" "$root/launch/elastic.py" "$ranks" "$root/launch/megatron_rank.py" "$@"
+exec "$(bash "$root/launch/python.sh")" "$root/launch/elastic.py" "$ranks" "$root/launch/megatron_rank.py" "$@"

@@ -11,4 +11,4 @@ ranks="$1"
 shift
 
 [ "$1" = resume ] || set -- train "$@"
-exec "$root/.venv/bin/python" "$root/launch/elastic.py" "$ranks" -m lasp.cli "$@"
+exec "$(bash "$root/launch/python.sh")" "$root/launch/elastic.py" "$ranks" -m lasp.cli "$@"

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "lasp").rglob("*.py"))
 MAY_IMPORT = {
     "kernels": set(),
     "parallel": {"kernels", "names"},
-    "models": {"kernels", "config"},
+    "models": {"kernels", "config", "own"},
     "data": {"config"},
     "plan": {"models", "config"},
     "training": {"kernels", "parallel", "models", "data", "config", "plan"},
@@ -29,9 +29,10 @@ ROOMS = {
     "delta": {"", "shared", "diagonal"},
     "hopper": {"", "shared", "scalar", "delta"},
     "log_linear": {"", "shared", "scalar"},
+    "log_linear_delta": {"", "shared", "delta", "log_linear"},
 }
 KNOWS_ROOMS = {  # where one of them is chosen
-    "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op"},
+    "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op", "log_linear.op", "log_linear_delta.op"},
     "lasp/kernels/triton/decode.py": {"shared"},
     "lasp/kernels/triton/scalar/op.py": {"hopper.scalar"},
     "lasp/kernels/triton/delta/op.py": {"hopper.delta"},

@@ -2,12 +2,15 @@
 
 from lasp.data.bigram import bigram_loss
 from lasp.data.indexed import TokenFile, TokenFileWriter
+from lasp.data.mixture import Mixture, Numbered
 from lasp.data.packed import IGNORED, Context, PackedContexts, local_batch
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED",
     "Context",
+    "Mixture",
+    "Numbered",
     "PackedContexts",
     "TokenFile",
     "TokenFileWriter",

@@ -1,14 +1,18 @@
-"""Texts of any length become ids in constant memory, on all cores: their parts are encoded in batches.
+"""Texts of any length become ids in constant memory, on all cores: their parts are encoded in batches, by processes.
 
 A tokenizer may need to see what is around a token. So a part that goes on a text begins with the end of the one before,
 `overlap` characters, which both encode; where they give the same tokens all through the middle of what they share,
 one's tokens are followed by the other's. Parts that do not agree are encoded together.
 """
 
+import multiprocessing
+import os
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,8 @@ from lasp.config import require
 from lasp.data.tokenizer import Tokenizer
 
 BATCH = 1 << 19  # characters
-IN_FLIGHT = 2  # batches: while the ids of one become an array another is encoded
+Ids = tuple[np.ndarray, np.ndarray | None]  # of a text, and at which of its characters they begin
+_mine: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def encode_all(
             else:
                 text = held.window.text + window.text[held.window.stop - window.start :]
                 window = Window(window.key, text, held.window.start, window.last)
-                (encoded,) = _encode_parts(tokenizer, [window])
+                (encoded,) = _join([window], _encode(tokenizer, [window.text], with_starts=True))
                 same = held.agrees(encoded, done - quarter, done + quarter)
                 require(same, "tokenizer", "tokens that depend on what is far away", "one that reads texts in parts")
         if window.last:
@@ -108,14 +113,24 @@ def _repeats(text: str) -> bool:
 
 
 def _encoded(tokenizer: Tokenizer, windows: Iterator[Window]) -> Iterator[Encoded]:
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        pending: deque[Future[list[Encoded]]] = deque()
-        for batch in _batches(windows):
-            pending.append(pool.submit(_encode, tokenizer, batch))
-            if len(pending) == IN_FLIGHT:
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
+    batches = _batches(windows)
+    first = list(islice(batches, 2))
+    if len(first) < 2 or tokenizer.cheap:
+        for batch in chain(first, batches):
+            yield from _join(batch, _encode(tokenizer, *_asked(batch)))
+        return
+    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    # Forked ones start at once, but only Linux's libraries bear it.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, _take, (tokenizer,)) as pool:
+        pending: deque[tuple[list[Window], Future[list[Ids]]]] = deque()
+        for batch in chain(first, batches):
+            pending.append((batch, pool.submit(_encode_here, *_asked(batch))))
+            if len(pending) > workers:
+                done, future = pending.popleft()
+                yield from _join(done, future.result())
+        for done, future in pending:
+            yield from _join(done, future.result())
 
 
 def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
@@ -131,13 +146,29 @@ def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, windows: list[Window]) -> list[Encoded]:
-    if any(window.start > 0 or not window.last for window in windows):
-        return _encode_parts(tokenizer, windows)
-    encoded = zip(windows, tokenizer.encode_batch([window.text for window in windows]), strict=True)
-    return [Encoded(window, ids, np.zeros_like(ids)) for window, ids in encoded]
+def _asked(windows: list[Window]) -> tuple[list[str], bool]:
+    """The texts, and whether it is asked where their tokens begin."""
+    return [window.text for window in windows], any(window.start > 0 or not window.last for window in windows)
 
 
-def _encode_parts(tokenizer: Tokenizer, windows: list[Window]) -> list[Encoded]:
-    encoded = zip(windows, tokenizer.encode_with_starts([window.text for window in windows]), strict=True)
-    return [Encoded(window, ids, starts + window.start) for window, (ids, starts) in encoded]
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], with_starts: bool) -> list[Ids]:
+    if with_starts:
+        return list(tokenizer.encode_with_starts(texts))
+    return [(ids, None) for ids in tokenizer.encode_batch(texts)]
+
+
+def _join(windows: list[Window], encoded: list[Ids]) -> list[Encoded]:
+    return [
+        Encoded(window, ids, np.zeros_like(ids) if starts is None else starts + window.start)
+        for window, (ids, starts) in zip(windows, encoded, strict=True)
+    ]
+
+
+def _take(tokenizer: Tokenizer) -> None:
+    """Makes it the tokenizer of this process, which is one of several."""
+    global _mine
+    _mine = tokenizer
+
+
+def _encode_here(texts: Sequence[str], with_starts: bool) -> list[Ids]:
+    return _encode(_mine, texts, with_starts)

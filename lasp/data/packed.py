@@ -127,11 +127,14 @@ class PackedContexts:
     def __getitem__(self, index: int) -> Context:
         if index < 0:
             raise IndexError(f"index: got {index}, expected at least 0")
-        begin = index * self.context_length
-        parts = []
-        while begin < (index + 1) * self.context_length:
+        return self.at(index * self.context_length, self.context_length)
+
+    def at(self, begin: int, length: int) -> Context:
+        """The context of so many tokens from this place of the stream on."""
+        end, parts = begin + length, []
+        while begin < end:
             epoch, offset = divmod(begin, self.file.num_tokens)
-            stop = min((index + 1) * self.context_length - epoch * self.file.num_tokens, self.file.num_tokens)
+            stop = min(end - epoch * self.file.num_tokens, self.file.num_tokens)
             parts.append(self._pieces(epoch, offset, stop))
             begin += stop - offset
         lengths, sources, ends = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -1,13 +1,17 @@
 """Tokenizers: the built-in byte tokenizer and Hugging Face `tokenizer.json` files."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from lasp.data.words import Words
+
 BYTE = "byte"
 USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<eod>", "[EOS]", "[EOD]")
+Encoded = TypeVar("Encoded")
 
 
 class Tokenizer(Protocol):
@@ -15,6 +19,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eod: int  # the id that ends every document
+    cheap: bool  # too quick to be worth processes of its own
     overlap: int  # characters that two parts of a long text must share, for what is beyond them not to matter
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -22,7 +27,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, as `encode` gives them, by all cores."""
+        """The ids of each text, as `encode` gives them."""
         ...
 
     def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -39,6 +44,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod = 256
+    cheap = True
     overlap = 0
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -61,6 +67,7 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A Hugging Face `tokenizer.json`, read by the `tokenizers` library."""
 
+    cheap = False
     overlap = 2048
 
     def __init__(self, path: Path, eod: str | None = None) -> None:
@@ -76,21 +83,48 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
-        candidates = USUAL_EOD if eod is None else (eod,)
+        candidates = (*USUAL_EOD, *_named_end(path)) if eod is None else (eod,)
         name = next((name for name in candidates if name in ids), None)
         if name is None:
             raise ValueError(f"eod: got {eod!r}, expected the name of a token of {path}; none of {candidates} is one")
         self.eod = ids[name]
+        self._words = Words.of(self._tokenizer)
+        self._made_from = path, eod
+
+    def __reduce__(self) -> tuple:
+        return JsonTokenizer, self._made_from
 
     def encode(self, text: str | bytes) -> np.ndarray:
         string = text if isinstance(text, str) else text.decode()
         return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._by_words(texts, Words.encode, self._encode_whole)
+
+    def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return self._by_words(texts, Words.encode_with_starts, self._encode_whole_with_starts)
+
+    def _by_words(
+        self,
+        texts: Sequence[str],
+        by_words: Callable[[Words, str], Encoded],
+        whole: Callable[[Sequence[str]], list[Encoded]],
+    ) -> list[Encoded]:
+        """What `by_words` gives for the texts that can be encoded so, and `whole` for the others."""
+        words = self._words
+        if words is None:
+            return whole(texts)
+        known = [words.knows(text) for text in texts]
+        others = iter(whole([text for text, is_known in zip(texts, known, strict=True) if not is_known]))
+        return [
+            by_words(words, text) if is_known else next(others) for text, is_known in zip(texts, known, strict=True)
+        ]
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _encode_whole_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
@@ -101,10 +135,21 @@ class JsonTokenizer:
         return self._tokenizer.decode(_in_range(ids, self.vocab_size).tolist(), skip_special_tokens=True)
 
 
+def _named_end(path: Path) -> Sequence[str]:
+    """The end that the tokenizer's own configuration names, beside its file."""
+    beside = path.with_name("tokenizer_config.json")
+    if path.name != "tokenizer.json" or not beside.is_file():
+        return ()
+    named = json.loads(beside.read_text()).get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return (named,) if isinstance(named, str) else ()
+
+
 def load_tokenizer(name_or_path: str | Path = BYTE, *, eod: str | None = None) -> Tokenizer:
     """The tokenizer called "byte", or the one of a `tokenizer.json` (or of the folder that holds it).
 
-    `eod` names a tokenizer.json's end-of-document token; None looks for the usual names. Raises FileNotFoundError if
+    `eod` names a tokenizer.json's end-of-document token; None looks for the usual names, and then for the one that a
+    tokenizer_config.json beside it has. Raises FileNotFoundError if
     there is no such file, ValueError if it is not a tokenizer or has no end-of-document token.
     """
     if name_or_path == BYTE:

@@ -22,7 +22,7 @@ from lasp.integrations.convert import read_llama
 from lasp.integrations.llama import from_llama
 from lasp.models import Decoder
 from lasp.training import checkpoint, storage
-from lasp.training.engine import build_kind
+from lasp.training.initial import build_kind
 from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world, sequence_parallel
 from lasp.training.starts import begin
@@ -125,7 +125,7 @@ def _student(teacher: Decoder, stage: StageConfig, config: Any, device: torch.de
 
 def _held_out(teacher: Decoder, config: StageConfig, world: World) -> float:
     _, held_out, _ = open_data(with_absolute_paths(config), world)
-    loss = evaluate(teacher, held_out, sequence_parallel(config.parallel, world), world)
+    loss = evaluate(teacher, held_out, sequence_parallel(config.parallel, teacher.config, world), world)
     teacher.eval()
     return loss
 

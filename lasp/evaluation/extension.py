@@ -15,7 +15,7 @@ from lasp.evaluation.needle import Needle, NeedleResult
 from lasp.evaluation.results import aligned, save
 from lasp.evaluation.subject import open_subject
 from lasp.fields import Count, FilePath, Part, Positive, check_fields
-from lasp.models import Decoder
+from lasp.models import make_model
 from lasp.training import checkpoint
 from lasp.training.paths import with_absolute_paths
 from lasp.training.runtime import World, join_world
@@ -83,6 +83,7 @@ class Extension:
                     data=data,
                     run_dir=f"{self.output}/{length}",
                     context_length=context,
+                    curriculum=(),
                     parallel=parallel,
                     batch_contexts=max(1, round(tokens / context)),
                     steps=self.steps,
@@ -137,7 +138,7 @@ def _begin(stage: TrainConfig, source: Path, world: World) -> None:
 
     def write() -> None:
         if not Path(folder, checkpoint.CONFIG_FILE).is_file():
-            decoder = Decoder(stage.model)
+            decoder = make_model(stage.model)
             if stage.dtype == "float64":
                 decoder.double()
             checkpoint.load_model(source, decoder)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lasp.config import DataConfig, ModelConfig, ParallelConfig, require
+from lasp.config import DataConfig, ModelConfig, ParallelConfig, from_dict, require
 from lasp.data import Context, Tokenizer, load_tokenizer
 from lasp.evaluation.score import Scores, score
-from lasp.models import Decoder
+from lasp.models import Decoder, make_model
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.batches import Batch, read_batches, share
@@ -46,11 +46,11 @@ def read_model(path: str) -> Trained:
         return _read_export(path)
     step = checkpoint.require_latest(path)
     config = checkpoint.read_config(step)
-    decoder = Decoder(ModelConfig(**config["model"]))
+    decoder = make_model(ModelConfig(**config["model"]))
     if config["dtype"] == "float64":
         decoder.double()
     checkpoint.load_model(step, decoder)
-    data, dtype = DataConfig(**config["data"]), getattr(torch, config["dtype"])
+    data, dtype = from_dict(DataConfig, config["data"]), getattr(torch, config["dtype"])
     return Trained(decoder, tokenizer_of(path, config), None, dtype, data, config["context_length"])
 
 
@@ -112,7 +112,7 @@ def open_subject(path: str, world: World, parallel: ParallelConfig, dtype: str |
     (origin,) = found
     if dtype is not None:
         origin = replace(origin, dtype=getattr(torch, dtype))
-    sp = sequence_parallel(parallel, world)
+    sp = sequence_parallel(parallel, origin.decoder.config, world)
     if origin.dtype == torch.float64:
         origin.decoder.double()  # before it is moved: constants are kept in float32 at least
     return Subject(origin.decoder.to(world.device, origin.dtype).eval(), sp, world, origin)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lasp.config import ModelConfig, options_of, require
+from lasp.config import ModelConfig, require
 from lasp.data import load_tokenizer
 from lasp.integrations.huggingface import LaspForCausalLM, to_huggingface
 from lasp.integrations.huggingface.tokenizer import export_tokenizer
@@ -49,8 +49,8 @@ def import_weights(source: str, output: str, linear: Mapping[str, Any], *, seed:
     """Writes the weights of a Hugging Face directory to `output`, for TrainConfig.initial_weights.
 
     A Llama's layers become what `linear` says (see `llama_shape`), what it has no weights for being drawn with the
-    seed. Returns the options of `lasp train` that describe the model. Raises ValueError if `output` is neither new nor
-    an empty directory, and as `read_model` does.
+    seed. Returns the option of `lasp train` that takes them. Raises ValueError if `output` is neither new nor an empty
+    directory, and as `read_model` does.
     """
     with new_directory(output) as folder:
         model = read_model(source)
@@ -59,7 +59,7 @@ def import_weights(source: str, output: str, linear: Mapping[str, Any], *, seed:
         # A run keeps at least float32 weights, whatever it computes in.
         decoder.to(torch.promote_types(model.dtype, torch.float32))
         checkpoint.save_weights(folder, decoder)
-    return f"--initial-weights {output} {options_of(decoder.config)}"
+    return f"--initial-weights {output}"
 
 
 def read_model(source: str) -> Any:

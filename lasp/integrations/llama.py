@@ -24,7 +24,7 @@ def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
     """The configuration of a decoder in a Llama's shape, softmax layers only unless told otherwise.
 
     linear: the fields of `ModelConfig` that say what its layers become: pattern, mixer, feature_map, window. Raises
-    ValueError for a Llama that lasp cannot express.
+    ValueError for a Llama that lasp cannot express, and for a mixer of one's own.
     """
     require(llama.hidden_act == "silu", "hidden_act", llama.hidden_act, "silu")
     for field in ("attention_bias", "mlp_bias"):
@@ -44,6 +44,7 @@ def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
         init_std=llama.initializer_range,
         **{"pattern": SOFTMAX, **linear},
     )
+    require(not shape.is_own, "mixer", shape.mixer, "one of lasp's")
     rotates = SOFTMAX in shape.layers or shape.window is not None or shape.mixer == "retention"
     require(not rotates or rope["rope_type"] == "default", "rope_type", rope["rope_type"], "default (no scaling)")
     return shape
@@ -62,9 +63,10 @@ def from_llama(llama: LlamaForCausalLM, **linear: Any) -> Decoder:
 
 @torch.no_grad()
 def to_llama(decoder: Decoder, **fields: Any) -> LlamaForCausalLM:
-    """A Llama with a softmax decoder's weights; `fields` are more of its configuration's. Raises ValueError if there
-    are linear layers, experts, or softmax layers without positions."""
+    """A Llama with a softmax decoder's weights; `fields` are more of its configuration's. Raises ValueError for a
+    model of one's own, linear layers, experts, or softmax layers without positions."""
     shape = decoder.config
+    require(shape.model_class is None, "model_class", shape.model_class, "None: a Llama is no model of one's own")
     require(set(shape.layers) == {SOFTMAX}, "pattern", shape.pattern, f"only {SOFTMAX}: a Llama has no linear layers")
     require(shape.num_experts == 0, "num_experts", shape.num_experts, "0: a Llama has no experts")
     require(shape.rope_theta is not None, "rope_theta", None, "a number: a Llama has RoPE")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lasp.config import SOFTMAX, ModelConfig, options_of, require, require_empty
+from lasp.config import SOFTMAX, ModelConfig, require, require_empty
 from lasp.integrations.output import new_directory
 from lasp.models import Decoder, count_parameters
 from lasp.training import checkpoint, storage
@@ -223,13 +223,13 @@ def export_run(run_dir: str, output: str) -> str:
 def import_weights(source: str, output: str) -> str:
     """Writes the weights of a Megatron checkpoint to `output`, for TrainConfig.initial_weights.
 
-    Returns the options of `lasp train` that describe the model. Raises ValueError if `output` is neither new nor an
-    empty directory.
+    Returns the option of `lasp train` that takes them. Raises ValueError if `output` is neither new nor an empty
+    directory.
     """
     with new_directory(output) as folder:
         decoder = load(source)
         checkpoint.save_weights(folder, decoder)
-    return f"--initial-weights {output} {options_of(decoder.config)}"
+    return f"--initial-weights {output}"
 
 
 def is_checkpoint(folder: str) -> bool:

@@ -73,6 +73,13 @@ def decay(g: Tensor | None, v: Tensor, key_dim: int, causal: bool) -> None:
         require(highest <= 0, "decay", got, "natural logarithms, at most 0")
 
 
+def softmax_scale(value: float | None, key_dim: int) -> float:
+    """`scale`, of softmax attention: above 0, which fused kernels take for granted."""
+    factor = scale(value, key_dim)
+    require(factor > 0, "scale", value, "a number above 0 for softmax attention")
+    return factor
+
+
 def scale(value: float | None, key_dim: int) -> float:
     """The factor of the scores: K ** -0.5 if None; it must be finite and not zero."""
     if value is None:
@@ -91,15 +98,18 @@ def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype) -> No
     require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for such inputs")
 
 
-def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, read: bool = True) -> None:
-    """[N + 1] int32 or int64 from 0 to `tokens`, not decreasing, with B = 1. read=False looks at the shape alone."""
+def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, copy: bool = True) -> None:
+    """[N + 1] int32 or int64 from 0 to `tokens`, not decreasing, with B = 1.
+
+    copy=False: of offsets that are not on the CPU the shape alone is looked at.
+    """
     if offsets is None:
         return
     tensor("cu_seqlens", offsets)
     require(offsets.dtype in (torch.int32, torch.int64), "cu_seqlens", f"dtype {offsets.dtype}", "int32 or int64")
     require(offsets.ndim == 1 and offsets.numel() >= 2, "cu_seqlens", f"shape {list(offsets.shape)}", "[N + 1], N >= 1")
     require(batch == 1, "cu_seqlens", f"a batch of {batch}", "B = 1 for packed documents")
-    if read:
+    if copy or offsets.device.type == "cpu":
         offset_values(offsets, tokens)
 
 

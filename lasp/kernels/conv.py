@@ -80,7 +80,7 @@ def check_parts(x: Tensor, parts: Parts) -> None:
 
 def _segments(x: Tensor, weight: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Segments:
     batch, tokens, channels = x.shape
-    checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
+    checks.cu_seqlens(cu_seqlens, batch, tokens, copy=False)
     segments = Segments(batch, tokens, cu_seqlens)
     if tail is not None:
         checks.tensor("initial_tail", tail)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.autocast import Function
-from lasp.kernels.fused import swiglu
 from lasp.kernels.layouts import laid_out
+from lasp.kernels.swiglu import swiglu
 
 # torch 2.13 documents the first name; older versions have only the second.
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm

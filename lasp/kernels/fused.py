@@ -5,7 +5,6 @@ from functools import cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Rest = ParamSpec("Rest")
@@ -32,10 +31,3 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
         return (compiled() if at_once else function)(x, *args, **kwargs)
 
     return call
-
-
-@fused
-def swiglu(gate_up: Tensor) -> Tensor:
-    """SiLU(gate) * up, the gated activation of arXiv:2002.05202: [..., 2 D], gate before up, -> [..., D]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

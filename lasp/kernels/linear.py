@@ -141,7 +141,7 @@ def _may_be_triton(x: LinearInputs, backend: Backend) -> bool:
 
 def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend) -> tuple[Tensor, Tensor | None]:
     batch, tokens = x.v.shape[:2]
-    checks.cu_seqlens(cu_seqlens, batch, tokens, read=cu_seqlens is not None and cu_seqlens.device.type == "cpu")
+    checks.cu_seqlens(cu_seqlens, batch, tokens, copy=False)
     x = x.having({}, Segments(batch, tokens, cu_seqlens))
     checks.state(initial_state, x.state_shape, x.state_dtype)
     if tokens == 1 and x.causal and _may_be_triton(x, backend):

@@ -1,6 +1,6 @@
 """Log-linear attention: the public functions. Equations: math §4."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +9,9 @@ from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.linear import BACKENDS, Backend
 from lasp.kernels.log_linear_inputs import LogLinearInputs
-from lasp.kernels.recurrence import Alone, run
+from lasp.kernels.recurrence import Alone, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
-
-if TYPE_CHECKING:
-    from lasp.kernels.triton.log_linear.op import TritonLogLinear
 
 
 def log_linear_attention(
@@ -46,7 +43,7 @@ def log_linear_attention(
         initial_state: of N = B sequences or packed documents; tokens go on at position `initial_state.tokens`.
         cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1. Levels restart in every document.
             Offsets on a GPU are copied to the host.
-        backend: "auto", "reference" (PyTorch, which "auto" takes) or "triton" (without beta).
+        backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
@@ -56,8 +53,8 @@ def log_linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), too few levels, an initial state
             whose slots do not hold its tokens, or inputs that backend="triton" does not support.
     """
-    checks.tensor("decay", decay)
-    return _run(q, k, v, decay, level_scales, None, scale, initial_state, output_final_state, cu_seqlens, backend)
+    x = log_linear_inputs(q, k, v, decay, level_scales, scale)
+    return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
 def log_linear_delta_rule(
@@ -84,25 +81,20 @@ def log_linear_delta_rule(
     Raises:
         ValueError: as `log_linear_attention`.
     """
-    checks.tensor("beta", beta)
-    return _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state, cu_seqlens, backend)
+    x = log_linear_delta_inputs(q, k, v, beta, decay, level_scales, scale)
+    return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
-def _run(q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state, cu_seqlens, backend):
+def _run(x: LogLinearInputs, initial_state, output_final_state, cu_seqlens, backend):
     checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
-    q, k, v = autocast.unify(q, k, v)
-    check_log_linear(q, k, v, decay, level_scales, beta)
-    batch, tokens = v.shape[:2]
+    batch, tokens = x.v.shape[:2]
     checks.cu_seqlens(cu_seqlens, batch, tokens)
     segments = Segments(batch, tokens, None if cu_seqlens is None else cu_seqlens.cpu())
-    check_state(initial_state, segments.count, v, k.shape[-1])
-    seen = seen_by(initial_state, segments.count)
-    scale = checks.scale(scale, k.shape[-1])
-    x = LogLinearInputs(q, k, v, decay, level_scales, beta, scale=scale, segments=segments, seen=seen)
-    check_levels(level_scales.shape[-1], x.tokens_after)
-    slots = None if initial_state is None else initial_state.slots
-    slots = None if slots is None else resized(slots, x.state_shape[1])
-    o, final = run(choose_op(x, backend), Alone(), x, slots, output_final_state)
+    check_state(initial_state, segments.count, x)
+    x = x.cut({}, segments, seen_by(initial_state, segments.count))
+    check_levels(x.level_scales.shape[-1], x.tokens_after)
+    slots = None if initial_state is None else resized(initial_state.slots, x.state_shape[1])
+    o, final = run(choose_op(x, backend, wants_summary=False), Alone(), x, slots, output_final_state)
     return o, None if final is None else FenwickState(final, x.tokens_after)
 
 
@@ -111,10 +103,24 @@ def seen_by(state: FenwickState | None, count: int) -> tuple[int, ...]:
     return (0,) * count if state is None else tuple(state.tokens.tolist())
 
 
-def check_log_linear(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, level_scales: Tensor, beta: Tensor | None
-) -> None:
-    """Raises ValueError unless the tensors fit together."""
+def log_linear_inputs(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, level_scales: Tensor, scale: float | None
+) -> LogLinearInputs:
+    """The inputs as the op takes them. Raises ValueError unless the tensors fit together."""
+    checks.tensor("decay", decay)
+    return _inputs(q, k, v, decay, level_scales, None, scale)
+
+
+def log_linear_delta_inputs(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, level_scales: Tensor, scale: float | None
+) -> LogLinearInputs:
+    """The inputs as the op takes them. Raises ValueError unless the tensors fit together."""
+    checks.tensor("beta", beta)
+    return _inputs(q, k, v, decay, level_scales, beta, scale)
+
+
+def _inputs(q, k, v, decay, level_scales, beta, scale) -> LogLinearInputs:
+    q, k, v = autocast.unify(q, k, v)
     checks.same_kind({"v": v, "q": q, "k": k, "level_scales": level_scales}, decay=decay, beta=beta)
     checks.heads(q, k, v)
     rows = tuple(v.shape[:3])
@@ -125,6 +131,7 @@ def check_log_linear(
         checks.shape("beta", beta, rows, "[B, T, H]")
     checks.require(level_scales.ndim == 4, "level_scales", f"shape {list(level_scales.shape)}", "[B, T, H, L]")
     checks.shape("level_scales", level_scales, (*rows, level_scales.shape[-1]), "[B, T, H, L]")
+    return LogLinearInputs(q, k, v, decay, level_scales, beta, scale=checks.scale(scale, k.shape[-1]))
 
 
 def check_levels(levels: int, tokens: Tensor) -> None:
@@ -136,7 +143,8 @@ def check_levels(levels: int, tokens: Tensor) -> None:
     checks.require(levels >= most, "level_scales", f"{levels} levels", f"{expected} {addressed}")
 
 
-def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int) -> None:
+def check_state(state: FenwickState | None, count: int, x: LogLinearInputs) -> None:
+    """Raises ValueError unless it is a state of so many sequences or documents for these inputs."""
     if state is None:
         return
     is_pair = isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)
@@ -145,26 +153,26 @@ def check_state(state: FenwickState | None, count: int, v: Tensor, key_dim: int)
     checks.shape("initial_state.tokens", tokens, (count,), "[N]")
     fits = tokens.dtype == torch.long and tokens.device.type == "cpu"
     checks.require(fits, "initial_state.tokens", f"{tokens.dtype} on {tokens.device}", "int64 on the CPU")
-    least = int(tokens.min()) if count else 0
+    seen = tokens.tolist()
+    least, most = min(seen, default=0), max(seen, default=0)
     checks.require(least >= 0, "initial_state.tokens", least, "at least 0")
     checks.require(slots.ndim == 5, "initial_state.slots", f"shape {list(slots.shape)}", "[N, J, H, K, V]")
-    expected = (count, slots.shape[1], v.shape[2], key_dim, v.shape[3])
+    expected = (count, slots.shape[1], *x.state_shape[2:])
     checks.shape("initial_state.slots", slots, expected, "[N, J, H, K, V]")
-    needed = max(tokens.tolist(), default=0).bit_length()
+    needed = most.bit_length()
     got = f"{slots.shape[1]} slots"
-    checks.require(slots.shape[1] >= needed, "initial_state.slots", got, f"{needed} for {max(tokens)} tokens seen")
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    checks.require(slots.dtype == dtype, "initial_state.slots", f"dtype {slots.dtype}", f"{dtype} for {v.dtype} inputs")
-    checks.require(slots.device == v.device, "initial_state.slots", f"device {slots.device}", f"{v.device}, as v")
+    checks.require(slots.shape[1] >= needed, "initial_state.slots", got, f"{needed} for {most} tokens seen")
+    expected_dtype, device = f"{x.state_dtype} for {x.v.dtype} inputs", x.v.device
+    checks.require(slots.dtype == x.state_dtype, "initial_state.slots", f"dtype {slots.dtype}", expected_dtype)
+    checks.require(slots.device == device, "initial_state.slots", f"device {slots.device}", f"{device}, as v")
 
 
-def choose_op(x: LogLinearInputs, backend: Backend) -> "LogLinearOp | TritonLogLinear":
-    """The implementation that serves these inputs. "auto" is the reference until the kernels have run on a GPU."""
-    if backend != "triton" or x.v.shape[0] == 0:
+def choose_op(x: LogLinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
+    """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
+    if x.v.shape[0] == 0 or not (backend == "triton" or (backend == "auto" and x.v.is_cuda)):
         return LogLinearOp()
-    from lasp.kernels.triton.device import unsupported
-    from lasp.kernels.triton.log_linear.op import TritonLogLinear
+    from lasp.kernels.triton.dispatch import triton_log_linear_op
 
-    refusal = "a delta rule" if x.beta is not None else unsupported(x.k, x.v)
-    checks.require(refusal is None, "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
-    return TritonLogLinear()
+    op, refusal = triton_log_linear_op(x, backend == "triton", wants_summary)
+    checks.require(op is not None or backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
+    return op or LogLinearOp()

@@ -1,6 +1,6 @@
 """What an implementation of log-linear attention is given."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lasp.kernels.fenwick import most_slots
 from lasp.kernels.inputs import Inputs
+from lasp.kernels.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class LogLinearInputs(Inputs):
     """One call. q, k [B, T, Hq, K], v [B, T, H, V], decay None or [B, T, H], level_scales [B, T, H, L], beta None or
     [B, T, H].
 
-    seen: of every segment, how many tokens its document has had before it.
+    seen: of every segment, how many tokens its document has had before it; none, if nothing is said.
     """
 
     q: Tensor
@@ -25,7 +26,16 @@ class LogLinearInputs(Inputs):
     level_scales: Tensor
     beta: Tensor | None
     scale: float = field(kw_only=True)
-    seen: tuple[int, ...] = field(kw_only=True)
+    seen: tuple[int, ...] = field(kw_only=True, default=())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seen:
+            object.__setattr__(self, "seen", (0,) * self.segments.count)
+
+    def cut(self, tensors: dict[str, Tensor], segments: Segments, seen: tuple[int, ...]) -> "LogLinearInputs":
+        """The same call, of these segments."""
+        return replace(self.having(tensors, segments), seen=seen)
 
     @cached_property
     def tokens(self) -> Tensor:

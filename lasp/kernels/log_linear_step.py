@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from lasp.kernels import autocast, checks
+from lasp.kernels import checks
 from lasp.kernels.fenwick import FenwickState, entered, fitted, occupied
 from lasp.kernels.log_linear import (
     check_levels,
-    check_log_linear,
     check_state,
     log_linear_attention,
+    log_linear_delta_inputs,
     log_linear_delta_rule,
+    log_linear_inputs,
 )
 from lasp.kernels.summary import SHUT
 
@@ -59,12 +60,14 @@ class FenwickMemory:
         Raises:
             ValueError: as those do.
         """
-        q, k, v = autocast.unify(q, k, v)
-        check_log_linear(q, k, v, decay, level_scales, beta)
+        if beta is not None:
+            x = log_linear_delta_inputs(q, k, v, beta, decay, level_scales, scale)
+        else:
+            x = log_linear_inputs(q, k, v, decay, level_scales, scale)
+        q, k, v, scale = x.q, x.k, x.v, x.scale
         checks.require(v.shape[1] == 1, "v", f"{v.shape[1]} tokens", "1 of every sequence")
-        check_state(FenwickState(self.slots, self.tokens), v.shape[0], v, k.shape[-1])
+        check_state(FenwickState(self.slots, self.tokens), v.shape[0], x)
         check_levels(level_scales.shape[-1], self.tokens + 1)
-        scale = checks.scale(scale, k.shape[-1])
         self._make_room(max(self.tokens.tolist(), default=0) + 1)
         if v.is_cuda:
             from lasp.kernels.triton.device import unsupported

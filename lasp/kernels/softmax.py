@@ -34,7 +34,7 @@ def softmax_attention(
         q: [B, T, H, K].
         k, v: [B, S, Hkv, K], [B, S, Hkv, V]; query head h uses head h // (H // Hkv). S = T, or S > T without
             cu_seqlens: the queries are then the last T of S tokens (decoding with a key/value cache).
-        scale: K ** -0.5 if None.
+        scale: above 0; K ** -0.5 if None.
         causal: a token sees itself and what comes before.
         window: a token sees tokens less than `window` away, itself included.
         cu_seqlens: [N + 1] offsets of packed documents, from 0 to T; B must be 1.
@@ -54,7 +54,7 @@ def softmax_attention(
     aligned = keys == tokens if cu_seqlens is not None else keys >= tokens
     checks.require(aligned, "k", f"{keys} tokens", f"{tokens} (or more, without cu_seqlens)")
     checks.require(backend in ("auto", "reference"), "backend", repr(backend), "'auto' or 'reference'")
-    scale = checks.scale(scale, q.shape[-1])
+    scale = checks.softmax_scale(scale, q.shape[-1])
     mask = Mask(scale, causal, window, fused=backend == "auto", lasting=cu_seqlens is None)
     if cu_seqlens is None:
         block = mask.block(slice(0, tokens), slice(0, keys), keys - tokens)

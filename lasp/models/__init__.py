@@ -1,6 +1,6 @@
 """The models: local tensors only; what crosses the sequence goes through the `seq` passed to forward."""
 
-from lasp.models.decoder import Decoder
+from lasp.models.decoder import Decoder, make_model
 from lasp.models.flops import count_active_parameters, count_parameters, flops_per_token
 from lasp.models.loss import linear_cross_entropy
 from lasp.models.memory import Memory, Rows
@@ -29,6 +29,7 @@ __all__ = [
     "linear_llama3_8b",
     "linear_moe_a0_3b_2b",
     "linear_moe_a1b_7b",
+    "make_model",
     "mini",
     "tiny",
 ]

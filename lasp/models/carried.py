@@ -132,7 +132,12 @@ class SegmentOps(OpsWithPast):
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
 
-    def _continuing(self, state: Tensor | None) -> dict[str, Any]:
+    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
+        q, k, v, decay, level_scales, *beta = inputs
+        op = self._seq.log_linear_delta_rule if beta else self._seq.log_linear_attention
+        return op(q, k, v, *beta, decay, level_scales, scale=scale, **self._continuing(past))
+
+    def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": self._seq.continues}
 
     def softmax_attention(

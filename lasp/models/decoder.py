@@ -16,6 +16,7 @@ from lasp.models.offload import HostMemory
 from lasp.models.past import Past
 from lasp.models.recompute import Policy, by_layer, recomputing
 from lasp.models.sequence import SequenceOps
+from lasp.own import load_own
 
 
 class Block(nn.Module):
@@ -54,6 +55,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        require(config.vocab_size > 0, "vocab_size", 0, "the tokenizer's (0 is for recipes)")
         self.config = config
         self.recompute: Policy = "none"
         self.recompute_layers: int | None = None
@@ -228,6 +230,14 @@ class Decoder(nn.Module):
         # What has taken the head's place, such as an adapter around it, is more than a weight.
         logits, labels = at_least_float32(self.head(x)).flatten(0, -2), labels.flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), (labels != IGNORE).sum()
+
+
+def make_model(config: ModelConfig) -> Decoder:
+    """A decoder, or what stands in its place.
+
+    Raises ValueError if that is a class of one's own that is not there.
+    """
+    return (Decoder if config.model_class is None else load_own("model_class", config.model_class))(config)
 
 
 def _of_tokens(labels: Tensor, seq: SequenceOps) -> Tensor:

@@ -1,10 +1,12 @@
 """How much arithmetic a model needs, for model FLOP utilisation."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from lasp.config import SOFTMAX, ModelConfig
-from lasp.models.decoder import Decoder
+from lasp.models.decoder import make_model
 from lasp.models.features import feature_dim
 from lasp.models.mixers import DELTA_KINDS
 
@@ -12,13 +14,13 @@ from lasp.models.mixers import DELTA_KINDS
 def count_parameters(config: ModelConfig) -> int:
     """All parameters, tied ones once."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Decoder(config).parameters())
+        return sum(p.numel() for p in make_model(config).parameters())
 
 
 def count_active_parameters(config: ModelConfig) -> int:
     """The parameters that one token meets: of a mixture's experts, those that it goes to. Tied ones once."""
     with torch.device("meta"):
-        return sum(_active(p, config) for p in Decoder(config).parameters())
+        return sum(_active(p, config) for p in make_model(config).parameters())
 
 
 def flops_per_token(config: ModelConfig, context_length: int) -> float:
@@ -27,6 +29,8 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
         6 P + 3 Σ_layers H a        a = T (K + K)    softmax, causal: a token sees T / 2 others on average
                                         4 K V        linear classes: write to and read from the state
                                         6 K V        delta family: erase as well
+                                        (2 + log2 T) K V    log-linear: half of log2 T states are read; 2 more where
+                                                            the delta rule erases
                                         4 W K        besides, for a window of W tokens
 
     P counts the parameters that multiply every token: matrices, convolutions and the head, but not the embedding's
@@ -35,11 +39,12 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
     that is recomputed counts (model FLOPs, not hardware FLOPs).
     """
     with torch.device("meta"):
-        model = Decoder(config)
+        model = make_model(config)
     multiplying = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2)
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()
-    state = (6 if config.mixer in DELTA_KINDS else 4) * feature_dim(config) * config.value_dim
+    written, read = 4 if config.plain_mixer in DELTA_KINDS else 2, math.log2(context_length) if config.aligned else 2
+    state = (written + read) * feature_dim(config) * config.value_dim
     state += 4 * (config.window or 0) * config.key_dim
     attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)
     return 6.0 * multiplying + 3.0 * config.num_heads * attention

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.kernels.fused import fused, swiglu
+from lasp.kernels.fused import fused
 from lasp.kernels.parts import Parts
+from lasp.kernels.swiglu import swiglu
 from lasp.models.products import gated_mlp, in_tiles, product
 from lasp.models.sequence import SequenceOps
 

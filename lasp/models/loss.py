@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lasp.config import require
 from lasp.kernels.autocast import Function, cast
+from lasp.kernels.cross_entropy import cross_entropy_and_grad
 from lasp.kernels.fused import fused
+from lasp.models.products import add_product
 
 IGNORE = -100
-CHUNK_TOKENS = 4096  # 4096 x 128256 logits are a gigabyte in bfloat16; weights' gradients are added to once a chunk
+CHUNK_TOKENS = 4096  # 4096 x 128256 logits are a gigabyte in bfloat16
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +64,9 @@ def linear_distillation(
     label_loss = partial(_label_loss, labels.flatten())
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        known, known_grad = label_loss(logits, rows)
         wanted = F.linear(its_hidden[rows], its_weight)
         told, told_grad = _divergence(logits, wanted, (labels.flatten()[rows] != IGNORE)[:, None], temperature)
+        known, known_grad = label_loss(logits, rows)
         return cross_entropy * known + divergence * told, cross_entropy * known_grad + divergence * told_grad
 
     return _Chunked.apply(hidden.flatten(0, -2), weight, loss)
@@ -94,23 +96,8 @@ def _liger() -> Any:
     return loss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
 
 
-@fused
-def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over the rows that are valid, in float32 at least, and its gradient softmax - one hot.
-
-    logits, gradient [N, vocabulary]; targets, valid [N, 1].
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_sum = wide.logsumexp(-1, keepdim=True)
-    loss = (log_sum - wide.gather(-1, targets)).where(valid, 0).sum()
-    softmax = (wide - log_sum).exp()
-    hit = targets == torch.arange(logits.shape[-1], device=logits.device)
-    return loss, softmax.where(~hit, softmax - 1).where(valid, 0).to(logits.dtype)
-
-
 def _label_loss(labels: Tensor, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    valid = (labels[rows] != IGNORE)[:, None]
-    return _cross_entropy(logits, labels[rows, None].where(valid, 0), valid)
+    return cross_entropy_and_grad(logits, labels[rows], IGNORE)
 
 
 @fused
@@ -125,7 +112,7 @@ def _divergence(logits: Tensor, wanted: Tensor, valid: Tensor, temperature: floa
 class _Chunked(Function):
     """Forms the gradients in the forward pass, while a chunk's logits are there; backward only scales them.
 
-    loss: from logits [N, vocabulary] of some rows their summed loss and its gradient.
+    loss: from logits [N, vocabulary] of some rows, which it may overwrite, their summed loss and its gradient.
     """
 
     @staticmethod
@@ -142,7 +129,7 @@ class _Chunked(Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.mT @ hidden[rows]
+                add_product(grad_weight, grad.mT, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import causal_conv1d, delta_rule, linear_attention, short_conv, softmax_attention
+from lasp.kernels.fenwick import FenwickState
+from lasp.kernels.log_linear_step import FenwickMemory, go_on
 from lasp.kernels.parts import Parts
 from lasp.models.past import OpsWithPast, Past, Slots
 from lasp.models.sequence import SequenceOps, ShardedSequence
@@ -30,9 +32,10 @@ class Rows:
 class Memory(Past):
     """The past of whole sequences.
 
-    slots: of linear attention or the delta rule the state [B, H, K, V], of a convolution the last inputs
-    [B, width - 1, D], and of softmax attention a list of pairs, keys and values [B, tokens, Hkv, K]: one pair of all
-    rows, or one of each row once their lengths differ; with a window, only what those to come can see.
+    slots: of linear attention or the delta rule the state [B, H, K, V], of the log-linear ones a `FenwickState` or
+    `FenwickMemory`, of a convolution the last inputs [B, width - 1, D], and of softmax attention a list of pairs, keys
+    and values [B, tokens, Hkv, K]: one pair of all rows, or one of each row once their lengths differ; with a window,
+    only what those to come can see.
     tokens: how many tokens have been seen; [B] int64 once rows have come as `Rows`.
 
     It starts empty, with any batch size. Gradients flow through it.
@@ -71,6 +74,8 @@ class Memory(Past):
         def select(slot: Any) -> Any:
             if isinstance(slot, Tensor):
                 return chosen(slot)
+            if isinstance(slot, FenwickState | FenwickMemory):
+                return slot.select(rows)
             if len(slot) > 1:
                 return [slot[row] for row in rows.tolist()]
             return [tuple(chosen(x) for x in pair) for pair in slot]
@@ -116,6 +121,9 @@ class RememberingOps(OpsWithPast):
 
     def _continuing(self, state: Tensor | None) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": True, "cu_seqlens": self._offsets}
+
+    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
+        return go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)  # type: ignore[arg-type]
 
     def softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None

@@ -1,8 +1,9 @@
 """What came before the tokens at hand: the one notion of it that generation and segments of a stream share.
 
 Each op of a layer has a slot, in the order in which the layer calls them. It finds there what it goes on from (nothing,
-at first), and leaves there what goes on from it: the state of linear attention or the delta rule, the last inputs of a
-convolution, keys and values. Gradients flow through it, or are carried by hand (`lasp.models.carried`).
+at first), and leaves there what goes on from it: the state of linear attention or the delta rule (its slots, of the
+log-linear ones), the last inputs of a convolution, keys and values. Gradients flow through it, or are carried by hand
+(`lasp.models.carried`).
 """
 
 from abc import ABC, abstractmethod
@@ -78,6 +79,28 @@ class OpsWithPast(ABC):
             return self._delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
+
+    def log_linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, None]:
+        return self._step(lambda past: self._go_on(past, q, k, v, decay, level_scales, scale=scale)), None
+
+    def log_linear_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        level_scales: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, None]:
+        return self._step(lambda past: self._go_on(past, q, k, v, decay, level_scales, beta, scale=scale)), None
+
+    @abstractmethod
+    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
+        """Log-linear attention, or with a beta behind its inputs the delta rule, and the past for the next call."""
 
     @abstractmethod
     def _continuing(self, state: Tensor | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function, cast
-from lasp.kernels.fused import swiglu
 from lasp.kernels.once import Results, is_kept, once, runs_twice
+from lasp.kernels.swiglu import swiglu, swiglu_and_grad
 
 TILE = 2**28  # numbers in the first product of a tile: 512 MiB in bfloat16, 16,384 tokens with I = 8192
 
@@ -65,6 +65,16 @@ def gated_mlp(x: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
     saved = _Saved()
     inputs = _Inputs.apply(saved, x, gate_up, out)
     return _GatedMLP.apply(saved, Results() if is_kept() else None, *inputs).view(shape)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, total [M, N] being in float32 at least; on GPUs within the product, which is then not rounded."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
 
 
 def in_tiles() -> bool:
@@ -124,10 +134,8 @@ class _GatedMLP(Function):
         d_gate_up, d_out = _Sum(for_gate_up), _Sum(for_out)
         for rows in tiles(*_size(x, gate_up)):
             first = F.linear(x[rows], gate_up) if ctx.kept is None else ctx.kept.take()
-            with torch.enable_grad():
-                act = swiglu(first.requires_grad_())
-            d_out.add(dy[rows], act.detach())
-            (d_first,) = torch.autograd.grad(act, first, dy[rows] @ out)
+            act, d_first = swiglu_and_grad(first, dy[rows] @ out)
+            d_out.add(dy[rows], act)
             d_gate_up.add(d_first, x[rows])
             if dx is not None:
                 torch.mm(d_first, gate_up, out=dx[rows])
@@ -148,11 +156,11 @@ class _Sum:
     def add(self, dy: Tensor, x: Tensor) -> None:
         if not self.wanted:
             return
-        part = dy.mT @ x
         if self._sum is None:
-            self._sum = part
+            self._sum = dy.mT @ x
         else:
-            self._sum = self._sum.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
+            self._sum = self._sum.to(torch.promote_types(x.dtype, torch.float32))
+            add_product(self._sum, dy.mT, x)
 
     def total(self, dtype: torch.dtype) -> Tensor | None:
         return None if self._sum is None else self._sum.to(dtype)

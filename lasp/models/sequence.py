@@ -39,6 +39,22 @@ class SequenceOps(SupportsSum, Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, Tensor | None]: ...
 
+    def log_linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
+    ) -> tuple[Tensor, object]: ...
+
+    def log_linear_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        level_scales: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, object]: ...
+
     def softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
     ) -> Tensor: ...

@@ -92,7 +92,8 @@ def parallelize(
         blocks: list[nn.Module] = [*model.get_submodule("layers").children(), model]
         for block in blocks:
             _add_up(fully_shard(block, mesh=everyone, mp_policy=policy))
-        register_fsdp_forward_method(model, "remember")
+        if hasattr(model, "remember"):
+            register_fsdp_forward_method(model, "remember")
     return model
 
 

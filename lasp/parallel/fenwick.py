@@ -39,10 +39,8 @@ class Fenwick:
         """seen: what every document has had before this sequence."""
 
         def positions(fragment: Fragment) -> tuple[int, int]:
-            if fragment.document == PADDING:
-                return 0, 0
-            before = fragment.position + seen[fragment.document]
-            return before, before + len(fragment)
+            before = position(partition, seen, fragment)
+            return before, before + (0 if fragment.document == PADDING else len(fragment))
 
         before, after = zip(*(positions(unit[0 if backward else -1]) for unit in partition.units), strict=True)
         edge = "ends" if backward else "begins"
@@ -121,6 +119,13 @@ class Fenwick:
                 x = through(factor, slots[source])
                 passed[target] = passed[target] + x if target in passed else x
         return passed
+
+
+def position(partition: Partition, seen: Sequence[int], fragment: Fragment) -> int:
+    """Where a fragment begins in its document, which has had so many tokens before the sequence; 0 for padding."""
+    if fragment.document == PADDING:
+        return 0
+    return fragment.position + seen[fragment.document] - (0 if fragment.document else partition.past)
 
 
 def _bits(n: int) -> list[int]:

@@ -69,7 +69,8 @@ class Fragment:
 class Partition:
     """One batch's tokens, cut into units and fragments, as one rank sees them.
 
-    offsets: where documents start, from 0 to `tokens` (as cu_seqlens). aligned: units of a power-of-two length.
+    offsets: where documents start, from 0 to `tokens` (as cu_seqlens). aligned: units of a power-of-two length, if
+    there are several.
     unit_length: that of every unit, if it is not to be the shortest possible. past: how many tokens of the first
     document came before, where the sequence is a segment of a longer one.
     """
@@ -88,7 +89,7 @@ class Partition:
         self.layout, self.rank, self.offsets, self.past = layout, rank, offsets, past
         self.tokens, self.documents = offsets[-1], len(offsets) - 1
         length = -(-self.tokens // layout.units)
-        self.unit_length = unit_length or (1 << (length - 1).bit_length() if aligned else length)
+        self.unit_length = unit_length or (1 << (length - 1).bit_length() if aligned and layout.units > 1 else length)
         self.owned = layout.owned(rank)
         self.local_tokens = self.unit_length * len(self.owned)
 

@@ -1,117 +1,96 @@
-"""Log-linear attention over the ranks of a sequence (math §4): its functions, and what lies between an op's halves.
+"""Log-linear attention over the ranks of a sequence (math §4): what lies between the two halves of its op.
 
 As for states that are affine maps (`AcrossUnits`), one summary leaves a unit, that of its last fragment, and one thing
 enters it, for its first. But they are slots, and where these go depends on the positions of the fragments.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence as Numbers
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from lasp.kernels import autocast, checks
+from lasp.kernels import checks
 from lasp.kernels.fenwick import FenwickState, resized
-from lasp.kernels.log_linear import check_levels, check_log_linear, check_state, choose_op, seen_by
+from lasp.kernels.log_linear import check_levels, check_state, choose_op, seen_by
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Alone, Boundary, Kept, run
+from lasp.kernels.recurrence import Kept, run
 from lasp.kernels.summary import Summary
-from lasp.parallel import Sequence, comm
+from lasp.parallel import comm
 from lasp.parallel.agreement import gradients, signature
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
-from lasp.parallel.fenwick import Fenwick
+from lasp.parallel.fenwick import Fenwick, position
 from lasp.parallel.layout import PADDING, Partition
 
+if TYPE_CHECKING:
+    from lasp.parallel.sequence import Sequence
 
-def log_linear_attention(
-    sequence: Sequence,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    level_scales: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: FenwickState | None = None,
-    output_final_state: bool = False,
+
+def attend(
+    sequence: "Sequence",
+    method: str,
+    inputs: Callable[[], LogLinearInputs],
+    initial_state: FenwickState | None,
+    output_final_state: bool,
 ) -> tuple[Tensor, FenwickState | None]:
-    """`lasp.kernels.log_linear_attention` over the whole sequence, which must be `aligned`.
-
-    q, k, v, decay, level_scales are this rank's; initial and final state are the same on every rank, and so are their
-    gradients; all rows of a batch have seen as many tokens.
-    """
-    return _run(
-        "log_linear_attention", sequence, q, k, v, decay, level_scales, None, scale, initial_state, output_final_state
-    )
-
-
-def log_linear_delta_rule(
-    sequence: Sequence,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    level_scales: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: FenwickState | None = None,
-    output_final_state: bool = False,
-) -> tuple[Tensor, FenwickState | None]:
-    """`lasp.kernels.log_linear_delta_rule` over the whole sequence, with states as in `log_linear_attention`."""
-    return _run(
-        "log_linear_delta_rule", sequence, q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state
-    )
-
-
-def _run(method, sequence, q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state):
-    q, k, v = autocast.unify(q, k, v)
-    partition: Partition = sequence.partition
+    """The op of a `Sequence`'s method; its inputs are this rank's tokens."""
+    made: list[LogLinearInputs] = []
 
     def check() -> dict:
-        checks.tensor(*(("decay", decay) if method == "log_linear_attention" else ("beta", beta)))
-        check_log_linear(q, k, v, decay, level_scales, beta)
-        sequence._check_tokens(v)
-        check_state(initial_state, v.shape[0] * partition.documents, v, k.shape[-1])
+        made.append(x := inputs())
+        sequence._check_tokens(x.v)
+        sequence._require_past("initial_state", initial_state)
+        check_state(initial_state, sequence._states(x.segments.batch), x)
         _check_units(sequence)
-        seen = seen_by(initial_state, v.shape[0] * partition.documents)
-        same = set(seen) if partition.documents == 1 else {0}
-        checks.require(len(same) <= 1, "initial_state.tokens", sorted(same), "the same number for all rows of a batch")
-        check_levels(level_scales.shape[-1], torch.tensor(_totals(partition, seen), device="cpu"))
+        seen = _seen(sequence, initial_state)
+        check_levels(x.level_scales.shape[-1], torch.tensor(_totals(sequence.partition, seen), device="cpu"))
         slots = None if initial_state is None else initial_state.slots
-        asked = gradients(q, k, v, decay, level_scales, beta, slots) | gradients(slots, of="initial_state")
-        options = {
-            "scale": checks.scale(scale, k.shape[-1]),
-            "output_final_state": bool(output_final_state),
-            "seen": seen,
-        }
-        return signature(q=q, v=v, decay=decay, level_scales=level_scales, beta=beta, slots=slots) | asked | options
+        asked = gradients(*x.tensors.values(), slots) | gradients(slots, of="initial_state")
+        options = x.options | {"output_final_state": bool(output_final_state), "seen": seen}
+        return signature(**x.tensors, slots=slots) | asked | options
 
     sequence._agree(method, check)
-    return _exchanged(sequence, q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state)
+    (x,) = made
+    return _exchanged(sequence, x, initial_state, output_final_state)
 
 
 @torch.compiler.disable  # messages have no place in a graph
-def _exchanged(sequence, q, k, v, decay, level_scales, beta, scale, initial_state, output_final_state):
-    partition, batch = sequence.partition, v.shape[0]
-    local = sequence._local(batch)
-    seen = seen_by(initial_state, batch * partition.documents)
-    before = tuple(f.position + (0 if f.document == PADDING else seen[f.document]) for f in partition.local) * batch
-    given = {"q": q, "k": k, "v": v, "decay": decay, "level_scales": level_scales, "beta": beta}
-    tensors = {name: None if x is None else local.fold(x) for name, x in given.items()}
-    scale = checks.scale(scale, k.shape[-1])
-    x = LogLinearInputs(**tensors, scale=scale, segments=local.segments, seen=before)  # type: ignore[arg-type]
-    boundary: Boundary = AcrossSlots(partition, batch, sequence.parallel.group, seen)
-    if partition.layout.units == 1 and len(partition.local) == partition.documents:
-        boundary = Alone()
-    most = max(_totals(partition, seen)).bit_length()
-    slots = None if initial_state is None else resized(initial_state.slots, most)
-    o, final = run(choose_op(x, "auto"), boundary, x, slots, output_final_state)
-    totals = torch.tensor(_totals(partition, seen) * (batch if partition.documents == 1 else 1), device="cpu")
-    return local.unfold(o), None if final is None else FenwickState(final, totals)
+def _exchanged(
+    sequence: "Sequence", x: LogLinearInputs, initial_state: FenwickState | None, output_final_state: bool
+) -> tuple[Tensor, FenwickState | None]:
+    partition, batch, seen = sequence.partition, x.segments.batch, _seen(sequence, initial_state)
+    local, totals = sequence._local(batch), _totals(partition, seen)
+    before = tuple(position(partition, seen, fragment) for fragment in partition.local) * batch
+    x = x.cut({name: local.fold(tensor) for name, tensor in x.tensors.items()}, local.segments, before)
+    entered, left = sequence._documents_with_states()
+    boundary = sequence._alone() or AcrossSlots(partition, batch, sequence.parallel.group, seen, entered, left)
+    slots = None if initial_state is None else resized(initial_state.slots, max(totals).bit_length())
+    o, final = run(choose_op(x, "auto", boundary.wants_summary), boundary, x, slots, output_final_state)
+    tokens = torch.tensor([totals[document] for document in left] * batch, device="cpu")
+    return local.unfold(o), None if final is None else FenwickState(final, tokens)
 
 
-def _check_units(sequence: Sequence) -> None:
+def _seen(sequence: "Sequence", state: FenwickState | None) -> tuple[int, ...]:
+    """How many tokens every document has had before this sequence."""
+    partition, seen = sequence.partition, [0] * sequence.partition.documents
+    entered, _ = sequence._documents_with_states()
+    if state is not None and len(entered):
+        rows = torch.tensor(seen_by(state, 0), device="cpu").view(-1, len(entered))
+        same = bool((rows == rows[:1]).all())
+        got = state.tokens.tolist()
+        checks.require(same, "initial_state.tokens", got, "the same number for all rows of a batch")
+        for document, tokens in zip(entered, rows[0].tolist(), strict=True):
+            seen[document] = tokens
+    past = partition.past
+    checks.require(past in (0, seen[0]), "initial_state.tokens", seen[0], f"{past}, which came before")
+    return tuple(seen)
+
+
+def _check_units(sequence: "Sequence") -> None:
     partition, exchange = sequence.partition, sequence.parallel.exchange
     checks.require(partition.unit_by_unit, "sequence", "documents that are cut one by one", "a packed stream")
     if partition.layout.units > 1:
@@ -130,13 +109,23 @@ def _totals(partition: Partition, seen: tuple[int, ...]) -> list[int]:
 class AcrossSlots:
     """A `Boundary` (see lasp.kernels.recurrence) for slots, whose segments are the fragments of one rank.
 
-    seen: what every document has had before this sequence.
+    seen: what every document has had before this sequence. entered, left: the documents of which there are initial and
+    final states; the others begin with nothing, and leave nothing.
     """
 
     wants_summary = True
 
-    def __init__(self, partition: Partition, batch: int, group: Group, seen: tuple[int, ...]):
+    def __init__(
+        self,
+        partition: Partition,
+        batch: int,
+        group: Group,
+        seen: tuple[int, ...],
+        entered: Numbers[int],
+        left: Numbers[int],
+    ):
         self.partition, self.group, self.batch = partition, group, batch
+        self.entered, self.left = entered, left
         self.forward, self.backward = (Fenwick.of(partition, seen, backward=back) for back in (False, True))
         self.slots = max(_totals(partition, seen)).bit_length()
 
@@ -181,8 +170,8 @@ class AcrossSlots:
         own = self._of_units(resized(states, self.slots), exits)
         if documents is not None:
             for j, (unit, exit) in enumerate(zip(self.partition.owned, exits, strict=True)):
-                if self._is_closed(side, exit):
-                    start = self._of_document(documents, exit)[None]
+                if self._has_state(side, exit):
+                    start = self._of_document(side, documents, exit)[None]
                     a = None if transition is None else transition[j : j + 1]
                     own[j : j + 1] = side.extend(own[j : j + 1], a, start, [unit])
         return side.pack(own, self.partition.owned)
@@ -200,8 +189,8 @@ class AcrossSlots:
                 states[:, entry, : unit.shape[1]] = unit
         if documents is not None:
             for fragment in range(len(self.partition.local)):
-                if self._is_closed(side, fragment):
-                    states[:, fragment] = self._of_document(documents, fragment)
+                if self._has_state(side, fragment):
+                    states[:, fragment] = self._of_document(side, documents, fragment)
         return states.flatten(0, 1)
 
     def _is_closed(self, side: Fenwick, fragment: int) -> bool:
@@ -209,18 +198,28 @@ class AcrossSlots:
         f = self.partition.local[fragment]
         return f.document != PADDING and (f.ends if side.backward else f.begins)
 
-    def _of_document(self, states: Tensor, fragment: int) -> Tensor:
+    def _documents(self, side: Fenwick) -> Numbers[int]:
+        """Those with a state of their own where they are closed."""
+        return self.left if side.backward else self.entered
+
+    def _has_state(self, side: Fenwick, fragment: int) -> bool:
+        own = self.partition.local[fragment].document in self._documents(side)
+        return own and self._is_closed(side, fragment)
+
+    def _of_document(self, side: Fenwick, states: Tensor, fragment: int) -> Tensor:
         """[B, J, H, K, V]: that of a fragment's document."""
-        document = self.partition.local[fragment].document
-        return resized(states.unflatten(0, (self.batch, -1))[:, document], self.slots)
+        place = self._documents(side).index(self.partition.local[fragment].document)
+        return resized(states.unflatten(0, (self.batch, -1))[:, place], self.slots)
 
     def _of_documents(self, side: Fenwick, states: Tensor) -> Tensor:
-        """[documents, J, ...] on every rank: that of the document's closed fragment, which one rank has.
+        """[B · documents, J, ...] on every rank: those of the closed fragments of documents with a state of their own,
+        which one rank has.
 
         side: where a document's fragment is closed: backward where it ends."""
         states = resized(states, self.slots).unflatten(0, (self.batch, -1))
-        result = states.new_zeros(self.batch, self.partition.documents, *states.shape[2:])
+        documents = self._documents(side)
+        result = states.new_zeros(self.batch, len(documents), *states.shape[2:])
         for i, fragment in enumerate(self.partition.local):
-            if self._is_closed(side, i):
-                result[:, fragment.document] = states[:, i]
+            if self._has_state(side, i):
+                result[:, documents.index(fragment.document)] = states[:, i]
         return comm.all_reduce(result.flatten(0, 1), self.group).wait()

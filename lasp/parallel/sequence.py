@@ -3,6 +3,7 @@
 import zlib
 from array import array
 from collections.abc import Callable
+from collections.abc import Sequence as Numbers
 from functools import cached_property, partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.conv import check_conv, check_parts, convolve
+from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.lasting import lasting
 from lasp.kernels.linear import delta_inputs, linear_inputs, run_op
+from lasp.kernels.log_linear import log_linear_delta_inputs, log_linear_inputs
 from lasp.kernels.parts import Parts, undivided, whole
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.softmax import Mask, check_softmax
-from lasp.parallel import comm
+from lasp.parallel import comm, log_linear
 from lasp.parallel.agreement import agree_on_cpus, gradients, signature
 from lasp.parallel.boundary import AcrossDocuments, AcrossUnits, LocalSegments
 from lasp.parallel.comm import Group
@@ -119,6 +122,42 @@ class Sequence:
         inputs = partial(delta_inputs, q, k, v, beta, decay, scale)
         return self._recurrence("delta_rule", inputs, run_op, AcrossUnits, initial_state, output_final_state)
 
+    def log_linear_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        level_scales: Tensor,
+        *,
+        scale: float | None = None,
+        initial_state: FenwickState | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, FenwickState | None]:
+        """`lasp.kernels.log_linear_attention` over the whole sequence, which must be `aligned` over several ranks.
+
+        States are as in `linear_attention`; all rows of a batch have seen as many tokens.
+        """
+        inputs = partial(log_linear_inputs, q, k, v, decay, level_scales, scale)
+        return log_linear.attend(self, "log_linear_attention", inputs, initial_state, output_final_state)
+
+    def log_linear_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None,
+        level_scales: Tensor,
+        *,
+        scale: float | None = None,
+        initial_state: FenwickState | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, FenwickState | None]:
+        """`lasp.kernels.log_linear_delta_rule` over the whole sequence, as `log_linear_attention`."""
+        inputs = partial(log_linear_delta_inputs, q, k, v, beta, decay, level_scales, scale)
+        return log_linear.attend(self, "log_linear_delta_rule", inputs, initial_state, output_final_state)
+
     def run(
         self,
         op: Op[Any],
@@ -171,7 +210,7 @@ class Sequence:
         """
         q, k, v = autocast.cast(q, k, v)
         self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
-        mask = Mask(checks.scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
+        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -272,12 +311,17 @@ class Sequence:
         return tuple(local.unfold(y) for y in results)
 
     def _boundary(self, batch: int, across: Across) -> Boundary:
-        if self.partition.layout.units == 1 and len(self.partition.local) == self.partition.documents:
-            return Alone()  # and no padding, of which nobody wants a state
+        if (alone := self._alone()) is not None:
+            return alone
         if (batch, across) not in self._boundaries:
             made = across(*self._rows(batch), self.parallel.group, self.parallel.exchange)
             self._boundaries[batch, across] = made
         return self._boundaries[batch, across]
+
+    def _alone(self) -> Boundary | None:
+        """What lies in the place of other ranks if there is nobody to send to."""
+        there = self.partition.layout.units == 1 and len(self.partition.local) == self.partition.documents
+        return Alone() if there else None  # nor padding, of which nobody wants a state
 
     def _rows(self, batch: int) -> tuple[Partition, int]:
         """What a boundary lies in: a partition, and how many rows of it."""
@@ -317,9 +361,13 @@ class Sequence:
 
     def _states(self, batch: int) -> int:
         """How many initial and final states there are."""
-        return batch * self.partition.documents
+        return batch * len(self._documents_with_states()[0])
 
-    def _require_past(self, name: str, tensor: Tensor | None) -> None:
+    def _documents_with_states(self) -> tuple[Numbers[int], Numbers[int]]:
+        """The documents of which there are initial and final states."""
+        return (range(self.partition.documents),) * 2
+
+    def _require_past(self, name: str, past: object | None) -> None:
         """Whether a past may, or has to, be given."""
 
     def _check_softmax(self, q, k, v, scale, causal, window) -> dict:
@@ -327,7 +375,7 @@ class Sequence:
         checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
         self.parallel.softmax.check(q, k, self.partition)
         self._check_tokens(q)
-        options = {"scale": checks.scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
+        options = {"scale": checks.softmax_scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
         return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
 
     def _check_tokens(self, x: Tensor) -> None:

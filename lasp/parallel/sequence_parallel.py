@@ -30,6 +30,8 @@ class SequenceParallel:
             (peer writes; a group of one machine, else "all_gather").
         softmax: how softmax layers work: "auto", "ring", "all_gather" (of keys and values), "ulysses" (heads are
             split instead) or "ulysses_ring" (heads as far as they divide, a ring for the rest).
+        aligned: make the length of all units a power of two, as log-linear attention needs it. One unit alone keeps its
+            own.
         device: where `Sequence.positions` and `Sequence.valid` live; the current GPU for an NCCL group, else the CPU.
 
     Collective: all ranks of the group make it together.
@@ -45,9 +47,11 @@ class SequenceParallel:
         layout: LayoutName = "contiguous",
         state_exchange: ExchangeName = "auto",
         softmax: SoftmaxName = "auto",
+        aligned: bool = False,
         device: torch.device | str | None = None,
     ):
         self.group, self.rank, self.size = group, comm.rank(group), comm.size(group)
+        self.aligned = aligned
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
         self._messages = comm.message_device(group)
 
@@ -55,7 +59,8 @@ class SequenceParallel:
             self.device = self._messages if device is None else torch.device(device)
             checks.choice("state_exchange", state_exchange, EXCHANGES)
             checks.choice("softmax", softmax, STRATEGIES)
-            return {"layout": Layout(layout, self.size), "state_exchange": state_exchange, "softmax": softmax}
+            chosen = {"state_exchange": state_exchange, "softmax": softmax, "aligned": bool(aligned)}
+            return {"layout": Layout(layout, self.size)} | chosen
 
         agree(group, self._messages, check, call="SequenceParallel")
         self.layout = Layout(layout, self.size)
@@ -70,7 +75,7 @@ class SequenceParallel:
             tokens: any length of at least 1, also fewer than there are units.
             cu_seqlens: [N + 1] int32 or int64 offsets of packed documents from 0 to `tokens`; a device tensor is copied
                 to the host, once.
-            aligned: make the units' length a power of two.
+            aligned: of this sequence, if it is not so for all of them.
 
         Raises:
             ValueError: on every rank, if the arguments do not fit or differ between ranks.
@@ -85,7 +90,9 @@ class SequenceParallel:
 
         agree(self.group, self._messages, check, call="sequence")
         offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
-        return Sequence(self, Partition(self.layout, self.rank, offsets, aligned), cu_seqlens is not None)
+        return Sequence(
+            self, Partition(self.layout, self.rank, offsets, aligned or self.aligned), cu_seqlens is not None
+        )
 
     @lasting
     def halo_plan(self, partition: Partition, width: int, device: torch.device) -> HaloPlan:

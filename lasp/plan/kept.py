@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lasp.config import SOFTMAX, ModelConfig
+from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
 from lasp.models.features import feature_dim
 
 CHUNK = 64  # of the delta rule's kernels: T and P have so many columns
@@ -69,7 +69,7 @@ def selective(config: ModelConfig, index: int) -> list[Kept]:
     kept = [Kept("input", width), Kept("out", width), *_operation(config, index)]
     if config.layers[index] == SOFTMAX:
         kept += [Kept("qkv", (heads + 2 * config.kv_heads) * keys)]
-    elif config.mixer == "mamba2":
+    elif config.plain_mixer == "mamba2":
         kept += [Kept("xbc", heads * values + 2 * keys), Kept("dt product", heads), Kept("o", heads * values)]
         kept += [Kept("gate", heads * values)]
     else:
@@ -80,14 +80,12 @@ def selective(config: ModelConfig, index: int) -> list[Kept]:
             "gated_delta_net": [Kept("beta product", heads), Kept("dt product", heads)],
             "kda": [Kept("beta product", heads), Kept("low rank", keys), Kept("dt product", heads * keys)],
             "gla": [Kept("low rank", 16), Kept("decay product", heads * feature_dim(config))],
-        }.get(config.mixer, [])
-        if config.window is not None:
-            products = [
-                Kept("qkv", (heads + 2 * config.kv_heads) * keys),
-                Kept("gate product", heads),
-                Kept("out", width),
-            ]
-            kept += _in_window([*products, *_attention(config)])
+        }.get(config.plain_mixer, [])
+    if config.aligned and config.layers[index] == LINEAR:
+        kept += [Kept("product of scales", heads * LEVELS)]
+    if config.window is not None and config.layers[index] == LINEAR:
+        products = [Kept("qkv", (heads + 2 * config.kv_heads) * keys), Kept("gate product", heads), Kept("out", width)]
+        kept += _in_window([*products, *_attention(config)])
     if not config.has_experts(index):
         return [*kept, Kept("gate_up", 2 * config.intermediate_size)]
     shared = config.num_shared_experts * config.expert_size
@@ -112,11 +110,13 @@ def ends(config: ModelConfig) -> list[Kept]:
 def mixer(config: ModelConfig, index: int) -> list[Kept]:
     if config.layers[index] == SOFTMAX:
         return _softmax(config) + _attention(config)
-    kept = _MIXERS[config.mixer](config) + _operation(config, index)
-    if config.window is None:
-        return kept
-    gated = [Kept("gate", 2 * config.num_heads), Kept("gated", config.num_heads * config.key_dim)]
-    return kept + _in_window([*_softmax(config), *_attention(config), *gated])
+    kept = _MIXERS[config.plain_mixer](config) + _operation(config, index)
+    if config.aligned:
+        kept += _level_scales(config)
+    if config.window is not None:
+        gated = [Kept("gate", 2 * config.num_heads), Kept("gated", config.num_heads * config.key_dim)]
+        kept += _in_window([*_softmax(config), *_attention(config), *gated])
+    return kept
 
 
 def _in_window(kept: list[Kept]) -> list[Kept]:
@@ -135,7 +135,6 @@ def mlp(config: ModelConfig, index: int) -> list[Kept]:
         Kept("sums of scores", 3 + 2 * chosen, "wide"),
         Kept("tokens of experts", chosen * width),
         Kept("gate_up of experts", 2 * chosen * size),
-        Kept("silu of experts", chosen * size, where="eager"),
         Kept("act of experts", chosen * size),
         Kept("outputs of experts", chosen * width),
     ]
@@ -144,7 +143,7 @@ def mlp(config: ModelConfig, index: int) -> list[Kept]:
 
 
 def _gated_mlp(size: int) -> list[Kept]:
-    return [Kept("gate_up", 2 * size), Kept("silu", size, where="eager"), Kept("act", size)]
+    return [Kept("gate_up", 2 * size), Kept("act", size)]
 
 
 def _norm(name: str, numbers: float, rows: float = 1) -> list[Kept]:
@@ -156,6 +155,8 @@ def _operation(config: ModelConfig, index: int) -> list[Kept]:
     heads = config.num_heads
     if config.layers[index] == SOFTMAX:
         return _attention(config)
+    if config.aligned:
+        return []
     if config.mixer in ("delta_net", "gated_delta_net", "kda"):
         gates = Kept("gates of chunks", 4 * heads, "wide", "device")
         return [Kept("T and P of chunks", 2 * CHUNK * heads, where="device"), gates]
@@ -179,7 +180,7 @@ def _output(config: ModelConfig, gate: Gate | None) -> list[Kept]:
 def _delta(config: ModelConfig) -> list[Kept]:
     heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
     channels = 2 * keys + values
-    decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.mixer]
+    decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.plain_mixer]
     return [
         *_short_conv("qkv", channels),
         Kept("activated", channels, where="eager"),
@@ -248,6 +249,12 @@ def _mamba2(config: ModelConfig) -> list[Kept]:
         *_norm("o", values),
         Kept("normed o", values),
     ]
+
+
+def _level_scales(config: ModelConfig) -> list[Kept]:
+    numbers = config.num_heads * LEVELS
+    sums = Kept("sums of scales", numbers, "wide", "eager")
+    return [Kept("product of scales", numbers, where="device"), sums, Kept("scales", numbers, "wide")]
 
 
 def _softmax(config: ModelConfig) -> list[Kept]:

@@ -18,7 +18,7 @@ All gradients are there from the first moment on where a step sees several conte
 import math
 from dataclasses import dataclass
 
-from lasp.config import LINEAR, SOFTMAX, ModelConfig
+from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
 from lasp.models.features import feature_dim
 from lasp.models.loss import CHUNK_TOKENS
 from lasp.models.products import TILE
@@ -27,6 +27,8 @@ from lasp.plan import kept
 from lasp.plan.kept import CHUNK, Dtype, Kept
 from lasp.plan.setting import Job, Setting, sizes
 
+LEAF, NODES = 256, 18  # of log-linear attention: tokens of a leaf, and bytes of a number of its states and gradients
+DELTA_NODES = 0.625  # with the delta rule: bytes of states, transitions and rows for each token, head and K (K + V)
 TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
 GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
 
@@ -103,9 +105,8 @@ def predict(job: Job, setting: Setting) -> Memory:
 
 def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
     """Of a rank's part of the context, and of what of it is in flight."""
-    held = -(-job.context // setting.sequence_parallel)
-    segment = setting.segment_tokens
-    return held, held if segment is None else min(held, -(-segment // setting.sequence_parallel))
+    held, segment = job.model.local_tokens(job.context, setting.sequence_parallel), setting.segment_tokens
+    return held, held if segment is None else min(held, job.model.local_tokens(segment, setting.sequence_parallel))
 
 
 def _parameters(job: Job, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:
@@ -132,25 +133,26 @@ def _fixed(weights: float, moment: float) -> dict[str, float]:
 
 
 def _logits(job: Job) -> float:
-    """Of a chunk of tokens logits and their gradient; the head's gradient in float32, and a part of it."""
+    """Of a chunk of tokens logits, then their gradient; the head's gradient in float32, and at last as its weights."""
     model, dtype = job.model, Dtype(job.half)
     head = model.vocab_size * model.hidden_size
-    return 2 * dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
+    return dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
 
 
 def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
-    """What segments leave to each other: states; and of softmax layers keys and values, their gradients, and what
+    """What segments leave to each other: states; and of softmax attention keys and values, their gradients, and what
     queries saw. States and sums are float32."""
     if setting.segment_tokens is None:
         return {}
     model, half, wide = job.model, job.half, Dtype(job.half).wide
     cuts = -(-job.context // setting.segment_tokens) - 1
-    state = model.num_heads * model.key_dim * model.value_dim
+    state = model.states(job.context) * model.num_heads * feature_dim(model) * model.value_dim
+    attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
     keys = 2 * model.kv_heads * model.key_dim * (half + wide)
     seen = model.num_heads * (model.key_dim * half + wide)
     return {
         "boundary states": float(model.layers.count(LINEAR) * cuts * state * wide),
-        "key/value caches": float(model.layers.count(SOFTMAX) * held * (keys + seen)),
+        "key/value caches": float(attending * held * (keys + seen)),
     }
 
 
@@ -210,6 +212,12 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
     state = dtype.half * keys * values / CHUNK  # of every chunk, for each token and head
     if model.mixer in ("gla", "hgrn2"):
         return gradients + 2 * heads * state + dtype.wide * heads * keys
+    if model.aligned:
+        gradients += heads * 2 * dtype.wide * LEVELS
+        if model.plain_mixer == "gated_delta_net":
+            some = min(heads, max(1, 2**18 // max(1, tokens)))
+            return gradients + some * DELTA_NODES * keys * (keys + values)
+        return gradients + heads * (NODES * keys * values / LEAF + dtype.wide * keys)
     if model.mixer in ("delta_net", "gated_delta_net", "kda"):
         some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))
         rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0

@@ -37,13 +37,15 @@ OPERATIONS = {
     "delta_net": 35.0,
     "gated_delta_net": 35.5,
     "kda": 138.0,
+    "log_linear_mamba2": 145.0,
+    "log_linear_gated_delta_net": 380.0,  # counted, not measured
 }
 
 
 def predict(job: Job, setting: Setting) -> dict[str, float]:
     """Seconds of a step, by what takes them. A data-parallel group sees `accumulated` contexts in it."""
     model, gpu = job.model, job.gpu
-    tokens = job.accumulated * -(-job.context // setting.sequence_parallel)
+    tokens = job.accumulated * model.local_tokens(job.context, setting.sequence_parallel)
     policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
     full = [policy == "full" for policy in policies]
     again = 1 - policies.count("none") / model.num_layers  # of the layers: something of them runs twice

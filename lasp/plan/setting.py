@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from lasp.config import ModelConfig, TrainConfig
+from lasp.config import ModelConfig, TrainConfig, require
 from lasp.models import Decoder
 from lasp.models.moe import Experts
 from lasp.models.recompute import Policy
@@ -46,6 +46,10 @@ class Setting:
 
 
 def job_of(config: TrainConfig, gpu: GPU, gpus: int) -> Job:
+    """Raises ValueError for a model of the user's own code, and for one that such GPUs cannot share."""
+    own = config.model.model_class or config.model.mixer
+    expected = "one of lasp's, of which alone plans are made: choose recompute (none, selective, full) yourself"
+    require(not config.model.is_own, "model", own, expected)
     data_parallel, _ = config.mesh_shape(gpus)
     sharding = f"zero-{config.deepspeed.stage}" if config.engine == "deepspeed" else "fsdp"
     if config.engine == "native" and not config.parallel.fsdp:

@@ -36,6 +36,7 @@ from lasp.training import files, storage
 from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums, require_finite, verify
 from lasp.training.ownership import Lock
 from lasp.training.together import beside, on_rank_0, together
+from lasp.training.zero_files import load_weights
 
 CONFIG_FILE = "config.json"
 
@@ -216,9 +217,7 @@ def load_model(path: str | Path, model: nn.Module, *, on_all_ranks: bool = False
     """
     verify(Path(path), _world() if on_all_ranks else None)
     if _engine(path) == "deepspeed":
-        from lasp.training.deepspeed import load_weights
-
-        model.load_state_dict(load_weights(Path(path)))
+        model.load_state_dict(load_weights(Path(path), read_config(Path(path))["deepspeed"]["stage"]))
         return
     state_dict = {"model": model.state_dict()}
     storage.load(state_dict, path, alone=True)

@@ -27,11 +27,12 @@ from lasp.config import TrainConfig, require
 from lasp.models.decoder import Block
 from lasp.parallel.groups import wait_as_long_as_the_world
 from lasp.training import checkpoint, integrity
-from lasp.training.engine import build_model
+from lasp.training.initial import Build
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from lasp.training.ownership import Lock
 from lasp.training.runtime import World
 from lasp.training.storage import only_data
+from lasp.training.zero_files import saved_classes
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -58,10 +59,10 @@ class DeepSpeedEngine:
 
     model: Any  # DeepSpeed's engine, which is called as the decoder in it
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: World, build: Build):
         deepspeed = _import(world.device)
         self.config, self.world, self.stage = config, world, config.deepspeed.stage
-        model = build_model(config, world.device)
+        model = build(config, world.device)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if self.stage == 3:
             # Weights are gathered a block at a time, as with FSDP, and those that the decoder reads from its children
@@ -113,7 +114,7 @@ class DeepSpeedEngine:
         path = checkpoint.find_resumable(self.config.run_dir, self.config, self._check, self.world.saves)
         if path is None:
             return 0
-        with only_data(path, *_saved_classes()):
+        with only_data(path, *saved_classes()):
             loaded, state = self.model.load_checkpoint(path.parent, tag=path.name)
         require(loaded is not None, f"checkpoint {path}", "nothing that DeepSpeed could load", "a complete one")
         return state["step"]
@@ -143,23 +144,12 @@ class DeepSpeedEngine:
         fits = self.stage == 0 or parts == self.world.size
         require(fits, f"checkpoint {path}", f"one of {parts} ranks", f"one of {self.world.size}, as the world has")
         for file in (*self._parts(path), *_whole_parts(path)):  # before DeepSpeed's own messages, so that all refuse it
-            with only_data(path, *_saved_classes()):
+            with only_data(path, *saved_classes()):
                 torch.load(file, map_location="cpu", mmap=True)
 
     def _parts(self, directory: Path) -> Iterable[Path]:
         """The files that this rank alone writes and reads."""
         return directory.glob(f"*pp_rank_{self.world.rank}_*")
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A checkpoint's whole weights by name, float32, put together on this process."""
-    if checkpoint.read_config(path)["deepspeed"]["stage"] == 0:
-        with only_data(path):
-            return torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with only_data(path, *_saved_classes()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
 
 
 def _own_share(name: str, weight: Any, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -182,15 +172,6 @@ def _own_share(name: str, weight: Any, keys: Iterable[str]) -> Iterator[tuple[st
 def _whole_parts(directory: Path) -> Iterable[Path]:
     """The file that rank 0 writes and all ranks read; none in stage 3."""
     return directory.glob("mp_rank_*")
-
-
-def _saved_classes() -> tuple[type, ...]:
-    """Those of DeepSpeed whose instances it saves beside tensors; they hold numbers."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return LossScaler, ZeroStageEnum, fragment_address
 
 
 def _import(device: torch.device) -> Any:

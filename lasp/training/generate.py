@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lasp.config import ModelConfig, require
 from lasp.data import load_tokenizer
-from lasp.models import Decoder, Memory
+from lasp.models import Decoder, Memory, make_model
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.paths import tokenizer_of
@@ -34,7 +34,9 @@ def generate(
     require(len(prompt_ids) >= 1, "prompt", prompt, "at least one token")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Decoder(ModelConfig(**config["model"])).to(device, getattr(torch, config["dtype"]))
+    model = make_model(ModelConfig(**config["model"])).to(device, getattr(torch, config["dtype"]))
+    own = config["model"].get("model_class")
+    require(isinstance(model, Decoder), "model_class", own, "a class derived from lasp.models.Decoder, for its memory")
     checkpoint.load_model(path, model)
     generator = torch.Generator(device).manual_seed(seed)
     memory, incoming = Memory(), torch.from_numpy(prompt_ids).to(device, torch.int64)
@@ -42,7 +44,7 @@ def generate(
     printed = 0
     for _ in range(tokens):
         logits = advance(model, incoming, memory)
-        incoming = choose(logits, temperature=temperature, top_p=top_p, generator=generator)
+        incoming = choose(logits[: tokenizer.vocab_size], temperature=temperature, top_p=top_p, generator=generator)
         if (token := int(incoming)) == tokenizer.eod:
             break
         ids.append(token)

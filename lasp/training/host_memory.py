@@ -20,12 +20,12 @@ CONTROL_GROUPS = (  # of version 2 and 1: their limit, what is used, and what of
 def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks: int, dtype: torch.dtype) -> int:
     """What waits on each rank, at most, in one step on a context of so many tokens.
 
-    A state for each linear layer and cut between segments; for each softmax layer the keys and values of this rank's
+    States for each linear layer and cut between segments; for each softmax layer the keys and values of this rank's
     tokens, their gradients, and what its queries saw. Tails of convolutions, a few percent of the states, do not count.
     """
     narrow, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     cuts = -(-tokens // segment_tokens) - 1
-    state = model.num_heads * model.key_dim * model.value_dim * wide
+    state = model.states(tokens) * model.num_heads * model.key_dim * model.value_dim * wide
     keys = 2 * model.kv_heads * model.key_dim * (narrow + wide)
     seen = model.num_heads * (model.key_dim * narrow + wide)
     return model.layers.count(LINEAR) * cuts * state + model.layers.count(SOFTMAX) * -(-tokens // ranks) * (keys + seen)

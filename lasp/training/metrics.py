@@ -1,4 +1,5 @@
-"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard events, all from rank 0.
+"""What a run reports while it trains, all from rank 0: a progress bar, or lines where there is no terminal,
+metrics.jsonl, TensorBoard events, and Weights & Biases if asked for.
 
 metrics.jsonl is only ever appended to: a run that goes on from step s writes {"resumed_from": s}, and records of later
 steps that stand before it no longer count.
@@ -6,7 +7,9 @@ steps that stand before it no longer count.
 
 import json
 import os
+import secrets
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from lasp.config import require
 from lasp.plan.gpus import of_name
 
 METRICS_FILE = "metrics.jsonl"
@@ -73,8 +77,19 @@ def _parse(line: str) -> dict[str, Any] | None:
 class Metrics:
     """A run's reports; a context manager. On every rank but 0 it stays silent."""
 
-    def __init__(self, run_dir: str | Path, *, first_step: int, steps: int, rank: int) -> None:
-        self.silent = rank != 0
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        first_step: int,
+        steps: int,
+        rank: int,
+        log_every: int = 10,
+        wandb: str | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """log_every: steps between lines, without a terminal. wandb: a project, whose run gets the settings."""
+        self.silent, self.steps, self.log_every = rank != 0, steps, log_every
         if self.silent:
             return
         path = Path(run_dir)
@@ -96,15 +111,20 @@ class Metrics:
         )
         self.progress = Progress(*columns)
         self.bar = self.progress.add_task("training", total=steps, completed=first_step, loss=float("nan"), rate=0.0)
-        self.progress.start()
+        if self.progress.console.is_terminal:
+            self.progress.start()
+        self.wandb = None if wandb is None else _open_wandb(wandb, path, settings)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.silent:
-            self.progress.stop()
+            if self.progress.live.is_started:
+                self.progress.stop()
             self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if kind is None else 1)
             self.file.close()
 
     def log(self, step: int, **values: float) -> None:
@@ -114,8 +134,12 @@ class Metrics:
         self._append({"step": step, **values})
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log({"step": step, **values})
         if "loss" in values:
             self.progress.update(self.bar, completed=step, loss=values["loss"], rate=values["tokens_per_second"])
+            if not self.progress.console.is_terminal and (step % self.log_every == 0 or step == self.steps):
+                self.say(_line(step, self.steps, values))
 
     def note(self, step: int, **facts: object) -> None:
         """Records facts about a step that are no curves."""
@@ -129,4 +153,32 @@ class Metrics:
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if not self.silent:
-            self.progress.console.print(text)
+            self.progress.console.print(text, soft_wrap=True)
+
+
+def require_wandb(project: str | None) -> None:
+    """Raises ValueError if it is wanted and not installed."""
+    there = project is None or find_spec("wandb") is not None
+    require(there, "wandb", project, "it installed (lasp's extra: pip install 'lasp-sp[wandb]')")
+
+
+def _open_wandb(project: str, run_dir: Path, settings: dict[str, Any] | None) -> Any:
+    """The run of this directory, the same whenever it goes on."""
+    import wandb
+
+    known = run_dir / "wandb-id"
+    if not known.exists():
+        known.write_text(secrets.token_hex(8))
+    name = run_dir.resolve().name
+    run = wandb.init(
+        project=project, name=name, id=known.read_text(), resume="allow", dir=str(run_dir), config=settings
+    )
+    run.define_metric("*", step_metric="step")  # steps that are taken again after a stop are written again
+    return run
+
+
+def _line(step: int, steps: int, values: dict[str, float]) -> str:
+    told = [f"step {step}/{steps}: loss {values['loss']:.4f}", f"{values['tokens_per_second']:,.0f} tokens/s"]
+    for name, format_ in (("grad_norm", "gradient norm {:.3g}"), ("lr", "lr {:.3g}"), ("memory", "{:.2f} GiB")):
+        told += [format_.format(values[name])] if name in values else []
+    return ", ".join(told)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lasp.data import Numbered
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.training.together import together
@@ -44,19 +45,19 @@ def all_finite(value: float, group: Group) -> bool:
     return comm.all_reduce(odd, group).wait().item() == 0
 
 
-def find_nonfinite(model: nn.Module, rounds: Iterable[tuple[list[int], Callable[[], float]]], group: Group) -> str:
+def find_nonfinite(model: nn.Module, rounds: Iterable[tuple[list[Numbered], Callable[[], float]]], group: Group) -> str:
     """Computes gradients again, some contexts at a time, and tells where what is not finite comes from. Collective.
 
-    rounds: the contexts' numbers, and what gives their loss and leaves each rank's part of the gradient in the model.
+    rounds: the contexts, and what gives their loss and leaves each rank's part of the gradient in the model.
     """
-    for numbers, compute in rounds:
+    for contexts, compute in rounds:
         model.zero_grad()
         loss = compute()
         found = together(group, lambda: _first_nonfinite_gradient(model))
         model.zero_grad()
         ranks = [rank for rank, place in enumerate(found) if place is not None]
         if ranks or not math.isfinite(loss):
-            told = f"computed again, {name_contexts(numbers)} gave loss {loss}"
+            told = f"computed again, {name_contexts(contexts)} gave loss {loss}"
             if ranks:
                 _, name = min(place for place in found if place is not None)
                 told += f" and a gradient that is first not finite in {name}, on rank {', '.join(map(str, ranks))}"
@@ -64,8 +65,15 @@ def find_nonfinite(model: nn.Module, rounds: Iterable[tuple[list[int], Callable[
     return "computed again, loss and gradients of each context were finite on every rank"
 
 
-def name_contexts(numbers: list[int]) -> str:
-    return f"context {numbers[0]}" if len(numbers) == 1 else f"contexts {numbers[0]} to {numbers[-1]}"
+def name_contexts(contexts: list[Numbered]) -> str:
+    """Their numbers, and their corpora if there are several; those of each follow one another."""
+    numbers: dict[str | None, list[int]] = {}
+    for context in contexts:
+        numbers.setdefault(context.corpus, []).append(context.number)
+    return " and ".join(
+        (f"context {of[0]}" if len(of) == 1 else f"contexts {of[0]} to {of[-1]}") + (f" of {corpus}" if corpus else "")
+        for corpus, of in numbers.items()
+    )
 
 
 def require_same_replicas(model: nn.Module, group: Group) -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lasp.config import TrainConfig
-from lasp.data.tokenizer import BYTE
+from lasp.config import TrainConfig, require
+from lasp.data.tokenizer import BYTE, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # in a Hugging Face directory
@@ -16,14 +16,25 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jin
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The same run, whatever the working directory will be."""
     data, initial = config.data, config.initial_weights
-    files = {name: os.path.abspath(getattr(data, name)) for name in ("train", "valid")}
+    train = os.path.abspath(data.train) if isinstance(data.train, str) else tuple(map(os.path.abspath, data.train))
     tokenizer = BYTE if data.tokenizer == BYTE else os.path.abspath(data.tokenizer)
     return replace(
         config,
         run_dir=os.path.abspath(config.run_dir),
-        data=replace(data, tokenizer=tokenizer, **files),
+        data=replace(data, tokenizer=tokenizer, train=train, valid=os.path.abspath(data.valid)),
         initial_weights=None if initial is None else os.path.abspath(initial),
     )
+
+
+def with_vocabulary(config: TrainConfig) -> TrainConfig:
+    """The same run, its model with as many ids as its tokenizer has if the number was left open.
+
+    Raises FileNotFoundError if the tokenizer is not there, ValueError if it has more ids than the model.
+    """
+    needed, model = load_tokenizer(config.data.tokenizer).vocab_size, config.model
+    size = model.vocab_size or needed
+    require(size >= needed, "vocab_size", size, f"at least the tokenizer's {needed}; 0 for just so many")
+    return replace(config, model=replace(model, vocab_size=size))
 
 
 def keep_tokenizer(config: TrainConfig) -> None:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig, TrainConfig, require
+from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig, TrainConfig, from_dict, require
 from lasp.models import PRESETS
 from lasp.plan import Job, Plan, Setting, advice, best, job_of, named, of_device, plan, recomputation, report
 from lasp.plan.gpus import GIB, GPU
 from lasp.plan.search import options, smaller
 from lasp.training import checkpoint
+from lasp.training.paths import with_vocabulary
 from lasp.training.recipes import RECIPES
 from lasp.training.runtime import World
 from lasp.training.together import together
@@ -96,6 +97,8 @@ def _read(source: str, gpu: GPU, asked: Asked) -> tuple[Job, Wishes]:
         return Job(model=model, context=asked.context or 0, gpu=gpu, gpus=asked.gpus or 1), Wishes()
     if name in RECIPES:
         config = RECIPES[name]()
+        if config.model.vocab_size == 0:
+            config = with_vocabulary(config)
     else:
         known = ", ".join([*PRESETS, *RECIPES])
         require(Path(source).is_dir(), "model", source, f"a run's directory, or one of {known}")
@@ -126,8 +129,8 @@ def _saved(run_dir: str) -> TrainConfig:
     """The settings of a run's last checkpoint, as far as a plan asks for them."""
     saved = checkpoint.read_config(checkpoint.require_latest(run_dir))
     nested = {"model": ModelConfig, "parallel": ParallelConfig, "data": DataConfig, "deepspeed": DeepSpeedConfig}
-    values = {name: make(**saved[name]) for name, make in nested.items() if name in saved}
-    known = {field.name for field in fields(TrainConfig)} - {*nested, "optimizer", "allow_changed"}
+    values = {name: from_dict(make, saved[name]) for name, make in nested.items() if name in saved}
+    known = {field.name for field in fields(TrainConfig)} - {*nested, "optimizer", "allow_changed", "curriculum"}
     return TrainConfig(**values, **{name: saved[name] for name in known & saved.keys()})
 
 
@@ -151,6 +154,8 @@ def explained_memory(config: TrainConfig, world: World) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        if config.model.is_own:
+            raise
         raise torch.OutOfMemoryError(out_of_memory(config, world, of_device(world.device), str(error))) from error
 
 

@@ -11,7 +11,7 @@ def quickstart() -> TrainConfig:
     """A small hybrid Linear-Llama on bytes, 8192 tokens split over all ranks: minutes on 2 CPU cores."""
     return TrainConfig(
         model=ModelConfig(
-            vocab_size=257, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=384, mixer="gated_delta_net"
+            vocab_size=0, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=384, mixer="gated_delta_net"
         ),
         data=DataConfig(train="runs/data/stdlib_train", valid="runs/data/stdlib_valid", eval_contexts=8),
         run_dir="runs/quickstart",

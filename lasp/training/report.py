@@ -20,7 +20,7 @@ class Report:
 
     step: int
     valid_loss: float
-    bigram_loss: float | None  # None for vocabularies too large for a table of bigrams
+    bigram_loss: float | None  # None for several corpora, and for vocabularies too large for a table of bigrams
     picture: Path
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def draw(
 
 
 def _bigram_loss(config: dict[str, Any]) -> float | None:
-    if config["model"]["vocab_size"] > MAX_VOCAB:
+    if config["model"]["vocab_size"] > MAX_VOCAB or not isinstance(config["data"]["train"], str):
         return None
     data, length = config["data"], config["context_length"]
     options: dict[str, Any] = {"seed": 0, "shuffle": False, "vocab_size": config["model"]["vocab_size"]}

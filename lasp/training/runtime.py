@@ -4,8 +4,9 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lasp.config import ParallelConfig, TrainConfig, require
+from lasp.config import ModelConfig, ParallelConfig, TrainConfig, require
 from lasp.parallel import SequenceParallel
 from lasp.parallel.groups import leave, make_cpu_group, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
@@ -59,13 +60,14 @@ class World:
     doing: str = "its start"
 
 
-def sequence_parallel(config: ParallelConfig, world: World) -> SequenceParallel:
-    """This rank's part in its group of those that share a context."""
+def sequence_parallel(config: ParallelConfig, model: ModelConfig, world: World) -> SequenceParallel:
+    """This rank's part in its group of those that share a context of the model's."""
     return SequenceParallel(
         world.mesh["sp"].get_group(),
         layout=config.layout,
         state_exchange=config.state_exchange,
         softmax=config.softmax,
+        aligned=model.aligned,
         device=world.device,
     )
 
@@ -83,6 +85,8 @@ def join_world(config: Joining) -> Iterator[World]:
     size = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", 1))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)), local_size)
+    if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does: the host has little to compute
     if not exists:
         if device.type == "cuda" and (run_dir := getattr(config, "run_dir", None)) is not None:
             _record_flights(run_dir)
@@ -104,6 +108,9 @@ def join_world(config: Joining) -> Iterator[World]:
         yield world
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")
+        run_dir = getattr(config, "run_dir", None)
+        if run_dir is not None and isinstance(error, Exception):
+            _keep_traceback(error, run_dir, rank)
         if not exists:
             dist.destroy_process_group()  # the others may never come
         raise
@@ -128,6 +135,14 @@ def ranks_folder(run_dir: str | Path) -> Path:
     folder = Path(run_dir) / "ranks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _keep_traceback(error: BaseException, run_dir: str, rank: int) -> None:
+    """In a file, for what is said of an error takes a line."""
+    with suppress(OSError):
+        file = ranks_folder(run_dir) / f"traceback-{rank}.txt"
+        file.write_text("".join(traceback.format_exception(error)))
+        error.add_note(f"(traceback: {file})")
 
 
 def _record_flights(run_dir: str) -> None:

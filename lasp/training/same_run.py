@@ -41,6 +41,9 @@ MAY_CHANGE = (
     "skip_nonfinite",
     "compare_replicas_every",
     "allow_changed",
+    "log_every",
+    "profile",
+    "wandb",
 )
 PART_OF_A_CHECKPOINT = ("model", "optimizer.betas", "optimizer.weight_decay")  # which no permission would change
 
@@ -77,9 +80,18 @@ def require_same_on_ranks(settings_of_ranks: list[dict[str, Any]]) -> None:
         raise ValueError(f"{'; '.join(told)}; expected the same on every rank")
 
 
-def record(tokens: int, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint keeps beside its settings: how far in the stream of tokens the run is, and whose tokens."""
-    return {RECORD: {"tokens": tokens, "fingerprints": fingerprints}}
+def record(tokens: int, fingerprints: dict[str, str], positions: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps beside its settings: how far in the stream of tokens the run is, and whose tokens.
+
+    positions: how far it is in each corpus, by its fingerprint; in the one that there is, if None.
+    """
+    return {RECORD: {"tokens": tokens, "fingerprints": fingerprints} | ({"positions": positions} if positions else {})}
+
+
+def positions_seen(saved: dict[str, Any]) -> dict[str, int]:
+    """How far in each corpus, by its fingerprint, a checkpoint of this configuration and record is."""
+    trained = saved[RECORD]
+    return trained.get("positions", {trained["fingerprints"]["data.train"]: trained["tokens"]})
 
 
 def tokens_seen(
@@ -104,6 +116,7 @@ def tokens_seen(
         f"{name}: got {current.get(name)!r}, expected {old.get(name)!r}"
         for name in {**old, **current}
         if old.get(name) != current.get(name)
+        and (name in old or current[name])  # not a new field that is not used
         and (any(_covers(one, name) for one in fixed) or not any(_covers(one, name) for one in free))
     ]
     if told:

@@ -10,35 +10,48 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from lasp.config import TrainConfig, require
-from lasp.data import Context, PackedContexts, load_tokenizer
+from lasp.data import Context, Mixture, Numbered, PackedContexts
 from lasp.models import count_active_parameters, count_parameters, flops_per_token
 from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
 from lasp.training.batches import Batch, read_batches, read_streams, share
-from lasp.training.engine import Build, Engine, build_model, make_engine
+from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.host_memory import require_host_memory
-from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops
+from lasp.training.initial import Build, build_model
+from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, require_wandb
+from lasp.training.native import NativeEngine
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
-from lasp.training.paths import keep_tokenizer, with_absolute_paths
+from lasp.training.paths import keep_tokenizer, with_absolute_paths, with_vocabulary
 from lasp.training.planning import explained_memory, settled
+from lasp.training.profile import profiling
 from lasp.training.runtime import World, join_world, sequence_parallel
-from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
+from lasp.training.same_run import (
+    positions_seen,
+    record,
+    require_same_on_ranks,
+    settings,
+    tokenizer_fingerprint,
+    tokens_seen,
+)
 from lasp.training.starts import keep_start
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.streaming import Segments, StreamedBatch
 from lasp.training.together import together
+from lasp.training.usage import GIB, describe_memory, memory_by_part, peak_memory
 
 
 def train(config: TrainConfig, build: Build = build_model) -> float:
@@ -60,18 +73,22 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
         heartbeat(config.run_dir, world),
         waits.measured(),
     ):
+        given = config
+        config = together(dist.group.WORLD, lambda: with_vocabulary(given))[world.rank]
+        together(dist.group.WORLD, lambda: require_wandb(given.wandb))
         together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
         config = settled(config, world)
         torch.manual_seed(config.seed)
         engine = make_engine(config, world, build)
-        sp = sequence_parallel(config.parallel, world)
+        sp = sequence_parallel(config.parallel, config.model, world)
         segments = Segments.of(config)
         first_step = engine.restore()
-        seen = position(config, fingerprints) if first_step else 0
+        if first_step:
+            go_on(training, config, fingerprints)
 
         tokens_per_step = config.batch_contexts * config.context_length
-        flops, peak = flops_per_token(config.model, config.context_length), peak_flops(world.device, config.dtype)
+        peak = None if config.model.is_own else peak_flops(world.device, config.dtype)
         if first_step >= config.steps:
             valid_loss = evaluate(engine.model, held_out, sp, world, segments)
             say_finished(config, world, first_step, valid_loss)
@@ -80,19 +97,29 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
             keep_tokenizer(config)
             keep_start(config, world.size)
         spikes, skipped = Spikes(), 0
-        metrics = Metrics(config.run_dir, first_step=first_step, steps=config.steps, rank=world.rank)
-        with metrics, stop_signals() as told, finishing_saves(engine):
+        metrics = Metrics(
+            config.run_dir,
+            first_step=first_step,
+            steps=config.steps,
+            rank=world.rank,
+            log_every=config.log_every,
+            wandb=config.wandb,
+            settings=asdict(config),
+        )
+        profiled = profiling(config.run_dir, world.rank, engine.model, config.profile)
+        with metrics, stop_signals() as told, finishing_saves(engine), profiled as after_step:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
                 start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
-                numbers = list(range(seen, seen + config.batch_contexts))
-                contexts = [training[i] for i in numbers]
+                length = config.context_length_at(step)
+                contexts = training.take(config.batch_contexts, length)
                 with explained_memory(config, world):
-                    loss = compute_gradients(engine, contexts, sp, world, segments)
-                    grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
-                taken, seen = step + 1, seen + config.batch_contexts
+                    loss = compute_gradients(engine, [each.context for each in contexts], sp, world, segments)
+                    with record_function("optimizer"):
+                        grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
+                taken = step + 1
                 values = {"lr": lr}
                 if math.isfinite(grad_norm):
                     skipped = 0
@@ -100,21 +127,34 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
                     if config.model.num_experts:
                         values |= balance_experts(engine.model, all_ranks)
                     if (median := spikes.median_if_spike(loss)) is not None:
+                        numbers = [
+                            each.number if each.corpus is None else [each.corpus, each.number] for each in contexts
+                        ]
                         metrics.note(taken, spike=loss, median=median, contexts=numbers)
-                        metrics.say(f"step {taken}, {name_contexts(numbers)}: loss {loss:.4f}, the median {median:.4f}")
+                        told_of = name_contexts(contexts)
+                        metrics.say(f"step {taken}, {told_of}: loss {loss:.4f}, the median {median:.4f}")
                 else:
-                    story = tell_nonfinite(config, engine, loss, grad_norm, numbers, contexts, sp, world, segments)
+                    story = tell_nonfinite(config, engine, loss, grad_norm, contexts, sp, world, segments)
                     if skipped == config.skip_nonfinite:
                         raise FloatingPointError(f"step {taken}, {story}")
                     skipped += 1
                     values["skipped"] = skipped
                     metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
                 values |= who_is_slow(world)
+                values["memory"] = peak_memory(world.device) / GIB
                 tokens_per_second = tokens_per_step / (time.perf_counter() - start)
                 values["tokens_per_second"] = tokens_per_second
                 if peak is not None:
+                    flops = flops_per_token(config.model, length)
                     values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
-                metrics.log(taken, **values, tokens=seen * config.context_length)
+                if config.curriculum:
+                    values["context_length"] = length
+                metrics.log(taken, **values, tokens=training.tokens)
+                if taken == first_step + 1 and isinstance(engine, NativeEngine):
+                    parts = memory_by_part(engine.model, engine.optimizer, world.device)
+                    metrics.note(taken, memory_by_part=parts)
+                    metrics.say(describe_memory(parts))
+                after_step()
 
                 last = taken == config.steps
                 if taken % config.eval_every == 0 or last:
@@ -125,7 +165,7 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
                     require_same_replicas(engine.model, dist.group.WORLD)
                 stopping = told.asked(dist.group.WORLD)
                 if taken % config.checkpoint_every == 0 or last or stopping:
-                    engine.save(taken, lock, record(seen * config.context_length, fingerprints))
+                    engine.save(taken, lock, record(training.tokens, fingerprints, training.positions))
                 if stopping:
                     break
         if last:
@@ -146,46 +186,44 @@ def finishing_saves(engine: Engine) -> Iterator[None]:
     engine.finish_saving()
 
 
-def open_data(config: TrainConfig, world: World) -> tuple[PackedContexts, list[Context], dict[str, str]]:
+def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[Context], dict[str, str]]:
     """The training contexts without end, the held-out ones of every evaluation (the file's first, unshuffled), and
     fingerprints of the files, which are the same on every rank."""
     data, length, seed, vocab_size = config.data, config.context_length, config.seed, config.model.vocab_size
-    opened: list[PackedContexts] = []
+    opened: list[tuple[Mixture, PackedContexts]] = []
 
     def read() -> dict[str, str]:
-        needed = load_tokenizer(data.tokenizer).vocab_size
-        require(vocab_size >= needed, "vocab_size", vocab_size, f"at least the tokenizer's {needed}")
-        training = PackedContexts(data.train, length, seed=seed, vocab_size=vocab_size)
+        training = Mixture(data.corpora, length, seed=seed, vocab_size=vocab_size)
         held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
         wanted, there = data.eval_contexts, held_out.num_contexts
         require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {data.valid} holds")
         labelled = any(held_out[i].count_labels() for i in range(wanted))
         require(labelled, "eval_contexts", wanted, f"more: the first {wanted} contexts of {data.valid} have no label")
-        opened.extend([training, held_out])
+        opened.append((training, held_out))
         return {
-            "data.train": training.file.fingerprint(vocab_size),
+            "data.train": training.fingerprint,
             "data.valid": held_out.file.fingerprint(vocab_size),
             "data.tokenizer": tokenizer_fingerprint(data.tokenizer),
         }
 
     fingerprints = together(dist.group.WORLD, read)
     require_same_on_ranks(fingerprints)
-    training, held_out = opened
+    ((training, held_out),) = opened
     return training, [held_out[i] for i in range(data.eval_contexts)], fingerprints[world.rank]
 
 
-def position(config: TrainConfig, fingerprints: dict[str, str]) -> int:
-    """The number of the first context after those that the run's last checkpoint has seen.
+def go_on(training: Mixture, config: TrainConfig, fingerprints: dict[str, str]) -> None:
+    """Goes to the first context after those that the run's last checkpoint has seen.
 
     Raises ValueError on every rank if that is a checkpoint of another run.
     """
 
-    def tokens() -> int:
+    def position() -> tuple[int, dict[str, int]]:
         path = checkpoint.require_latest(config.run_dir)
-        return tokens_seen(path, checkpoint.read_config(path), settings(config, fingerprints))
+        saved = checkpoint.read_config(path)
+        return tokens_seen(path, saved, settings(config, fingerprints)), positions_seen(saved)
 
-    seen, *_ = together(dist.group.WORLD, tokens)
-    return -(-seen // config.context_length)  # where another context length was permitted, a part of one is left out
+    training.go_on(*together(dist.group.WORLD, position)[0])
 
 
 def compute_gradients(
@@ -195,12 +233,16 @@ def compute_gradients(
     labels = sum(context.count_labels() for context in contexts)
     require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in read(share(contexts, world), sp, world, segments):
+    with record_function("read"):
+        batches = read(share(contexts, world), sp, world, segments)
+    for batch in batches:
         if isinstance(batch, StreamedBatch):
             total += batch.backward(engine.model, labels)
             continue
-        loss_sum, _ = engine.model(**batch.inputs(world.device))
-        engine.backward(loss_sum / labels)
+        with record_function("forward"):
+            loss_sum, _ = engine.model(**batch.inputs(world.device))
+        with record_function("backward"):
+            engine.backward(loss_sum / labels)
         total += loss_sum.detach()
     return all_ranks(total).item() / labels
 
@@ -210,22 +252,22 @@ def tell_nonfinite(
     engine: Engine,
     loss: float,
     grad_norm: float,
-    numbers: list[int],
-    contexts: list[Context],
+    contexts: list[Numbered],
     sp: SequenceParallel,
     world: World,
     segments: Segments | None,
 ) -> str:
     """What is not finite in a step that was not taken, and where it comes from; takes the engine's gradients away."""
     what = f"gradient norm: got {grad_norm}" if math.isfinite(loss) else f"loss: got {loss}"
-    story = f"{name_contexts(numbers)}: {what}, expected a finite number"
+    story = f"{name_contexts(contexts)}: {what}, expected a finite number"
     if config.engine == "deepspeed":  # its gradients are not for looking at
         return story
     groups = world.mesh["dp"].size()
+    some = (contexts[i : i + groups] for i in range(0, len(contexts), groups))
     rounds = (
-        (numbers[i : i + groups], partial(compute_gradients, engine, contexts[i : i + groups], sp, world, segments))
-        for i in range(0, len(contexts), groups)
-        if any(context.count_labels() for context in contexts[i : i + groups])
+        (each, partial(compute_gradients, engine, [one.context for one in each], sp, world, segments))
+        for each in some
+        if any(one.context.count_labels() for one in each)
     )
     story += f"; {find_nonfinite(engine.model, rounds, dist.group.WORLD)}"
     if config.model.num_experts:
@@ -242,6 +284,7 @@ def read(
     return read_streams(contexts, sp, world, segments)
 
 
+@record_function("evaluate")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, held_out: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None

@@ -80,7 +80,7 @@ def test_a_run_begins_from_a_llama(config, begun, tmp_path, capsys):
     expected = from_llama(llama, pattern="LN", mixer="retention").state_dict()
     assert_same(weights_of(weights), expected)
 
-    # The options that were printed describe the model, and the run's first loss is that of the weights.
+    # The option that was printed brings the model, and the run's first loss is that of the weights.
     cli.main(["train", "quickstart", *shlex.split(capsys.readouterr().out)])
     assert begun[0].initial_weights == str(weights)
     config = replace(config, model=begun[0].model, initial_weights=str(weights), dtype="float32", steps=1)

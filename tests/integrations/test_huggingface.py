@@ -135,7 +135,7 @@ def test_linear_layers_take_the_llamas_projections(mixer, gen):
         q, k, v = (y.unflatten(-1, (-1, 8)) for y in (q, k, v))
         k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
         block = decoder.layers[layer].mixer
-        if mixer == "mamba2":
+        if "mamba2" in mixer:
             inner, *_ = block.xbc_proj(x).split(block.sizes, dim=-1)
             torch.testing.assert_close(inner.unflatten(-1, (4, 8)), v)
         else:
@@ -145,7 +145,7 @@ def test_linear_layers_take_the_llamas_projections(mixer, gen):
                     assert not torch.allclose(got, expected, atol=0.1)
                 else:
                     torch.testing.assert_close(got, expected)
-        out = block.out_proj if mixer == "mamba2" else block.output.out_proj
+        out = block.out_proj if "mamba2" in mixer else block.output.out_proj
         assert torch.equal(out.weight, weights[f"model.layers.{layer}.self_attn.o_proj.weight"])
     assert logits_of(decoder, tokens_of(gen, 1, 19)).isfinite().all()
 
@@ -180,6 +180,8 @@ def test_a_scaled_rope_does_not_matter_where_nothing_rotates():
 
 
 def test_a_linear_decoder_is_no_llama(gen):
+    with pytest.raises(ValueError, match="mixer: got 'own:Mixer', expected one of lasp's"):
+        llama_shape(transformers.LlamaConfig(), pattern="L", mixer="own:Mixer")
     with pytest.raises(ValueError, match="pattern: got 'LLLN'"):
         to_llama(new_decoder(gen))
     with pytest.raises(ValueError, match="rope_theta: got None, expected a number: a Llama has RoPE"):

@@ -13,7 +13,7 @@ from lasp.integrations.huggingface import CACHE, RecurrentCache, to_huggingface
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 every_model = pytest.mark.parametrize(
-    ("mixer", "pattern"), [("gated_delta_net", "LLLN"), ("mamba2", "LN"), ("gla", "L")]
+    ("mixer", "pattern"), [("gated_delta_net", "LLLN"), ("mamba2", "LN"), ("gla", "L"), ("log_linear_mamba2", "LN")]
 )
 
 

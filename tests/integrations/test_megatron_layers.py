@@ -14,7 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
-from lasp.config import MIXERS
+from lasp.config import LOG_LINEAR, MIXERS
 from lasp.integrations.megatron import LinearCoreAttention, LinearSelfAttention, SoftmaxCoreAttention
 from lasp.integrations.megatron.sequence import context_parallel
 from lasp.integrations.megatron.tensor_parallel import partition_dim
@@ -61,8 +61,13 @@ def share(x: torch.Tensor, dim: int) -> torch.Tensor:
 def test_self_attention_equals_one_rank(gen, four, mixer, packed, sequence_parallel):
     if packed and sequence_parallel:
         pytest.skip("each alone is enough")
+    tokens = TOKENS
+    if mixer.startswith(LOG_LINEAR):
+        tokens = 64  # of which every unit has 16
+        if packed:
+            pytest.skip("is refused: see below")
     batch, params = 1 if packed else 2, packed_params(packed)
-    x, d = (draw(gen, TOKENS, batch, 16) for _ in range(2))
+    x, d = (draw(gen, tokens, batch, 16) for _ in range(2))
     ALONE.enter()
     torch.manual_seed(1)
     whole = LinearSelfAttention(float64(ALONE), 2, mixer, value_head_dim=6, pg_collection=groups())
@@ -82,7 +87,7 @@ def test_self_attention_equals_one_rank(gen, four, mixer, packed, sequence_paral
         for name, parameter in layer.mixer.named_parameters():
             dim = partition_dim(name)
             parameter.copy_(source[name] if dim is None else share(source[name], dim))
-    seq = context_parallel(groups().cp).sequence(TOKENS // MESH.cp, params)
+    seq = context_parallel(groups().cp).sequence(tokens // MESH.cp, params)
     local, d_local = (seq.shard(t, dim=0) for t in (x, d))
     if sequence_parallel:
         local, d_local = share(local, 0), share(d_local, 0)
@@ -102,6 +107,24 @@ def test_self_attention_equals_one_rank(gen, four, mixer, packed, sequence_paral
         torch.testing.assert_close(
             parameter.grad, grad if dim is None else share(grad, dim), rtol=0, atol=TOLERANCE * grad.norm(), msg=name
         )
+
+
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (False, "sequence: got units of 12 tokens, expected a power of two"),
+        (True, "sequence: got documents that are cut"),
+    ],
+)
+def test_levels_need_units_of_a_power_of_two_tokens(gen, four, packed, message):
+    MESH.enter()
+    config = float64(MESH, sequence_parallel=False)
+    layer = LinearSelfAttention(config, 2, "log_linear_mamba2", pg_collection=groups())
+    batch, params = draw(gen, TOKENS // MESH.cp, 1, 16), packed_params(packed)
+    with pytest.raises(ValueError, match=message):
+        layer(batch, packed_seq_params=params)
 
 
 CORES = {"softmax": SoftmaxCoreAttention} | {

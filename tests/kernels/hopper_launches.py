@@ -24,13 +24,17 @@ EVERYWHERE = {  # kernels that Hopper has no others for
     "shared.state_passing._pass_states",
     "shared.matrix_passing._pass_by_matrix",
     "shared.matrix_passing._add_incoming",
-    "delta.ut_transform._ut_transform",
 }
 SHARED_MEMORY = 227 * 1024
-HEADS, SIZE = 16, 128
-CASES = {  # tokens; whose decay is none, one a head or one a token; whether summaries are wanted
-    "linear": [(65536, "none", True), (65536, "constant", False), (65536, "scalar", True)],
-    "delta": [(65536, "scalar", True), (64, "none", False)],  # the second in one tile: nothing comes in or is asked for
+HEADS = 16
+WIDE, SMALL = (16, 128, 128, torch.bfloat16), (8, 64, 64, torch.float16)  # q/k heads, K, V
+CASES = {  # tokens; whose decay is none, one a head or one a token; whether summaries are wanted; heads
+    "linear": [(65536, "none", True, WIDE), (65536, "constant", False, WIDE), (65536, "scalar", True, WIDE)],
+    "delta": [
+        (65536, "scalar", True, WIDE),
+        (64, "none", False, WIDE),  # in one tile: nothing comes in or is asked for
+        (65536, "scalar", True, SMALL),
+    ],
 }
 
 
@@ -91,15 +95,16 @@ def launches(kind: str) -> dict[str, list[Any]]:
 
     JITFunction.warmup = note
 
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for tokens, decay, wanted in CASES[kind]:
+    for tokens, decay, wanted, (q_heads, key_dim, value_dim, dtype) in CASES[kind]:
         shape = {"none": None, "constant": (HEADS,), "scalar": (1, tokens, HEADS)}[decay]
         gates = None if shape is None else empty(*shape, dtype=torch.float32)
-        q, k, v = (empty(1, tokens, HEADS, SIZE) for _ in range(3))
-        beta = empty(1, tokens, HEADS) if kind == "delta" else None
-        x = inputs_of(q, k, v, gates, beta, SIZE**-0.5, Segments(1, tokens, None))
+        q, k = (empty(1, tokens, q_heads, key_dim, dtype=dtype) for _ in range(2))
+        v = empty(1, tokens, HEADS, value_dim, dtype=dtype)
+        beta = empty(1, tokens, HEADS, dtype=dtype) if kind == "delta" else None
+        x = inputs_of(q, k, v, gates, beta, key_dim**-0.5, Segments(1, tokens, None))
         op = {"linear": TritonLinear, "delta": TritonDelta}[kind]()
         launch.run_dry(lambda op=op, x=x, wanted=wanted: dispatch.dry_run(op, x, wanted, backward=True))
     return found
@@ -112,7 +117,7 @@ if __name__ == "__main__":
         facts = {
             "name": name,
             "compiled": len(asm),
-            "multiplies": all("wgmma" in ptx for ptx in asm),
+            "multiplies": all("wgmma" in ptx or "mma.sync" in ptx for ptx in asm),
             "waits": all("griddepcontrol.wait" in ptx for ptx in asm),
         }
         print(json.dumps(facts))

@@ -146,3 +146,15 @@ def refusals():
 def test_bad_input_is_named(message, refused):
     with pytest.raises(ValueError, match=message):
         refused()
+
+
+@pytest.mark.parametrize("shape", [(1, 90, 2), (1, 90, 2, 16)], ids=["scalar", "diagonal"])
+def test_the_gradient_of_gates_that_are_nearly_closed(gen, shape):
+    """It is 1e-22 times as large as what a token reads of itself."""
+    q, k, v, do = (torch.randn(1, 90, 2, 16, generator=gen, dtype=torch.float64) for _ in range(4))
+
+    def gradient(form):
+        gates = torch.full(shape, -50.0, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(form(q, k, v, gates)[0], gates, do)[0]
+
+    assert error(gradient(linear_attention), gradient(recurrent)) < 1e-10

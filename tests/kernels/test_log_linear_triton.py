@@ -1,9 +1,11 @@
 """Triton's log-linear attention, in the interpreter where there is no GPU, against the definition in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from lasp.kernels import log_linear_attention
+from lasp.kernels import log_linear_attention, log_linear_delta_rule
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.reference.log_linear import LogLinearOp
@@ -15,6 +17,7 @@ from tests.parallel.inputs import error
 
 config = pytest.importorskip("lasp.kernels.triton.log_linear.config")
 op = pytest.importorskip("lasp.kernels.triton.log_linear.op")
+delta_op = pytest.importorskip("lasp.kernels.triton.log_linear_delta.op")
 GPU = DEVICE == "cuda"
 CASES = {
     "grouped heads": {"tokens": 45, "batch": 2, "heads": (1, 2)},
@@ -37,8 +40,8 @@ def small(monkeypatch):
     """Chunks, leaves and pieces so small that a few tokens need several of each."""
 
     def chosen(k, v):
-        precision = "ieee" if v.dtype == torch.float32 else "tf32"
-        return config.LogLinearConfig(leaf=32, chunk=16, piece=2, widest=32, stages=1, precision=precision)
+        precision, chunk = "ieee" if v.dtype == torch.float32 else "tf32", 32 if GPU else 16  # see block_of
+        return config.LogLinearConfig(leaf=2 * chunk, chunk=chunk, piece=2, widest=32, stages=1, precision=precision)
 
     monkeypatch.setattr(op, "log_linear_config", chosen)
 
@@ -46,10 +49,13 @@ def small(monkeypatch):
 def errors(gen, drawn: Drawn, dtype) -> dict[str, float]:
     upstream: dict = {}
     rounded = drawn.to(dtype, torch.float32, DEVICE)
-    wanted = results(gen, log_linear_recurrent, rounded.to(torch.float64, torch.float64), upstream, final=True)
+    exact = rounded.to(torch.float64, torch.float64)
+    no_decay = {} if "decay" in drawn.tensors else {"decay": None}
+    wanted = results(gen, partial(log_linear_recurrent, **no_decay), exact, upstream, final=True)
     upstream = {name: x.to(DEVICE, dtype if name == "o" else torch.float32) for name, x in upstream.items()}
-    asked = {"output_final_state": True, "backend": "triton"}
-    got = results(gen, log_linear_attention, rounded, upstream, final=True, **asked)
+    asked = {"output_final_state": True, "backend": "triton"} | no_decay
+    function = log_linear_delta_rule if "beta" in drawn.tensors else log_linear_attention
+    got = results(gen, function, rounded, upstream, final=True, **asked)
     return {name: error(got[name].double().cpu(), wanted[name]) for name in wanted}
 
 
@@ -74,19 +80,21 @@ def test_gates_that_do_nothing_or_close(gen, strength):
 
 
 @pytest.mark.parametrize("seen", [None, [77]], ids=["from the start", "behind others"])
-def test_summaries(gen, seen):
+@pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
+def test_summaries(gen, seen, delta):
     """What others are told of a segment: the same as the reference tells them."""
-    drawn = draw(gen, 45, seen=seen, heads=(1, 1)).to(torch.float32, torch.float32, DEVICE)
+    drawn = draw(gen, 45, seen=seen, heads=(1, 1), delta=delta).to(torch.float32, torch.float32, DEVICE)
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
 
     def told(implementation, tensors):
-        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=Segments(1, 45), seen=tuple(seen or [0]))
+        segments, beta = Segments(1, 45), tensors.get("beta")
+        x = LogLinearInputs(**tensors | {"beta": beta}, scale=0.3, segments=segments, seen=tuple(seen or [0]))
         summary, partial = implementation.summarize(x, True)
         kept = implementation.finish(x, partial, Pending(lambda: None))[2]
         return summary.state, summary.transition, implementation.summarize_grad(x, kept, do.to(x.v.dtype), True)[0]
 
     wanted = told(LogLinearOp(), {name: x.double() for name, x in drawn.tensors.items()})
-    got = told(op.TritonLogLinear(), drawn.tensors)
+    got = told(delta_op.TritonLogLinearDelta() if delta else op.TritonLogLinear(), drawn.tensors)
     assert all(error(a.double(), b) < 2e-6 for a, b in zip(got, wanted, strict=True) if b.abs().max() > 0)
     assert all(a.shape == b.shape for a, b in zip(got, wanted, strict=True))
 
@@ -111,9 +119,45 @@ def test_padding_that_is_longer_than_levels_address_changes_nothing(gen):
     assert all(torch.equal(got[name][:, :8], wanted[name]) for name in wanted)
 
 
-def test_refuses_the_delta_rule(gen):
-    from lasp.kernels import log_linear_delta_rule
+DELTA_CASES = {
+    "grouped heads, in two parts": {"tokens": 70, "batch": 2, "heads": (1, 2)},
+    "initial slots in documents": {
+        "tokens": 160,
+        "offsets": [0, 1, 1, 135, 160],
+        "seen": [7, 12, 130, 64],
+        "heads": (1, 1),
+    },
+}
 
-    drawn = draw(gen, 3, delta=True).to(torch.float32, torch.float32, DEVICE)
-    with pytest.raises(ValueError, match="backend: got 'triton', expected 'auto' or 'reference' for a delta rule"):
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", DELTA_CASES)
+def test_delta_rule_equals_the_definition(gen, case, dtype, monkeypatch):
+    monkeypatch.setattr(delta_op, "AT_ONCE", 140)
+    if case != "initial slots in documents" and dtype == torch.float16 and not GPU:
+        pytest.skip("one case is enough in the interpreter")
+    found = errors(gen, draw(gen, delta=True, **DELTA_CASES[case]), dtype)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    assert max(found.values()) < tolerance, found
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+def test_delta_rule_with_gates_that_close(gen):
+    drawn = draw(gen, 70, delta=True, heads=(1, 1))
+    drawn.tensors["decay"] = -100 * torch.rand(drawn.tensors["decay"].shape, generator=gen).double()
+    found = errors(gen, drawn, torch.float32)
+    assert max(found.values()) < 2e-5, found
+
+
+def test_delta_rule_without_gates(gen):
+    drawn = draw(gen, 70, delta=True, heads=(1, 1))
+    del drawn.tensors["decay"]
+    found = errors(gen, drawn, torch.float32)
+    assert max(found.values()) < 2e-6, found
+
+
+def test_refuses_a_delta_rule_with_large_heads(gen):
+    drawn = draw(gen, 3, delta=True, sizes=(8, 80)).to(torch.float32, torch.float32, DEVICE)
+    expected = "backend: got 'triton', expected 'auto' or 'reference' for a delta rule with heads of 8 and 80 in"
+    with pytest.raises(ValueError, match=expected):
         log_linear_delta_rule(**drawn.tensors, backend="triton")

@@ -9,6 +9,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
+from lasp.kernels.triton.delta import backend
 from lasp.kernels.triton.delta import op as delta
 from lasp.kernels.triton.device import cdiv
 from tests.kernels.boundary import Asked
@@ -142,11 +143,15 @@ def test_packed_documents(gen, whole, decay):
     assert max(found.values()) < EXACT, found
 
 
+@pytest.mark.parametrize(("at_once", "most_rounded"), [(2, 4), (1, 4), (1, 1)], ids=["apart", "summed", "in fp32"])
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
-def test_heads_in_groups_and_in_parts(gen, whole, decay, monkeypatch):
-    monkeypatch.setattr(delta, "HEADS_AT_ONCE", 2)
+def test_heads_in_groups_and_in_parts(gen, whole, decay, at_once, most_rounded, monkeypatch):
+    """Gradients of a group's q and k are summed as its heads come, here one or two at a time."""
+    monkeypatch.setattr(delta, "HEADS_AT_ONCE", at_once)
     monkeypatch.setattr(delta, "TOKENS_AT_ONCE", 0)
-    found = errors(gen, decay, (1, 70, 1, 3, 24, 40))
+    monkeypatch.setattr(backend, "MOST_ROUNDED", most_rounded)
+    monkeypatch.setattr(delta, "multiprocessors", lambda device: 1)
+    found = errors(gen, decay, (1, 70, 2, 6, 24, 40))
     assert max(found.values()) < EXACT, found
 
 

@@ -159,7 +159,9 @@ def test_equals_the_definition(gen, monkeypatch, launched, kind, shape, decay, b
         assert bool((got["ddecay"][g <= -104] == 0).all())
     off, eps = found.pop("ddecay", 0.0), torch.finfo(torch.bfloat16).eps
     assert max(found.values()) < 2 * eps, found
-    if decay == "scalar":
+    if kind == "linear":
+        assert off < (5e-3 if decay == "shut gates" else 3e-3), off
+    elif decay == "scalar":
         own = run(in_pytorch, tensors, do, d_final, cu_seqlens=cu_seqlens)["ddecay"]
         assert off < 2 * error(own.double(), wanted["ddecay"]) + GATE_FLOOR, off
     elif decay == "shut gates":

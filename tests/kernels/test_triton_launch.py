@@ -1,5 +1,7 @@
 """Kernels are compiled before they are needed: the dry run must launch what the call launches."""
 
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,8 @@ from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
 from lasp.kernels.linear import run_op
-from lasp.kernels.recurrence import Alone
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import device, dispatch, launch
 from lasp.kernels.triton.delta import op as delta
@@ -64,6 +67,28 @@ def test_a_dry_run_launches_what_the_call_launches(
     assert launched == real
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
+def test_a_dry_run_of_log_linear_attention(launched: set[tuple], delta: bool, asked: bool):
+    q, k, v = (torch.rand(1, 100, 2, 32, requires_grad=True) for _ in range(3))
+    g, scales = -torch.rand(1, 100, 2).requires_grad_(), torch.rand(1, 100, 2, 9, requires_grad=True)
+    beta, segments = (
+        torch.rand(1, 100, 2, requires_grad=True) if delta else None,
+        Segments(1, 100, torch.tensor([0, 30, 100])),
+    )
+    x = LogLinearInputs(q, k, v, g, scales, beta, scale=1.0, segments=segments, seen=(70, 5))
+    op, _ = dispatch.triton_log_linear_op(x, True, asked)
+    state = torch.zeros(x.state_shape) if asked else None
+    o, final = run(op, Asked() if asked else Alone(), x, state, True)
+    torch.autograd.backward([o, final][: 1 + asked], [torch.ones_like(o), torch.ones_like(final)][: 1 + asked])
+    real = launched.copy()
+    assert len(real) > 4
+
+    launched.clear()
+    launch.run_dry(lambda: dispatch.dry_run(op, x, wants_summary=asked, backward=True))
+    assert launched == real
+
+
 class Large:
     """A kernel that needs so much memory for each of its stages."""
 
@@ -115,8 +140,49 @@ def test_the_gradient_of_gates_fetches_64_kibibytes_ahead_at_most(monkeypatch, b
     partial = torch.empty(blocks, 1, 100, 4, device="meta")
     cut = Segments(1, 100).tiles(64, torch.device("cpu"))
     gates.gate_grads(cut, partial[0], partial, partial, partial[:, :, 0])
-    assert (2 * blocks + 1) * launched["C"] * launched["BH"] * 4 <= 2**16
+    assert (3 * blocks + 1) * launched["C"] * launched["BH"] * 4 <= 2**16
     assert launched["STAGES"] > 1
+
+
+class Loaded:
+    """A kernel compiled with so many stages of some memory, which the GPU is asked for."""
+
+    def __init__(self, memory: int, stages: int):
+        self.memory, self.stages = memory, stages
+
+    @property
+    def run(self) -> None:
+        if self.memory * self.stages > 100:
+            raise OutOfResources(self.memory * self.stages, 100, "shared memory")
+
+
+@pytest.mark.parametrize(("memory", "lacks"), [(30, None), (50, None), (101, "Required: 101, Hardware limit: 100")])
+def test_the_gpu_is_asked_for_memory_before_kernels_are_launched(monkeypatch, memory, lacks):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    class Kernel:
+        @staticmethod
+        def warmup(*args, grid, STAGES):
+            return Loaded(memory, STAGES)
+
+    found = launch.compile_ahead(lambda: launch.launch(Kernel, (1,), STAGES=3))
+    assert (lacks is None and found is None) or lacks in str(found)
+
+
+def test_what_fits_into_no_memory_is_left_to_the_reference_with_one_warning(monkeypatch):
+    x = SimpleNamespace(
+        k=torch.zeros(1, 4, 2, 32), v=torch.zeros(1, 4, 2, 32), causal=True, decay_class=0, tensors={},
+        segments=SimpleNamespace(cu_seqlens=None),
+    )  # fmt: skip
+    monkeypatch.setattr(dispatch, "_ready", {})
+    monkeypatch.setattr(dispatch, "compile_ahead", lambda work: OutOfResources(101, 100, "shared memory"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.warns(UserWarning, match="K = 32, V = 32 in torch.float32: .* Required: 101"):
+        first = dispatch._make_ready(None, x, False)
+    with warnings.catch_warnings(action="error"):
+        assert dispatch._make_ready(None, x, False) == first
+    assert "Required: 101" in first
 
 
 @pytest.mark.parametrize("kernel", [Large(101), Large(50, "threads")])

@@ -51,6 +51,15 @@ def test_a_slurm_job_starts_one_launcher_a_node(commands):
     assert stopped.returncode == 75
 
 
+@pytest.mark.parametrize("name", ["torchrun.sh", "megatron.sh"])
+def test_the_environment_that_is_active_is_used(tmp_path, name):
+    for command in ("lasp", "python"):
+        (tmp_path / command).write_text('#!/bin/sh\necho "$0"\n')
+        (tmp_path / command).chmod(0o755)
+    done = script(name, 2, "quickstart", "--steps", 1, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout == f"{tmp_path}/python\n"
+
+
 @pytest.mark.parametrize("name", ["torchrun.sh", "multinode.sh", "slurm.sh", "deepspeed.sh"])
 def test_missing_arguments_are_explained(name):
     done = script(name)

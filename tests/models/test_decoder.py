@@ -73,7 +73,7 @@ def test_packed_documents_are_separate_sequences(mixer, pattern):
 def test_padding_changes_neither_loss_nor_gradients(mixer, pattern):
     """One rank holds both units of a zigzag layout, which 41 tokens do not fill."""
     model, tokens, labels = decoder(mixer, pattern), random_tokens(2, 41), random_tokens(2, 41)
-    seq = SequenceParallel(None, layout="zigzag").sequence(41)
+    seq = SequenceParallel(None, layout="zigzag").sequence(41, aligned=model.config.aligned)
     assert not seq.valid.all()
     padded, padded_labels = (seq.shard(x).where(seq.valid, 63) for x in (tokens, labels))
     loss, count = model(padded, seq, labels=padded_labels)

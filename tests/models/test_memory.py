@@ -50,6 +50,16 @@ def test_linear_layers_remember_in_constant_space(mixer):
     assert held() == after_prompt > 0
 
 
+@pytest.mark.parametrize("mixer", ["log_linear_mamba2", "log_linear_gated_delta_net"])
+def test_log_linear_layers_remember_a_state_for_each_power_of_two(mixer):
+    model, memory = decoder(mixer, "L"), Memory()
+    with torch.no_grad():
+        for tokens in (100, 1, 26):
+            model(random_tokens(1, tokens), sequence(tokens), memory=memory)
+    for _, state in memory.slots.values():  # behind the convolution's
+        assert state.tokens.tolist() == [127] and state.slots.shape[1] == 7
+
+
 def test_only_whole_sequences_of_one_rank_are_remembered():
     model = decoder("linear", "L")
     packed = sequence(12, torch.tensor([0, 5, 12]))

@@ -18,16 +18,24 @@ EPS = 0.01  # of the norms
 Parameters = dict[str, Tensor]
 
 
-def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
-    """q, k [T, H, K], v [T, H, V], decay [T, H, K], beta [T, H] or None (nothing is erased) -> [T, H, V]."""
-    state, outputs = torch.zeros(H, k.shape[-1], V, dtype=torch.float64), []
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """q, k [T, H, K], v [T, H, V], decay [T, H, K], beta [T, H] or None (nothing is erased), scales [T, H, levels] or
+    None (all levels weigh 1) -> [T, H, V]."""
+    states, outputs = [], []  # a state of every token
     for t in range(T):
-        state = state * decay[t].exp()[..., None]
+        states = [state * decay[t].exp()[..., None] for state in states]
         write = v[t]
         if beta is not None:
-            write = beta[t, :, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
-        state = state + torch.einsum("hk,hv->hkv", k[t], write)
-        outputs.append(torch.einsum("hkv,hk->hv", state, q[t]))
+            erase = torch.einsum("hk,hl,h->hkl", k[t], k[t], beta[t])
+            states = [state - erase @ state for state in states]
+            write = beta[t, :, None] * v[t]
+        states.append(torch.einsum("hk,hv->hkv", k[t], write))
+        read = torch.zeros(H, k.shape[-1], V, dtype=torch.float64)
+        for s, state in enumerate(states):
+            read += state if scales is None else scales[t, :, (t ^ s).bit_length(), None, None] * state
+        outputs.append(torch.einsum("hkv,hk->hv", read, q[t]))
     return torch.stack(outputs)
 
 
@@ -92,21 +100,30 @@ def hgrn2(x: Tensor, p: Parameters) -> Tensor:
     return _finish(o, p)
 
 
-def mamba2(x: Tensor, p: Parameters) -> Tensor:
+def _scales(x: Tensor, p: Parameters) -> Tensor:
+    return (1 + (x @ p["level_scales.proj.weight"].mT + p["level_scales.bias"]).exp()).log().unflatten(-1, (H, -1))
+
+
+def mamba2(x: Tensor, p: Parameters, scales: Tensor | None = None) -> Tensor:
     xbc = F.silu(_conv(x @ p["xbc_proj.weight"].mT, p["conv.weight"]) + p["conv.bias"])
     inner, b, c = xbc.split([H * V, K, K], dim=-1)
     inner = inner.unflatten(-1, (H, V))
     dt = _softplus_gate(x @ p["decay.proj.weight"].mT, p)
     decay = (-p["decay.A_log"].exp() * dt)[..., None].expand(T, H, K)
-    o = _recurrence(c[:, None].expand(T, H, K), b[:, None].expand(T, H, K), inner * dt[..., None], decay)
+    b, c = (y[:, None].expand(T, H, K) for y in (b, c))
+    o = _recurrence(c, b, inner * dt[..., None], decay, scales=scales)
     o = (o + p["D"][:, None] * inner).flatten(1) * F.silu(x @ p["gate_proj.weight"].mT)
     return _norm(o, p["norm.weight"]) @ p["out_proj.weight"].mT
 
 
-def _delta(x: Tensor, p: Parameters, decay: Tensor) -> Tensor:
+def log_linear_mamba2(x: Tensor, p: Parameters) -> Tensor:
+    return mamba2(x, p, _scales(x, p))
+
+
+def _delta(x: Tensor, p: Parameters, decay: Tensor, scales: Tensor | None = None) -> Tensor:
     q, k, v = _heads(F.silu(_conv(x @ p["qkv_proj.weight"].mT, p["conv.weight"])), K, K, V)
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    return _recurrence(q * K**-0.5, k, v, decay, (x @ p["beta_proj.weight"].mT).sigmoid())
+    return _recurrence(q * K**-0.5, k, v, decay, (x @ p["beta_proj.weight"].mT).sigmoid(), scales)
 
 
 def delta_net(x: Tensor, p: Parameters) -> Tensor:
@@ -114,10 +131,14 @@ def delta_net(x: Tensor, p: Parameters) -> Tensor:
     return _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
 
 
-def gated_delta_net(x: Tensor, p: Parameters) -> Tensor:
+def gated_delta_net(x: Tensor, p: Parameters, scales: Tensor | None = None) -> Tensor:
     decay = -p["decay.A_log"].exp() * _softplus_gate(x @ p["decay.proj.weight"].mT, p)
-    o = _delta(x, p, decay[..., None].expand(T, H, K))
+    o = _delta(x, p, decay[..., None].expand(T, H, K), scales)
     return _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
+
+
+def log_linear_gated_delta_net(x: Tensor, p: Parameters) -> Tensor:
+    return gated_delta_net(x, p, _scales(x, p))
 
 
 def kda(x: Tensor, p: Parameters) -> Tensor:
@@ -139,7 +160,20 @@ def softmax(x: Tensor, p: Parameters) -> Tensor:
 
 DEFINITIONS = {
     definition.__name__: definition
-    for definition in (linear, lightning, retention, mamba2, gla, hgrn2, delta_net, gated_delta_net, kda, softmax)
+    for definition in (
+        linear,
+        lightning,
+        retention,
+        mamba2,
+        gla,
+        hgrn2,
+        delta_net,
+        gated_delta_net,
+        kda,
+        log_linear_mamba2,
+        log_linear_gated_delta_net,
+        softmax,
+    )
 }
 
 
@@ -197,3 +231,14 @@ def test_retention_has_positions():
 def test_layers_follow_the_pattern():
     layers = [type(make_mixer(tiny("kda", "LN"), layer)).__name__ for layer in range(4)]
     assert layers == ["DeltaMixer", "SoftmaxMixer"] * 2
+
+
+@pytest.mark.parametrize("plain", ["mamba2", "gated_delta_net"])
+def test_levels_weigh_the_same_where_nothing_is_projected(plain):
+    made, relative = (decoder(name, "L").get_submodule("layers.1.mixer") for name in (f"log_linear_{plain}", plain))
+    torch.nn.init.zeros_(made.level_scales.proj.weight)
+    with torch.no_grad():
+        made.level_scales.init_parameters(None)  # in float64
+    relative.load_state_dict({n: p for n, p in made.state_dict().items() if not n.startswith("level_scales")})
+    x = torch.randn(2, T, 32, dtype=torch.float64)
+    torch.testing.assert_close(made(x, sequence(T)), relative(x, sequence(T)), rtol=1e-10, atol=1e-12)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.parallel import SequenceParallel
-from lasp.parallel.log_linear import log_linear_attention, log_linear_delta_rule
 from tests.kernels.log_linear import Drawn, draw, results
 from tests.parallel.inputs import error, generator
 
@@ -43,8 +42,8 @@ def run(sequence, drawn: Drawn, upstream: dict) -> dict:
     if state is not None:
         state = FenwickState(state.slots.clone().requires_grad_(), state.tokens)
         inputs.append(state.slots)
-    attend = log_linear_delta_rule if "beta" in leaves else log_linear_attention
-    o, final = attend(sequence, **leaves, initial_state=state, output_final_state=True)
+    attend = sequence.log_linear_delta_rule if "beta" in leaves else sequence.log_linear_attention
+    o, final = attend(**leaves, initial_state=state, output_final_state=True)
     grads = torch.autograd.grad([o, final.slots], inputs, [sequence.shard(upstream["o"]), upstream["final"]])
     whole = {"o": sequence.unshard(o.detach()), "final": final.slots.detach()}
     whole |= {f"d{name}": sequence.unshard(grad) for name, grad in zip(leaves, grads, strict=False)}
@@ -73,7 +72,7 @@ def test_bad_input_is_refused_on_every_rank(group: dist.ProcessGroup, gen):
 
     def attend(sequence, **changed):
         tensors = {name: sequence.shard(x) for name, x in (drawn.tensors | changed).items()}
-        return lambda: log_linear_attention(sequence, **tensors)
+        return lambda: sequence.log_linear_attention(**tensors)
 
     sequence = parallel.sequence(41, aligned=True)
     scales, decay = drawn.tensors["level_scales"], drawn.tensors["decay"]

@@ -66,7 +66,7 @@ def of_rank(partition: Partition, drawn: Drawn, upstream: dict, seen: tuple[int,
     before = tuple(f.position + (0 if f.document == PADDING else seen[f.document]) for f in partition.local)
     segments = Segments(1, partition.local_tokens, lengths.cumsum(0))
     x = LogLinearInputs(**({"beta": None} | leaves), scale=0.4, segments=segments, seen=before)
-    boundary = log_linear.AcrossSlots(partition, 1, partition.rank, seen)
+    boundary = log_linear.AcrossSlots(partition, 1, partition.rank, seen, *(range(partition.documents),) * 2)
     as_many = None if slots is None else resized(slots, boundary.slots)
     o, final = run(LogLinearOp(), boundary, x, as_many, True)
     grads = torch.autograd.grad([o, final], inputs, [shard(upstream["o"]), upstream["final"]])

@@ -92,8 +92,9 @@ def mesh():
 def test_training_equals_one_rank(gen, mesh, mixer, layout, exchange, softmax, recompute, packed):
     batches, documents = list(draw_batches(gen)), DOCUMENTS if packed else None
     wanted, wanted_weights = train(build(mixer), SequenceParallel(None), batches, documents, None)
-    world = mesh()
-    parallel = SequenceParallel(world["sp"].get_group(), layout=layout, state_exchange=exchange, softmax=softmax)
+    world, aligned = mesh(), config(mixer).aligned
+    ways = {"layout": layout, "state_exchange": "all_gather" if aligned else exchange, "softmax": softmax}
+    parallel = SequenceParallel(world["sp"].get_group(), aligned=aligned, **ways)
     model = parallelize(build(mixer, recompute), world)
     got, got_weights = train(model, parallel, batches, documents, world)
     assert got == pytest.approx(wanted, rel=TOLERANCE)

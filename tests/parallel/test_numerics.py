@@ -12,8 +12,8 @@ from lasp.models import Decoder
 from lasp.parallel.apply import parallelize
 from lasp.parallel.groups import make_mesh
 from lasp.training import checkpoint
-from lasp.training.engine import NativeEngine
 from lasp.training.metrics import read_metrics
+from lasp.training.native import NativeEngine
 from lasp.training.numerics import all_finite, require_same_replicas
 from lasp.training.train import train
 from tests.parallel import test_training

@@ -75,7 +75,10 @@ def alone(config):
     return losses, sum(right) / len(right)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("contiguous", marks=pytest.mark.ranks(2)), pytest.param("zigzag", marks=pytest.mark.ranks(3))],
+)
 def test_recall_is_trained_and_measured_as_on_one_rank(ranks, config, layout):
     config = replace(config, parallel=replace(config.parallel, layout=layout), run_dir=f"{config.run_dir}-{layout}")
     losses, right = alone(config)

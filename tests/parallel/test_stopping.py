@@ -58,8 +58,9 @@ def require_curve(config, losses, norms):
     assert [record["grad_norm"] for record in steps] == pytest.approx(norms, rel=1e-9)
 
 
-@pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize(
+    "fsdp", [pytest.param(False, marks=pytest.mark.ranks(2)), pytest.param(True, marks=pytest.mark.ranks(4))]
+)
 def test_a_run_goes_on_over_another_split(ranks, config, tell_one_rank, fsdp):
     losses, norms, valid_loss, _ = alone(config)
     first, second = (

@@ -56,6 +56,8 @@ def check(
     (loss / count).backward()
 
     model.checkpoint_layers = recompute
+    if model.config.aligned:
+        options |= {"state_exchange": "all_gather", "aligned": True}
     stream = Stream(SequenceParallel(group, **options), TOKENS, segment, offsets)
     streamed = StreamedBatch.of(stream, tokens, labels)
     total = streamed.backward(model, count)

@@ -105,8 +105,14 @@ def saved_weights(config):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.ranks(2, 4)
-@pytest.mark.parametrize(("fsdp", "segment_tokens"), [(False, None), (True, None), (True, 23)])
+@pytest.mark.parametrize(
+    ("fsdp", "segment_tokens"),
+    [
+        pytest.param(False, None, marks=pytest.mark.ranks(2)),
+        pytest.param(True, None, marks=pytest.mark.ranks(2, 4)),
+        pytest.param(True, 23, marks=pytest.mark.ranks(2)),
+    ],
+)
 def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp, segment_tokens):
     losses, norms, valid_loss, model = alone(config)
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -242,6 +248,7 @@ def test_ranks_with_other_data_under_one_path_are_refused_everywhere(ranks, conf
 
 
 @pytest.mark.no_exchange
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_a_token_outside_the_vocabulary_that_one_rank_reads_is_refused_everywhere(ranks, config, monkeypatch, split):
     path = Path(f"{getattr(config.data, split)}.bin")

@@ -29,6 +29,8 @@ MODELS |= {
     "rotated hedgehog": replace(DENSE, mixer="retention", feature_map="hedgehog"),
     "identity": replace(DENSE, mixer="linear", feature_map="identity"),
     "window": replace(DENSE, window=8),
+    "window beside mamba2": replace(DENSE, mixer="mamba2", window=8),
+    "window beside levels": replace(DENSE, mixer="log_linear_mamba2", window=8),
     "no positions": replace(DENSE, pattern="N", rope_theta=None),
 }
 MODELS |= {"softmax": replace(DENSE, pattern="N"), "hybrid of mixtures": replace(MIXTURE, pattern="LN")}

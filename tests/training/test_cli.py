@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 import lasp.training.train
-from lasp import __version__, cli
+from lasp import __version__, cli, commands
+from lasp.config import MIXERS, TrainConfig
 from lasp.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +40,22 @@ def test_any_field_can_be_overridden(trained):
     assert (config.optimizer.schedule, config.optimizer.betas) == ("wsd", (0.8, 0.9))
     assert (config.parallel.sequence_parallel, config.parallel.data_parallel, config.parallel.fsdp) == (4, 2, True)
     assert config.data.train == "elsewhere"
+    cli.main(["train", "quickstart", *["--data.train", "a:0.7", "b:0.3", "--curriculum", "1024:5", "--steps", "7"]])
+    assert trained[-1].data.train == ("a:0.7", "b:0.3")
+    assert (trained[-1].curriculum, trained[-1].steps) == (("1024:5",), 7)
     untouched = RECIPES["quickstart"]()
     assert (config.model.num_layers, config.optimizer.lr, config.seed) == (4, untouched.optimizer.lr, untouched.seed)
+
+
+@pytest.mark.filterwarnings("ignore:get_parser")
+def test_every_field_has_a_line_of_help_and_its_choices():
+    config = RECIPES["quickstart"]()
+    actions = tyro.extras.get_parser(TrainConfig, default=config)._actions
+    assert [action.option_strings for action in actions if (action.help or "").startswith("(default")] == []
+    options = {action.option_strings[0]: action for action in actions}
+    assert len(options) > 70
+    assert options["--model.router-scores"].choices == ("softmax", "sigmoid")
+    assert all(mixer in options["--model.mixer"].help for mixer in MIXERS)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +114,10 @@ def test_every_command_says_in_a_line_what_is_wrong(monkeypatch, tmp_path, capsy
     error = capsys.readouterr().err
     assert stopped.value.code == 1
     assert error.count("\n") == 1
+    if arguments.startswith("train"):
+        assert f"(traceback: {tmp_path}/runs/quickstart/ranks/traceback-0.txt)\n" in error
+        told = (tmp_path / "runs/quickstart/ranks/traceback-0.txt").read_text()
+        assert told.startswith("Traceback") and message.removeprefix("lasp: ") in told.replace(f"{tmp_path}/", "")
     assert message in error.replace(f"{tmp_path}/", "")
 
 
@@ -130,7 +150,7 @@ def test_one_rank_speaks_and_torchrun_gets_the_traceback(tmp_path, monkeypatch, 
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"transformers: .*pip install 'lasp-sp\[huggingface\]'"):
         cli.main(["export", "run", "out"])
 

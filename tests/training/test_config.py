@@ -2,6 +2,7 @@ import dataclasses
 import math
 import pathlib
 from dataclasses import replace
+from fractions import Fraction
 from typing import get_type_hints
 
 import pytest
@@ -238,3 +239,53 @@ def test_older_runs_say_true_or_false_of_recomputation():
 def test_recomputation_that_contradicts_itself_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_length": 2**23 + 1}, "context_length: got 8388609, expected at most 8388608, .* 24 levels"),
+        (
+            {"parallel": ParallelConfig(state_exchange="ring")},
+            "state_exchange: got 'ring', expected 'auto'",
+        ),
+    ],
+)
+def test_what_levels_cannot_do_is_refused(changes, message):
+    plain, pure = ModelConfig(**MODEL), ModelConfig(**MODEL, mixer="log_linear_mamba2", pattern="LN")
+    for model in (plain, replace(pure, pattern="N")):
+        make(model=model, **changes)
+    make(model=pure, context_length=2**23)
+    with pytest.raises(ValueError, match=message):
+        make(model=pure, **changes)
+
+
+def test_corpora_have_weights_or_not():
+    def corpora(*names):
+        return DataConfig(train=names, valid="b").corpora
+
+    assert DataConfig(train="a", valid="b").corpora == corpora("a") == {"a": None}
+    assert corpora("a:0.7", "b/c:d:0.3") == {"a": Fraction(7, 10), "b/c:d": Fraction(3, 10)}
+    assert corpora("a", "b") == {"a": None, "b": None}
+    for names, expected in (
+        (("a:1", "b"), "a weight for all corpora, or for none"),
+        (("a:1", "a:2"), "each corpus once"),
+        (("a:0", "b:1"), "a weight above 0"),
+        ((), "at least one corpus"),
+    ):
+        with pytest.raises(ValueError, match=rf"data\.train: got .*, expected {expected}"):
+            corpora(*names)
+
+
+def test_a_curriculum_is_of_lengths_and_steps():
+    config = make(curriculum=("16:2", "32:3"))
+    assert [config.context_length_at(step) for step in range(7)] == [16, 16, 32, 32, 32, 64, 64]
+    for changes, expected in (
+        ({"curriculum": ("16",)}, "LENGTH:STEPS, as 4096:1000"),
+        ({"curriculum": ("24:1",)}, "a length of at least 2 that divides context_length=64"),
+        ({"curriculum": ("1:1",)}, "a length of at least 2"),
+        ({"curriculum": ("16:1",), "segment_tokens": 32}, "a length of at least segment_tokens=32"),
+        ({"curriculum": ("16:1",), "engine": "deepspeed", "parallel": ParallelConfig(fsdp=False)}, "none with engine"),
+    ):
+        with pytest.raises(ValueError, match=f"curriculum: got .*, expected .*{expected}"):
+            make(**changes)

@@ -9,8 +9,8 @@ import torch
 
 from lasp.models import Decoder
 from lasp.training import checkpoint
-from lasp.training.engine import NativeEngine
 from lasp.training.integrity import CHECKSUMS_FILE, verify
+from lasp.training.native import NativeEngine
 from lasp.training.optimizer import build_optimizer
 from lasp.training.train import train
 

@@ -1,10 +1,15 @@
 import json
+import sys
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 
 from lasp.training import metrics
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, read_metrics
+from lasp.training.train import train
 
 
 def open_metrics(path, first_step=0, rank=0):
@@ -106,3 +111,65 @@ def test_only_known_gpus_have_a_peak(monkeypatch, name, peak):
     assert peak_flops(torch.device("cuda", 0), "bfloat16") == peak
     assert peak_flops(torch.device("cuda", 0), "float32") is None
     assert peak_flops(torch.device("cpu"), "bfloat16") is None
+
+
+def test_lines_where_there_is_no_terminal(tmp_path, capsys):
+    with Metrics(tmp_path, first_step=0, steps=7, rank=0, log_every=3) as run:
+        for step in range(1, 8):
+            run.log(step, loss=2.5, tokens_per_second=1234.0, grad_norm=0.125, lr=1e-3, memory=1.5)
+        run.say("long " * 30 + "line")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "step 3/7",
+        "step 6/7",
+        "step 7/7",
+        "long " * 30 + "line",
+    ]
+    assert lines[0] == "step 3/7: loss 2.5000, 1,234 tokens/s, gradient norm 0.125, lr 0.001, 1.50 GiB"
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Weights & Biases that keeps what it is told."""
+
+    class Run:
+        def __init__(self, **settings):
+            self.settings, self.logged, self.code = settings, [], None
+
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, values):
+            self.logged.append(values)
+
+        def finish(self, exit_code):
+            self.code = exit_code
+
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.runs = []
+    module.init = lambda **settings: module.runs.append(Run(**settings)) or module.runs[-1]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_weights_and_biases_gets_the_metrics(tmp_path, wandb):
+    options = {"steps": 3, "wandb": "project", "settings": {"seed": 1}}
+    with Metrics(tmp_path / "run", first_step=0, rank=0, **options) as run:
+        run.log(1, valid_loss=2.0)
+    with pytest.raises(RuntimeError), Metrics(tmp_path / "run", first_step=1, rank=0, **options) as run:
+        run.log(2, valid_loss=1.0)
+        raise RuntimeError
+    with Metrics(tmp_path / "run", first_step=0, rank=1, **options):
+        pass
+    first, second = wandb.runs
+    assert first.logged + second.logged == [{"step": 1, "valid_loss": 2.0}, {"step": 2, "valid_loss": 1.0}]
+    assert (first.code, second.code) == (0, 1)
+    assert first.settings == second.settings  # the same run, which goes on
+    assert (first.settings["project"], first.settings["name"]) == ("project", "run")
+
+
+def test_weights_and_biases_have_to_be_there(monkeypatch, config):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb: got 'project', expected it installed .*lasp-sp\[wandb\]"):
+        train(replace(config, wandb="project"))

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lasp.data import Mixture, Numbered
 from lasp.models import Decoder
 from lasp.training import checkpoint
-from lasp.training.engine import NativeEngine
 from lasp.training.metrics import read_metrics
-from lasp.training.numerics import Spikes, require_same_replicas
+from lasp.training.native import NativeEngine
+from lasp.training.numerics import Spikes, name_contexts, require_same_replicas
 from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
 from tests.training.test_train import saved_tensors
@@ -23,12 +24,11 @@ def spoil(monkeypatch):
     """Makes some contexts, counted from 0, give a gradient or a loss that is not finite."""
 
     def spoil(what, *numbers):
-        class Contexts(train.__globals__["PackedContexts"]):
-            def __getitem__(self, number):
-                context = super().__getitem__(number)
-                if self.shuffle and number in numbers:
-                    spoiled.append(context.tokens(0, context.length))
-                return context
+        class Contexts(Mixture):
+            def take(self, turns, length):
+                taken = super().take(turns, length)
+                spoiled.extend(each.context.tokens(0, length) for each in taken if each.number in numbers)
+                return taken
 
         def backward(self, loss):
             odd = any(torch.equal(tokens, now["tokens"]) for tokens in spoiled)
@@ -43,7 +43,7 @@ def spoil(monkeypatch):
             return loss_sum * (math.inf if odd else 1), count
 
         spoiled, now, plain = [], {}, Decoder.forward
-        monkeypatch.setattr("lasp.training.train.PackedContexts", Contexts)
+        monkeypatch.setattr("lasp.training.train.Mixture", Contexts)
         monkeypatch.setattr(NativeEngine, "backward", backward)
         monkeypatch.setattr(Decoder, "forward", forward)
 
@@ -84,7 +84,7 @@ def test_what_does_not_come_again_is_told(config, monkeypatch):
     def overflow(model, mesh):
         next(model.parameters()).grad.fill_(math.inf)
 
-    monkeypatch.setattr("lasp.training.engine.reduce_gradients", overflow)
+    monkeypatch.setattr("lasp.training.native.reduce_gradients", overflow)
     with pytest.raises(FloatingPointError, match="step 1, .* got inf.*of each context were finite on every rank"):
         train(config)
 
@@ -153,3 +153,8 @@ def test_a_spike_is_logged_with_its_contexts(config, monkeypatch, capsys):
 
 def test_one_rank_has_no_replicas(config):
     require_same_replicas(Decoder(config.model), None)
+
+
+def test_contexts_are_named_with_their_corpora():
+    some = [("a", 3), ("b", 7), ("a", 4), ("a", 5)]
+    assert name_contexts([Numbered(*each, None) for each in some]) == "contexts 3 to 5 of a and context 7 of b"

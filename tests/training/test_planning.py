@@ -150,4 +150,6 @@ def test_a_run_without_memory_says_what_grew_and_what_to_do(config, monkeypatch)
     assert "to the backward of layer 16: one layer 68.5, layer inputs 64.0," in said
     assert "What has grown most with the context: one layer." in said
     assert "Proposed instead: --offload-activations, 98.4 GiB" in said
-    assert caught.value.__notes__ == ["on rank 0 of 1, during step 1"]
+    place, traceback = caught.value.__notes__
+    assert place == "on rank 0 of 1, during step 1"
+    assert traceback == f"(traceback: {config.run_dir}/ranks/traceback-0.txt)"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lasp.config import DeepSpeedConfig, ParallelConfig
-from lasp.data import PackedContexts, TokenFile, TokenFileWriter
+from lasp.data import Mixture, TokenFile, TokenFileWriter
 from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 from lasp.training.same_run import MAY_CHANGE, require_same_on_ranks, settings, tokens_seen
@@ -24,12 +24,15 @@ def seen(monkeypatch):
     """The numbers of the training contexts that were read, in order."""
     numbers = []
 
-    class Recording(PackedContexts):
-        def __getitem__(self, index):
-            numbers.extend([index] if self.shuffle else [])
-            return super().__getitem__(index)
+    class Recording(Mixture):
+        def take(self, turns, length):
+            taken = super().take(turns, length)
+            numbers.extend(
+                each.number if each.corpus is None else (Path(each.corpus).name, each.number) for each in taken
+            )
+            return taken
 
-    monkeypatch.setattr("lasp.training.train.PackedContexts", Recording)
+    monkeypatch.setattr("lasp.training.train.Mixture", Recording)
     return numbers
 
 
@@ -102,6 +105,9 @@ def test_what_does_not_determine_them_may_change(config):
         "skip_nonfinite": 3,
         "compare_replicas_every": 1,
         "allow_changed": ("seed",),
+        "log_every": 1,
+        "profile": True,
+        "wandb": "project",
         "data": replace(config.data, train="moved", valid="moved"),  # to where the same files are
     }
     assert others.keys() == {*MAY_CHANGE, "data"}
@@ -146,6 +152,35 @@ def test_the_position_in_the_data_is_the_checkpoints(config, seen, changes, cont
     train(replace(config, steps=3, **changes, allow_changed=tuple(changes)))
     assert seen == contexts
     assert [r["tokens"] for r in read_metrics(config.run_dir) if "tokens" in r] == [192, 384, tokens]
+
+
+def test_a_mixture_goes_on_as_it_was(config, seen, tmp_path):
+    with TokenFileWriter(tmp_path / "other", "uint16") as writer:
+        for number in range(20):
+            writer.add_document([number] * 20 + [256])
+    mixed = replace(config.data, train=(f"{config.data.train}:0.5", f"{tmp_path}/other:0.5"))
+    config = replace(config, data=mixed, curriculum=("48:2",), steps=4)
+    train(config)
+    expected = list(seen)
+    assert [name for name, _ in expected] == ["other"] * 2 + ["train"] * 2 + ["other"] * 2 + ["train"] * 2 + [
+        "other",
+        "train",
+    ] * 2
+    assert [each[1] for each in expected if each[0] == "train"] == [0, 1, 2, 3, 2, 3]
+    records = [r for r in read_metrics(config.run_dir) if "loss" in r]
+    assert [(r["context_length"], r["tokens"]) for r in records] == [(48, 192), (48, 384), (96, 576), (96, 768)]
+
+    again = replace(config, run_dir=f"{config.run_dir}_2")
+    del seen[:]
+    for steps in (1, 3, 4):
+        train(replace(again, steps=steps))
+    assert seen == expected
+    other_weights = replace(mixed, train=(f"{mixed.train[0][:-4]}:0.8", f"{tmp_path}/other:0.2"))
+    with pytest.raises(ValueError, match=r"data\.train: got '4/5 of .*; 1/5 of .*, expected '1/2 of "):
+        train(replace(again, steps=5, data=other_weights))
+    del seen[:]
+    train(replace(again, steps=5, data=other_weights, allow_changed=("data",)))
+    assert seen == [("train", 4), ("train", 5)]
 
 
 def test_a_run_is_known_by_its_data_not_by_their_path(config, tmp_path):

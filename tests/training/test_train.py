@@ -160,7 +160,7 @@ def test_gradients_that_overflow_stop_the_run(config, monkeypatch):
     def overflow(model, mesh):
         next(model.parameters()).grad.fill_(float("inf"))
 
-    monkeypatch.setattr("lasp.training.engine.reduce_gradients", overflow)
+    monkeypatch.setattr("lasp.training.native.reduce_gradients", overflow)
     with pytest.raises(FloatingPointError, match="gradient norm: got inf"):
         train(config)
 

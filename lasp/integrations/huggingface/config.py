@@ -27,6 +27,7 @@ class LaspConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any):
         names = [field.name for field in dataclasses.fields(ModelConfig)]
         shape = ModelConfig(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        require(not shape.is_own, "model", shape.model_class or shape.mixer, "one of lasp's")
         require(shape.num_experts == 0, "num_experts", shape.num_experts, "0: mixtures of experts are not exchanged")
         auto_map = {"AutoConfig": f"{CODE}.LaspConfig", "AutoModelForCausalLM": f"{CODE}.LaspForCausalLM"}
         super().__init__(**{"auto_map": auto_map, **kwargs})

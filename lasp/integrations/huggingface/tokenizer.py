@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from lasp.config import require
 from lasp.data import load_tokenizer
 from lasp.data.tokenizer import BYTE
 
@@ -36,6 +37,22 @@ def export_tokenizer(name: str) -> Any:
         known = tokenizer.get_vocab()
         tokenizer.pad_token = next((pad for pad in USUAL_PAD if pad in known), tokenizer.eos_token)
     return tokenizer
+
+
+def save_tokenizer(name: str, folder: str) -> str:
+    """Writes the tokenizer that Transformers knows by that name, or finds in that folder, as one with a tokenizer.json.
+
+    Raises ValueError for what it does not know, or has no such form of.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        expected = "'byte', the path of a tokenizer.json, or a tokenizer that Transformers finds"
+        raise ValueError(f"tokenizer: got {name!r} ({first}), expected {expected}") from error
+    require(tokenizer.is_fast, "tokenizer", name, "one that can be a tokenizer.json")
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _bytes() -> Tokenizer:

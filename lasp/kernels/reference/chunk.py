@@ -145,8 +145,11 @@ def scores(q: Tensor, k: Tensor, b: Tensor | None, strict: bool = False) -> Tens
 
 
 def _between(b: Tensor, dtype: torch.dtype) -> Tensor:
-    """b_i - b_j, [M, H, C, C] or [M, H, C, C, K]."""
-    return (b[:, :, :, None] - b[:, :, None]).to(dtype)
+    """b_i - b_j, [M, H, C, C] or [M, H, C, C, K]; that of a token with itself has no gradient, in which what nearly
+    closed gates have would be lost."""
+    own = torch.eye(b.shape[2], dtype=torch.bool, device=b.device)
+    gap = (b[:, :, :, None] - b[:, :, None]).to(dtype)
+    return gap.masked_fill(own if gap.ndim == 4 else own[..., None], 0.0)
 
 
 def _decayed(x: Tensor, b: Tensor | None) -> Tensor:

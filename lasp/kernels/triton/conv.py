@@ -28,7 +28,7 @@ from lasp.kernels.triton.launch import launch
 
 TILE = 256  # tokens that a program scans, and so many rows of sums of dw there are
 WIDEST = 128  # block of channels, where no sum over all of a head is needed
-ELEMENTS = 2048  # of a block: 16 for each thread of 4 warps
+ELEMENTS = 1024  # of a block: 8 for each thread of 4 warps, 16 bytes of them in half precision
 
 
 @triton.jit
@@ -49,22 +49,35 @@ def _load_rows(
 
 
 @triton.jit
-def _load_weight(weight, shift: tl.constexpr, channels, inside, W: tl.constexpr):
-    """w_s as a row, [1, BP]."""
-    return tl.load(weight + channels * W + (W - 1 - shift), mask=inside, other=0.0).to(tl.float32)
+def _load_weights(weight, channels, inside, W: tl.constexpr):
+    """w_0 … w_{W-1}, a row [1, BP] each."""
+    rows = ()
+    for shift in tl.static_range(W):
+        row = tl.load(weight + channels * W + (W - 1 - shift), mask=inside, other=0.0).to(tl.float32)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005  # Triton unpacks no tuples
+    return rows
 
 
 @triton.jit
-def _convolved(
-    x, tail, weight, bias, begin, position, low, BT: tl.constexpr, end, n, channels, inside, D, X_ROW, W: tl.constexpr
+def _load_shifted(
+    x, tail, begin, position, low, BT: tl.constexpr, end, n, channels, inside, D, X_ROW, W: tl.constexpr
 ):  # fmt: skip
-    """z at BT rows of a tile."""
-    z = tl.zeros([BT, channels.shape[1]], tl.float32)
+    """x_t, x_{t-1} … x_{t-W+1} at the BT rows t from `low` on, as in `_load_rows`."""
+    rows = ()
+    for shift in tl.static_range(W):
+        row = _load_rows(x, tail, begin, position, low - shift, BT, end, n, channels, inside, D, X_ROW, W)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
+    return rows
+
+
+@triton.jit
+def _convolved(rows, weights, bias, channels, inside, W: tl.constexpr):
+    """z of shifted rows."""
+    z = rows[0] * weights[0]
+    for shift in tl.static_range(1, W):
+        z += rows[shift] * weights[shift]
     if bias is not None:
         z += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
-    for shift in tl.static_range(W):
-        rows = _load_rows(x, tail, begin, position, low - shift, BT, end, n, channels, inside, D, X_ROW, W)
-        z += rows * _load_weight(weight, shift, channels, inside, W)
     return z
 
 
@@ -106,9 +119,11 @@ def _forward(
     n, begin, count, position, after = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
     inside, channels = cols < P, h * HEAD + OFFSET + cols
+    weights = _load_weights(weight, channels, inside, W)
     for i in range(tl.cdiv(count, BT)):
         row = i * BT + tl.arange(0, BT)
-        z = _convolved(x, tail, weight, bias, begin, position, i * BT, BT, after, n, channels, inside, D, X_ROW, W)
+        rows = _load_shifted(x, tail, begin, position, i * BT, BT, after, n, channels, inside, D, X_ROW, W)
+        z = _convolved(rows, weights, bias, channels, inside, W)
         if SILU:
             z *= tl.sigmoid(z)
         if UNIT:
@@ -144,7 +159,6 @@ def _dz(
     BP: tl.constexpr,
     BT: tl.constexpr,
     W: tl.constexpr,
-    BW: tl.constexpr,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
@@ -153,14 +167,17 @@ def _dz(
     n, begin, count, position, _ = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
     inside, channels = cols < P, h * HEAD + OFFSET + cols
-    of_weight = tl.arange(0, BW)[:, None]
-    sums, total = tl.zeros([BW, BP], tl.float32), tl.zeros([BP], tl.float32)
+    weights = _load_weights(weight, channels, inside, W)
+    total, sums = tl.zeros([BT, BP], tl.float32), ()  # of rows i, BT + i, 2 BT + i …: threads add up what is their own
+    for _ in tl.static_range(W):
+        sums = sums + (tl.zeros([BT, BP], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for i in range(tl.cdiv(count, BT)):
         row = i * BT + tl.arange(0, BT)
         here = (row < count)[:, None] & inside
         d = tl.load((dy + (begin * H + h) * P) + (row[:, None] * (H * P) + cols), mask=here, other=0.0).to(tl.float32)
+        rows = _load_shifted(x, tail, begin, position, i * BT, BT, count, n, channels, inside, D, X_ROW, W)
         if SILU or UNIT:
-            z = _convolved(x, tail, weight, bias, begin, position, i * BT, BT, count, n, channels, inside, D, X_ROW, W)
+            z = _convolved(rows, weights, bias, channels, inside, W)
             gate = tl.sigmoid(z)
             if UNIT:
                 a = z * gate if SILU else z
@@ -169,18 +186,20 @@ def _dz(
                 d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
             if SILU:
                 d *= gate * (1.0 + z * (1.0 - gate))
-        total += tl.sum(d, axis=0)
+        total += d
+        more = ()
         for shift in tl.static_range(W):
-            rows = _load_rows(x, tail, begin, position, i * BT - shift, BT, count, n, channels, inside, D, X_ROW, W)
-            sums += tl.where(of_weight == W - 1 - shift, tl.sum(d * rows, axis=0)[None, :], 0.0)
+            more = more + (sums[shift] + d * rows[shift],)  # type: ignore[assignment]  # noqa: RUF005
+        sums = more
         d = d.to(dz.dtype.element_ty)
         at = row[:, None] * D + channels
         tl.store((dz + begin * D) + at, d, mask=here)
         if heads_of_tiles is not None:
             tl.store((heads_of_tiles + tile * (W - 1) * D) + at, d, mask=here & (row < W - 1)[:, None])
-    tl.store(dw + (tile * W + of_weight) * D + channels, sums, mask=(of_weight < W) & inside)
+    for shift in tl.static_range(W):
+        tl.store(dw + (tile * W + (W - 1 - shift)) * D + channels, tl.sum(sums[shift], axis=0)[None, :], mask=inside)
     if db is not None:
-        tl.store(db + tile * D + channels, total[None, :], mask=inside)
+        tl.store(db + tile * D + channels, tl.sum(total, axis=0)[None, :], mask=inside)
 
 
 @triton.jit
@@ -195,11 +214,11 @@ def _load_dz(dz, heads_of_tiles, tile, begin, row, count, after, channels, insid
 
 
 @triton.jit
-def _load_dx(dz, heads_of_tiles, weight, tile, begin, row, count, after, channels, inside, D, W: tl.constexpr):
+def _load_dx(dz, heads_of_tiles, weights, tile, begin, row, count, after, channels, inside, D, W: tl.constexpr):
     total = tl.zeros([row.shape[0], channels.shape[1]], tl.float32)
     for shift in tl.static_range(W):
         d = _load_dz(dz, heads_of_tiles, tile, begin, row + shift, count, after, channels, inside, D, W)
-        total += d * _load_weight(weight, shift, channels, inside, W)
+        total += d * weights[shift]
     return total
 
 
@@ -222,16 +241,17 @@ def _dx(
     n, begin, count, position, after = _where(start, length, owner, first, tile)
     channels = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]
     inside = channels < D
+    weights = _load_weights(weight, channels, inside, W)
     if d_tail is not None:  # noqa: SIM102  # asked when it is compiled
         if (position == 0) & (count > 0):
             row = tl.arange(0, BT) - (W - 1)
-            d = _load_dx(dx, heads_of_tiles, weight, tile, begin, row, count, after, channels, inside, D, W)
+            d = _load_dx(dx, heads_of_tiles, weights, tile, begin, row, count, after, channels, inside, D, W)
             at = (row + (W - 1))[:, None] * D + channels
             tl.store((d_tail + n * (W - 1) * D) + at, d.to(d_tail.dtype.element_ty), mask=(row < 0)[:, None] & inside)
             tl.debug_barrier()
     for i in range(tl.cdiv(count, BT)):
         row = i * BT + tl.arange(0, BT)
-        d = _load_dx(dx, heads_of_tiles, weight, tile, begin, row, count, after, channels, inside, D, W)
+        d = _load_dx(dx, heads_of_tiles, weights, tile, begin, row, count, after, channels, inside, D, W)
         tl.debug_barrier()  # all have read before one writes
         tl.store(
             (dx + begin * D) + (row[:, None] * D + channels),
@@ -268,8 +288,7 @@ class Convolution(Function):
         db = None if bias is None else rows.new_empty(tiles.count, channels, dtype=torch.float32)
         for (grid, tensors, constants), dy in zip(_launches(rows, weight, tiles, silu, parts), dys, strict=True):
             launch(
-                _dz, grid, rows, tail, weight, bias, dy.contiguous(), dx, heads_of_tiles, dw, db, *tensors,
-                BW=next_power_of_2(width), **constants,
+                _dz, grid, rows, tail, weight, bias, dy.contiguous(), dx, heads_of_tiles, dw, db, *tensors, **constants,
             )  # fmt: skip
         launch(
             _dx, (tiles.count, cdiv(channels, WIDEST)),

@@ -33,9 +33,13 @@ def block_of(size: int) -> int:
 
 def for_hopper(k: Tensor, v: Tensor) -> bool:
     """Whether scans of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
-    served = k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
-    there = v.device.type != "cpu" and torch.cuda.is_available()
-    return GLUON and served and there and torch.cuda.get_device_capability() == (9, 0)
+    return on_hopper(v) and k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether kernels for Hopper can run where x is."""
+    there = x.device.type != "cpu" and torch.cuda.is_available()
+    return GLUON and there and torch.cuda.get_device_capability() == (9, 0)
 
 
 @cache

@@ -1,12 +1,14 @@
 """Which Triton kernels serve which inputs."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.inputs import DeltaInputs, LinearInputs
+from lasp.kernels.inputs import DeltaInputs, Inputs, LinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
@@ -15,10 +17,12 @@ from lasp.kernels.triton.delta.op import TritonDelta
 from lasp.kernels.triton.device import MAX_HEAD, is_roomy, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
+from lasp.kernels.triton.log_linear.op import TritonLogLinear
+from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
-_ready: set[tuple] = set()
+_ready: dict[tuple, str] = {}  # for each kind of inputs what the GPU lacks
 
 
 def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
@@ -37,25 +41,47 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
     op: Op[Any] = TritonDiagonal() if x.decay_class == Decay.DIAGONAL else TritonLinear()
     if isinstance(x, DeltaInputs):
         op = TritonDelta()
-    if x.v.is_cuda:
-        _make_ready(op, x, wants_summary)
+    if x.v.is_cuda and (lack := _make_ready(op, x, wants_summary)):
+        return None, lack
     return op, ""
 
 
-def _make_ready(op: Op[Any], x: LinearInputs, wants_summary: bool) -> None:
-    """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows."""
+def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
+    """The same for log-linear attention."""
+    if refusal := unsupported(x.k, x.v):
+        return None, refusal
+    if not (asked or _checked(x)):
+        return None, "what has not been checked on such a GPU"
+    op: Op[Any] = TritonLogLinear()
+    if x.beta is not None:
+        op, sizes, is_bf16 = TritonLogLinearDelta(), (x.k.shape[-1], x.v.shape[-1]), x.v.dtype == torch.bfloat16
+        if max(sizes) > (128 if is_bf16 else 64):
+            return None, f"a delta rule with heads of {sizes[0]} and {sizes[1]} in {x.v.dtype}"
+        if not asked and not (is_bf16 and min(sizes) > 64):
+            return None, "a delta rule that has not been checked with such heads"
+    if x.v.is_cuda and (lack := _make_ready(op, x, wants_summary)):
+        return None, lack
+    return op, ""
+
+
+def _make_ready(op: Op[Any], x: LinearInputs | LogLinearInputs, wants_summary: bool) -> str:
+    """Compiles the kernels for such inputs side by side when the first come, forward and backward if that follows.
+    Returns what the GPU lacks for them, if it does, and warns when the first come."""
     tensors = x.tensors
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors.items())
     key = (type(op), wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
-    if key in _ready:
-        return
-    _ready.add(key)
-    with torch.cuda.device(x.v.device):
-        compile_ahead(lambda: dry_run(op, x, wants_summary, backward))
+    if key not in _ready:
+        _ready[key] = ""
+        with torch.cuda.device(x.v.device):
+            if lack := compile_ahead(lambda: dry_run(op, x, wants_summary, backward)):
+                size = f"K = {x.k.shape[-1]}, V = {x.v.shape[-1]} in {x.v.dtype}"
+                _ready[key] = f"heads of {size}: {lack}"
+                warnings.warn(f"Triton's kernels do not fit into {x.v.device} for {_ready[key]}", stacklevel=2)
+    return _ready[key]
 
 
-def dry_run(op: Op[Any], x: LinearInputs, wants_summary: bool, backward: bool) -> None:
+def dry_run(op: Op[Any], x: Inputs, wants_summary: bool, backward: bool) -> None:
     """All launches that `x` and its gradients need, with tensors that have a shape and no memory."""
     offsets = x.segments.cu_seqlens
     if offsets is not None and offsets.is_cuda:
@@ -63,7 +89,7 @@ def dry_run(op: Op[Any], x: LinearInputs, wants_summary: bool, backward: bool) -
     segments = Segments(x.segments.batch, x.segments.tokens, offsets)
     x = x.having({name: t.detach().to("meta") for name, t in x.tensors.items()}, segments)
     _, partial = op.summarize(x, wants_summary)
-    comes = x.v.new_empty(x.state_shape, dtype=x.state_dtype) if wants_summary else None
+    comes = torch.empty(x.state_shape, dtype=x.state_dtype, device="meta") if wants_summary else None
     o, _, kept = op.finish(x, partial, Pending(lambda: comes))
     if backward:
         _, partial = op.summarize_grad(x, kept, o, wants_summary)
@@ -82,7 +108,7 @@ def triton_step(x: LinearInputs, state: Tensor | None, asked: bool) -> tuple[Ten
         return decode(x, state)
 
 
-def _checked(x: LinearInputs) -> bool:
+def _checked(x: LinearInputs | LogLinearInputs) -> bool:
     """Whether the kernels have been compared with float64 on a GPU in their present form, for this dtype and size, and
     fit into this one's shared memory."""
     if not x.v.is_cuda:

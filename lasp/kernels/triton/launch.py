@@ -5,8 +5,8 @@ shared memory than a GPU has, since it was made for a larger one, fetches fewer 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool = False, **
     that itself (lasp.kernels.triton.pdl).
     """
     if (ahead := _ahead.get()) is not None:
-        ahead.append(kernel.warmup(*args, grid=grid, **constants, **_pdl_option(pdl)))
+        constants |= _pdl_option(pdl)
+        again = partial(kernel.warmup, *args, grid=grid)
+        ahead.append((again(**constants), again, constants))
         return
     if INTERPRETED:
         kernel[grid](*args, **constants)
@@ -71,15 +73,20 @@ def launch_first(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel, compiled and launched, with these constants but as many stages as fit; and the constants."""
-    name = "STAGES" if "STAGES" in constants else "num_stages"
     while True:
         try:
             return kernel[grid](*args, **constants), constants
         except OutOfResources as error:
-            stages = constants.get(name, TRITONS_STAGES)
-            if error.name != "shared memory" or stages == 1:
-                raise
-            constants = constants | {name: stages - 1}
+            constants = _with_fewer_stages(constants, error)
+
+
+def _with_fewer_stages(constants: dict[str, Any], error: OutOfResources) -> dict[str, Any]:
+    """Those of a kernel that needs less of what it had too much of; raises the error if there are none."""
+    name = "STAGES" if "STAGES" in constants else "num_stages"
+    stages = constants.get(name, TRITONS_STAGES)
+    if error.name != "shared memory" or stages == 1:
+        raise error
+    return constants | {name: stages - 1}
 
 
 def _enter_context() -> None:
@@ -89,7 +96,8 @@ def _enter_context() -> None:
 
 
 def run_dry(work: Callable[[], None]) -> list[Any]:
-    """Compiles the kernels that `work` launches, but starts none; its tensors need no memory (device "meta")."""
+    """Compiles the kernels that `work` launches, but starts none; its tensors need no memory (device "meta"). Returns
+    each with how to compile it again, and its constants."""
     ahead: list[Any] = []
     token = _ahead.set(ahead)
     try:
@@ -99,15 +107,26 @@ def run_dry(work: Callable[[], None]) -> list[Any]:
     return ahead
 
 
-def compile_ahead(work: Callable[[], None]) -> None:
-    """Compiles the kernels that `work` launches (see run_dry) side by side, on other threads."""
+def compile_ahead(work: Callable[[], None]) -> OutOfResources | None:
+    """Compiles the kernels that `work` launches (see run_dry) side by side, on other threads, and asks the GPU whether
+    they fit: if one does not, however few stages it has, returns what it lacks."""
     device = torch.cuda.current_device()
 
-    def make_host_code(kernel: Any) -> None:
-        with torch.cuda.device(device), suppress(OutOfResources):  # launch_first sees to it
-            _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
+    def lacks(dry: tuple[Any, Callable[..., Any], dict[str, Any]]) -> OutOfResources | None:
+        compiled, again, constants = dry
+        with torch.cuda.device(device):
+            while True:
+                try:
+                    _ = (compiled.result() if hasattr(compiled, "result") else compiled).run  # it is loaded
+                    return None
+                except OutOfResources as error:
+                    try:
+                        constants = _with_fewer_stages(constants, error)
+                    except OutOfResources:
+                        return error
+                compiled = again(**constants)
 
     with ThreadPoolExecutor(COMPILERS) as executor:
         with triton.AsyncCompileMode(executor):
             kernels = run_dry(work)
-        list(executor.map(make_host_code, kernels))
+        return next(filter(None, list(executor.map(lacks, kernels))), None)

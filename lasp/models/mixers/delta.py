@@ -41,7 +41,7 @@ class DeltaMixer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        kind = DELTA_KINDS[config.mixer]
+        kind = DELTA_KINDS[config.plain_mixer]
         self.heads, self.sizes = config.num_heads, [config.key_dim, config.key_dim, config.value_dim]
         key = Part(config.key_dim, unit_length=True)
         parts = Parts(self.heads, (key, key, Part(config.value_dim)))
@@ -55,5 +55,10 @@ class DeltaMixer(nn.Module):
         q, k, v = self.conv(product(self.qkv_proj, x), seq)
         beta = at_least_float32(product(self.beta_proj, x)).sigmoid()
         decay = self.decay(x) if self.decay is not None else None
-        o, _ = seq.delta_rule(q, k, v, beta, decay)
-        return self.output(o, x)
+        return self.output(self.attend(x, seq, q, k, v, beta, decay), x)
+
+    def attend(
+        self, x: Tensor, seq: SequenceOps, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None
+    ) -> Tensor:
+        """o_t = S_tᵀ q_t."""
+        return seq.delta_rule(q, k, v, beta, decay)[0]

@@ -40,6 +40,10 @@ class Mamba2Mixer(nn.Module):
         x = x.flatten(2).unflatten(-1, (self.heads, -1))
         dt = self.decay.dt(hidden)
         v = (x * dt[..., None]).to(x.dtype)
-        o, _ = seq.linear_attention(c, b, v, self.decay.decay(dt), scale=1.0)
+        o = self.attend(hidden, seq, c, b, v, self.decay.decay(dt))
         o = o + x * self.D.to(x.dtype)[:, None]
         return product(self.out_proj, self.norm(o.flatten(2) * F.silu(product(self.gate_proj, hidden))))
+
+    def attend(self, hidden: Tensor, seq: SequenceOps, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        """o_t = S_tᵀ q_t."""
+        return seq.linear_attention(q, k, v, decay, scale=1.0)[0]

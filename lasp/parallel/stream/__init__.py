@@ -100,7 +100,8 @@ class Stream:
         stop = min(start + self.segment_tokens, self.tokens)
         first, last = bisect_right(documents, start), bisect_right(documents, stop - 1)
         offsets = [0, *(edge - start for edge in documents[first:last]), stop - start]
-        return Partition(self.parallel.layout, self.parallel.rank, offsets, past=start - documents[first - 1])
+        past, parallel = start - documents[first - 1], self.parallel
+        return Partition(parallel.layout, parallel.rank, offsets, parallel.aligned, past=past)
 
 
 class Segment(Sequence):
@@ -143,7 +144,7 @@ class Segment(Sequence):
             return self._check_softmax(q, k, v, scale, causal, window)
 
         self._agree("softmax_attention", check)
-        mask = Mask(checks.scale(scale, q.shape[-1]), True, window, lasting=not self.packed)
+        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), True, window, lasting=not self.packed)
         before = None
         if keys is not None and goes_on:
             before = Before(keys, self.number, self.continues, self._seen(window), self.stream.partitions)
@@ -203,21 +204,19 @@ class Segment(Sequence):
 
     def _boundary(self, batch: int, across: Across) -> Boundary:
         checks.require(across is AcrossUnits, "causal", False, "True in a segment: it knows no tokens that follow")
-        if (batch, across) not in self._boundaries:
-            self._boundaries[batch, across] = self._make_boundary(batch)
-        return self._boundaries[batch, across]
+        return super()._boundary(batch, CarriedAcrossUnits)
 
-    def _make_boundary(self, batch: int) -> Boundary:
+    def _alone(self) -> Boundary | None:
         if self.partition.layout.units > 1:
-            return CarriedAcrossUnits(self.partition, batch, self.parallel.group, self.parallel.exchange)
+            return None
         return CarriedAlone(self.partition) if self.packed else Alone()
 
-    def _states(self, batch: int) -> int:
-        return batch
+    def _documents_with_states(self) -> tuple[list[int], list[int]]:
+        return [0], [self.partition.documents - 1]
 
-    def _require_past(self, name: str, tensor: Tensor | None) -> None:
+    def _require_past(self, name: str, past: object | None) -> None:
         expected = f"what the segment before left: {self.past} tokens came before"
-        checks.require(tensor is not None or self.past == 0, name, None, expected)
+        checks.require(past is not None or self.past == 0, name, None, expected)
 
     def _seen(self, window: int | None) -> range:
         """The earlier segments of which something may be seen."""

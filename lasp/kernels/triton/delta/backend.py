@@ -6,12 +6,13 @@ Two answer: `portable` everywhere, `hopper.delta` for the commonest heads on Hop
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
+
+MOST_ROUNDED = 4  # heads over which gradients of q and k are summed in their own dtype
 
 
 class Terms(NamedTuple):
@@ -34,8 +35,14 @@ class Cut:
     first_chunk: Tensor
 
 
+def summed_in_fp32(step: int) -> bool:
+    """Whether sums over `step` heads, one by one, would lose too much in 16 bits. They begin with zero."""
+    return step > MOST_ROUNDED
+
+
 class Grads(NamedTuple):
-    """dq, dk [B, T, H, K] for every value head, dv, the decay's if it is learned, and beta's."""
+    """dq, dk [B, T, H / step, K], sums over so many consecutive value heads, dv, the decay's if it is learned, and
+    beta's."""
 
     dq: Tensor
     dk: Tensor
@@ -43,21 +50,32 @@ class Grads(NamedTuple):
     d_decay: Tensor | None
     d_beta: Tensor
 
+    def are_added(self, heads: range) -> bool:
+        """Whether dq and dk hold something already when those of `heads`, `step` apart, come."""
+        return heads.start % heads.step > 0 or summed_in_fp32(heads.step)
+
 
 class Recomputed(NamedTuple):
-    """For some heads, of every chunk: u [B, T, heads, V] and the state it starts from [chunks, heads, V, K]."""
+    """For some heads, or parts of them, of every chunk: u [B, T, heads, V] and the state it starts from
+    [chunks, heads, V, K]."""
 
     u: Tensor
     states: Tensor
 
+    def of(self, heads: int) -> "Recomputed":
+        """The same memory, for as many heads or fewer."""
+        (batch, tokens, most, value_dim), key_dim = self.u.shape, self.states.shape[-1]
+        u, states = (x.flatten()[: x.numel() // most * heads] for x in self)
+        return Recomputed(
+            u.view(batch, tokens, heads, value_dim),
+            states.view(self.states.shape[0], heads, value_dim, key_dim),
+        )
+
 
 class Backend(Protocol):
-    """The steps of one call."""
+    """The steps of one call. heads: some of them, or of the parts they have (see op.Plan)."""
 
     states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
-
-    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
-        """Of dq and dk for every value head."""
 
     def terms(self, x: DeltaInputs) -> Terms:
         """What summaries need, early; `scores` may be missing."""

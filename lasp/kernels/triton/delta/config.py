@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.inputs import DeltaInputs
+from lasp.kernels.triton.device import block_of, cdiv, on_hopper
 
 # What the scans over chunks are for.
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -49,7 +50,7 @@ class DeltaConfig:
 def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConfig:
     """From a table, never from the length of a sequence."""
     widest = block_of(max(k.shape[-1], v.shape[-1]))
-    if v.dtype == torch.bfloat16:
+    if v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and not diagonal):
         stages = 2 if diagonal else 3
         narrow, factors = Launch(64, warps=4, stages=stages), Launch(32, warps=4, stages=2)
         wide = Launch(128, warps=8, stages=stages) if widest == 128 else narrow
@@ -62,6 +63,52 @@ def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConf
     scans = Launch(64 if widest <= 128 else 32, warps=4 if widest <= 64 else 8, stages=1)
     gradients, factors = Launch(32, warps=8, stages=1, block_v=64), Launch(32, warps=8, stages=1)
     return DeltaConfig(scans, scans, scans, gradients, factors, "tf32x3", 16.0, False)
+
+
+@dataclass(frozen=True)
+class HopperLaunch:
+    """A program for Hopper holds `columns` of V, one of a head's `parts`; a multiprocessor runs `programs` at once.
+
+    tight: a chunk takes so much of the shared memory that fewer are fetched ahead. All fit into 227 KiB, or half of it.
+    """
+
+    columns: int
+    parts: int
+    programs: int
+    warps: int
+    tight: bool
+
+    @classmethod
+    def of(cls, key_dim: int, value_dim: int) -> "HopperLaunch":
+        wide, columns = key_dim > 128, 64 if key_dim > 128 or value_dim % 128 else 128
+        programs, warps = 2 if key_dim == columns == 64 else 1, columns // 16 * (2 if wide else 1)
+        return cls(columns, value_dim // columns, programs, warps, tight=wide or programs == 2)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps} | ({"maxnreg": 128} if self.programs == 2 else {})
+
+    def stages(self, mode: tl.constexpr) -> int:
+        return 2 if self.tight and mode is OUTPUTS else 3
+
+    def reverse_stages(self, gradients: bool) -> int:
+        return 3 - self.tight - gradients
+
+
+def has_hopper_kernels(x: DeltaInputs) -> bool:
+    """Whether scans of such tensors have kernels for Hopper.
+
+    The state and its gradient are fp32, but go into products with 16 bits. fp16 needs no scale for that: with keys of
+    unit length an entry of the state is a few times as large as v's, and outputs and gradients, which fp16 has to hold
+    in any case, are about as large as what they are made of. Beyond 65,504 they are not finite, as gradient scalers
+    expect.
+    """
+    return (
+        {x.k.shape[-1], x.v.shape[-1]} <= {64, 128, 256}
+        and x.v.dtype in (torch.bfloat16, torch.float16)
+        and scan_decay(x.decay) != Decay.DIAGONAL
+        and on_hopper(x.v)
+    )
 
 
 def scan_decay(decay: Tensor | None) -> Decay:

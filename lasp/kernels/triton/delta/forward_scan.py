@@ -22,7 +22,7 @@ from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 
-@triton.jit(do_not_specialize=["FIRST_HEAD"])
+@triton.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _forward_scan(
     q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
     k,
@@ -44,6 +44,7 @@ def _forward_scan(
     H,
     G,
     FIRST_HEAD,
+    STEP,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -58,7 +59,7 @@ def _forward_scan(
     if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    h = FIRST_HEAD + row
+    h = FIRST_HEAD + row * STEP
     begin, count = tl.load(start + tile), tl.load(length + tile)
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
@@ -175,6 +176,7 @@ def forward_scan(
         _forward_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
         q, k, written, totals, v, terms.gates, terms.ut, terms.scores, initial, final, o, *recomputed,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, FINAL=final is not None,
-        DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps, pdl=pdl,
+        heads.step, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode,
+        FINAL=final is not None, DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
+        pdl=pdl,
     )  # fmt: skip

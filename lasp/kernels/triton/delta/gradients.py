@@ -30,7 +30,7 @@ from lasp.kernels.triton.shared.rows import load_decays, store_rows
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 
-@triton.jit(do_not_specialize=["FIRST_HEAD"])
+@triton.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _gradients(
     q,  # [tokens, Hq, K]
     k,
@@ -43,7 +43,7 @@ def _gradients(
     dr,
     states,  # [chunks, HEADS, V, K]: X
     grads,  # [chunks, HEADS, V, K]: G
-    dq,  # [tokens, H, K]
+    dq,  # [tokens, H // STEP, K]
     dk,
     dv,  # [tokens, H, V]
     d_decay,  # [tokens, H], or [tokens, H, K] if DIAGONAL
@@ -54,6 +54,7 @@ def _gradients(
     H,
     G,
     FIRST_HEAD,
+    STEP,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -61,13 +62,14 @@ def _gradients(
     C: tl.constexpr,
     DECAY: tl.constexpr,
     LEARNED: tl.constexpr,
+    ADD: tl.constexpr,  # to the dq and dk of heads before
     MAX_LN_DECAY: tl.constexpr,
     BY_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     chunk, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    h = FIRST_HEAD + row
+    h = FIRST_HEAD + row * STEP
     begin, count = tl.load(start + chunk), tl.load(length + chunk)
     i = tl.arange(0, C)
     here, tokens = i < count, begin + i
@@ -78,8 +80,8 @@ def _gradients(
     dv += (begin * H + h) * V
     u += (begin * heads + row) * V
     dr += (begin * heads + row) * V
-    dq += (begin * H + h) * K
-    dk += (begin * H + h) * K
+    dq += (begin * (H // STEP) + h // STEP) * K
+    dk += (begin * (H // STEP) + h // STEP) * K
     states += (chunk * heads + row) * K * V
     grads += (chunk * heads + row) * K * V
     gates += (chunk * H + h) * 4 * C
@@ -180,7 +182,10 @@ def _gradients(
         if LEARNED and DECAY != DIAGONAL:
             change += tl.sum(q32 * dqc - k32 * dkc, axis=1) - betas * k_w
         dkc -= betas[:, None] * wc
-        at = (i * (H * K))[:, None] + cols[None, :]
+        at = (i * (H // STEP * K))[:, None] + cols[None, :]
+        if ADD:
+            dqc += tl.load(dq + at, mask=here_k, other=0.0).to(tl.float32)
+            dkc += tl.load(dk + at, mask=here_k, other=0.0).to(tl.float32)
         tl.store(dq + at, dqc.to(dq.dtype.element_ty), mask=here_k)
         tl.store(dk + at, dkc.to(dk.dtype.element_ty), mask=here_k)
     tl.store(d_beta + tokens * H + h, d_betas.to(d_beta.dtype.element_ty), mask=here)
@@ -220,8 +225,8 @@ def gradients(
     launch(
         _gradients, (chunks.count, len(heads)),
         x.q, x.k, x.v, do, x.decay, terms.factors.ln_chunk_decay, terms.gates, u, dr, states, d_states, *grads,
-        chunks.start, chunks.length, x.scale, all_heads, all_heads // q_heads, heads.start,
+        chunks.start, chunks.length, x.scale, all_heads, all_heads // q_heads, heads.start, heads.step,
         K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=CHUNK, DECAY=scan_decay(x.decay).value,
-        LEARNED=grads.d_decay is not None, MAX_LN_DECAY=config.max_ln_decay, BY_PRODUCTS=config.sums_by_products,
-        PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
+        LEARNED=grads.d_decay is not None, ADD=grads.are_added(heads), MAX_LN_DECAY=config.max_ln_decay,
+        BY_PRODUCTS=config.sums_by_products, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip

@@ -19,10 +19,10 @@ from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms
-from lasp.kernels.triton.delta.config import delta_config, scan_decay
+from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms, summed_in_fp32
+from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
-from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
+from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -38,31 +38,38 @@ HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is cut, and the kernels that serve it. one_tile: every segment is one tile. heads: how many of them
-    backward treats at a time."""
+    """How a call is cut, and the kernels that serve it. one_tile: every segment is one tile. Backward takes a head in
+    `parts` of its columns of V, `at_once` parts at a time, `step` apart: dq and dk are summed over so many as it comes
+    to them."""
 
     cut: Cut
     kernels: Backend
     one_tile: bool
-    heads: int
+    parts: int
+    at_once: int
+    step: int
 
     @classmethod
     def of(cls, x: DeltaInputs) -> "Plan":
-        (batch, tokens, heads, value_dim), device = x.v.shape, x.v.device
-        decay = scan_decay(x.decay)
-        on_hopper = for_hopper(x.k, x.v) and decay != Decay.DIAGONAL
-        states_at_once = (Hopper if on_hopper else Portable).states_at_once
+        (batch, tokens, heads, value_dim), key_dim, device = x.v.shape, x.k.shape[-1], x.v.device
+        decay, hopper = scan_decay(x.decay), HopperLaunch.of(key_dim, value_dim) if has_hopper_kernels(x) else None
         config = delta_config(x.k, x.v, decay != Decay.NONE, decay == Decay.DIAGONAL)
-        scans = config.states.at_once(value_dim, multiprocessors(device))
-        some = min(heads, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (states_at_once * batch * tokens)))
+        parts, scans, states_at_once = 1, config.states.at_once(value_dim, multiprocessors(device)), 2
+        if hopper is not None:
+            parts, scans, states_at_once = hopper.parts, hopper.programs * multiprocessors(device), 1
+        rows, group = heads * parts, heads // x.q.shape[2] * parts
+        some = min(rows, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (states_at_once * batch * tokens)))
         size = delta_tile_length(x, max(1, scans // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
-        cut = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device))
+        cut, at_once = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device)), max(some, scans // tiles.count)
+        steps = (n for n in range(group, parts, -parts) if group % n == 0 and rows // n >= at_once)
         return cls(
             cut=cut,
-            kernels=Hopper(cut) if on_hopper else Portable(cut, config),
+            kernels=Hopper(cut, hopper) if hopper is not None else Portable(cut, config),
             one_tile=x.segments.cu_seqlens is None and tokens <= size,
-            heads=min(heads, max(some, scans // tiles.count)),
+            parts=parts,
+            at_once=min(rows, at_once),
+            step=next(steps, parts),
         )
 
     def new_states(self, x: DeltaInputs) -> Tensor:
@@ -70,8 +77,11 @@ class Plan:
         return x.v.new_empty(self.cut.tiles.count, *x.state_shape[1:], dtype=torch.float32)
 
     def passes(self, heads: int) -> Iterator[range]:
-        """The heads that backward treats at a time."""
-        return (range(first, min(first + self.heads, heads)) for first in range(0, heads, self.heads))
+        """The parts of heads that backward treats at a time; those whose dq and dk are summed follow each other."""
+        sums = heads * self.parts // self.step
+        for place in range(self.step):
+            for first in range(0, sums, self.at_once):
+                yield range(first * self.step + place, min(first + self.at_once, sums) * self.step, self.step)
 
 
 def delta_tile_length(x: DeltaInputs, wanted: int) -> int:
@@ -131,10 +141,11 @@ class TritonDelta:
         grads, recomputed = self._new_grads(x, plan), self._new_recomputed(x, plan, terms.ut)
         enter = cache(lambda: passing.enter_by_matrix(d_outgoing.wait()))
         for heads in plan.passes(x.v.shape[2]):
+            room = recomputed.of(len(heads))
             pdl = not plan.one_tile and heads.start == 0  # the kernel before is one of state passing
-            plan.kernels.recompute(x, terms, initial, heads, recomputed, pdl)
+            plan.kernels.recompute(x, terms, initial, heads, room, pdl)
             d_final, d_incoming = enter()
-            plan.kernels.gradients(x, terms, do, recomputed, d_final, passing.final, heads, grads)
+            plan.kernels.gradients(x, terms, do, room, d_final, passing.final, heads, grads)
         dq, dk = (per_q_head(d, x.q) for d in (grads.dq, grads.dk))
         of = {"q": dq, "k": dk, "v": grads.dv, "decay": grads.d_decay, "beta": grads.d_beta}
         return Gradients(of, d_incoming)
@@ -150,15 +161,19 @@ class TritonDelta:
     @staticmethod
     def _new_grads(x: DeltaInputs, plan: Plan) -> Grads:
         (batch, tokens, heads, _), key_dim = x.v.shape, x.k.shape[-1]
-        dtype = plan.kernels.head_grads_dtype(x)
-        dq, dk = (x.q.new_empty(batch, tokens, heads, key_dim, dtype=dtype) for _ in range(2))
+        shape = batch, tokens, heads * plan.parts // plan.step, key_dim
+        if summed_in_fp32(plan.step):
+            dq, dk = (x.q.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+        else:
+            dq, dk = (x.q.new_empty(shape) for _ in range(2))
         d_decay = torch.empty_like(x.decay) if x.decay is not None and x.decay_class.learned else None
         return Grads(dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta))
 
     @staticmethod
     def _new_recomputed(x: DeltaInputs, plan: Plan, ut: Tensor) -> Recomputed:
         (batch, tokens, _, value_dim), key_dim = x.v.shape, x.k.shape[-1]
+        columns = value_dim // plan.parts
         return Recomputed(
-            ut.new_empty(batch, tokens, plan.heads, value_dim),
-            ut.new_empty(plan.cut.chunks.count, plan.heads, value_dim, key_dim),
+            ut.new_empty(batch, tokens, plan.at_once, columns),
+            ut.new_empty(plan.cut.chunks.count, plan.at_once, columns, key_dim),
         )

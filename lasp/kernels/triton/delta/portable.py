@@ -26,9 +26,6 @@ class Portable:
     config: DeltaConfig
     states_at_once = 2
 
-    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
-        return x.q.dtype if x.q.shape[2] == x.v.shape[2] else torch.float32
-
     def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
             ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
@@ -93,5 +90,6 @@ class Portable:
 
 
 def _work_dtype(x: DeltaInputs) -> torch.dtype:
-    """Of the products' operands: a state may exceed what fp16 holds."""
-    return torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32
+    """Of the products' operands: with a diagonal decay they have factors up to e^max_ln_decay, too large for fp16."""
+    in_fp32 = x.v.dtype == torch.float16 and scan_decay(x.decay) == Decay.DIAGONAL
+    return torch.float32 if in_fp32 else x.v.dtype

@@ -18,7 +18,7 @@ from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 
-@triton.jit(do_not_specialize=["FIRST_HEAD"])
+@triton.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _reverse_scan(
     q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
     k,
@@ -39,6 +39,7 @@ def _reverse_scan(
     H,
     G,
     FIRST_HEAD,
+    STEP,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -51,7 +52,7 @@ def _reverse_scan(
     STAGES: tl.constexpr,
 ):
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    h = FIRST_HEAD + row
+    h = FIRST_HEAD + row * STEP
     begin, count = tl.load(start + tile), tl.load(length + tile)
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
@@ -148,6 +149,7 @@ def reverse_scan(
         _reverse_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
         q, k, written, totals, do, terms.gates, terms.ut, terms.scores, d_final, d_initial, dr, d_states,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode, FINAL=d_initial is not None,
-        DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,
+        heads.step, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode,
+        FINAL=d_initial is not None, DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages,
+        num_warps=how.warps,
     )  # fmt: skip

@@ -181,7 +181,7 @@ def _within_chunk(
     return dq, w, dk, change
 
 
-@triton.jit(do_not_specialize=["FIRST_HEAD"])
+@triton.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _secondary_gradients(
     q,  # [tokens, Hq, K]
     k,
@@ -191,7 +191,7 @@ def _secondary_gradients(
     ln_chunk_decay,  # [chunks, H] fp32
     u,  # [tokens, HEADS, V]
     dr,
-    dq,  # [tokens, H, K]
+    dq,  # [tokens, H // STEP, K]
     dk,
     d_decay,  # [tokens, H, K]
     d_beta,  # [tokens, H]
@@ -202,6 +202,7 @@ def _secondary_gradients(
     H,
     G,
     FIRST_HEAD,
+    STEP,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -212,7 +213,7 @@ def _secondary_gradients(
     PRECISION: tl.constexpr,
 ):
     first, heads, row = tl.program_id(0).to(tl.int64) * N, tl.num_programs(1), tl.arange(0, C)
-    h = FIRST_HEAD + tl.program_id(1)
+    h = FIRST_HEAD + tl.program_id(1) * STEP
     looked = first + tl.arange(0, N)
     spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
     if tl.max(spreads) > 2 * MAX_LN_DECAY:
@@ -266,8 +267,8 @@ def _secondary_gradients(
                         MAX_LN_DECAY,
                         PRECISION,
                     )
-                    add_rows(dq, to_q, begin, here, h, H, cols, K)
-                    add_rows(dk, to_k - betas[:, None] * to_w, begin, here, h, H, cols, K)
+                    add_rows(dq, to_q, begin, here, h // STEP, H // STEP, cols, K)
+                    add_rows(dk, to_k - betas[:, None] * to_w, begin, here, h // STEP, H // STEP, cols, K)
                     dg = unless_shut(tl.cumsum(change, axis=0, reverse=True), g)
                     add_rows(d_decay, dg, begin, here, h, H, cols, K)
                     d_betas -= tl.sum(kc * to_w, axis=1)
@@ -314,6 +315,6 @@ def secondary_gradients(
         _secondary_gradients, (cdiv(chunks.count, CHUNKS), len(heads)),
         x.q, x.k, do, x.decay, terms.gates, terms.factors.ln_chunk_decay, u, dr, grads.dq, grads.dk, grads.d_decay,
         grads.d_beta, chunks.start, chunks.length, x.scale, chunks.count, all_heads, all_heads // q_heads, heads.start,
-        K=key_dim, V=value_dim, BK=32, BV=32, C=chunks.size, N=CHUNKS, MAX_LN_DECAY=config.max_ln_decay,
+        heads.step, K=key_dim, V=value_dim, BK=32, BV=32, C=chunks.size, N=CHUNKS, MAX_LN_DECAY=config.max_ln_decay,
         PRECISION=config.precision, num_warps=8, num_stages=1,
     )  # fmt: skip

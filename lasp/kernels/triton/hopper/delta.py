@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch
 from lasp.kernels.triton.delta.rescale import Factors
-from lasp.kernels.triton.delta.ut_transform import ut_transform
 from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan
 from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan
+from lasp.kernels.triton.hopper.delta_ut_transform import ut_transform
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,11 @@ class Hopper:
     itself and for backward; `gradients` is one reverse scan."""
 
     cut: Cut
+    how: HopperLaunch
     states_at_once = 1
 
-    def head_grads_dtype(self, x: DeltaInputs) -> torch.dtype:
-        return x.q.dtype
-
     def terms(self, x: DeltaInputs) -> Terms:
-        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, torch.bfloat16)
+        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta)
         return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
@@ -36,21 +34,21 @@ class Hopper:
         return Terms(ut, gates, scores, Factors(x.q, x.k, x.k))
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
-        forward_scan(SUMMARY, self.cut, x, terms, final=states, transitions=transitions)
+        forward_scan(SUMMARY, self.cut, x, terms, self.how, final=states, transitions=transitions)
 
     def outputs(self, x: DeltaInputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
         o = torch.empty_like(x.v)
-        forward_scan(OUTPUTS, self.cut, x, terms, initial=initial, final=final, y=o)
+        forward_scan(OUTPUTS, self.cut, x, terms, self.how, initial=initial, final=final, y=o)
         return o
 
     def tile_states_grad(self, x: DeltaInputs, terms: Terms, do: Tensor, states: Tensor) -> None:
-        reverse_scan(self.cut, x, terms, do, d_initial=states)
+        reverse_scan(self.cut, x, terms, do, self.how, d_initial=states)
 
     def recompute(
         self, x: DeltaInputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
     ) -> None:
         u, states = into
-        forward_scan(STATES, self.cut, x, terms, initial=initial, y=u, states=states, heads=heads, pdl=pdl)
+        forward_scan(STATES, self.cut, x, terms, self.how, initial=initial, y=u, states=states, rows=heads, pdl=pdl)
 
     def gradients(
         self, x: DeltaInputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,
@@ -61,9 +59,10 @@ class Hopper:
             x,
             terms,
             do,
+            self.how,
             d_final=d_final,
             d_initial=d_initial,
-            heads=heads,
+            rows=heads,
             recomputed=recomputed,
             grads=grads,
         )

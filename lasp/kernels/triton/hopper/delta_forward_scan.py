@@ -20,30 +20,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Terms
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, scan_decay
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_shared import (
-    COLUMNS,
-    COLUMNS_LEFT,
-    SCORE_ROWS,
-    SCORES,
-    STATE,
-    STATE_LEFT,
-    TOKEN_ROWS,
+    columns_layout,
     fetch_gates,
+    left_of,
+    rows_layout,
     split_gates,
+    state_layout,
     state_places,
+    states_of,
+    tokens_layout,
 )
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     SHARED,
-    SIZE,
     C,
     barrier,
     clear_tail,
     rows_of,
     send_rows,
-    states_of,
     whole_decay,
 )
 from lasp.kernels.triton.launch import launch
@@ -52,38 +49,57 @@ from lasp.kernels.triton.shared.decay import NONE
 
 
 @gluon.jit
-def _fetch(sources, buffers, ring, numbers, MODE: gl.constexpr):
+def _fetch(sources, buffers, ring, numbers, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr):
     q, k, v, ut, gates = sources
     q_rows, k_rows, v_rows, t_rows, lines = buffers
-    begin, count, chunk, h, H, G = numbers
-    row_bytes: gl.constexpr = 2 * (2 * SIZE + C + (SIZE if MODE == OUTPUTS else 0))
+    begin, count, chunk, h, v_column, H, G = numbers
+    row_bytes: gl.constexpr = 2 * (K + V + C + (K if MODE == OUTPUTS else 0))
     for i in range(gl.cdiv(count, C)):
         at = begin.to(gl.int32) + i * C
         filled, stage = ring.acquire(i), i % ring.stages
         fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
         mbarrier.expect(filled, C * row_bytes)
-        tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
+        tma.async_copy_global_to_shared(k, [at, h // G * K], filled, k_rows.index(stage))
         tma.async_copy_global_to_shared(ut, [at, h * C], filled, t_rows.index(stage))
-        tma.async_copy_global_to_shared(v, [at, h * SIZE], filled, v_rows.index(stage))
+        tma.async_copy_global_to_shared(v, [at, v_column], filled, v_rows.index(stage))
         if MODE == OUTPUTS:
-            tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
+            tma.async_copy_global_to_shared(q, [at, h // G * K], filled, q_rows.index(stage))
 
 
 @gluon.jit
-def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
+def _compute(
+    shared,
+    tensors,
+    numbers,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    WIDTH: gl.constexpr,
+    MODE: gl.constexpr,
+    FINAL: gl.constexpr,
+    DECAY: gl.constexpr,
+):
+    STATE: gl.constexpr = state_layout(K, V)
+    COLUMNS: gl.constexpr = columns_layout(K, V)
+    SCORES: gl.constexpr = tokens_layout(K, V, C)
+    STATE_LEFT: gl.constexpr = left_of(STATE)
+    COLUMNS_LEFT: gl.constexpr = left_of(COLUMNS)
+    K_ROWS: gl.constexpr = rows_layout(K, V, K)
+    V_ROWS: gl.constexpr = rows_layout(K, V, V)
+    SCORE_ROWS: gl.constexpr = rows_layout(K, V, C)
     buffers, given, given_x, given_p, ring = shared
     q_rows, k_rows, v_rows, t_rows, lines = buffers
     initial, final, transitions, y, y_rows, states, scores, scores_rows = tensors
-    begin, count, chunk, h, row, scale, H, HEADS = numbers
+    begin, count, chunk, h, part, row, scale, H, HEADS = numbers
     dtype: gl.constexpr = k_rows.dtype
-    x = gl.zeros([SIZE, SIZE], gl.float32, STATE)
+    x = gl.zeros([V, K], gl.float32, STATE)
     if initial is not None:
-        x = gl.load(initial + state_places(gl.program_id(0), h, H))
+        places, there = state_places(gl.program_id(0), h, H, part, K, V, WIDTH)
+        x = gl.load(initial + places, mask=there, other=0.0)
     if MODE == SUMMARY:
-        row_of_a = gl.arange(0, SIZE, layout=gl.SliceLayout(1, STATE))
-        a = gl.where(row_of_a[:, None] == gl.arange(0, SIZE, layout=gl.SliceLayout(0, STATE))[None, :], 1.0, 0.0)
+        row_of_a = part * V + gl.arange(0, V, layout=gl.SliceLayout(1, STATE))
+        a = gl.where(row_of_a[:, None] == gl.arange(0, K, layout=gl.SliceLayout(0, STATE))[None, :], 1.0, 0.0)
     if MODE == OUTPUTS:
-        heads, head = H, h
+        y_column, y_width = h * WIDTH + part * V, H * WIDTH
         scores += (begin * H + h) * C
         token, past = (
             gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)),
@@ -91,10 +107,10 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
         )
         none = gl.zeros([C, C], gl.float32, SCORES)
     if MODE == STATES:
-        heads, head = HEADS, row
+        y_column, y_width = row * V, HEADS * V
     if MODE >= OUTPUTS:
-        y += (begin * heads + head) * SIZE
-    nothing = gl.zeros([SIZE, C], gl.float32, COLUMNS)
+        y += begin * y_width + y_column
+    nothing = gl.zeros([V, C], gl.float32, COLUMNS)
     for i in range(gl.cdiv(count, C)):
         stage = i % ring.stages
         kc, tc = k_rows.index(stage), t_rows.index(stage)
@@ -104,17 +120,17 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
             given_x.store(before)
             fence_async_shared()
             barrier()
-            state = ((chunk + i) * HEADS + row) * SIZE
+            state = ((chunk + i) * HEADS + row) * V
             tma.async_copy_shared_to_global(states, [state.to(gl.int32), 0], given_x)
         ring.wait(i)
         if DECAY != NONE:
             x *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if count - i * C < C:
-            clear_tail(kc, i, count, TOKEN_ROWS)
+            clear_tail(kc, i, count, K_ROWS)
             clear_tail(tc, i, count, SCORE_ROWS)
-            clear_tail(v_rows.index(stage), i, count, TOKEN_ROWS)
+            clear_tail(v_rows.index(stage), i, count, V_ROWS)
             if MODE == OUTPUTS:
-                clear_tail(q_rows.index(stage), i, count, TOKEN_ROWS)
+                clear_tail(q_rows.index(stage), i, count, K_ROWS)
             fence_async_shared()
             barrier()
         left = gl.convert_layout(before, COLUMNS_LEFT)
@@ -139,7 +155,8 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
             fence_async_shared()
             tma.store_wait(0)  # of the chunk before, whose buffer is written again
             barrier()
-            send_rows(scores, scores_rows, given_p, begin, i, count, h * C, H * C, SCORE_ROWS)
+            if part == 0:
+                send_rows(scores, scores_rows, given_p, begin, i, count, h * C, H * C, SCORE_ROWS)
             yc = warpgroup_mma(left, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
         written = u
@@ -182,30 +199,32 @@ def _compute(shared, tensors, numbers, MODE: gl.constexpr, FINAL: gl.constexpr, 
         barrier()
         ring.release(i)
         if MODE >= OUTPUTS:
-            send_rows(y, y_rows, out, begin, i, count, head * SIZE, heads * SIZE, TOKEN_ROWS)
+            send_rows(y, y_rows, out, begin, i, count, y_column, y_width, V_ROWS)
     if MODE >= OUTPUTS:
         tma.store_wait(0)
     if MODE == STATES:
         griddepcontrol_wait()
     if FINAL:
-        gl.store(final + state_places(gl.program_id(0), h, H), x)
+        places, there = state_places(gl.program_id(0), h, H, part, K, V, WIDTH)
+        gl.store(final + places, x, mask=there)
     if MODE == SUMMARY:
-        gl.store(transitions + state_places(gl.program_id(0), h, H), a)
+        places, there = state_places(gl.program_id(0), h, H, part, K, V, K)
+        gl.store(transitions + places, a, mask=there)
 
 
-@gluon.jit(do_not_specialize=["FIRST_HEAD"])
+@gluon.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _forward_scan(
-    q,  # rows of [tokens, H // G, SIZE], for OUTPUTS
+    q,  # rows of [tokens, H // G, K], for OUTPUTS
     k,
-    v,  # rows of [tokens, H, SIZE]
+    v,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     ut,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
     scores_rows,  # rows of it
-    initial,  # [M, H, SIZE, SIZE] fp32, for OUTPUTS and STATES, or None: zero
+    initial,  # [M, H, K, WIDTH] fp32, for OUTPUTS and STATES, or None: zero
     final,  # likewise, the state at the tile's end, if FINAL
-    transitions,  # likewise, for SUMMARY: A of the tile
-    y,  # o [tokens, H, SIZE] for OUTPUTS, u [tokens, HEADS, SIZE] for STATES
+    transitions,  # [M, H, K, K] fp32, for SUMMARY: A of the tile
+    y,  # o [tokens, H, WIDTH] for OUTPUTS, u [tokens, HEADS, V] for STATES
     y_rows,  # rows of it
     states,  # [chunks, HEADS, V, K], one by one, for STATES: the state that enters each chunk, transposed
     start,
@@ -215,6 +234,11 @@ def _forward_scan(
     H,
     G,
     FIRST_HEAD,
+    STEP,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PARTS: gl.constexpr,
     MODE: gl.constexpr,
     FINAL: gl.constexpr,
     DECAY: gl.constexpr,
@@ -223,28 +247,29 @@ def _forward_scan(
     if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
-    h = FIRST_HEAD + row
+    h, part = (FIRST_HEAD + row * STEP) // PARTS, (FIRST_HEAD + row * STEP) % PARTS
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     dtype: gl.constexpr = k.dtype
-    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, K], SHARED)
     t_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
     lines = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], GATES_SHARED)
-    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED) if MODE == OUTPUTS else k_rows
+    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, V], SHARED)
+    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, K], SHARED) if MODE == OUTPUTS else k_rows
     copies: gl.constexpr = 2 if MODE == STATES else 1
-    given = gl.allocate_shared_memory(dtype, [copies, C, SIZE], SHARED) if MODE >= OUTPUTS else k_rows
-    given_x = gl.allocate_shared_memory(dtype, [SIZE, SIZE], SHARED) if MODE == STATES else k_rows
+    given = gl.allocate_shared_memory(dtype, [copies, C, V], SHARED) if MODE >= OUTPUTS else k_rows
+    given_x = gl.allocate_shared_memory(dtype, [V, K], SHARED) if MODE == STATES else k_rows
     given_p = gl.allocate_shared_memory(dtype, [C, C], SHARED) if MODE == OUTPUTS else k_rows
     ring = make_ring(STAGES, 1)
     buffers = (q_rows, k_rows, v_rows, t_rows, lines)
     shared = (buffers, given, given_x, given_p, ring)
     tensors = (initial, final, transitions, y, y_rows, states, scores, scores_rows)
-    numbers = (begin, count, chunk, h, row, scale, H, HEADS)
+    numbers = (begin, count, chunk, h, part, row, scale, H, HEADS)
+    sources, where = (q, k, v, ut, gates), (begin, count, chunk, h, h * WIDTH + part * V, H, G)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, numbers, MODE, FINAL, DECAY)),
-            (_fetch, ((q, k, v, ut, gates), buffers, ring, (begin, count, chunk, h, H, G), MODE)),
+            (_compute, (shared, tensors, numbers, K, V, WIDTH, MODE, FINAL, DECAY)),
+            (_fetch, (sources, buffers, ring, where, K, V, MODE)),
         ],
         [1],
         [24],
@@ -256,25 +281,29 @@ def forward_scan(
     cut: Cut,
     x: DeltaInputs,
     terms: Terms,
+    how: HopperLaunch,
     *,
     initial: Tensor | None = None,
     final: Tensor | None = None,
     transitions: Tensor | None = None,
     y: Tensor | None = None,
     states: Tensor | None = None,
-    heads: range | None = None,
+    rows: range | None = None,
     pdl: bool = True,
 ) -> None:
-    """Scans every tile and head (of `heads`); `mode` says which of the tensors it fills: y is o or u. OUTPUTS fill
-    terms.scores."""
-    outputs, (all_heads, q_heads) = mode is OUTPUTS, (x.v.shape[2], x.k.shape[2])
-    heads, scores = heads or range(all_heads), terms.scores
+    """Scans every tile and part of a head (of `rows`); `mode` says which of the tensors it fills: y is o or u. OUTPUTS
+    fill terms.scores."""
+    outputs, (heads, value_dim), (q_heads, key_dim) = mode is OUTPUTS, x.v.shape[2:], x.k.shape[2:]
+    scores = terms.scores if outputs else None
+    parts = max(value_dim, key_dim) // how.columns if mode is SUMMARY else how.parts
+    rows = rows or range(heads * parts)
     launch(
-        _forward_scan, (cut.tiles.count, len(heads)),
-        rows_of(x.q, SIZE.value) if outputs else None, rows_of(x.k, SIZE.value),
-        rows_of(x.v, SIZE.value), terms.gates, rows_of(terms.ut, C.value),
-        *((scores, rows_of(scores, C.value)) if outputs and scores is not None else (None, None)), initial, final,
-        transitions, y, None if y is None else rows_of(y, SIZE.value), None if states is None else states_of(states),
-        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
-        MODE=mode.value, FINAL=final is not None, DECAY=scan_decay(x.decay).value, STAGES=3, num_warps=8, pdl=pdl,
+        _forward_scan, (cut.tiles.count, len(rows)),
+        rows_of(x.q, key_dim) if outputs else None, rows_of(x.k, key_dim), rows_of(x.v, how.columns),
+        terms.gates, rows_of(terms.ut, C.value), scores, None if scores is None else rows_of(scores, C.value),
+        initial, final, transitions, y, None if y is None else rows_of(y, how.columns),
+        None if states is None else states_of(states), cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,
+        heads, heads // q_heads, rows.start, rows.step,
+        K=key_dim, V=how.columns, WIDTH=value_dim, PARTS=parts, MODE=mode.value, FINAL=final is not None,
+        DECAY=scan_decay(x.decay).value, STAGES=how.stages(mode), pdl=pdl, **how.options,
     )  # fmt: skip

@@ -5,8 +5,8 @@ Given the state X that enters the chunk, G of what leaves it, u and dr, all in s
     dq = e^b do Xᵀ + P' k        w = e^b dr Xᵀ + N k        dk = e^{b_C - b} u Gᵀ + P'ᵀ q - Nᵀ (beta k) - beta w
     P'_ij = e_ij (do_i·u_j), j <= i        N_ij = e_ij (dr_i·u_j), j < i        e_ij = e^{b_i - b_j}        dv = beta dr
 
-Each group of warps finds half of every row. A warp of its own adds up what both know of the gradients of beta and of
-the decay.
+Each group of warps finds its share of every row. A warp of its own adds up what all know of the gradients of beta and
+of the decay.
 """
 
 from triton.experimental import gluon
@@ -17,12 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lasp.kernels.triton.hopper.delta_shared import SCORES, TOKENS, TOKENS_LEFT
-from lasp.kernels.triton.hopper.shared import SIZE, C, barrier, whole_decay
+from lasp.kernels.triton.hopper.delta_shared import left_of, tokens_layout, warp_groups
+from lasp.kernels.triton.hopper.shared import C, barrier, whole_decay
 from lasp.kernels.triton.shared.decay import NONE, SHUT
 
 SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-PAIRS = gl.constexpr(gl.BlockedLayout([2, 2], [1, 32], [1, 1], [1, 0]))  # [2, C] in one warp
+PAIRS = gl.constexpr(gl.BlockedLayout([2, 2], [1, 32], [1, 1], [1, 0]))  # [groups, C] in one warp
 PAIR = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # [C], likewise
 
 
@@ -32,8 +32,9 @@ def _add(a, b):
 
 
 @gluon.jit
-def add_up(sums, ring, decay, d_decay, d_beta, numbers):
-    """The gradients of beta and of the decay, chunk by chunk, from what the two groups of warps know of them."""
+def add_up(sums, ring, decay, d_decay, d_beta, numbers, ADD: gl.constexpr):
+    """The gradients of beta and of the decay, chunk by chunk, from what groups of warps know of them, and, if ADD, from
+    what is there."""
     begin, count, h, H = numbers
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
@@ -47,30 +48,51 @@ def add_up(sums, ring, decay, d_decay, d_beta, numbers):
         ring.release(step)
         place = i * C + gl.arange(0, C, layout=PAIR)
         at = (begin + place) * H + h
+        if ADD:
+            for_beta += gl.load(d_beta + at, mask=place < count, other=0.0).to(gl.float32)
         gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
         if d_decay is not None:
             dg = gl.associative_scan(change, 0, _add, reverse=True) + carried
             g = gl.load(decay + at, mask=place < count, other=0.0).to(gl.float32)
             dg = gl.where(g <= SHUT, 0.0, dg)
+            if ADD:
+                dg += gl.load(d_decay + at, mask=place < count, other=0.0).to(gl.float32)
             gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=place < count)
 
 
 @gluon.jit
-def _half_sums(tile):
-    """The sums of both halves of every row, [2, C]: each group of warps knows one."""
-    return gl.sum(tile.reshape([C, 2, SIZE // 2]), axis=2).permute((1, 0))
+def _row_sums(tile, GROUPS: gl.constexpr):
+    """The sums of the pieces of every row, [GROUPS, C]: each group of warps knows one."""
+    return gl.sum(tile.reshape([C, GROUPS, tile.shape[1] // GROUPS]), axis=2).permute((1, 0))
 
 
 @gluon.jit
 def stage_gradients(
-    grad, chunk_rows, gates, given, sums, ring, step, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
+    grad,
+    chunk_rows,
+    gates,
+    given,
+    sums,
+    ring,
+    step,
+    scale,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    LEARNED: gl.constexpr,
+    DECAY: gl.constexpr,
 ):
-    """The second part of a chunk: dq and dk take the place of G, dv that of dr."""
+    """The second part of a chunk: dq may take the place of G, and dk what is left of it; dv takes that of dr."""
+    GROUPS: gl.constexpr = warp_groups(K, V)
+    SCORES: gl.constexpr = tokens_layout(K, V, C)
+    KEYS: gl.constexpr = tokens_layout(K, V, K)  # [C, K]
+    VALUES: gl.constexpr = tokens_layout(K, V, V)  # [C, V]
+    KEYS_LEFT: gl.constexpr = left_of(KEYS)
+    dq_out, dk_out = given
     qc, kc, vc, doc, uc, drc, x, g, pc, tc = chunk_rows
     betas, passed, from_starts, to_ends = gates
     dtype: gl.constexpr = kc.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
-    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, SIZE], gl.float32, TOKENS)
+    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, K], gl.float32, KEYS)
     near = warpgroup_mma(doc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
     erased = warpgroup_mma(drc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
     dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
@@ -91,42 +113,43 @@ def stage_gradients(
     if DECAY == NONE:
         dq *= scale
     else:
-        from_start = from_starts.load(gl.SliceLayout(1, TOKENS))
+        from_start = from_starts.load(gl.SliceLayout(1, KEYS))
         dq *= (scale * from_start)[:, None]
         w *= from_start[:, None]
-        dk *= to_ends.load(gl.SliceLayout(1, TOKENS))[:, None]
+        dk *= to_ends.load(gl.SliceLayout(1, KEYS))[:, None]
     dq = warpgroup_mma(pc, kc, dq, is_async=True)
     w = warpgroup_mma(tc, kc, w, is_async=True)
     if LEARNED:
-        carried = _half_sums(kc.load(TOKENS).to(gl.float32) * dk)
+        carried = _row_sums(kc.load(KEYS).to(gl.float32) * dk, GROUPS)
     dk = warpgroup_mma(pc.permute((1, 0)), qc, dk, is_async=True)
-    forget = -betas.load(gl.SliceLayout(0, TOKENS_LEFT))
-    forgotten = (tc.permute((1, 0)).load(TOKENS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
+    forget = -betas.load(gl.SliceLayout(0, KEYS_LEFT))
+    forgotten = (tc.permute((1, 0)).load(KEYS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
     dk = warpgroup_mma(forgotten, kc, dk, is_async=True)
     ring.acquire(step)
     if LEARNED:
-        total = whole_decay(from_starts, gl.SliceLayout(1, TOKENS))[:, None]
-        for half in gl.static_range(2):
-            overlap = x.slice(half * C, C).load(TOKENS).to(gl.float32) * g.slice(half * C, C).load(TOKENS)
-            carried += _half_sums(total * overlap)
+        total = whole_decay(from_starts, gl.SliceLayout(1, KEYS))[:, None]
+        for piece in gl.static_range(V // C):
+            overlap = x.slice(piece * C, C).load(KEYS).to(gl.float32) * g.slice(piece * C, C).load(KEYS)
+            carried += _row_sums(total * overlap, GROUPS)
         sums.index(2).store(carried)
-    beta = betas.load(gl.SliceLayout(1, TOKENS))[:, None]
-    dr = drc.load(TOKENS).to(gl.float32)
-    for_beta = _half_sums(dr * vc.load(TOKENS).to(gl.float32))
-    drc.store((beta * dr).to(dtype))
+    dr = drc.load(VALUES).to(gl.float32)
+    for_beta = _row_sums(dr * vc.load(VALUES).to(gl.float32), GROUPS)
+    drc.store((betas.load(gl.SliceLayout(1, VALUES))[:, None] * dr).to(dtype))
+    beta = betas.load(gl.SliceLayout(1, KEYS))[:, None]
     barrier()  # G has been read
     dq = warpgroup_mma_wait(3, deps=(dq,))
-    given.index(0).store(dq.to(dtype))
+    dq_out.store(dq.to(dtype))
     if LEARNED:
-        change = _half_sums(qc.load(TOKENS).to(gl.float32) * dq)
+        change = _row_sums(qc.load(KEYS).to(gl.float32) * dq, GROUPS)
     w = warpgroup_mma_wait(2, deps=(w,))
-    k_w = kc.load(TOKENS).to(gl.float32) * w
-    sums.index(0).store(for_beta - _half_sums(k_w))
+    k_w = kc.load(KEYS).to(gl.float32) * w
+    from_w = _row_sums(k_w, GROUPS)
+    sums.index(0).store(gl.convert_layout(for_beta, from_w.type.layout) - from_w)
     if LEARNED:
-        change -= _half_sums(2 * beta * k_w)
+        change -= _row_sums(2 * beta * k_w, GROUPS)
     dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
-    given.index(1).store(dk.to(dtype))
+    dk_out.store(dk.to(dtype))
     if LEARNED:
-        sums.index(1).store(change - _half_sums(kc.load(TOKENS).to(gl.float32) * dk))
+        sums.index(1).store(change - _row_sums(kc.load(KEYS).to(gl.float32) * dk, GROUPS))
     fence_async_shared()
     return grad

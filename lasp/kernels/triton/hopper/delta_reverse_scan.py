@@ -19,29 +19,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
-from lasp.kernels.triton.delta.config import scan_decay
+from lasp.kernels.triton.delta.config import HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
 from lasp.kernels.triton.hopper.delta_shared import (
-    COLUMNS,
-    COLUMNS_LEFT,
-    SCORE_ROWS,
-    STATE,
-    STATE_LEFT,
-    TOKEN_ROWS,
+    columns_layout,
     fetch_gates,
+    give_tokens,
+    left_of,
+    rows_layout,
     split_gates,
+    state_layout,
     state_places,
+    states_of,
+    warp_groups,
 )
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     SHARED,
-    SIZE,
     C,
     barrier,
     clear_tail,
     rows_of,
-    states_of,
     store_tokens,
     whole_decay,
 )
@@ -51,52 +50,71 @@ from lasp.kernels.triton.shared.decay import NONE
 
 
 @gluon.jit
-def _fetch(sources, buffers, rings, numbers, GRADIENTS: gl.constexpr):
+def _fetch(sources, buffers, rings, numbers, K: gl.constexpr, V: gl.constexpr, GRADIENTS: gl.constexpr):
     """k, do, P and gates come some chunks ahead. So do T and q for summaries; gradients have room for one chunk's T and
     q, and u, X and v, which come while the chunk's first part runs."""
     q, k, v, do, u, ut, scores, states, gates = sources
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
     ring, rest_ring, late_ring = rings
-    begin, count, chunk, h, row, H, HEADS, G = numbers
+    begin, count, chunk, h, v_column, row, H, HEADS, G = numbers
     chunks = gl.cdiv(count, C)
     for step in range(chunks + 1):
         if step > 0:
             i = chunks - step
             at = begin.to(gl.int32) + i * C
             filled, stage = rest_ring.acquire(step - 1), (step - 1) % rest_ring.stages
-            mbarrier.expect(filled, 2 * C * (C + SIZE))
+            mbarrier.expect(filled, 2 * C * (C + K))
             tma.async_copy_global_to_shared(ut, [at, h * C], filled, t_rows.index(stage))
-            tma.async_copy_global_to_shared(q, [at, h // G * SIZE], filled, q_rows.index(stage))
+            tma.async_copy_global_to_shared(q, [at, h // G * K], filled, q_rows.index(stage))
             if GRADIENTS:
                 late = late_ring.full.index(0)  # its buffers are free where those of the rest are
-                mbarrier.expect(late, 2 * (2 * C * SIZE + SIZE * SIZE))
-                tma.async_copy_global_to_shared(u, [at, row * SIZE], late, u_rows.index(0))
-                state = ((chunk + i) * HEADS + row) * SIZE
+                mbarrier.expect(late, 2 * (2 * C * V + V * K))
+                tma.async_copy_global_to_shared(u, [at, row * V], late, u_rows.index(0))
+                state = ((chunk + i) * HEADS + row) * V
                 tma.async_copy_global_to_shared(states, [state.to(gl.int32), 0], late, xs.index(0))
-                tma.async_copy_global_to_shared(v, [at, h * SIZE], late, v_rows.index(0))
+                tma.async_copy_global_to_shared(v, [at, v_column], late, v_rows.index(0))
         if step < chunks:
             i = chunks - 1 - step
             at = begin.to(gl.int32) + i * C
             filled, stage = ring.acquire(step), step % ring.stages
             fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
-            mbarrier.expect(filled, 2 * C * (2 * SIZE + C))
-            tma.async_copy_global_to_shared(k, [at, h // G * SIZE], filled, k_rows.index(stage))
-            tma.async_copy_global_to_shared(do, [at, h * SIZE], filled, do_rows.index(stage))
+            mbarrier.expect(filled, 2 * C * (K + V + C))
+            tma.async_copy_global_to_shared(k, [at, h // G * K], filled, k_rows.index(stage))
+            tma.async_copy_global_to_shared(do, [at, v_column], filled, do_rows.index(stage))
             tma.async_copy_global_to_shared(scores, [at, h * C], filled, p_rows.index(stage))
 
 
 @gluon.jit
-def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr):
-    buffers, gs, drs, sums, rings = shared
+def _compute(
+    shared,
+    tensors,
+    numbers,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    WIDTH: gl.constexpr,
+    GRADIENTS: gl.constexpr,
+    ADD: gl.constexpr,
+    FINAL: gl.constexpr,
+    DECAY: gl.constexpr,
+):
+    STATE: gl.constexpr = state_layout(K, V)
+    COLUMNS: gl.constexpr = columns_layout(K, V)
+    STATE_LEFT: gl.constexpr = left_of(STATE)
+    COLUMNS_LEFT: gl.constexpr = left_of(COLUMNS)
+    K_ROWS: gl.constexpr = rows_layout(K, V, K)
+    V_ROWS: gl.constexpr = rows_layout(K, V, V)
+    SCORE_ROWS: gl.constexpr = rows_layout(K, V, C)
+    buffers, gs, more, drs, sums, rings = shared
     k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
     ring, rest_ring, late_ring, sums_ring = rings
     d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
-    start, begin, count, h, scale, H = numbers
+    start, begin, count, h, part, slot, scale, H, SLOTS = numbers
     dtype: gl.constexpr = k_rows.dtype
-    grad = gl.zeros([SIZE, SIZE], gl.float32, STATE)
+    grad = gl.zeros([V, K], gl.float32, STATE)
     if d_final is not None:
-        grad = gl.load(d_final + state_places(gl.program_id(0), h, H))
-    nothing = gl.zeros([SIZE, C], gl.float32, COLUMNS)
+        places, there = state_places(gl.program_id(0), h, H, part, K, V, WIDTH)
+        grad = gl.load(d_final + places, mask=there, other=0.0)
+    nothing = gl.zeros([V, C], gl.float32, COLUMNS)
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         i = chunks - 1 - step
@@ -112,8 +130,8 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
         if DECAY != NONE:
             grad *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if cut:
-            clear_tail(kc, i, count, TOKEN_ROWS)
-            clear_tail(doc, i, count, TOKEN_ROWS)
+            clear_tail(kc, i, count, K_ROWS)
+            clear_tail(doc, i, count, V_ROWS)
             clear_tail(pc, i, count, SCORE_ROWS)
             fence_async_shared()
             barrier()
@@ -134,7 +152,7 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
         rest_ring.wait(step)
         if cut:
             clear_tail(tc, i, count, SCORE_ROWS)
-            clear_tail(qc, i, count, TOKEN_ROWS)
+            clear_tail(qc, i, count, K_ROWS)
             fence_async_shared()
             barrier()
         grad = warpgroup_mma(read, qc, grad, is_async=True)
@@ -152,14 +170,26 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
             drc.permute((1, 0)).store(dr.to(dtype))
             late_ring.wait(step)
             if cut:
-                clear_tail(uc, i, count, TOKEN_ROWS)
+                clear_tail(uc, i, count, V_ROWS)
             fence_async_shared()
             barrier()
             chunk_rows = (qc, kc, v_rows.index(zero), doc, uc, drc, xs.index(zero), gs.index(zero), pc, tc)
             gates = (betas, passed, from_starts, to_ends)
-            given = gs._reinterpret(dtype, [2, C, SIZE], SHARED)
+            dq_out = gs._reinterpret(dtype, [V // C, C, K], SHARED).index(zero)
+            dk_out = more.index(zero) if V == C else gs._reinterpret(dtype, [V // C, C, K], SHARED).index(zero + 1)
             grad = stage_gradients(
-                grad, chunk_rows, gates, given, sums, sums_ring, step, scale, d_decay is not None, DECAY
+                grad,
+                chunk_rows,
+                gates,
+                (dq_out, dk_out),
+                sums,
+                sums_ring,
+                step,
+                scale,
+                K,
+                V,
+                d_decay is not None,
+                DECAY,
             )
         else:
             grad = warpgroup_mma_wait(0, deps=(grad,))
@@ -168,42 +198,47 @@ def _compute(shared, tensors, numbers, GRADIENTS: gl.constexpr, FINAL: gl.conste
         rest_ring.release(step)
         if GRADIENTS:
             mbarrier.arrive(sums_ring.full.index(0), count=1)
-            if cut:
+            if ADD or cut:
                 first = gl.load(start + gl.program_id(0), volatile=True)  # anew, so that nothing is kept for this case
-                mine = (first * H + h) * SIZE
-                store_tokens(dq + mine, given.index(zero), i, count, H * SIZE, TOKEN_ROWS)
-                store_tokens(dk + mine, given.index(zero + 1), i, count, H * SIZE, TOKEN_ROWS)
-                store_tokens(dv + mine, drc, i, count, H * SIZE, TOKEN_ROWS)
+                mine = (first * SLOTS + slot) * K
+                give_tokens(dq + mine, dq_out, i, count, SLOTS * K, K_ROWS, ADD)
+                give_tokens(dk + mine, dk_out, i, count, SLOTS * K, K_ROWS, ADD)
             else:
                 at = begin.to(gl.int32) + i * C
-                tma.async_copy_shared_to_global(dq_rows, [at, h * SIZE], given.index(0))
-                tma.async_copy_shared_to_global(dk_rows, [at, h * SIZE], given.index(1))
-                tma.async_copy_shared_to_global(dv_rows, [at, h * SIZE], drc)
+                tma.async_copy_shared_to_global(dq_rows, [at, slot * K], dq_out)
+                tma.async_copy_shared_to_global(dk_rows, [at, slot * K], dk_out)
+            v_column = h * WIDTH + part * V
+            if cut:
+                first = gl.load(start + gl.program_id(0), volatile=True)
+                store_tokens(dv + first * H * WIDTH + v_column, drc, i, count, H * WIDTH, V_ROWS)
+            else:
+                tma.async_copy_shared_to_global(dv_rows, [begin.to(gl.int32) + i * C, v_column], drc)
     if GRADIENTS:
         tma.store_wait(0)
     if FINAL:
-        gl.store(d_initial + state_places(gl.program_id(0), h, H), grad)
+        places, there = state_places(gl.program_id(0), h, H, part, K, V, WIDTH)
+        gl.store(d_initial + places, grad, mask=there)
 
 
-@gluon.jit(do_not_specialize=["FIRST_HEAD"])
+@gluon.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _reverse_scan(
-    q,  # rows of [tokens, H // G, SIZE]
+    q,  # rows of [tokens, H // G, K]
     k,
-    do,  # rows of [tokens, H, SIZE]
+    do,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     ut,  # rows of [tokens, H, C]: T
     scores,  # rows of [tokens, H, C]: P, scaled
-    d_final,  # [M, H, SIZE, SIZE] fp32, or None: zero
+    d_final,  # [M, H, K, WIDTH] fp32, or None: zero
     d_initial,  # likewise, if FINAL: the gradient of the state at the tile's start
     # The others for GRADIENTS:
-    v,  # rows of [tokens, H, SIZE]
-    u,  # rows of [tokens, HEADS, SIZE]
+    v,  # rows of [tokens, H, WIDTH]
+    u,  # rows of [tokens, HEADS, V]
     states,  # [chunks, HEADS, V, K], one by one: the state X that enters each chunk, transposed
-    dq,  # [tokens, H, SIZE]
+    dq,  # [tokens, H * PARTS // STEP, K]
     dq_rows,  # rows of it
     dk,
     dk_rows,
-    dv,
+    dv,  # [tokens, H, WIDTH]
     dv_rows,
     decay,  # [tokens, H], if it is learned
     d_decay,
@@ -215,43 +250,54 @@ def _reverse_scan(
     H,
     G,
     FIRST_HEAD,
+    STEP,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PARTS: gl.constexpr,
     GRADIENTS: gl.constexpr,
+    ADD: gl.constexpr,  # to the dq and dk of heads before
+    ADD_PARTS: gl.constexpr,  # to what parts before know of the gradients of beta and of the decay
     FINAL: gl.constexpr,
     DECAY: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     griddepcontrol_wait()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
-    h = FIRST_HEAD + row
+    place = FIRST_HEAD + row * STEP
+    h, part = place // PARTS, place % PARTS
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     dtype: gl.constexpr = k.dtype
     REST: gl.constexpr = 1 if GRADIENTS else STAGES
-    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, K], SHARED)
+    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, V], SHARED)
     p_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
     lines = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], GATES_SHARED)
     t_rows = gl.allocate_shared_memory(dtype, [REST, C, C], SHARED)
-    q_rows = gl.allocate_shared_memory(dtype, [REST, C, SIZE], SHARED)
-    u_rows = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
-    v_rows = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
-    xs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
-    gs = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED) if GRADIENTS else k_rows
-    drs = gl.allocate_shared_memory(dtype, [1, C, SIZE], SHARED) if GRADIENTS else k_rows
-    sums = gl.allocate_shared_memory(gl.float32, [3, 2, C], SUMS) if GRADIENTS else lines
+    q_rows = gl.allocate_shared_memory(dtype, [REST, C, K], SHARED)
+    u_rows = gl.allocate_shared_memory(dtype, [1, C, V], SHARED) if GRADIENTS else k_rows
+    v_rows = gl.allocate_shared_memory(dtype, [1, C, V], SHARED) if GRADIENTS else k_rows
+    xs = gl.allocate_shared_memory(dtype, [1, V, K], SHARED) if GRADIENTS else k_rows
+    gs = gl.allocate_shared_memory(dtype, [1, V, K], SHARED) if GRADIENTS else k_rows
+    more = (
+        gl.allocate_shared_memory(dtype, [1, C, K], SHARED) if GRADIENTS and V == C else gs
+    )  # dq and dk take the place of G
+    drs = gl.allocate_shared_memory(dtype, [1, C, V], SHARED) if GRADIENTS else k_rows
+    sums = gl.allocate_shared_memory(gl.float32, [3, warp_groups(K, V), C], SUMS) if GRADIENTS else lines
     ring, rest_ring, late_ring, sums_ring = make_ring(STAGES, 1), make_ring(REST, 1), make_ring(1, 1), make_ring(1, 1)
     buffers = (k_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs)
-    shared = (buffers, gs, drs, sums, (ring, rest_ring, late_ring, sums_ring))
+    shared = (buffers, gs, more, drs, sums, (ring, rest_ring, late_ring, sums_ring))
     tensors = (d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
     sources = (q, k, v, do, u, ut, scores, states, gates)
-    numbers = (start, begin, count, h, scale, H)
-    arriving, where = (ring, rest_ring, late_ring), (begin, count, chunk, h, row, H, HEADS, G)
+    numbers = (start, begin, count, h, part, place // STEP, scale, H, H * PARTS // STEP)
+    arriving, where = (ring, rest_ring, late_ring), (begin, count, chunk, h, h * WIDTH + part * V, row, H, HEADS, G)
     if GRADIENTS:
         gl.warp_specialize(
             [
-                (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
-                (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
-                (add_up, (sums, sums_ring, decay, d_decay, d_beta, (begin, count, h, H))),
+                (_compute, (shared, tensors, numbers, K, V, WIDTH, GRADIENTS, ADD, FINAL, DECAY)),
+                (_fetch, (sources, buffers, arriving, where, K, V, GRADIENTS)),
+                (add_up, (sums, sums_ring, decay, d_decay, d_beta, (begin, count, h, H), ADD_PARTS)),
             ],
             [1, 1],
             [24, 24],
@@ -259,8 +305,8 @@ def _reverse_scan(
     else:
         gl.warp_specialize(
             [
-                (_compute, (shared, tensors, numbers, GRADIENTS, FINAL, DECAY)),
-                (_fetch, (sources, buffers, arriving, where, GRADIENTS)),
+                (_compute, (shared, tensors, numbers, K, V, WIDTH, GRADIENTS, ADD, FINAL, DECAY)),
+                (_fetch, (sources, buffers, arriving, where, K, V, GRADIENTS)),
             ],
             [1],
             [24],
@@ -272,28 +318,34 @@ def reverse_scan(
     x: DeltaInputs,
     terms: Terms,
     do: Tensor,
+    how: HopperLaunch,
     *,
     d_final: Tensor | None = None,
     d_initial: Tensor | None = None,
-    heads: range | None = None,
+    rows: range | None = None,
     recomputed: Recomputed | None = None,
     grads: Grads | None = None,
 ) -> None:
-    """Scans every tile and head (of `heads`) in reverse. With what was `recomputed` of them it fills `grads`."""
-    all_heads, q_heads = x.v.shape[2], x.k.shape[2]
-    heads = heads or range(all_heads)
+    """Scans every tile and part of a head (of `rows`) in reverse. With what was `recomputed` of them it fills
+    `grads`."""
+    (heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], x.k.shape[2:]
+    rows = rows or range(heads * how.parts)
     dq, dk, dv, d_decay, d_beta = grads or (None,) * 5
     u, states = recomputed or (None, None)
     assert terms.scores is not None
-    v = x.v if recomputed else None
-    learned = None if d_decay is None else x.decay
-    rows = [None if y is None else rows_of(y, SIZE.value) for y in (x.q, x.k, do, v, u, dq, dk, dv)]
+    add = grads is not None and grads.are_added(rows)
+    dq_rows, dk_rows = (None, None) if add or dq is None or dk is None else (rows_of(dq, key_dim), rows_of(dk, key_dim))
+    u_rows, v_rows, dv_rows = (
+        None if y is None else rows_of(y, how.columns) for y in (u, x.v if recomputed else None, dv)
+    )
     launch(
-        _reverse_scan, (cut.tiles.count, len(heads)),
-        *rows[:3], terms.gates, rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
-        *rows[3:5], None if states is None else states_of(states),
-        dq, rows[5], dk, rows[6], dv, rows[7], learned, d_decay, d_beta,
-        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, all_heads, all_heads // q_heads, heads.start,
-        GRADIENTS=recomputed is not None, FINAL=d_initial is not None, DECAY=scan_decay(x.decay).value,
-        STAGES=2 if recomputed else 3, num_warps=8, pdl=True,
+        _reverse_scan, (cut.tiles.count, len(rows)),
+        rows_of(x.q, key_dim), rows_of(x.k, key_dim), rows_of(do, how.columns), terms.gates,
+        rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
+        v_rows, u_rows, None if states is None else states_of(states), dq, dq_rows, dk, dk_rows, dv, dv_rows,
+        None if d_decay is None else x.decay, d_decay, d_beta,
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, heads, heads // q_heads, rows.start, rows.step,
+        K=key_dim, V=how.columns, WIDTH=value_dim, PARTS=how.parts, GRADIENTS=recomputed is not None, ADD=add,
+        ADD_PARTS=rows.start % how.parts > 0 and recomputed is not None, FINAL=d_initial is not None,
+        DECAY=scan_decay(x.decay).value, STAGES=how.reverse_stages(recomputed is not None), pdl=True, **how.options,
     )  # fmt: skip

@@ -1,25 +1,69 @@
 """What the scans of the delta rule share: layouts, and how a chunk's gates come.
 
-Eight warps hold a state, transposed, [V, K]: two groups of them half of V each. Of what has a row for every token of a
-chunk, each group has half of the columns. All run the same code. (With code of its own for each group, as in `up`, a
-scan that gives all gradients took 1.3 times as long: together the two did not fit where instructions are kept.)
+A program holds a state, transposed, [V, K]: all of K and 64 or 128 of a head's columns of V, a `part` of them; a head
+of more is as many parts, which differ in v alone. Four warps hold 64 rows of it, and if K is 256, half of each row. Of
+what has a row for every token of a chunk, each such group of warps has its share of the columns. All run the same code.
+(With code of its own for each group, as in `up`, a scan that gives all gradients took 1.3 times as long: together the
+two did not fit where instructions are kept.)
 """
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lasp.kernels.triton.hopper.shared import SIZE, C
+from lasp.kernels.triton.hopper.shared import SHARED, C, store_tokens
 
-STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))  # [V, K]
-COLUMNS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]))  # [V, C]
-TOKENS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))  # [C, K]
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))  # [C, C]
-STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))  # first operands of products, in registers
-COLUMNS_LEFT = gl.constexpr(gl.DotOperandLayout(0, COLUMNS, 2))
-TOKENS_LEFT = gl.constexpr(gl.DotOperandLayout(0, TOKENS, 2))
-SCORE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # [C, C], coalesced
-TOKEN_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))  # [C, K], likewise
+
+@gluon.constexpr_function
+def key_groups(K):
+    """Groups of warps that share a row of the state."""
+    return 2 if K > 128 else 1
+
+
+@gluon.constexpr_function
+def warp_groups(K, V):
+    return V // 64 * key_groups(K)
+
+
+@gluon.constexpr_function
+def state_layout(K, V):
+    """[V, K]"""
+    keys = key_groups(K)
+    return gl.NVMMADistributedLayout([3, 0], [V // 16, keys], [16, K // keys, 16])
+
+
+@gluon.constexpr_function
+def columns_layout(K, V):
+    """[V, C]"""
+    keys = key_groups(K)
+    return gl.NVMMADistributedLayout([3, 0], [V // 16, keys], [16, 64 // keys, 16])
+
+
+@gluon.constexpr_function
+def tokens_layout(K, V, width):
+    """[C, width]"""
+    groups = warp_groups(K, V)
+    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, width // groups, 16])
+
+
+@gluon.constexpr_function
+def left_of(layout):
+    """A product's first operand, in registers."""
+    return gl.DotOperandLayout(0, layout, 2)
+
+
+@gluon.constexpr_function
+def rows_layout(K, V, width):
+    """[C, width], coalesced."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4 * warp_groups(K, V), 1], [1, 0])
+
+
+def states_of(x: Tensor) -> TensorDescriptor:
+    """How states, x [chunks, heads, V, K], come and go, one by one: as the rows of them all."""
+    chunks, heads, value_dim, key_dim = x.shape
+    return TensorDescriptor(x, [chunks * heads * value_dim, key_dim], [key_dim, 1], [value_dim, key_dim], SHARED.value)
 
 
 @gluon.jit
@@ -38,7 +82,22 @@ def split_gates(line):
 
 
 @gluon.jit
-def state_places(tile, h, H):
-    """Those of a tile's state, [K, V] in memory and [V, K] here."""
-    v, k = gl.arange(0, SIZE, layout=gl.SliceLayout(1, STATE)), gl.arange(0, SIZE, layout=gl.SliceLayout(0, STATE))
-    return (tile.to(gl.int64) * H + h) * SIZE * SIZE + k[None, :] * SIZE + v[:, None]
+def give_tokens(y, buffer, i, count, stride, LAYOUT: gl.constexpr, ADD: gl.constexpr):
+    """Writes chunk i's rows, those that are tokens, or adds them to what is there, which nobody else does meanwhile."""
+    if ADD:
+        place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT))
+        cols = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        at = y + (place * stride)[:, None] + cols[None, :]
+        rows = buffer.load(LAYOUT).to(y.dtype.element_ty)
+        gl.atomic_add(at, rows, mask=(place < count)[:, None], sem="relaxed")
+    else:
+        store_tokens(y, buffer, i, count, stride, LAYOUT)
+
+
+@gluon.jit
+def state_places(tile, h, H, part, K: gl.constexpr, V: gl.constexpr, WIDTH: gl.constexpr):
+    """Those of a part of a tile's state, [K, WIDTH] in memory and [V, K] here, and which there are."""
+    STATE: gl.constexpr = state_layout(K, V)
+    v = part * V + gl.arange(0, V, layout=gl.SliceLayout(1, STATE))
+    k = gl.arange(0, K, layout=gl.SliceLayout(0, STATE))
+    return (tile.to(gl.int64) * H + h) * K * WIDTH + k[None, :] * WIDTH + v[:, None], (v < WIDTH)[:, None]

@@ -23,6 +23,7 @@ from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
+    LEFT,
     MMA,
     REGISTERS,
     SHARED,
@@ -36,6 +37,7 @@ from lasp.kernels.triton.hopper.shared import (
     half_rows,
     load_gates,
     load_initial_state,
+    rounded,
     rows_of,
     send_rows,
     whole_decay,
@@ -64,6 +66,14 @@ def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
 
 
 @gluon.jit
+def _of_rounding(x, vc):
+    """X v_j, [HALF, C], on its way, of what rounding leaves of a group's rows of X: over a tile it would add up."""
+    left = gl.convert_layout((x - rounded(x, vc.dtype)).to(vc.dtype), LEFT)
+    nothing = gl.zeros([HALF, C], gl.float32, MMA)
+    return warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _compute(
     shared,
     tensors,
@@ -76,10 +86,11 @@ def _compute(
 ):
     buffers, x_copies, outputs, gates_copies, ring, ready = shared
     gates, initial, v_dv, ends, at_end = tensors
-    begin, count, h, scale, H = numbers
+    begin, count, h, scale, TOKENS, H = numbers
     q_rows, k_rows, v_rows, do_rows = buffers
     out, gs = outputs.index(PART), gates_copies.index(PART)
     dtype: gl.constexpr = out.dtype
+    TOKEN: gl.constexpr = gl.SliceLayout(1, WIDE_MMA)
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] <= col[None, :]
     tile = gl.program_id(0).to(gl.int64)
@@ -89,7 +100,7 @@ def _compute(
     griddepcontrol_wait()
     x = load_initial_state(initial, state_at, tile, h, H)
     if SUMS:
-        v_dv += begin * H + h
+        v_dv += (PART * TOKENS + begin) * H + h
         end_state = gl.load(ends + (tile * H + h) * SIZE * SIZE + state_at)
         end_product = gl.sum(gl.sum(x * end_state, axis=1), axis=0)
         gl.store(at_end + (PART * gl.num_programs(0) + tile) * H + h, end_product)
@@ -120,6 +131,8 @@ def _compute(
             clear_tail(doc, i, count, WIDE_ROWS)
             fence_async_shared()
             barrier()
+        if SUMS:
+            rest = _of_rounding(x, vc)
         if DECAY != NONE:
             x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)))[:, None]
         if PART == 0:
@@ -129,6 +142,12 @@ def _compute(
         scores = warpgroup_mma(
             left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
         )
+        if SUMS:
+            keys = gl.convert_layout(kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(LEFT), MMA)
+            KEY: gl.constexpr = gl.SliceLayout(0, MMA)
+            weights = gl.exp2(whole_decay(gs, KEY) - gs.load(KEY))
+            rest = warpgroup_mma_wait(1, deps=(rest,))
+            inner = gl.convert_layout(gl.sum(rest * keys.to(gl.float32), axis=0) * weights, TOKEN)
         yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
         queries = qc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
         if DECAY == NONE:
@@ -142,7 +161,13 @@ def _compute(
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
             read = gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA)))
             scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
-            yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
+            yc = warpgroup_mma_wait(1, deps=(yc,))
+            if SUMS:
+                if PART == 0:  # v as rounded as where the forward scan writes it into its state
+                    inner += gl.sum(rounded(vc.load(WIDE_MMA) * read[:, None], dtype) * yc, axis=1)
+                place = i * C + gl.arange(0, C, layout=TOKEN)
+                gl.store(v_dv + place * H, inner * scale, mask=place < count)
+            yc *= read[:, None]
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)
         x = warpgroup_mma_wait(1, deps=(x,))
         x_copies.index((step + 1) % 2).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
@@ -153,10 +178,6 @@ def _compute(
         barrier()
         mbarrier.arrive(ready, count=1)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
-        if SUMS and PART == 0:
-            place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, WIDE_MMA))
-            sums = gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
-            gl.store(v_dv + place * H, sums, mask=place < count)
         out.store(yc.to(dtype))
         fence_async_shared()
         barrier()
@@ -179,13 +200,14 @@ def _reverse_scan(
     dv,
     dk_rows,  # rows of them
     dv_rows,
-    v_dv,  # [tokens, H]: v · dv, if SUMS
+    v_dv,  # [2, tokens, H]: what of v · dv came in with the state, if SUMS
     ends,  # like local: the state at the tiles' ends, if SUMS
     at_end,  # [2, M, H]: the sums of its products with the gradient there, each over half of the rows, if SUMS
     owner,
     start,
     length,
     scale,
+    TOKENS,
     H,
     G,
     DECAY: gl.constexpr,
@@ -208,7 +230,7 @@ def _reverse_scan(
     buffers = (q_rows, k_rows, v_rows, do_rows)
     shared = (buffers, x_copies, outputs, gates_copies, ring, ready)
     tensors = (gates, (local, incoming, passed, owner), v_dv, ends, at_end)
-    numbers = (begin, count, h, scale, H)
+    numbers = (begin, count, h, scale, TOKENS, H)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY, SUMS)),
@@ -231,18 +253,18 @@ def reverse_scan(
     scale: float,
     ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dk and dv [B, T, H, SIZE]. With `ends`, the states at the tiles' ends, also v · dv [1, B, T, H] and the products
-    of those states with their gradients, [2, M, H]."""
+    """dk and dv [B, T, H, SIZE]. With `ends`, the states at the tiles' ends, also what of v · dv came in
+    with the state, [2, B, T, H], and the products of those states with their gradients, [2, M, H]."""
     batch, tokens, heads = v.shape[:3]
     dk, dv = (v.new_empty(batch, tokens, heads, SIZE.value) for _ in range(2))
     v_dv = at_end = None
     if ends is not None:
-        v_dv, at_end = ends.new_empty(1, batch, tokens, heads), ends.new_empty(2, tiles.count, heads)
+        v_dv, at_end = ends.new_empty(2, batch, tokens, heads), ends.new_empty(2, tiles.count, heads)
     launch(
         _reverse_scan, (tiles.count, heads),
         *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *initial,
         dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value), v_dv, ends, at_end,
-        tiles.owner, tiles.start, tiles.length, scale, heads, heads // q.shape[2],
+        tiles.owner, tiles.start, tiles.length, scale, batch * tokens, heads, heads // q.shape[2],
         DECAY=Decay.of(gates).value, SUMS=ends is not None, STAGES=2, num_warps=4,
         pdl=True,
     )  # fmt: skip

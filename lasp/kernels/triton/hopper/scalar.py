@@ -2,16 +2,32 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.forward_scan import forward_scan
+from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
+from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
 from lasp.kernels.triton.hopper.tile_states import tile_states
 from lasp.kernels.triton.scalar.backend import KeyValueGrads, QueryGrads, Saved
 from lasp.kernels.triton.scalar.gates import cumulate
 from lasp.kernels.triton.shared.state_passing import InitialStates
 from lasp.kernels.triton.shared.tiles import CHUNK
+
+SIZES = (64, 128, 256)
+
+
+def serves(k: Tensor, v: Tensor) -> bool:
+    """Whether these kernels do. Heads of 64 come in pairs."""
+    size_k, size_v, heads = k.shape[3], v.shape[3], v.shape[2]
+    sized = size_k in SIZES and size_v in SIZES and heads % at_once(k, v) == 0
+    return on_hopper(v) and sized and v.dtype in (torch.bfloat16, torch.float16)
+
+
+def at_once(k: Tensor, v: Tensor) -> int:
+    """Heads that a program scans."""
+    return 2 if min(k.shape[3], v.shape[3]) == SIZES[0] else 1
 
 
 @dataclass(frozen=True)
@@ -29,19 +45,24 @@ class Hopper:
         return tile_states(self.tiles, q, do, saved[0], backward=True, scale=self.scale)[0]
 
     def outputs(self, q: Tensor, k: Tensor, v: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
-        return forward_scan(self.tiles, q, k, v, saved[0], initial, self.scale)[0]
+        return chunk_scan(self.tiles, q, k, v, saved[0], initial, self.scale)[0]
 
     def query_grads(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, initial: InitialStates, ends: Tensor | None
     ) -> QueryGrads:
         partner = None if ends is None else q
-        return QueryGrads(
-            *forward_scan(
-                self.tiles, do, v, k, saved[0], initial, self.scale, transposed=True, partner=partner, ends=ends
-            )
+        dq, q_dq, _ = chunk_scan(
+            self.tiles, do, v, k, saved[0], initial, self.scale, transposed=True, partner=partner, ends=ends
         )
+        return QueryGrads(dq, q_dq)
 
     def key_value_grads(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, d_final: InitialStates, ends: Tensor | None
     ) -> KeyValueGrads:
-        return KeyValueGrads(*reverse_scan(self.tiles, q, k, v, do, saved[0], d_final, self.scale, ends))
+        shared = saved[0], d_final, self.scale
+        if k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16:
+            return KeyValueGrads(*reverse_scan(self.tiles, q, k, v, do, *shared, ends))
+        partner = None if ends is None else v
+        dv, v_dv, at_end = chunk_scan(self.tiles, k, q, do, *shared, reverse=True, partner=partner, ends=ends)
+        dk, _, _ = chunk_scan(self.tiles, v, do, q, *shared, reverse=True, transposed=True)
+        return KeyValueGrads(dk, dv, v_dv, at_end)

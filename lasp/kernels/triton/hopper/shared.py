@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.device import HOPPER_HEAD
+from lasp.kernels.triton.hopper.layouts import shared_layout
 from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, SHUT
 from lasp.kernels.triton.shared.tiles import CHUNK
 
@@ -22,23 +23,16 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # a product's first operand
 WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE_MMA, 2))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # rows of 64, coalesced
 WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-HALF_LINES = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))  # the same of fp32
-LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
+LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # the same of fp32
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Triton 3.7, and before
 
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
-    """How chunks of x [B, T, heads, 128] come and go, so many columns of a head at a time."""
+    """How chunks of x [B, T, heads, D] come and go, so many columns of a head at a time."""
     assert x.data_ptr() % 16 == 0, "see layouts.laid_out"
     tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
-    return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], SHARED.value)
-
-
-def states_of(x: Tensor) -> TensorDescriptor:
-    """How states, x [chunks, heads, 128, 128], come and go, one by one: as the rows of them all."""
-    rows, size = x.shape[0] * x.shape[1] * SIZE.value, SIZE.value
-    return TensorDescriptor(x, [rows, size], [size, 1], [size, size], SHARED.value)
+    return TensorDescriptor(x, [tokens, width], [width, 1], [C.value, columns], shared_layout(columns))
 
 
 @gluon.jit
@@ -65,26 +59,33 @@ def whole_decay(gates_copy, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def half_columns(PART: gl.constexpr):
-    """Places in a state of half of its columns, [SIZE, HALF], coalesced: products have other layouts."""
-    row = gl.arange(0, SIZE, layout=gl.SliceLayout(1, HALF_LINES))
-    return row[:, None] * SIZE + (PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, HALF_LINES)))[None, :]
+def shortened(x, dtype: gl.constexpr):
+    """x in fp32 with no more digits than 16 bits have, the others cut off."""
+    MASK: gl.constexpr = 0xFFFFE000 if dtype == gl.float16 else 0xFFFF0000
+    return (x.to(gl.uint32, bitcast=True) & MASK).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """The same, rounded as by a conversion. That and one back would take an instruction a number, a slow one."""
+    HALF: gl.constexpr = 0x1000 if dtype == gl.float16 else 0x8000
+    return shortened((x.to(gl.uint32, bitcast=True) + HALF).to(gl.float32, bitcast=True), dtype)
 
 
 @gluon.jit
 def half_rows(PART: gl.constexpr):
-    """Likewise of half of its rows, [HALF, SIZE]."""
+    """Places in a state of half of its rows, [HALF, SIZE], coalesced: products have other layouts."""
     row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LINES))
     return row[:, None] * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(0, LINES))[None, :]
 
 
 @gluon.jit
-def load_initial_state(initial, at, tile, h, H):
-    """What enters a tile, at some places of the state: see scan.load_initial_state."""
+def load_initial_state(initial, at, tile, h, H, AREA: gl.constexpr = SIZE * SIZE):
+    """What enters a tile, at some places of the state, of so many numbers: see scan.load_initial_state."""
     local, incoming, passed, owner = initial
-    x = gl.load(local + (tile * H + h) * SIZE * SIZE + at)
+    x = gl.load(local + (tile * H + h) * AREA + at)
     if incoming is not None:
-        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)
+        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * AREA + at)
         if passed is not None:
             came *= gl.exp(gl.load(passed + tile * H + h))
         x += came

@@ -1,6 +1,7 @@
-"""The summaries of tiles (see states): each of two groups of warps finds half of a state's rows.
+"""The summaries of tiles (see scalar.tile_states): each of two groups of warps finds 64 rows of a state.
 
-Many chunks are fetched ahead, since there is little else to do with them. Keys are scaled on their way to registers.
+They are of one head, or, if keys have no more, of two. Many chunks are fetched ahead, since there is little else to do
+with them. Keys are scaled on their way to registers.
 """
 
 import torch
@@ -17,27 +18,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
-    HALF,
-    LINES,
     REGISTERS,
-    SHARED,
-    SIZE,
-    WIDE_LEFT,
-    WIDE_MMA,
-    WIDE_ROWS,
     C,
     barrier,
     clear_tail,
-    half_rows,
     load_gates,
     rows_of,
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import LOG2_E, NONE
+
+ROWS = gl.constexpr(64)  # of a state, in a group of warps
+BUFFERS = 192 * 2**10  # bytes of the chunks that are fetched ahead
 
 
 @gluon.jit
@@ -47,14 +44,27 @@ def _place(step, chunks, BACKWARD: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(k, v, k_rows, v_rows, ring, begin, count, h, G, BACKWARD: gl.constexpr):
+def _fetch(k, v, k_rows, v_rows, ring, begin, count, h, row, G, K: gl.constexpr, BACKWARD: gl.constexpr):
+    V: gl.constexpr = v_rows.shape[2]
+    KEYS: gl.constexpr = k_rows.shape[0] // ring.stages
+    HEADS: gl.constexpr = v_rows.shape[0] // ring.stages
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
-        row = begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
+        token = begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
         filled, stage = ring.acquire(step), step % ring.stages
-        mbarrier.expect(filled, 2 * C * SIZE * 2)
-        tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, k_rows.index(stage))
-        tma.async_copy_global_to_shared(v, [row, h * SIZE], filled, v_rows.index(stage))
+        mbarrier.expect(filled, 2 * C * (KEYS * ROWS + HEADS * V))
+        for part in gl.static_range(KEYS):
+            col = (h + part) // G * K if HEADS == 2 else h // G * K + row + part * ROWS
+            tma.async_copy_global_to_shared(k, [token, col], filled, k_rows.index(KEYS * stage + part))
+        for n in gl.static_range(HEADS):
+            tma.async_copy_global_to_shared(v, [token, (h + n) * V], filled, v_rows.index(HEADS * stage + n))
+
+
+@gluon.jit
+def _first_gate(gates, begin, count, h, H, DECAY: gl.constexpr):
+    """A power of two near the largest weight, of a tile's first token, as a logarithm: fp16 has no small numbers."""
+    g, _ = load_gates(gates, begin, 0, count, h, H, DECAY)
+    return gl.floor(gl.max(g, axis=0))
 
 
 @gluon.jit
@@ -67,20 +77,35 @@ def _compute(
     PART: gl.constexpr,  # the group of warps
     DECAY: gl.constexpr,
     BACKWARD: gl.constexpr,
+    K: gl.constexpr,
 ):
     k_rows, v_rows, weights_copies, ring = shared
-    begin, count, h, scale, H = numbers
+    begin, count, h, row, scale, H = numbers
+    V: gl.constexpr = v_rows.shape[2]
+    KEYS: gl.constexpr = k_rows.shape[0] // ring.stages
+    HEADS: gl.constexpr = v_rows.shape[0] // ring.stages
+    MMA: gl.constexpr = mma_layout(V)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     dtype: gl.constexpr = k_rows.dtype
+    if HEADS == 2:
+        h += PART
+    else:
+        row += PART * ROWS
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
-    state = gl.zeros([HALF, SIZE], gl.float32, WIDE_MMA)
+    state = gl.zeros([ROWS, V], gl.float32, MMA)
     passed = 0.0  # log2 decay of the chunks walked so far
     if DECAY != NONE:
         g, end = load_gates(gates, begin, _place(0, last + 1, BACKWARD), count, h, H, DECAY)
+        if BACKWARD and dtype == gl.float16:
+            room = _first_gate(gates, begin, count, h, H, DECAY)
+            passed -= room
+            scale *= gl.exp2(room)
     for step in range(chunks):
         i = _place(step, chunks, BACKWARD)
         stage = step % ring.stages
-        kc, vc = k_rows.index(stage), v_rows.index(stage)
+        kc = k_rows.index(KEYS * stage + (PART if KEYS == 2 else 0))
+        vc = v_rows.index(HEADS * stage + (PART if HEADS == 2 else 0))
         if DECAY != NONE:
             weights = weights_copies.index(2 * PART + step % 2)
             passed += end  # used at once, so that the next one need not wait for this one's register
@@ -88,58 +113,63 @@ def _compute(
             ahead = _place(gl.minimum(step + 1, last), chunks, BACKWARD)
             g, end = load_gates(gates, begin, ahead, count, h, H, DECAY)
         ring.wait(step)
-        if count - i * C < C:  # both groups write the same zeros
-            clear_tail(kc, i, count, WIDE_ROWS)
-            clear_tail(vc, i, count, WIDE_ROWS)
+        if count - i * C < C:  # if both groups read them, they write the same zeros
+            clear_tail(kc, i, count, rows_layout(ROWS))
+            clear_tail(vc, i, count, rows_layout(V))
             fence_async_shared()
-        keys = kc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
+        keys = kc.permute((1, 0))
         barrier()
         ring.release(step + ring.stages - 1, pred=step > 0)  # of the step before
         if DECAY == NONE:
             state = warpgroup_mma(keys, vc, state, is_async=True)
         else:
-            scaled = keys.load(WIDE_LEFT) * weights.load(gl.SliceLayout(0, WIDE_LEFT))[None, :]
+            scaled = keys.load(LEFT) * weights.load(gl.SliceLayout(0, LEFT))[None, :]
             state = warpgroup_mma(scaled.to(dtype), vc, state, is_async=True)
         state = warpgroup_mma_wait(0, deps=(state,))
     tile = gl.program_id(0).to(gl.int64)
-    at = (tile * H + h) * SIZE * SIZE + half_rows(PART)
-    gl.store(states + at, gl.convert_layout(state * scale, LINES))
-    if DECAY != NONE and not BACKWARD and PART == 0:
-        gl.store(transitions + tile * H + h, passed / LOG2_E)
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    at = rows[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, MMA))[None, :]
+    gl.store(states + (tile * H + h) * K * V + at, state * scale)
+    if DECAY != NONE and not BACKWARD:
+        gl.store(transitions + tile * H + h, passed / LOG2_E, mask=row == 0)
 
 
 @gluon.jit
 def _tile_states(
-    k,  # rows of [tokens, H // G, SIZE]: k, or q backward
-    v,  # rows of [tokens, H, SIZE]: v, or do backward
+    k,  # rows of 64 columns of [tokens, H // G, K]: k, or q backward
+    v,  # rows of [tokens, H, V]: v, or do backward
     gates,  # see gates.cumulate
-    states,  # [M, H, SIZE, SIZE] fp32
+    states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
     start,
     length,
     scale,
     H,
     G,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    KEYS: gl.constexpr,  # blocks of 64 columns of keys that a program needs
+    HEADS: gl.constexpr,  # of a program
     DECAY: gl.constexpr,
     BACKWARD: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     griddepcontrol_wait()
-    h = gl.program_id(1)
+    h, row = gl.program_id(1) * HEADS, gl.program_id(2) * (2 * ROWS)
     begin = gl.load(start + gl.program_id(0))
     count = gl.load(length + gl.program_id(0)).to(gl.int32)
     dtype: gl.constexpr = k.dtype
-    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    k_rows = gl.allocate_shared_memory(dtype, [KEYS * STAGES, C, ROWS], shared_layout(ROWS))
+    v_rows = gl.allocate_shared_memory(dtype, [HEADS * STAGES, C, V], shared_layout(V))
     weights_copies = gl.allocate_shared_memory(gl.float32, [4, C], GATES_SHARED)
     ring = make_ring(STAGES)
     shared = (k_rows, v_rows, weights_copies, ring)
-    numbers = (begin, count, h, scale, H)
+    numbers = (begin, count, h, row, scale, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, gates, states, transitions, numbers, 0, DECAY, BACKWARD)),
-            (_compute, (shared, gates, states, transitions, numbers, 1, DECAY, BACKWARD)),
-            (_fetch, (k, v, k_rows, v_rows, ring, begin, count, h, G, BACKWARD)),
+            (_compute, (shared, gates, states, transitions, numbers, 0, DECAY, BACKWARD, K)),
+            (_compute, (shared, gates, states, transitions, numbers, 1, DECAY, BACKWARD, K)),
+            (_fetch, (k, v, k_rows, v_rows, ring, begin, count, h, row, G, K, BACKWARD)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -149,14 +179,17 @@ def _tile_states(
 def tile_states(
     tiles: Tiles, k: Tensor, v: Tensor, gates: Tensor | None, *, backward: bool, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """S [M, H, SIZE, SIZE] of every tile and log A [M, H], or, backward, D alone: see states.tile_states."""
-    heads = v.shape[2]
-    states = v.new_empty(tiles.count, heads, SIZE.value, SIZE.value, dtype=torch.float32)
+    """S [M, H, K, V] of every tile and log A [M, H], or, backward, D alone: see scalar.tile_states."""
+    (heads, size_v), (q_heads, size_k) = v.shape[2:], k.shape[2:]
+    states = v.new_empty(tiles.count, heads, size_k, size_v, dtype=torch.float32)
     transitions = None if gates is None or backward else states.new_empty(tiles.count, heads)
+    at_once = 2 if size_k == ROWS.value else 1
+    keys = 1 if at_once == 2 and heads // q_heads % 2 == 0 else 2
     launch(
-        _tile_states, (tiles.count, heads),
-        rows_of(k, SIZE.value), rows_of(v, SIZE.value), gates, states, transitions,
-        tiles.start, tiles.length, scale, heads, heads // k.shape[2],
-        DECAY=Decay.of(gates).value, BACKWARD=backward, STAGES=6, num_warps=4, pdl=True,
+        _tile_states, (tiles.count, heads // at_once, max(1, size_k // (2 * ROWS.value))),
+        rows_of(k, ROWS.value), rows_of(v, size_v), gates, states, transitions,
+        tiles.start, tiles.length, scale, heads, heads // q_heads,
+        K=size_k, V=size_v, KEYS=keys, HEADS=at_once, DECAY=Decay.of(gates).value, BACKWARD=backward,
+        STAGES=min(8, BUFFERS // (2 * C.value * (keys * ROWS.value + at_once * size_v))), num_warps=4, pdl=True,
     )  # fmt: skip
     return states, transitions

@@ -39,6 +39,8 @@ class Tree:
     seen_pairs, seen_heights: [M, heights] those pairs, nearest first.
     pieces: [3, Q] runs of leaves whose queries one program sums up: first leaf, leaves, and where in the document that
         begins which they see. They are the right nodes of all pairs, then each segment once for every initial slot.
+    lefts, first_pieces: [P] of every pair the left node, and the first piece of the right one; pair_pieces: how many
+        pieces pairs have.
     incoming: [5, I] of every initial slot segment, slot, first piece, how many it has, and the final slot that it is
         part of; they are in the order of segments, and incoming_first [N + 1] says where those of each begin.
     final: [4, F] of every final slot that is a node segment, slot, node and pair.
@@ -53,6 +55,9 @@ class Tree:
     seen_heights: Tensor
     heights: tuple[Pairs, ...]
     pieces: Tensor
+    lefts: Tensor
+    first_pieces: Tensor
+    pair_pieces: int
     incoming: Tensor
     incoming_first: Tensor
     final: Tensor
@@ -125,6 +130,9 @@ def _tree(
             if len(pair)
         ),
         pieces=moved(*pieces),
+        lefts=left.int().to(device, non_blocking=True),
+        first_pieces=of_pieces[0, : len(left)].to(device, non_blocking=True),
+        pair_pieces=int(of_pieces[1, : len(left)].sum()),
         incoming=moved(*incoming, *of_pieces[:, len(left) :], to),
         incoming_first=incoming_first.int().to(device, non_blocking=True),
         final=moved(segment, final_slot, left[final_pair], final_pair),

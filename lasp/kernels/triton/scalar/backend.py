@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
 Saved = tuple[Tensor | None, ...]  # what a backend keeps of the gates
@@ -30,7 +31,10 @@ class KeyValueGrads(NamedTuple):
 
 
 class Backend(Protocol):
-    """The steps of one call. Tiles, the scale and the launches are the backend's own."""
+    """The steps of one call. The scale and the launches are the backend's own."""
+
+    @property
+    def tiles(self) -> Tiles: ...
 
     def tile_states(self, k: Tensor, v: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor | None, Saved]:
         """S [M, H, K, V] and log A [M, H] of every tile in fp32, and what the other steps read of the gates."""

@@ -17,6 +17,14 @@ are w_i = e^{g_i}, w_ij = e^{g_i - g_j}, w_j = e^{e - g_j}. They are products, s
 
 which is exact as long as e^{e/2} is in range. A tile with a chunk that decays too much for that takes its weights pair
 by pair.
+
+For the gradient of gates (SUMS), dq and dv also sum, over y's columns, what gates.gate_grads reads: with r and u what
+came in with the state, r = q·w Xᵀdo and u = v·w Gᵀk, and E_ij = w_ij (q_i·k_j) (do_i·v_j), pairs within a chunk,
+
+    dq    r_i + Σ_{j<i} E_ij - Σ_{j>i} E_ji        dv    u_i
+
+Both scans round the same factors of r and u as they round them where they are written into states, and read states
+without rounding them, so that what cancels over a tile does.
 """
 
 import triton
@@ -35,6 +43,23 @@ from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial
 
 
 @triton.jit
+def _read(a, x, dtype, PRECISION: tl.constexpr):
+    """aᵀ X; in 16 bits with what rounding leaves of X."""
+    high = x.to(dtype)
+    y = tl.dot(a.to(dtype), high, input_precision=PRECISION)
+    if dtype != tl.float32:
+        y = tl.dot(a, (x - high.to(tl.float32)).to(dtype), y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def _pairs(p, others, own):
+    """Sums over the pairs of each token with earlier ones, less those with later ones."""
+    pairs = tl.where(own, 0.0, p * others)
+    return tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+
+
+@triton.jit
 def _steps(
     a, b, c, gates, y, partner, products, x, begin, count, h, block, scale, TOKENS, H, GA, GB, GC, GP,
     DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
@@ -44,7 +69,11 @@ def _steps(
     """The scan over a tile, C tokens at a time, gates being summed within CHUNK of them; returns X after it."""
     rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     dtype = c.dtype.element_ty
-    state_dtype = tl.float32 if dtype == tl.float16 else dtype  # a state may exceed what fp16 holds
+    HALF: tl.constexpr = dtype == tl.float16
+    state_dtype = tl.float32 if HALF else dtype  # a state may exceed what fp16 holds
+    steep: tl.constexpr = tl.float32 if HALF else dtype  # nor has it small numbers
+    EXACT: tl.constexpr = "tf32x3" if HALF and SUMS else PRECISION  # of what must not add up over a tile
+    PAIRS: tl.constexpr = SUMS and not REVERSE  # of a query and a key, with both of their scores
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     seen = i_row <= i_col if REVERSE else i_row >= i_col
     a += (begin * (H // GA) + h // GA) * DA  # within a tile 32 bits are enough
@@ -81,23 +110,40 @@ def _steps(
             if PAIRWISE:
                 gap = (g[:, None] - g[None, :]).to(tl.float32)
                 left, g, end = (end - g).to(tl.float32), g.to(tl.float32), end.to(tl.float32)
-                p = (p * tl.exp2(tl.where(seen, gap, float("-inf")))).to(dtype)
-                yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
-                yc = tl.dot(p, cc, yc * tl.exp2(g)[:, None], input_precision=PRECISION)
-                cc = (cc * tl.exp2(left)[:, None]).to(dtype)
-                x = tl.dot(bt, cc, x * tl.exp2(end), input_precision=PRECISION)
+                p *= tl.exp2(tl.where(seen, gap, float("-inf")))
+                if SUMS:
+                    scaled = (ac * tl.exp2(g)[:, None]).to(steep)
+                    yc = _read(scaled, x, state_dtype, EXACT)
+                    inner = tl.sum(pc * yc, axis=1)
+                    if PAIRS:
+                        inner += _pairs(p, tl.dot(pc, tl.trans(cc), input_precision=PRECISION), i_row == i_col)
+                else:
+                    yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION) * tl.exp2(g)[:, None]
+                yc = tl.dot(p.to(dtype), cc, yc, input_precision=PRECISION)
+                cc = (cc * tl.exp2(left)[:, None]).to(steep)
+                x = tl.dot(bt.to(steep), cc, x * tl.exp2(end), input_precision=EXACT)
             else:
                 g, end = g.to(tl.float32), end.to(tl.float32)
+                read = tl.exp2(g - 0.5 * end)[:, None]
                 cc = (cc * tl.exp2(0.5 * end - g)[:, None]).to(dtype)
                 x *= tl.exp2(0.5 * end)
-                yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
-                yc = tl.dot(tl.where(seen, p, 0.0).to(dtype), cc, yc, input_precision=PRECISION)
-                yc *= tl.exp2(g - 0.5 * end)[:, None]
+                p = tl.where(seen, p, 0.0)
+                if SUMS:
+                    yc = _read((ac * read).to(dtype), x, state_dtype, EXACT)
+                    inner = tl.sum(pc * yc, axis=1)
+                    if PAIRS:
+                        others = tl.dot(pc, tl.trans(cc), input_precision=PRECISION) * read
+                        inner += _pairs(p, others, i_row == i_col)
+                    yc += tl.dot(p.to(dtype), cc, input_precision=PRECISION) * read
+                else:
+                    yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
+                    yc = tl.dot(p.to(dtype), cc, yc, input_precision=PRECISION)
+                    yc *= read
                 x = tl.dot(bt, cc, x, input_precision=PRECISION) * tl.exp2(0.5 * end)
         yc *= scale
         tl.store(y + (place * (H * DC))[:, None] + cols[None, :], yc.to(dtype), mask=here_c)
         if SUMS:
-            tl.store(products + place * H, tl.sum(pc * yc, axis=1), mask=here)
+            tl.store(products + place * H, inner * scale, mask=here)
     return x
 
 
@@ -112,7 +158,7 @@ def _chunk_scan(
     incoming,  # [N, H, DA, DC], likewise
     passed,  # [M, H]
     y,  # [tokens, H, DC]
-    partner,  # [tokens, H // GP, DC]: for sums of partner · y, if SUMS
+    partner,  # [tokens, H // GP, DC]: for sums, if SUMS
     products,  # [blocks, tokens, H]: those sums
     ends,  # like local: the state at the tiles' ends, written forward and read in reverse, if SUMS
     at_end,  # [blocks, M, H]: its product with the state's gradient there, written in reverse, if SUMS
@@ -191,7 +237,8 @@ def chunk_scan(
     partner: Tensor | None = None,
     ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [B, T, H, DC], for as many heads as the states have; with a partner also partner · y [blocks, B, T, H].
+    """y [B, T, H, DC], for as many heads as the states have; with a partner (of dq it is q, of dv v) also the sums that
+    gates need, [blocks, B, T, H].
 
     initial: X before the scan, of every tile. A forward scan with a partner fills `ends` [M, H, K, V] with the states
     at the tiles' ends, a reverse one reads them and gives their products with the states' gradients there, [blocks, M,

@@ -56,6 +56,23 @@ def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, CHUNK: tl.constexp
         return tl.where(place < here, b, end), end
 
 
+LAST = tl.constexpr(32)  # tokens of a tile, see gate_grads
+NOTHING = tl.constexpr(-17.0)  # a log decay of which fp32 shows nothing beside 1
+
+
+@triton.jit
+def _before_last(carry, v_dv, decay, begin, low, count, heads, TOKENS, H, VB: tl.constexpr):
+    """<X, G> at a tile's end without what its tokens from `low` on have added to X."""
+    place = low + tl.arange(0, LAST)
+    at = (begin + place)[:, None] * H + heads[None, :]
+    here = (place < count)[:, None] & (heads < H)[None, :]
+    added = tl.zeros([LAST, heads.shape[0]], tl.float32)
+    for block in tl.static_range(VB):
+        added += tl.load(v_dv + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
+    decayed = tl.sum(bounded(tl.load(decay + at, mask=here, other=0.0)), axis=0)
+    return tl.where(decayed < NOTHING, 0.0, carry - tl.sum(added, axis=0))
+
+
 @triton.jit
 def _gate_grads(
     q_dq,  # [QB, tokens, H]
@@ -81,6 +98,8 @@ def _gate_grads(
     carry = tl.zeros([BH], tl.float32)
     for block in tl.static_range(EB):
         carry += tl.load(at_end + (block * tl.num_programs(0) + tile) * H + heads, mask=heads < H, other=0.0)
+    low = (count - 1) // LAST * LAST
+    carry = _before_last(carry, v_dv, decay, begin, low, count, heads, TOKENS, H, VB)
     chunks = tl.cdiv(count, C)
     for step in tl.range(0, chunks, num_stages=STAGES):
         place = (chunks - 1 - step) * C + tl.arange(0, C)
@@ -89,10 +108,13 @@ def _gate_grads(
         change = tl.zeros([C, BH], tl.float32)
         for block in tl.static_range(QB):
             change += tl.load(q_dq + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
+        earlier = tl.zeros([C, BH], tl.float32)
         for block in tl.static_range(VB):
-            change -= tl.load(v_dv + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
+            own = v_dv + tl.full([], block, tl.int64) * TOKENS * H + at
+            change -= tl.load(own, mask=here & (place < low)[:, None], other=0.0)
+            earlier += tl.load(own - H, mask=here & (place > low)[:, None], other=0.0)
         total = tl.sum(change, axis=0)
-        from_here = total[None, :] - tl.cumsum(change, axis=0) + change
+        from_here = total[None, :] - tl.cumsum(change, axis=0) + change + tl.cumsum(earlier, axis=0)
         g = tl.load(decay + at, mask=here, other=0.0)
         tl.store(dg + at, unless_shut(from_here + carry[None, :], g).to(dg.dtype.element_ty), mask=here)
         carry += total
@@ -113,16 +135,18 @@ def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tenso
 
 
 def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: Tensor) -> Tensor:
-    """dg_t = Σ_{j>=t} (q_j·dq_j - v_j·dv_j) + <X, G> at the tile's end (math §2), [B, T, H].
+    """dg_t = Σ_{j>=t} (q_j·dq_j - k_j·dk_j) + <X, G> at the tile's end (math §2), [B, T, H].
 
-    The sum stops at the tile's end: over the sequence it would lose precision. (v·dv = k·dk without a delta rule.)
+    The pairs of tokens within a chunk are all in the first term, which has their difference: see chunk_scan. What the
+    last tokens add to the state at the end can be much larger than all else, but belongs to no gate behind them: there
+    the sum is k_j·dk_j over earlier ones, and the state from before them comes alone, as <X, G> less theirs.
 
     q_dq, v_dv: [blocks, B, T, H], at_end: [blocks, M, H] partial products, each in as many blocks as there are.
     """
     dg = torch.empty_like(decay)
     heads = decay.shape[-1]
     block = min(4, next_power_of_2(heads))
-    chunk = 4096 // next_power_of_2(len(q_dq) + len(v_dv) + 1)  # 64 KiB for each that is fetched ahead
+    chunk = 4096 // next_power_of_2(len(q_dq) + 2 * len(v_dv) + 1)  # 64 KiB for each that is fetched ahead
     launch(
         _gate_grads, (tiles.count, cdiv(heads, block)),
         q_dq, v_dv, at_end, decay, dg, tiles.start, tiles.length, decay.numel() // heads, heads,

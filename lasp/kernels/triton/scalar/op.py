@@ -9,7 +9,7 @@ from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
-from lasp.kernels.triton.device import GLUON, for_hopper
+from lasp.kernels.triton.device import GLUON
 from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
 from lasp.kernels.triton.scalar.gates import gate_grads
@@ -19,7 +19,7 @@ from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import tiles_of
 
 if GLUON:
-    from lasp.kernels.triton.hopper.scalar import Hopper
+    from lasp.kernels.triton.hopper import scalar as hopper
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TritonLinear:
     def summarize(self, x: LinearInputs, wanted: bool):
         x, kernels = contiguous(x), self._backend(x)
         states, transitions, saved = kernels.tile_states(x.k, x.v, x.decay)
-        passing = StatePassing(tiles_of(x), states, transitions, reverse=False, ahead=wanted)
+        passing = StatePassing(kernels.tiles, states, transitions, reverse=False, ahead=wanted)
         return passing.summary, (x, kernels, saved, passing)
 
     def finish(self, x: LinearInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
@@ -46,7 +46,7 @@ class TritonLinear:
         assert local is not None
         initial = InitialStates(local, incoming, passed)
         d_states = kernels.tile_states_grad(x.q, do, saved)
-        passing = StatePassing(tiles_of(x), d_states, transitions, reverse=True, ahead=wanted)
+        passing = StatePassing(kernels.tiles, d_states, transitions, reverse=True, ahead=wanted)
         return passing.summary and passing.summary.state, (x, kernels, do, saved, initial, passing)
 
     def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
@@ -56,11 +56,11 @@ class TritonLinear:
         dq, q_dq = kernels.query_grads(x.q, x.k, x.v, do, saved, initial, ends)
         d_final, d_incoming = passing.enter(d_outgoing.wait())
         dk, dv, v_dv, at_end = kernels.key_value_grads(x.q, x.k, x.v, do, saved, d_final, ends)
-        d_gate = None if gate is None else gate_grads(tiles_of(x), gate, q_dq, v_dv, at_end)
+        d_gate = None if gate is None else gate_grads(kernels.tiles, gate, q_dq, v_dv, at_end)
         grads = {"q": per_q_head(dq, x.q), "k": per_q_head(dk, x.q), "v": dv, "decay": d_gate}
         return Gradients(grads, d_incoming)
 
     def _backend(self, x: LinearInputs) -> Backend:
-        if for_hopper(x.k, x.v):
-            return Hopper(tiles_of(x), x.scale)
+        if GLUON and hopper.serves(x.k, x.v):
+            return hopper.Hopper(tiles_of(x, hopper.at_once(x.k, x.v)), x.scale)
         return Portable(tiles_of(x), x.scale, self.config or scalar_config(x.k, x.v, x.decay is not None))

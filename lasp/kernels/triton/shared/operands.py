@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from lasp.kernels.inputs import Inputs
@@ -20,6 +21,6 @@ def contiguous(x: Call) -> Call:
 
 def per_q_head(d: Tensor, q: Tensor) -> Tensor:
     """[B, T, H, K] -> [B, T, Hq, K]: the sum over the value heads that share a q/k head."""
-    if d.shape[2] == q.shape[2]:
-        return d
-    return d.unflatten(2, (q.shape[2], -1)).float().sum(3).to(q.dtype)
+    if d.shape[2] != q.shape[2]:
+        d = d.unflatten(2, (q.shape[2], -1)).sum(3, dtype=torch.float32)
+    return d.to(q.dtype)

@@ -24,6 +24,7 @@ def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -
     return min(longest, cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE)
 
 
-def tiles_of(x: LinearInputs) -> Tiles:
+def tiles_of(x: LinearInputs, at_once: int = 1) -> Tiles:
+    """at_once: heads that a program scans."""
     batch, tokens, heads = x.v.shape[:3]
-    return x.segments.tiles(tile_length(batch, tokens, heads, x.v.device), x.v.device)
+    return x.segments.tiles(tile_length(batch, tokens, heads // at_once, x.v.device), x.v.device)

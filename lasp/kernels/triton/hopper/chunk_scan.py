@@ -1,0 +1,480 @@
+"""The scan over a tile's chunks, forward or reverse (see scalar.chunk_scan), by two groups of warps.
+
+    y_i = scale · (w_i a_iᵀ X + Σ_j w_ij (a_i·b_j) c_j)          X <- w X + Σ_j w_j b_j c_jᵀ
+
+A group holds some columns of a state in registers, and a copy for products in shared memory. Scores stay in registers
+as the first operand of what is summed over them. What the groups share out among each other, `Work` says:
+
+    SPLIT     the columns of one head
+    APART     two heads, one each: for columns too few to be split
+    SUMMED    the columns of two heads, whose y is summed, since they share what `c` is: gradients of q and k
+
+For the gradient of gates (SUMS) the same is summed as there. Copies of a state are then two, the second of what the
+first one's rounding leaves. In fp16, which has no room for a state, they are scaled so that the largest number fits.
+"""
+
+from enum import IntEnum
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lasp.kernels.decay import Decay
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
+from lasp.kernels.triton.hopper.ring import make_ring
+from lasp.kernels.triton.hopper.shared import (
+    GATES_SHARED,
+    REGISTERS,
+    C,
+    barrier,
+    clear_tail,
+    load_gates,
+    load_initial_state,
+    rounded,
+    rows_of,
+    send_rows,
+    shortened,
+    whole_decay,
+)
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import NONE
+from lasp.kernels.triton.shared.state_passing import InitialStates
+
+
+class Work(IntEnum):
+    SPLIT, APART, SUMMED = range(3)
+
+
+SPLIT, APART, SUMMED = (gl.constexpr(int(work)) for work in Work)
+LARGE = gl.constexpr(16384.0)  # the largest number of a copy in fp16
+
+
+@gluon.jit
+def _place(step, chunks, REVERSE: gl.constexpr):
+    return chunks - 1 - step if REVERSE else step
+
+
+@gluon.jit
+def _fetch(
+    a, b, c, partner, buffers, ring, begin, count, h, col, GA, GB, GC, GP,
+    WORK: gl.constexpr, REVERSE: gl.constexpr, SUMS: gl.constexpr, DC: gl.constexpr,
+):  # fmt: skip
+    a_rows, b_rows, c_rows, partner_rows = buffers
+    DA: gl.constexpr = a_rows.shape[2]
+    W: gl.constexpr = c_rows.shape[2]
+    OWN: gl.constexpr = a_rows.shape[0] // ring.stages  # heads whose a and b are not the same
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        row = begin.to(gl.int32) + _place(step, chunks, REVERSE) * C
+        filled, stage = ring.acquire(step), step % ring.stages
+        mbarrier.expect(filled, 2 * C * (2 * OWN * DA + (4 if SUMS else 2) * W))
+        for n in gl.static_range(OWN):
+            tma.async_copy_global_to_shared(a, [row, (h + n) // GA * DA], filled, a_rows.index(OWN * stage + n))
+            tma.async_copy_global_to_shared(b, [row, (h + n) // GB * DA], filled, b_rows.index(OWN * stage + n))
+        for part in gl.static_range(2):
+            head, at = (h + part, 0) if WORK == APART else (h, col + part * W)
+            rows = 2 * stage + part
+            tma.async_copy_global_to_shared(c, [row, head // GC * DC + at], filled, c_rows.index(rows))
+            if SUMS:
+                tma.async_copy_global_to_shared(partner, [row, head // GP * DC + at], filled, partner_rows.index(rows))
+
+
+@gluon.jit
+def _state_places(col, DA: gl.constexpr, DC: gl.constexpr, W: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Where W columns of a state lie, from `col` on. Either way eight neighbours are fetched at once."""
+    row = gl.arange(0, DA, layout=gl.SliceLayout(1, mma_layout(W)))
+    col += gl.arange(0, W, layout=gl.SliceLayout(0, mma_layout(W)))
+    if TRANSPOSED:
+        return col[None, :] * DA + row[:, None]
+    else:
+        return row[:, None] * DC + col[None, :]
+
+
+@gluon.jit
+def _copy(x, copies, at, SUMS: gl.constexpr):
+    """Writes X, from copy `at` on, for products to read. Returns what undoes the scale."""
+    up = 1.0
+    if copies.dtype == gl.float16:
+        most = gl.maximum(gl.max(gl.max(gl.abs(x), axis=1), axis=0), 1e-30)
+        up = most / LARGE
+        x *= LARGE / most
+    if SUMS:
+        high = shortened(x, copies.dtype)
+        copies.index(at + 1).store((x - high).to(copies.dtype))
+        x = high
+    copies.index(at).store(x.to(copies.dtype))
+    return up
+
+
+@gluon.jit
+def _head_room(gs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
+    """A power of two near the largest weight with which a chunk is written into a state in reverse, that of its first
+    token, as a logarithm, [1]: taken out of the weights, since fp16 has no small numbers."""
+    if dtype == gl.float16:
+        return gl.floor(gs.slice(0, 1).load(LAYOUT))
+    else:
+        return gl.zeros([1], gl.float32, LAYOUT)
+
+
+@gluon.jit
+def _written(bc, gs, W: gl.constexpr, REVERSE: gl.constexpr):
+    """w_j b_j, a product's first operand."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, mma_layout(W), 2)
+    PLACE: gl.constexpr = gl.SliceLayout(0, LEFT)
+    if REVERSE:
+        log2_weight = gs.load(PLACE) - _head_room(gs, PLACE, bc.dtype)
+    else:
+        log2_weight = whole_decay(gs, PLACE) - gs.load(PLACE)
+    return (bc.permute((1, 0)).load(LEFT) * gl.exp2(log2_weight)[None, :]).to(bc.dtype)
+
+
+@gluon.jit
+def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.constexpr, SUMS: gl.constexpr):
+    """w_i a_iᵀ X from a_iᵀ X as its copies have it, and its sums with the partner, [C]."""
+    dtype: gl.constexpr = pc.dtype
+    ROW: gl.constexpr = gl.SliceLayout(1, mma_layout(pc.shape[1]))
+    sums = gl.zeros([C], gl.float32, gl.SliceLayout(1, mma_layout(C)))
+    if dtype == gl.float16:
+        yc *= up
+    if DECAY != NONE:
+        if REVERSE:
+            read, room = whole_decay(gs, ROW) - gs.load(ROW), gl.zeros([1], gl.float32, ROW)
+            if dtype == gl.float16:
+                yc *= gl.exp2(before)[:, None]
+        else:
+            read, room = gs.load(ROW), _head_room(gs, ROW, dtype)
+        if SUMS:  # the partner as rounded as where another scan writes it into its state
+            written = rounded(pc.load(ROW.parent) * gl.exp2(read - room)[:, None], dtype)
+            sums = gl.convert_layout(gl.sum(written * yc, axis=1) * gl.exp2(room), gl.SliceLayout(1, mma_layout(C)))
+        yc *= gl.exp2(read)[:, None]
+    return yc, sums
+
+
+@gluon.jit
+def _open(
+    ac, bc, cc, pc, copies, at, gs, x, yc, up, before,
+    WORK: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Weighted scores [C, C], w_i a_iᵀ X [C, W], added to yc if heads are summed, the next X, on its way, and the sums
+    over parts, [C]."""
+    W: gl.constexpr = cc.shape[1]
+    SCORES: gl.constexpr = mma_layout(C)
+    PAIRS: gl.constexpr = SUMS and TRANSPOSED  # of a query and a key, with both of their scores
+    ALONE: gl.constexpr = SUMS and WORK == SUMMED  # one after the other, or registers would not suffice
+    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
+    seen = row[:, None] <= col[None, :] if REVERSE else row[:, None] >= col[None, :]
+    if DECAY != NONE:
+        end = whole_decay(gs, gl.SliceLayout(1, mma_layout(W)))
+        if REVERSE and cc.dtype == gl.float16:
+            end = end - _head_room(gs, gl.SliceLayout(1, mma_layout(W)), cc.dtype) + before
+        x *= gl.exp2(end)[:, None]
+    nothing = gl.zeros([C, C], gl.float32, SCORES)
+    if ALONE:
+        read = _read(ac, copies, at, SUMS)
+        read, sums = _finish_read(warpgroup_mma_wait(0, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
+        yc += read
+    scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    others = nothing
+    if PAIRS:
+        others = warpgroup_mma(pc, cc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if not ALONE:
+        read = _read(ac, copies, at, SUMS)
+    if DECAY == NONE:
+        x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
+        scores = warpgroup_mma_wait(2, deps=(scores,))
+        scores = gl.where(seen, scores, 0.0)
+    else:
+        if not PAIRS:
+            x = warpgroup_mma(_written(bc, gs, W, REVERSE), cc, x, is_async=True)
+        g_row, g_col = gs.load(gl.SliceLayout(1, SCORES)), gs.load(gl.SliceLayout(0, SCORES))
+        gap = g_col[None, :] - g_row[:, None] if REVERSE else g_row[:, None] - g_col[None, :]
+        weights = gl.exp2(gl.where(seen, gap, float("-inf")))
+        if PAIRS:
+            scores, others = warpgroup_mma_wait(0 if ALONE else 2, deps=(scores, others))
+            scores *= weights
+            pairs = gl.where(row[:, None] == col[None, :], 0.0, scores * others)
+            near = gl.sum(pairs, axis=1) - gl.convert_layout(gl.sum(pairs, axis=0), gl.SliceLayout(1, SCORES))
+            x = warpgroup_mma(_written(bc, gs, W, REVERSE), cc, x, is_async=True)  # no sooner, to save registers
+        else:
+            scores = warpgroup_mma_wait(3 if SUMS else 2, deps=(scores,)) * weights
+    if not ALONE:
+        read, sums = _finish_read(warpgroup_mma_wait(1, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
+        yc = yc + read if WORK == SUMMED else read
+    if PAIRS:
+        sums += near
+    return scores, yc, x, sums
+
+
+@gluon.jit
+def _read(ac, copies, at, SUMS: gl.constexpr):
+    """a_iᵀ X, on its way."""
+    W: gl.constexpr = copies.shape[2]
+    nothing = gl.zeros([C, W], gl.float32, mma_layout(W))
+    read = warpgroup_mma(ac, copies.index(at), nothing, use_acc=False, is_async=True)
+    if SUMS:
+        read = warpgroup_mma(ac, copies.index(at + 1), read, is_async=True)
+    return read
+
+
+@gluon.jit
+def _compute(
+    shared, tensors, numbers,
+    PART: gl.constexpr,  # the group of warps
+    WORK: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr, SUMS: gl.constexpr,
+    DC: gl.constexpr,
+):  # fmt: skip
+    buffers, x_copies, outputs, gates_copies, ring = shared
+    gates, initial, y, y_rows, products, ends, at_end = tensors
+    begin, count, h, col, scale, state_scale, TOKENS, H = numbers
+    a_rows, b_rows, c_rows, partner_rows = buffers
+    DA: gl.constexpr = a_rows.shape[2]
+    W: gl.constexpr = c_rows.shape[2]
+    OWN: gl.constexpr = a_rows.shape[0] // ring.stages
+    HEADS: gl.constexpr = 2 if WORK == SUMMED else 1  # of this group
+    OUTPUTS: gl.constexpr = outputs.shape[0] // 2  # that may be on their way
+    COPY: gl.constexpr = PART * HEADS * (2 if SUMS else 1)  # of a state, and of the other
+    OTHER_COPY: gl.constexpr = COPY + (2 if SUMS else 1)
+    MMA: gl.constexpr = mma_layout(W)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROWS: gl.constexpr = rows_layout(W)
+    TOKEN: gl.constexpr = gl.SliceLayout(1, mma_layout(C))
+    AREA: gl.constexpr = DA * DC
+    dtype: gl.constexpr = c_rows.dtype
+    first: gl.constexpr = TRANSPOSED and not REVERSE  # see pdl
+    if WORK == APART:
+        h += PART
+        block, y_col, stride = 0, h * DC, H * DC
+    elif WORK == SUMMED:
+        col += PART * W
+        block, y_col, stride = col // W, h // 2 * DC + col, H // 2 * DC
+    else:
+        col += PART * W
+        block, y_col, stride = col // W, h * DC + col, H * DC
+    tile = gl.program_id(0).to(gl.int64) // (DC // (2 * W) if WORK == SPLIT else 1)
+    tiles = gl.num_programs(0) // (DC // (2 * W) if WORK == SPLIT else 1)
+    y += begin * stride + y_col
+    state_at = _state_places(col, DA, DC, W, TRANSPOSED)
+    gs, other_gs = gates_copies.index(PART * HEADS), gates_copies.index(PART * HEADS + HEADS - 1)
+    chunks = gl.cdiv(count, C)
+    last = gl.maximum(chunks - 1, 0)
+    if not first:
+        griddepcontrol_wait()
+    x = load_initial_state(initial, state_at, tile, h, H, AREA)
+    if SUMS and REVERSE:
+        end_product = gl.sum(gl.sum(x * gl.load(ends + (tile * H + h) * AREA + state_at), axis=1), axis=0)
+        gl.store(at_end + (block * tiles + tile) * H + h, end_product)
+    x *= state_scale
+    up = _copy(x, x_copies, COPY, SUMS)
+    other, other_up = x, up
+    if WORK == SUMMED:
+        other = load_initial_state(initial, state_at, tile, h + 1, H, AREA) * state_scale
+        other_up = _copy(other, x_copies, OTHER_COPY, SUMS)
+    before = gl.zeros([1], gl.float32, gl.SliceLayout(1, MMA))
+    other_before = before
+    if DECAY != NONE:
+        g, _ = load_gates(gates, begin, _place(0, last + 1, REVERSE), count, h, H, DECAY)
+        gs.store(g)
+        if WORK == SUMMED:
+            g, _ = load_gates(gates, begin, _place(0, last + 1, REVERSE), count, h + 1, H, DECAY)
+            other_gs.store(g)
+    fence_async_shared()
+    barrier()
+    for step in range(chunks):
+        i = _place(step, chunks, REVERSE)
+        stage = step % ring.stages
+        own = OWN * stage + (PART if WORK == APART and OWN == 2 else 0)
+        ac, bc = a_rows.index(own), b_rows.index(own)
+        cc, pc = c_rows.index(2 * stage + PART), partner_rows.index(2 * stage + PART)
+        if DECAY != NONE:
+            ahead = _place(gl.minimum(step + 1, last), chunks, REVERSE)
+            g, _ = load_gates(gates, begin, ahead, count, h, H, DECAY)
+            other_g = g
+            if WORK == SUMMED:
+                other_g, _ = load_gates(gates, begin, ahead, count, h + 1, H, DECAY)
+        ring.wait(step)
+        if count - i * C < C:  # both groups write the same zeros
+            clear_tail(ac, i, count, rows_layout(DA))
+            clear_tail(bc, i, count, rows_layout(DA))
+            if WORK == SUMMED:
+                clear_tail(a_rows.index(own + 1), i, count, rows_layout(DA))
+                clear_tail(b_rows.index(own + 1), i, count, rows_layout(DA))
+            clear_tail(cc, i, count, ROWS)
+            if SUMS:
+                clear_tail(pc, i, count, ROWS)
+            fence_async_shared()
+            barrier()
+        yc = gl.zeros([C, W], gl.float32, MMA)
+        scores, yc, x, sums = _open(
+            ac, bc, cc, pc, x_copies, COPY, gs, x, yc, up, before, WORK, DECAY, REVERSE, TRANSPOSED, SUMS
+        )
+        place = i * C + gl.arange(0, C, layout=TOKEN)
+        if SUMS:
+            gl.store(products + (block * TOKENS + begin + place) * H + h, sums * scale, mask=place < count)
+        if WORK == SUMMED:
+            yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
+            x, yc = warpgroup_mma_wait(0, deps=(x, yc))  # to have its registers back
+            ac, bc = a_rows.index(own + 1), b_rows.index(own + 1)
+            scores, yc, other, sums = _open(
+                ac, bc, cc, pc, x_copies, OTHER_COPY, other_gs, other, yc, other_up, other_before,
+                WORK, DECAY, REVERSE, TRANSPOSED, SUMS,
+            )  # fmt: skip
+            if SUMS:
+                gl.store(products + (block * TOKENS + begin + place) * H + h + 1, sums * scale, mask=place < count)
+        if DECAY != NONE and REVERSE:
+            before = _head_room(gs, gl.SliceLayout(1, MMA), dtype)
+            if WORK == SUMMED:
+                other_before = _head_room(other_gs, gl.SliceLayout(1, MMA), dtype)
+        yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
+        if WORK == SUMMED:
+            other = warpgroup_mma_wait(1, deps=(other,))
+            other_up = _copy(other, x_copies, OTHER_COPY, SUMS)
+        else:
+            x = warpgroup_mma_wait(1, deps=(x,))
+        up = _copy(x, x_copies, COPY, SUMS)
+        if DECAY != NONE:
+            gs.store(g)
+            if WORK == SUMMED:
+                other_gs.store(other_g)
+        yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
+        out = outputs.index(2 * (step % OUTPUTS) + PART)
+        if OUTPUTS == 1:
+            tma.store_wait(0)
+            barrier()
+        out.store(yc.to(dtype))
+        fence_async_shared()
+        if OUTPUTS == 2:
+            tma.store_wait(0)  # of the chunk before, whose buffer is the next one's
+        barrier()
+        ring.release(step)
+        send_rows(y, y_rows, out, begin, i, count, y_col, stride, ROWS)
+    tma.store_wait(0)
+    if first:
+        griddepcontrol_wait()
+    if SUMS and not REVERSE:
+        gl.store(ends + (tile * H + h) * AREA + state_at, x)
+        if WORK == SUMMED:
+            gl.store(ends + (tile * H + h + 1) * AREA + state_at, other)
+
+
+@gluon.jit
+def _chunk_scan(
+    a,  # rows of [tokens, H // GA, DA]
+    b,  # rows of [tokens, H // GB, DA]
+    c,  # rows of W columns of [tokens, H // GC, DC]
+    partner,  # rows of W columns of [tokens, H // GP, DC]: for sums of partner · y, if SUMS
+    gates,  # see gates.cumulate
+    local,  # [M, H, DA, DC]: X before the scan, its transpose if TRANSPOSED, with the next two: see InitialStates
+    incoming,  # [N, H, DA, DC]
+    passed,  # [M, H]
+    y,  # [tokens, H, DC], or of pairs of heads if they are summed
+    y_rows,  # rows of W columns of it
+    products,  # [DC // W, tokens, H]: those sums
+    ends,  # like local: the state at the tiles' ends, written forward and read in reverse, if SUMS
+    at_end,  # [DC // W, M, H]: its product with the state's gradient there, written in reverse, if SUMS
+    owner,
+    start,
+    length,
+    scale,
+    state_scale,
+    TOKENS,
+    H,
+    GA,
+    GB,
+    GC,
+    GP,
+    DA: gl.constexpr,
+    DC: gl.constexpr,
+    W: gl.constexpr,  # columns of a group of warps
+    OWN: gl.constexpr,  # heads of a program whose a and b are not the same
+    WORK: gl.constexpr,
+    DECAY: gl.constexpr,
+    REVERSE: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    blocks: gl.constexpr = DC // (2 * W) if WORK == SPLIT else 1  # neighbours, so that all but one find a and b cached
+    tile, col = gl.program_id(0) // blocks, gl.program_id(0) % blocks * (2 * W)
+    h = gl.program_id(1) * (1 if WORK == SPLIT else 2)
+    begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    dtype: gl.constexpr = a.dtype
+    states: gl.constexpr = 4 if WORK == SUMMED else 2
+    a_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, DA], shared_layout(DA))
+    b_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, DA], shared_layout(DA))
+    c_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, W], shared_layout(W))
+    partner_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, W], shared_layout(W)) if SUMS else c_rows
+    x_copies = gl.allocate_shared_memory(dtype, [states * (2 if SUMS else 1), DA, W], shared_layout(W))
+    on_way: gl.constexpr = 1 if WORK == SUMMED and SUMS else 2  # as many as there is room for
+    outputs = gl.allocate_shared_memory(dtype, [2 * on_way, C, W], shared_layout(W))
+    gates_copies = gl.allocate_shared_memory(gl.float32, [states, C], GATES_SHARED)
+    ring = make_ring(STAGES)
+    buffers = (a_rows, b_rows, c_rows, partner_rows)
+    shared = (buffers, x_copies, outputs, gates_copies, ring)
+    tensors = (gates, (local, incoming, passed, owner), y, y_rows, products, ends, at_end)
+    numbers = (begin, count, h, col, scale, state_scale, TOKENS, H)
+    gl.warp_specialize(
+        [
+            (_compute, (shared, tensors, numbers, 0, WORK, DECAY, REVERSE, TRANSPOSED, SUMS, DC)),
+            (_compute, (shared, tensors, numbers, 1, WORK, DECAY, REVERSE, TRANSPOSED, SUMS, DC)),
+            (
+                _fetch,
+                (
+                    a, b, c, partner if SUMS else c, buffers, ring, begin, count, h, col, GA, GB, GC, GP,
+                    WORK, REVERSE, SUMS, DC,
+                ),
+            ),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+def chunk_scan(
+    tiles: Tiles,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    gates: Tensor | None,
+    initial: InitialStates,
+    scale: float,
+    *,
+    reverse: bool = False,
+    transposed: bool = False,
+    partner: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [B, T, H, DC], for as many heads as the states have, or for half as many, each the sum of two neighbours that
+    share c; with a partner also what a gate's gradient needs: see scalar.chunk_scan."""
+    (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), initial.local.shape[1]
+    own, width, work = 1, min(size_c, 64), Work.SPLIT
+    if size_a == 256:
+        width = 32
+    elif size_c == 64:
+        work, own = Work.APART, 1 if heads // a.shape[2] % 2 == 0 and heads // b.shape[2] % 2 == 0 else 2
+    elif size_a == 64 and heads // c.shape[2] % 2 == 0:
+        work, own = Work.SUMMED, 2
+    y = c.new_empty(batch, tokens, heads // 2 if work == Work.SUMMED else heads, size_c)
+    products = at_end = None
+    if partner is not None:
+        products = initial.local.new_empty(size_c // width, batch, tokens, heads)
+        at_end = products.new_empty(size_c // width, tiles.count, heads) if reverse else None
+    groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
+    grid = (tiles.count * size_c // (2 * width), heads) if work == Work.SPLIT else (tiles.count, heads // 2)
+    launch(
+        _chunk_scan, grid,
+        rows_of(a, size_a), rows_of(b, size_a), rows_of(c, width), None if partner is None else rows_of(partner, width),
+        gates, *initial, y, rows_of(y, width), products, ends, at_end,
+        tiles.owner, tiles.start, tiles.length, scale, 1 / scale if reverse else 1.0, batch * tokens, heads, *groups,
+        DA=size_a, DC=size_c, W=width, OWN=own, WORK=work.value, DECAY=Decay.of(gates).value, REVERSE=reverse,
+        TRANSPOSED=transposed, SUMS=partner is not None, STAGES=2, num_warps=4, pdl=True,
+    )  # fmt: skip
+    return y, products, at_end

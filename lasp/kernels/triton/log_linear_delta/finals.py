@@ -1,0 +1,101 @@
+"""Final slots of segments and their gradients, in PyTorch: they are few. A slot is what the last leaf's tokens wrote
+into it, or a node that this leaf's next token would see; E, the transition from there to the segment's end, begins as
+the last leaf's and becomes E A of each node that is passed, as rows do (reads)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.fenwick import own_slots
+from lasp.kernels.lasting import lasting
+from lasp.kernels.leaves import NONE, cut, heights
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.reference.chunk import write
+from lasp.kernels.summary import SHUT
+from lasp.kernels.triton.shared.tiles import CHUNK
+
+LOG_CHUNK = CHUNK.bit_length() - 1
+
+
+class Sight(NamedTuple):
+    """Of one height: the segments whose end sees a node there, that node, and its pair."""
+
+    segment: Tensor
+    node: Tensor
+    pair: Tensor
+
+
+@dataclass(frozen=True)
+class Finals:
+    """token, mask: [N, C] the last leaves' places. held: those of N · C that hold a token. own: [N, C, LOG_CHUNK] the
+    slot that each belongs to."""
+
+    token: Tensor
+    mask: Tensor
+    held: Tensor
+    own: Tensor
+    sights: tuple[Sight, ...]
+
+    def tokens(self, x: LogLinearInputs) -> dict[str, Tensor]:
+        """k, v, beta and decay of the last leaves, [N, H, C, ...] in fp32, zero where there is no token."""
+        found = {}
+        for name in ("k", "v", "beta", "decay"):
+            rows = getattr(x, name).flatten(0, 1)[self.token].float()
+            found[name] = rows.where(self.mask.view(*self.mask.shape, *(1,) * (rows.ndim - 2)), 0).transpose(1, 2)
+        return found
+
+    def add_tokens(self, to: Tensor, grad: Tensor) -> Tensor:
+        """to [B, T, H, ...] with what the last leaves' tokens get besides, [N, H, C, ...]."""
+        rows = grad.transpose(1, 2).flatten(0, 1)[self.held]
+        return to.flatten(0, 1).index_add(0, self.token.flatten()[self.held], rows.to(to.dtype)).view(to.shape)
+
+    def nodes(self, x: Tensor) -> list[Tensor]:
+        """Those that are seen at each height, of [nodes, H, ...]."""
+        return [x[sight.node] for sight in self.sights]
+
+    def slots(self, tokens: dict[str, Tensor], states: list[Tensor], transitions: list[Tensor], count: int) -> Tensor:
+        """[N, count, H, K, V] if nothing comes in."""
+        k, v = tokens["k"], tokens["v"]
+        k = k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
+        eye = torch.eye(CHUNK, dtype=v.dtype, device=v.device).expand(*v.shape[:3], CHUNK)
+        b = tokens["decay"].clamp(min=SHUT[torch.float32]).double().cumsum(2)
+        end, written, _, _ = write(k, eye, b, tokens["beta"])
+        slots = [(written * mask[:, None, None]) @ v for mask in self.own.unbind(-1)]
+        slots += [torch.zeros_like(slots[0])] * (count - len(slots))
+        for slot, (segment, _, _), state, transition in zip(
+            range(LOG_CHUNK, count), self.sights, states, transitions, strict=False
+        ):
+            before = end[segment]
+            slots[slot] = slots[slot].index_copy(0, segment, before @ state)
+            end = end.index_copy(0, segment, before @ transition)
+        return torch.stack(slots[:count], 1)
+
+
+def finals_of(x: LogLinearInputs) -> Finals:
+    return _finals(tuple(x.segments.offsets.tolist()), x.seen, x.v.device)
+
+
+@lru_cache(maxsize=64)
+@lasting
+def _finals(offsets: tuple[int, ...], seen: tuple[int, ...], device: torch.device) -> Finals:
+    offset, before = torch.tensor(offsets, device="cpu"), torch.tensor(seen, device="cpu")
+    leaves = cut(offset, before, CHUNK)
+    last, place, found = leaves.last, torch.arange(CHUNK, device="cpu"), heights(leaves)[0]
+    mask = (place >= leaves.skipped[last][:, None]) & (place < leaves.stop[last][:, None])
+    own = own_slots(leaves.number[last][:, None] * CHUNK + place, before + offset.diff(), LOG_CHUNK)
+    lefts = torch.cat([height.left for height in found]) if found else last[:0]
+    sights = []
+    for height in found:
+        pair = height.seen[last]
+        segment = (pair != NONE).nonzero()[:, 0]
+        sights.append(Sight(*(part.to(device) for part in (segment, lefts[pair[segment]], pair[segment]))))
+    return Finals(
+        token=(leaves.start[last][:, None] + place).where(mask, 0).to(device),
+        mask=mask.to(device),
+        held=mask.flatten().nonzero()[:, 0].to(device),
+        own=(own & mask[..., None]).to(device),
+        sights=tuple(sights),
+    )

@@ -1,0 +1,62 @@
+"""The engine without DeepSpeed: FSDP2, or the same weights on every rank."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasp.config import TrainConfig
+from lasp.kernels.pending import Pending
+from lasp.parallel.apply import parallelize, reduce_gradients
+from lasp.parallel.groups import flatten
+from lasp.training import checkpoint
+from lasp.training.initial import Build
+from lasp.training.numerics import all_finite
+from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from lasp.training.ownership import Lock
+from lasp.training.runtime import World
+
+
+class NativeEngine:
+    """FSDP2, or the same weights on every rank. In bfloat16 FSDP gathers float32 parameters as bfloat16 and sums
+    gradients in float32."""
+
+    def __init__(self, config: TrainConfig, world: World, build: Build):
+        self.config, self.mesh, self.saves = config, world.mesh, world.saves
+        self.saving: Pending[None] | None = None
+        compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.model = parallelize(
+            build(config, world.device),
+            world.mesh,
+            fsdp=config.parallel.fsdp,
+            compute_dtype=compute_dtype,
+            expert_parallel=config.parallel.expert_parallel,
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        reduce_gradients(self.model, self.mesh)
+        grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
+        if not all_finite(grad_norm, flatten(self.mesh).get_group()):
+            return math.nan if math.isfinite(grad_norm) else grad_norm
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+    def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
+        self.finish_saving()
+        state = self.model, self.optimizer, self.config
+        self.saving = checkpoint.save(self.config.run_dir, step, *state, lock, record, self.saves)
+
+    def finish_saving(self) -> None:
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.wait()
+
+    def restore(self) -> int:
+        return checkpoint.restore(self.config.run_dir, self.model, self.optimizer, self.config, self.saves)

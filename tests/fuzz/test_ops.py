@@ -1,0 +1,402 @@
+"""Every public op, on arguments that fit or of which one does not: the definition's numbers, or ValueError."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lasp.kernels import (
+    causal_conv1d,
+    delta_rule,
+    linear_attention,
+    log_linear_attention,
+    log_linear_delta_rule,
+    short_conv,
+    softmax_attention,
+)
+from lasp.kernels.parts import Part, Parts
+from tests.parallel.inputs import error
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+SUMMED = {torch.float16: 10, torch.bfloat16: 10}  # gradients are sums over tokens, whose terms may cancel
+Arguments = dict[str, Any]
+Break = Callable[[Arguments], None]
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Break:
+    def apply(arguments: Arguments) -> None:
+        arguments[name] = change(arguments[name])
+
+    return apply
+
+
+def spoilt(number: float) -> Callable[[Tensor], Tensor]:
+    """One number of the tensor is this one."""
+
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x.view(-1)[x.numel() // 2] = number
+        return x
+
+    return change
+
+
+def longer(dim: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat([x, x.narrow(dim, 0, 1)], dim)
+
+
+NO_TENSORS = [lambda _: None, lambda _: 3, lambda x: x.tolist(), lambda x: x.long(), lambda x: x.bool(), lambda x: x[0]]
+
+
+def breaks_of(arguments: Arguments, tensors: dict[str, tuple[int, ...]]) -> list[Break]:
+    """What makes arguments wrong that are right. tensors: names of tensors, and the dimensions that may not be others.
+
+    An optional tensor may be left out, so None is not in its list.
+    """
+    found: list[Break] = []
+    for name, dims in tensors.items():
+        optional = name in ("decay", "bias", "initial_state", "initial_tail")
+        if arguments[name] is None or arguments[name].numel() == 0:
+            continue
+        found += [changed(name, change) for change in NO_TENSORS[optional:]]
+        found += [changed(name, longer(dim)) for dim in dims]
+    for scale in (math.nan, math.inf, 0.0, "one", True, [1.0]):
+        if "scale" in arguments:
+            found.append(changed("scale", lambda _, scale=scale: scale))
+    if (offsets := arguments["cu_seqlens"]) is not None:
+        found += [
+            changed("cu_seqlens", change)
+            for change in (
+                lambda x: x.float(),
+                lambda x: x[None],
+                lambda x: x + 1,
+                lambda x: x.tolist(),
+                lambda x: torch.cat([x, x[-1:] + 1]),
+                lambda x: torch.cat([x[:1], x[-1:] + 1, x[-1:]]),
+                lambda x: x[:1],
+            )
+        ]
+        assert offsets[-1] > 0
+    elif (x := arguments.get("q", arguments.get("x"))) is not None and x.shape[0] > 1:
+        found.append(changed("cu_seqlens", lambda _: torch.tensor([0, x.shape[1]])))
+    return found
+
+
+@st.composite
+def drawn(draw: st.DrawFn, make: Callable[..., tuple[Arguments, list[Break]]]) -> tuple[Arguments, bool]:
+    """Arguments, and whether they are right."""
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    arguments, breaks = make(draw, gen)
+    if not draw(st.booleans()):
+        return arguments, True
+    draw(st.sampled_from(breaks))(arguments)
+    return arguments, False
+
+
+def boundaries(draw: st.DrawFn, tokens: int) -> tuple[int, Tensor | None]:
+    """(batch, cu_seqlens): rows, or packed documents, some of them empty."""
+    if draw(st.booleans()):
+        return draw(st.integers(1, 3)), None
+    inner = sorted(draw(st.lists(st.integers(0, tokens), max_size=4)))
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    return 1, torch.tensor([0, *inner, tokens], dtype=dtype)
+
+
+def sequences(batch: int, cu_seqlens: Tensor | None, tokens: int) -> list[tuple[int, int, int]]:
+    """(row, begin, end) of each."""
+    if cu_seqlens is None:
+        return [(row, 0, tokens) for row in range(batch)]
+    offsets = cu_seqlens.tolist()
+    return [(0, begin, end) for begin, end in pairwise(offsets)]
+
+
+def check(op: Callable, definition: Callable, case: tuple[Arguments, bool], leaves: tuple[str, ...]) -> None:
+    """Outputs and gradients are those of the definition in float64, or, if an argument is wrong, it is refused."""
+    arguments, right = case
+    if not right:
+        with pytest.raises(ValueError, match=r"\S"):
+            op(**arguments)
+        return
+    leaves = tuple(name for name in leaves if arguments[name] is not None)
+    here = {name: arguments[name].clone().requires_grad_() for name in leaves}
+    exact = {name: arguments[name].double().requires_grad_() for name in leaves}
+    found = [x for x in op(**(arguments | here)) if x is not None]
+    wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+    wanted = definition(**(wide | exact))
+    assert len(found) == len(wanted)
+    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in wanted]
+    grads = torch.autograd.grad(
+        [x for x in found if x.requires_grad],
+        list(here.values()),
+        [d.to(x.dtype) for x, d in zip(found, upstream, strict=True) if x.requires_grad],
+        allow_unused=True,
+    )
+    expected = torch.autograd.grad(
+        [y for x, y in zip(found, wanted, strict=True) if x.requires_grad],
+        list(exact.values()),
+        [d for x, d in zip(found, upstream, strict=True) if x.requires_grad],
+        allow_unused=True,
+    )
+    dtype = arguments[next(iter(leaves))].dtype
+    for name, x, y in zip((*range(len(found)), *leaves), (*found, *grads), (*wanted, *expected), strict=True):
+        x = torch.zeros_like(y) if x is None else x
+        y = torch.zeros_like(x, dtype=torch.float64) if y is None else y
+        assert error(x.double(), y) < BOUNDS[dtype] * (SUMMED.get(dtype, 1) if name in leaves else 1), name
+
+
+def recurrence(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[Arguments, list[Break]]:
+    dtype = draw(st.sampled_from(list(BOUNDS)))
+    wide = torch.promote_types(dtype, torch.float32)
+    tokens, q_heads, group = draw(st.integers(1, 70)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    key_dim, value_dim, heads = draw(st.integers(1, 5)), draw(st.integers(1, 5)), q_heads * group
+    batch, cu_seqlens = boundaries(draw, tokens)
+    count = batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64)
+
+    q, k = (normal(batch, tokens, q_heads, key_dim).to(dtype) for _ in range(2))
+    arguments: Arguments = {"q": q, "k": torch.nn.functional.normalize(k.double(), dim=-1).to(dtype)}
+    arguments["v"] = normal(batch, tokens, heads, value_dim).to(dtype)
+    if delta:
+        arguments["beta"] = torch.rand(batch, tokens, heads, generator=gen).to(wide)
+    kinds = {"none": None, "scalar": (batch, tokens, heads), "diagonal": (batch, tokens, heads, key_dim)}
+    shape = (kinds if delta else kinds | {"constant": (heads,)})[
+        draw(st.sampled_from(["none", "scalar", "diagonal"] if delta else ["none", "constant", "scalar", "diagonal"]))
+    ]
+    steep = draw(st.sampled_from([0.1, 3.0, 60.0]))
+    arguments["decay"] = None if shape is None else -steep * torch.rand(shape, generator=gen).to(wide)
+    arguments["scale"] = draw(st.sampled_from([None, 0.5, -1.0]))
+    state = normal(count, heads, key_dim, value_dim).to(wide)
+    arguments["initial_state"] = state if draw(st.booleans()) else None
+    arguments["output_final_state"] = draw(st.booleans())
+    arguments["cu_seqlens"] = cu_seqlens
+    breaks = breaks_of(
+        arguments,
+        {"q": (0, 1, 3), "k": (0, 1, 2, 3), "v": (0, 1), "decay": (0, -1), "initial_state": (0, 1, 2, 3)}
+        | ({"beta": (0, 1, 2)} if delta else {}),
+    )
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    breaks += [changed(name, lambda x: x.to(other)) for name in ("q", "k", "v")]
+    breaks.append(lambda a: a.update(backend="fast"))
+    if q_heads > 1:
+        breaks.append(changed("v", longer(2)))
+    if arguments["decay"] is not None:
+        breaks += [changed("decay", spoilt(number)) for number in (0.5, math.nan, math.inf)]
+        if not delta:
+            breaks.append(lambda a: a.update(causal=False))
+        if arguments["decay"].ndim == 1:
+            breaks.append(changed("decay", lambda x: x.clone().requires_grad_()))
+    if arguments["initial_state"] is not None:
+        breaks.append(changed("initial_state", lambda x: x.to(torch.float16)))
+    return arguments, breaks
+
+
+def define_recurrence(q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens, beta=None):
+    """Token by token, as the docstrings have it."""
+    batch, tokens, heads, value_dim = v.shape
+    group, key_dim = heads // q.shape[2], q.shape[3]
+    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
+    scale = key_dim**-0.5 if scale is None else scale
+    o, finals = torch.zeros_like(v), []
+    for n, (row, begin, end) in enumerate(sequences(batch, cu_seqlens, tokens)):
+        state = v.new_zeros(heads, key_dim, value_dim) if initial_state is None else initial_state[n]
+        for t in range(begin, end):
+            if decay is not None:
+                g = decay if decay.ndim == 1 else decay[row, t]
+                state = g.exp().view(heads, -1, 1) * state
+            here_k, here_v = k[row, t], v[row, t]
+            if beta is not None:
+                here_v = beta[row, t, :, None] * (here_v - torch.einsum("hk,hkv->hv", here_k, state))
+            state = state + here_k[..., None] * here_v[:, None]
+            read = scale * torch.einsum("hk,hkv->hv", q[row, t], state)
+            o = o.index_put((torch.tensor(row), torch.tensor(t)), read)
+        finals.append(state)
+    return [o, torch.stack(finals)] if output_final_state else [o]
+
+
+@given(drawn(lambda draw, gen: recurrence(draw, gen, delta=False)))
+def test_linear_attention(case):
+    check(linear_attention, define_recurrence, case, ("v", "q", "k", "initial_state"))
+
+
+@given(drawn(lambda draw, gen: recurrence(draw, gen, delta=True)))
+def test_delta_rule(case):
+    check(delta_rule, define_recurrence, case, ("v", "q", "k", "beta", "initial_state"))
+
+
+def log_linear(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[Arguments, list[Break]]:
+    arguments, _ = recurrence(draw, gen, delta=delta)
+    batch, tokens, heads, _ = arguments["v"].shape
+    wide = torch.promote_types(arguments["v"].dtype, torch.float32)
+    needed = (tokens - 1).bit_length() + 1
+    levels = needed + draw(st.integers(0, 2))
+    arguments["decay"] = -0.2 * torch.rand(batch, tokens, heads, generator=gen).to(wide)
+    arguments["level_scales"] = torch.rand(batch, tokens, heads, levels, generator=gen).to(wide)
+    del arguments["initial_state"], arguments["output_final_state"]
+    breaks = breaks_of(
+        arguments,
+        {"q": (0, 1, 3), "k": (0, 1, 2, 3), "v": (0, 1), "level_scales": (0, 1, 2)}
+        | ({"beta": (0, 1)} if delta else {}),
+    )
+    breaks += [changed("decay", spoilt(number)) for number in (0.5, math.nan)]
+    if not delta:
+        breaks.append(changed("decay", lambda _: None))
+    if arguments["cu_seqlens"] is None:
+        breaks.append(changed("level_scales", lambda x: x[..., : needed - 1]))
+    return arguments, breaks
+
+
+def define_log_linear(q, k, v, decay, level_scales, scale, cu_seqlens, beta=None):
+    """As a sum over pairs of tokens, through the matrix that each token's step multiplies the state by."""
+    batch, tokens, heads, _ = v.shape
+    group, key_dim = heads // q.shape[2], q.shape[3]
+    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
+    scale = key_dim**-0.5 if scale is None else scale
+    o = torch.zeros_like(v)
+    eye = torch.eye(key_dim, dtype=v.dtype)
+    for row, begin, end in sequences(batch, cu_seqlens, tokens):
+        for t in range(begin, end):
+            reading = q[row, t]  # [H, K], carried back from token to token
+            total = torch.zeros_like(v[row, t])
+            for s in range(t, begin - 1, -1):
+                written = k[row, s] if beta is None else beta[row, s, :, None] * k[row, s]
+                level = 0 if s == t else ((t - begin) ^ (s - begin)).bit_length()
+                weight = (reading * written).sum(-1) * level_scales[row, t, :, level]
+                total = total + weight[:, None] * v[row, s]
+                step = decay[row, s].exp()[:, None, None] * eye
+                if beta is not None:
+                    kk = k[row, s][:, :, None] * k[row, s][:, None, :]
+                    step = step @ (eye - beta[row, s, :, None, None] * kk)
+                reading = torch.einsum("hk,hkj->hj", reading, step)
+            o = o.index_put((torch.tensor(row), torch.tensor(t)), scale * total)
+    return [o]
+
+
+def first(op: Callable) -> Callable:
+    return lambda **arguments: op(**arguments)[:1]
+
+
+@given(drawn(lambda draw, gen: log_linear(draw, gen, delta=False)))
+def test_log_linear_attention(case):
+    check(first(log_linear_attention), define_log_linear, case, ("v", "q", "k", "level_scales"))
+
+
+@given(drawn(lambda draw, gen: log_linear(draw, gen, delta=True)))
+def test_log_linear_delta_rule(case):
+    check(first(log_linear_delta_rule), define_log_linear, case, ("v", "q", "k", "beta", "level_scales"))
+
+
+def attention(draw: st.DrawFn, gen: torch.Generator) -> tuple[Arguments, list[Break]]:
+    dtype = draw(st.sampled_from(list(BOUNDS)))
+    tokens, kv_heads, group = draw(st.integers(1, 40)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    key_dim, value_dim = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    batch, cu_seqlens = boundaries(draw, tokens)
+    keys = tokens if cu_seqlens is not None else tokens + draw(st.integers(0, 9))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+
+    arguments: Arguments = {
+        "q": normal(batch, tokens, kv_heads * group, key_dim),
+        "k": normal(batch, keys, kv_heads, key_dim),
+        "v": normal(batch, keys, kv_heads, value_dim),
+        "scale": draw(st.sampled_from([None, 0.5])),
+        "causal": draw(st.booleans()),
+        "window": draw(st.none() | st.integers(1, 50)),
+        "cu_seqlens": cu_seqlens,
+    }
+    breaks = breaks_of(arguments, {"q": (0, 3), "k": (0, 1, 3), "v": (0, 1)})
+    breaks += [changed("window", lambda _, x=x: x) for x in (0, -1, 1.5, "one", True)]
+    breaks.append(changed("scale", lambda _: -1.0))
+    breaks.append(lambda a: a.update(backend="triton"))
+    if group > 1 or kv_heads > 1:
+        breaks.append(changed("k", longer(2)))
+    return arguments, breaks
+
+
+def define_attention(q, k, v, scale, causal, window, cu_seqlens):
+    """With the whole matrix of scores."""
+    _, tokens, heads, key_dim = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))
+    scale, keys = key_dim**-0.5 if scale is None else scale, k.shape[1]
+    i, j = torch.arange(tokens)[:, None] + keys - tokens, torch.arange(keys)[None, :]
+    seen = torch.ones(tokens, keys, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    if window is not None:
+        seen &= (i - j).abs() < window
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens.long(), torch.arange(tokens), right=True)
+        seen &= document[:, None] == document[None, :]
+    scores = (scale * torch.einsum("bihk,bjhk->bhij", q, k)).masked_fill(~seen, -math.inf)
+    return [torch.einsum("bhij,bjhv->bihv", scores.softmax(-1), v), scores.logsumexp(-1).transpose(1, 2)]
+
+
+@given(drawn(attention))
+def test_softmax_attention(case):
+    check(softmax_attention, define_attention, case, ("q", "k", "v"))
+
+
+def convolution(draw: st.DrawFn, gen: torch.Generator) -> tuple[Arguments, list[Break]]:
+    dtype = draw(st.sampled_from(list(BOUNDS)))
+    tokens, channels, width = draw(st.integers(1, 30)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    batch, cu_seqlens = boundaries(draw, tokens)
+    count = batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+
+    arguments: Arguments = {
+        "x": normal(batch, tokens, channels),
+        "weight": normal(channels, width),
+        "bias": normal(channels) if draw(st.booleans()) else None,
+        "initial_tail": normal(count, width - 1, channels) if draw(st.booleans()) else None,
+        "cu_seqlens": cu_seqlens,
+    }
+    tensors = {"x": (2,), "weight": (0,), "bias": (0,), "initial_tail": (0, 1, 2)}
+    return arguments, breaks_of(arguments, tensors)
+
+
+def define_convolution(x, weight, bias, initial_tail, cu_seqlens):
+    batch, tokens, channels = x.shape
+    width, y = weight.shape[1], torch.zeros_like(x)
+    for n, (row, begin, end) in enumerate(sequences(batch, cu_seqlens, tokens)):
+        tail = x.new_zeros(width - 1, channels) if initial_tail is None else initial_tail[n]
+        padded = torch.cat([tail, x[row, begin:end]])
+        for t in range(end - begin):
+            value = (padded[t : t + width] * weight.mT).sum(0)
+            value = value if bias is None else value + bias
+            y = y.index_put((torch.tensor(row), torch.tensor(begin + t)), value)
+    return [y]
+
+
+@given(drawn(convolution))
+def test_causal_conv1d(case):
+    check(lambda **a: [causal_conv1d(**a)], define_convolution, case, ("x", "weight", "bias", "initial_tail"))
+
+
+@given(drawn(convolution), st.booleans())
+def test_short_conv(case, unit_length):
+    """Its channels as two parts of one head, if there are two."""
+    arguments, _ = case
+    channels = arguments["weight"].shape[0] if isinstance(arguments["weight"], Tensor) else 2
+    sizes = (channels - channels // 2, channels // 2) if channels > 1 else (channels,)
+    unit_length &= channels > 2  # of a single number nothing but its sign is left
+    parts = Parts(1, tuple(Part(size, unit_length and place == 0) for place, size in enumerate(sizes)))
+
+    def definition(**given: Any) -> list[Tensor]:
+        (z,) = define_convolution(**given)
+        pieces = torch.nn.functional.silu(z).split(sizes, dim=-1)
+        units = (
+            [x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in pieces[:1]] if unit_length else pieces[:1]
+        )
+        return [x[:, :, None] for x in (*units, *pieces[1:])]
+
+    check(lambda **a: short_conv(parts=parts, **a), definition, case, ("x", "weight", "bias", "initial_tail"))
