@@ -123,6 +123,8 @@ def train(config: Any) -> None:
 
 def config(config: Any) -> None:
     """Print as YAML what `lasp train` with the same words would run, for its --config."""
+    several = {RecallSweep: "a sweep", QualityTable: "a table"}.get(type(config))
+    require(several is None, "recipe", several, "a recipe of one run")
     print(as_yaml(config), end="")
 
 

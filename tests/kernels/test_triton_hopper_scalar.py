@@ -20,10 +20,6 @@ HEADS = {  # of q and k, of v, their sizes
     "grouped": (2, 4, 64, 64),
     "wide": (2, 4, 128, 128),
     "one group": (1, 4, 128, 64),
-    "state of 128": (4, 4, 128, 64),
-    "values of 128": (4, 4, 64, 128),
-    "values of 256": (2, 4, 128, 256),
-    "the largest": (2, 2, 256, 256),
 }
 GATES = {"none": None, "constant": -0.05, "open": 0.0, "weak": -0.05, "steep": -8.0, "closed": -50.0}
 
@@ -71,7 +67,7 @@ def test_equals_the_definition(gen, monkeypatch, launched, heads, gate, dtype, b
     assert max(found.values()) < 2 * torch.finfo(dtype).eps, found
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128])
 def test_states_that_fp16_has_no_room_for(gen, size):
     """Whose largest numbers are some hundred thousands, and whose gradients are some millionths."""
     from lasp.kernels import linear_attention

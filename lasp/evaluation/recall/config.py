@@ -47,7 +47,7 @@ class RecallSweep:
     sequences: Count = 20_000  # to train on, for each number of pairs
     held_out: Count = 1_000  # sequences, for each number of pairs
     epochs: Count = 12
-    batch: Count = 256  # sequences of a step
+    batch: Count = 64  # sequences of a step
     learning_rates: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2)  # the best one counts, by the mean accuracy of its seeds
     seeds: tuple[Seed, ...] = (0, 1, 2)
     widths: tuple[Count, ...] = (64,)
@@ -135,7 +135,6 @@ def mqar_small() -> RecallSweep:
         sequences=10_000,
         held_out=300,
         epochs=1,
-        batch=64,
         learning_rates=(5e-3,),
         seeds=(0,),
         device="cpu",

@@ -8,12 +8,7 @@ as the first operand of what is summed over them. What the groups share out amon
     SPLIT     the columns of one head
     APART     two heads, one each: for columns too few to be split
     SUMMED    the columns of two heads, whose y is summed, since they share what `c` is: gradients of q and k
-
-For the gradient of gates (SUMS) the same is summed as there. Copies of a state are then two, the second of what the
-first one's rounding leaves. In fp16, which has no room for a state, they are scaled so that the largest number fits.
 """
-
-from enum import IntEnum
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -28,34 +23,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.chunk_step import (
+    APART,
+    SPLIT,
+    SUMMED,
+    Work,
+    head_room,
+    open_chunk,
+    write_copies,
+)
 from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
+    HALF,
     REGISTERS,
     C,
     barrier,
     clear_tail,
     load_gates,
     load_initial_state,
-    rounded,
     rows_of,
     send_rows,
-    shortened,
-    whole_decay,
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
 from lasp.kernels.triton.shared.state_passing import InitialStates
-
-
-class Work(IntEnum):
-    SPLIT, APART, SUMMED = range(3)
-
-
-SPLIT, APART, SUMMED = (gl.constexpr(int(work)) for work in Work)
-LARGE = gl.constexpr(16384.0)  # the largest number of a copy in fp16
 
 
 @gluon.jit
@@ -97,132 +91,6 @@ def _state_places(col, DA: gl.constexpr, DC: gl.constexpr, W: gl.constexpr, TRAN
         return col[None, :] * DA + row[:, None]
     else:
         return row[:, None] * DC + col[None, :]
-
-
-@gluon.jit
-def _copy(x, copies, at, SUMS: gl.constexpr):
-    """Writes X, from copy `at` on, for products to read. Returns what undoes the scale."""
-    up = 1.0
-    if copies.dtype == gl.float16:
-        most = gl.maximum(gl.max(gl.max(gl.abs(x), axis=1), axis=0), 1e-30)
-        up = most / LARGE
-        x *= LARGE / most
-    if SUMS:
-        high = shortened(x, copies.dtype)
-        copies.index(at + 1).store((x - high).to(copies.dtype))
-        x = high
-    copies.index(at).store(x.to(copies.dtype))
-    return up
-
-
-@gluon.jit
-def _head_room(gs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
-    """A power of two near the largest weight with which a chunk is written into a state in reverse, that of its first
-    token, as a logarithm, [1]: taken out of the weights, since fp16 has no small numbers."""
-    if dtype == gl.float16:
-        return gl.floor(gs.slice(0, 1).load(LAYOUT))
-    else:
-        return gl.zeros([1], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def _written(bc, gs, W: gl.constexpr, REVERSE: gl.constexpr):
-    """w_j b_j, a product's first operand."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, mma_layout(W), 2)
-    PLACE: gl.constexpr = gl.SliceLayout(0, LEFT)
-    if REVERSE:
-        log2_weight = gs.load(PLACE) - _head_room(gs, PLACE, bc.dtype)
-    else:
-        log2_weight = whole_decay(gs, PLACE) - gs.load(PLACE)
-    return (bc.permute((1, 0)).load(LEFT) * gl.exp2(log2_weight)[None, :]).to(bc.dtype)
-
-
-@gluon.jit
-def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.constexpr, SUMS: gl.constexpr):
-    """w_i a_iᵀ X from a_iᵀ X as its copies have it, and its sums with the partner, [C]."""
-    dtype: gl.constexpr = pc.dtype
-    ROW: gl.constexpr = gl.SliceLayout(1, mma_layout(pc.shape[1]))
-    sums = gl.zeros([C], gl.float32, gl.SliceLayout(1, mma_layout(C)))
-    if dtype == gl.float16:
-        yc *= up
-    if DECAY != NONE:
-        if REVERSE:
-            read, room = whole_decay(gs, ROW) - gs.load(ROW), gl.zeros([1], gl.float32, ROW)
-            if dtype == gl.float16:
-                yc *= gl.exp2(before)[:, None]
-        else:
-            read, room = gs.load(ROW), _head_room(gs, ROW, dtype)
-        if SUMS:  # the partner as rounded as where another scan writes it into its state
-            written = rounded(pc.load(ROW.parent) * gl.exp2(read - room)[:, None], dtype)
-            sums = gl.convert_layout(gl.sum(written * yc, axis=1) * gl.exp2(room), gl.SliceLayout(1, mma_layout(C)))
-        yc *= gl.exp2(read)[:, None]
-    return yc, sums
-
-
-@gluon.jit
-def _open(
-    ac, bc, cc, pc, copies, at, gs, x, yc, up, before,
-    WORK: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr, SUMS: gl.constexpr,
-):  # fmt: skip
-    """Weighted scores [C, C], w_i a_iᵀ X [C, W], added to yc if heads are summed, the next X, on its way, and the sums
-    over parts, [C]."""
-    W: gl.constexpr = cc.shape[1]
-    SCORES: gl.constexpr = mma_layout(C)
-    PAIRS: gl.constexpr = SUMS and TRANSPOSED  # of a query and a key, with both of their scores
-    ALONE: gl.constexpr = SUMS and WORK == SUMMED  # one after the other, or registers would not suffice
-    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
-    seen = row[:, None] <= col[None, :] if REVERSE else row[:, None] >= col[None, :]
-    if DECAY != NONE:
-        end = whole_decay(gs, gl.SliceLayout(1, mma_layout(W)))
-        if REVERSE and cc.dtype == gl.float16:
-            end = end - _head_room(gs, gl.SliceLayout(1, mma_layout(W)), cc.dtype) + before
-        x *= gl.exp2(end)[:, None]
-    nothing = gl.zeros([C, C], gl.float32, SCORES)
-    if ALONE:
-        read = _read(ac, copies, at, SUMS)
-        read, sums = _finish_read(warpgroup_mma_wait(0, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
-        yc += read
-    scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    others = nothing
-    if PAIRS:
-        others = warpgroup_mma(pc, cc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if not ALONE:
-        read = _read(ac, copies, at, SUMS)
-    if DECAY == NONE:
-        x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
-        scores = warpgroup_mma_wait(2, deps=(scores,))
-        scores = gl.where(seen, scores, 0.0)
-    else:
-        if not PAIRS:
-            x = warpgroup_mma(_written(bc, gs, W, REVERSE), cc, x, is_async=True)
-        g_row, g_col = gs.load(gl.SliceLayout(1, SCORES)), gs.load(gl.SliceLayout(0, SCORES))
-        gap = g_col[None, :] - g_row[:, None] if REVERSE else g_row[:, None] - g_col[None, :]
-        weights = gl.exp2(gl.where(seen, gap, float("-inf")))
-        if PAIRS:
-            scores, others = warpgroup_mma_wait(0 if ALONE else 2, deps=(scores, others))
-            scores *= weights
-            pairs = gl.where(row[:, None] == col[None, :], 0.0, scores * others)
-            near = gl.sum(pairs, axis=1) - gl.convert_layout(gl.sum(pairs, axis=0), gl.SliceLayout(1, SCORES))
-            x = warpgroup_mma(_written(bc, gs, W, REVERSE), cc, x, is_async=True)  # no sooner, to save registers
-        else:
-            scores = warpgroup_mma_wait(3 if SUMS else 2, deps=(scores,)) * weights
-    if not ALONE:
-        read, sums = _finish_read(warpgroup_mma_wait(1, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
-        yc = yc + read if WORK == SUMMED else read
-    if PAIRS:
-        sums += near
-    return scores, yc, x, sums
-
-
-@gluon.jit
-def _read(ac, copies, at, SUMS: gl.constexpr):
-    """a_iᵀ X, on its way."""
-    W: gl.constexpr = copies.shape[2]
-    nothing = gl.zeros([C, W], gl.float32, mma_layout(W))
-    read = warpgroup_mma(ac, copies.index(at), nothing, use_acc=False, is_async=True)
-    if SUMS:
-        read = warpgroup_mma(ac, copies.index(at + 1), read, is_async=True)
-    return read
 
 
 @gluon.jit
@@ -273,11 +141,11 @@ def _compute(
         end_product = gl.sum(gl.sum(x * gl.load(ends + (tile * H + h) * AREA + state_at), axis=1), axis=0)
         gl.store(at_end + (block * tiles + tile) * H + h, end_product)
     x *= state_scale
-    up = _copy(x, x_copies, COPY, SUMS)
+    up = write_copies(x, x_copies, COPY, SUMS)
     other, other_up = x, up
     if WORK == SUMMED:
         other = load_initial_state(initial, state_at, tile, h + 1, H, AREA) * state_scale
-        other_up = _copy(other, x_copies, OTHER_COPY, SUMS)
+        other_up = write_copies(other, x_copies, OTHER_COPY, SUMS)
     before = gl.zeros([1], gl.float32, gl.SliceLayout(1, MMA))
     other_before = before
     if DECAY != NONE:
@@ -313,7 +181,7 @@ def _compute(
             fence_async_shared()
             barrier()
         yc = gl.zeros([C, W], gl.float32, MMA)
-        scores, yc, x, sums = _open(
+        scores, yc, x, sums = open_chunk(
             ac, bc, cc, pc, x_copies, COPY, gs, x, yc, up, before, WORK, DECAY, REVERSE, TRANSPOSED, SUMS
         )
         place = i * C + gl.arange(0, C, layout=TOKEN)
@@ -323,23 +191,23 @@ def _compute(
             yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
             x, yc = warpgroup_mma_wait(0, deps=(x, yc))  # to have its registers back
             ac, bc = a_rows.index(own + 1), b_rows.index(own + 1)
-            scores, yc, other, sums = _open(
+            scores, yc, other, sums = open_chunk(
                 ac, bc, cc, pc, x_copies, OTHER_COPY, other_gs, other, yc, other_up, other_before,
                 WORK, DECAY, REVERSE, TRANSPOSED, SUMS,
             )  # fmt: skip
             if SUMS:
                 gl.store(products + (block * TOKENS + begin + place) * H + h + 1, sums * scale, mask=place < count)
         if DECAY != NONE and REVERSE:
-            before = _head_room(gs, gl.SliceLayout(1, MMA), dtype)
+            before = head_room(gs, gl.SliceLayout(1, MMA), dtype)
             if WORK == SUMMED:
-                other_before = _head_room(other_gs, gl.SliceLayout(1, MMA), dtype)
+                other_before = head_room(other_gs, gl.SliceLayout(1, MMA), dtype)
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
         if WORK == SUMMED:
             other = warpgroup_mma_wait(1, deps=(other,))
-            other_up = _copy(other, x_copies, OTHER_COPY, SUMS)
+            other_up = write_copies(other, x_copies, OTHER_COPY, SUMS)
         else:
             x = warpgroup_mma_wait(1, deps=(x,))
-        up = _copy(x, x_copies, COPY, SUMS)
+        up = write_copies(x, x_copies, COPY, SUMS)
         if DECAY != NONE:
             gs.store(g)
             if WORK == SUMMED:
@@ -455,12 +323,10 @@ def chunk_scan(
     """y [B, T, H, DC], for as many heads as the states have, or for half as many, each the sum of two neighbours that
     share c; with a partner also what a gate's gradient needs: see scalar.chunk_scan."""
     (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), initial.local.shape[1]
-    own, width, work = 1, min(size_c, 64), Work.SPLIT
-    if size_a == 256:
-        width = 32
-    elif size_c == 64:
-        work, own = Work.APART, 1 if heads // a.shape[2] % 2 == 0 and heads // b.shape[2] % 2 == 0 else 2
-    elif size_a == 64 and heads // c.shape[2] % 2 == 0:
+    own, width, work = 1, HALF.value, Work.SPLIT
+    if size_c == width:
+        work, own = Work.APART, 1 if heads // a.shape[2] % 2 == 0 else 2
+    elif size_a == width:
         work, own = Work.SUMMED, 2
     y = c.new_empty(batch, tokens, heads // 2 if work == Work.SUMMED else heads, size_c)
     products = at_end = None

@@ -37,7 +37,6 @@ from lasp.kernels.triton.hopper.shared import (
     half_rows,
     load_gates,
     load_initial_state,
-    rounded,
     rows_of,
     send_rows,
     whole_decay,
@@ -66,11 +65,16 @@ def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
 
 
 @gluon.jit
-def _of_rounding(x, vc):
-    """X v_j, [HALF, C], on its way, of what rounding leaves of a group's rows of X: over a tile it would add up."""
-    left = gl.convert_layout((x - rounded(x, vc.dtype)).to(vc.dtype), LEFT)
+def _of_rounding(x, kc, vc, gs, PART: gl.constexpr):
+    """w_j k_jᵀ X v_j, [C], of what rounding leaves of a group's rows of X: over a tile it would add up."""
+    PLACE: gl.constexpr = gl.SliceLayout(0, MMA)
+    left = gl.convert_layout((x - x.to(vc.dtype).to(gl.float32)).to(vc.dtype), LEFT)
     nothing = gl.zeros([HALF, C], gl.float32, MMA)
-    return warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    read = warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    keys = kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(MMA)
+    weights = gl.exp2(whole_decay(gs, PLACE) - gs.load(PLACE))
+    read = warpgroup_mma_wait(0, deps=(read,))
+    return gl.sum(read * keys.to(gl.float32), axis=0) * weights
 
 
 @gluon.jit
@@ -132,7 +136,7 @@ def _compute(
             fence_async_shared()
             barrier()
         if SUMS:
-            rest = _of_rounding(x, vc)
+            inner = gl.convert_layout(_of_rounding(x, kc, vc, gs, PART), TOKEN)
         if DECAY != NONE:
             x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)))[:, None]
         if PART == 0:
@@ -142,12 +146,6 @@ def _compute(
         scores = warpgroup_mma(
             left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
         )
-        if SUMS:
-            keys = gl.convert_layout(kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(LEFT), MMA)
-            KEY: gl.constexpr = gl.SliceLayout(0, MMA)
-            weights = gl.exp2(whole_decay(gs, KEY) - gs.load(KEY))
-            rest = warpgroup_mma_wait(1, deps=(rest,))
-            inner = gl.convert_layout(gl.sum(rest * keys.to(gl.float32), axis=0) * weights, TOKEN)
         yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
         queries = qc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
         if DECAY == NONE:
@@ -164,7 +162,8 @@ def _compute(
             yc = warpgroup_mma_wait(1, deps=(yc,))
             if SUMS:
                 if PART == 0:  # v as rounded as where the forward scan writes it into its state
-                    inner += gl.sum(rounded(vc.load(WIDE_MMA) * read[:, None], dtype) * yc, axis=1)
+                    rounded = (vc.load(WIDE_MMA) * read[:, None]).to(dtype).to(gl.float32)
+                    inner += gl.sum(rounded * yc, axis=1)
                 place = i * C + gl.arange(0, C, layout=TOKEN)
                 gl.store(v_dv + place * H, inner * scale, mask=place < count)
             yc *= read[:, None]

@@ -9,25 +9,29 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
 from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
+from lasp.kernels.triton.hopper.shared import HALF
 from lasp.kernels.triton.hopper.tile_states import tile_states
 from lasp.kernels.triton.scalar.backend import KeyValueGrads, QueryGrads, Saved
 from lasp.kernels.triton.scalar.gates import cumulate
 from lasp.kernels.triton.shared.state_passing import InitialStates
 from lasp.kernels.triton.shared.tiles import CHUNK
 
-SIZES = (64, 128, 256)
-
 
 def serves(k: Tensor, v: Tensor) -> bool:
-    """Whether these kernels do. Heads of 64 come in pairs."""
-    size_k, size_v, heads = k.shape[3], v.shape[3], v.shape[2]
-    sized = size_k in SIZES and size_v in SIZES and heads % at_once(k, v) == 0
-    return on_hopper(v) and sized and v.dtype in (torch.bfloat16, torch.float16)
+    """Whether these kernels do: for heads that have been compared with float64 on a GPU. Those of 64 come in pairs,
+    which share q and k if these have 128."""
+    small = HALF.value
+    pairs = {
+        (small, small): v.shape[2] % 2 == 0,
+        (HOPPER_HEAD, small): v.shape[2] // k.shape[2] % 2 == 0,
+        (HOPPER_HEAD, HOPPER_HEAD): True,
+    }
+    return on_hopper(v) and v.dtype != torch.float32 and pairs.get((k.shape[3], v.shape[3]), False)
 
 
-def at_once(k: Tensor, v: Tensor) -> int:
+def at_once(v: Tensor) -> int:
     """Heads that a program scans."""
-    return 2 if min(k.shape[3], v.shape[3]) == SIZES[0] else 1
+    return 2 if v.shape[3] == HALF.value else 1
 
 
 @dataclass(frozen=True)

@@ -59,20 +59,6 @@ def whole_decay(gates_copy, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def shortened(x, dtype: gl.constexpr):
-    """x in fp32 with no more digits than 16 bits have, the others cut off."""
-    MASK: gl.constexpr = 0xFFFFE000 if dtype == gl.float16 else 0xFFFF0000
-    return (x.to(gl.uint32, bitcast=True) & MASK).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def rounded(x, dtype: gl.constexpr):
-    """The same, rounded as by a conversion. That and one back would take an instruction a number, a slow one."""
-    HALF: gl.constexpr = 0x1000 if dtype == gl.float16 else 0x8000
-    return shortened((x.to(gl.uint32, bitcast=True) + HALF).to(gl.float32, bitcast=True), dtype)
-
-
-@gluon.jit
 def half_rows(PART: gl.constexpr):
     """Places in a state of half of its rows, [HALF, SIZE], coalesced: products have other layouts."""
     row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LINES))

@@ -62,5 +62,5 @@ class TritonLinear:
 
     def _backend(self, x: LinearInputs) -> Backend:
         if GLUON and hopper.serves(x.k, x.v):
-            return hopper.Hopper(tiles_of(x, hopper.at_once(x.k, x.v)), x.scale)
+            return hopper.Hopper(tiles_of(x, hopper.at_once(x.v)), x.scale)
         return Portable(tiles_of(x), x.scale, self.config or scalar_config(x.k, x.v, x.decay is not None))
