@@ -35,7 +35,7 @@ def choose(command: str, words: list[str], recipes: Recipes) -> Any:
         _explain(command, recipes, asked=words[:1] in (["--help"], ["-h"]))
     default = None if name is None else _recipe(name, recipes)
     if file is not None:
-        require(default is None or isinstance(default, TrainConfig), "config", file, "none with a sweep")
+        require(default is None or isinstance(default, TrainConfig), "config", file, "none with a sweep or a table")
         default = _with_file(default, file)
 
     def read(default: Any) -> Any:

@@ -1,149 +1,42 @@
-"""The command `lasp`: prepare data, plan and train recipes, generate text, evaluate runs, exchange weights."""
+"""The command `lasp`: how its words are read, and how errors are told; what they do is in lasp.commands."""
 
 import functools
-import re
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 import torch
 import tyro
 from tyro.conf import Positional
 
 from lasp import __version__
-from lasp.chosen import as_yaml, choose
-from lasp.config import require
-from lasp.data.sources import SUFFIXES
-from lasp.data.tokenizer import BYTE
+from lasp.chosen import choose
+from lasp.commands import (
+    config,
+    evaluate,
+    export_weights,
+    extend,
+    generate,
+    import_weights,
+    plan,
+    plot,
+    prepare,
+    report,
+    synthesize,
+    tokenizer,
+    train,
+)
 from lasp.evaluation.evaluate import EVALUATIONS
-from lasp.evaluation.recall.config import SWEEPS, RecallSweep
+from lasp.evaluation.quality.config import TABLES
+from lasp.evaluation.recall.config import SWEEPS
 from lasp.evaluation.tasks import TASKS
 from lasp.training import runtime
-from lasp.training.paths import TOKENIZER_FILE
 from lasp.training.recipes import RECIPES
 
 DESCRIPTION = f"lasp {__version__}: sequence-parallel training of linear-attention and hybrid language models."
-
-
-def prepare(
-    inputs: Positional[tuple[str, ...]],
-    output: str,
-    tokenizer: str = "byte",
-    eod: str | None = None,
-    text_field: str = "text",
-    suffixes: tuple[str, ...] = SUFFIXES,
-    valid_fraction: float = 0.05,
-    chat: bool = False,
-) -> None:
-    """Turn texts into token files: plain text, JSON Lines, parquet, saved data sets; compressed or not.
-
-    Args:
-        inputs: files, folders, or the word "stdlib": the source text of Python's standard library.
-        output: path prefix; the files are PREFIX_train and PREFIX_valid, .bin and .idx each.
-        tokenizer: "byte", the path of a Hugging Face tokenizer.json, or what Transformers' AutoTokenizer knows: a name
-            or a folder; that is written to PREFIX_tokenizer, for --data.tokenizer.
-        eod: the tokenizer's end-of-document token; found by its usual names if not given.
-        text_field: of a record (a line of JSON Lines, a row), the field that is its document.
-        suffixes: of the files that are read in folders.
-        valid_fraction: the part of the documents that is held out.
-        chat: records hold conversations, "messages", or "prompt" and "completion"; only what the assistant says, or
-            the completion, has a loss. Messages go through the chat template of the tokenizer's directory.
-    """
-    from lasp.data.prepare import prepare
-
-    tokenizer = _found_tokenizer(tokenizer, f"{output}_tokenizer")
-    settings: dict[str, Any] = {"text_field": text_field, "suffixes": suffixes, "valid_fraction": valid_fraction}
-    print(prepare(inputs, output, tokenizer, eod=eod, chat=(lambda: _chat(tokenizer)) if chat else None, **settings))
-
-
-def synthesize(task: Any, output: str, sequences: int = 20_000, held_out: int = 1_000, seed: int = 0) -> None:
-    """Write a recall task's sequences as token files, PREFIX_train and PREFIX_valid, whose labels are the answers.
-
-    Args:
-        task: which, and its settings.
-        output: path prefix of the files.
-        sequences: of the training files; each is a document.
-        held_out: sequences of the validation files.
-        seed: of the training files; the validation files' is the next one.
-    """
-    from lasp.evaluation.tasks import write
-
-    for split, number, its_seed in (("train", sequences, seed), ("valid", held_out, seed + 1)):
-        write(task, f"{output}_{split}", number, its_seed)
-        print(f"{output}_{split}: {number:,} sequences of {task.length:,} tokens, ids below {task.vocab_size:,}")
-
-
-def train(config: Any) -> None:
-    """Train a recipe, or what a file says; alone, or on the ranks that torchrun started.
-
-    A run whose directory holds a checkpoint goes on from it. `lasp train --help` lists the recipes.
-    """
-    if isinstance(config, RecallSweep):
-        from lasp.evaluation.recall import sweep
-
-        sweep.run(config)
-        return
-    from lasp.training.train import train
-
-    train(config)
-
-
-def config(config: Any) -> None:
-    """Print as YAML what `lasp train` with the same words would run, for its --config."""
-    require(not isinstance(config, RecallSweep), "recipe", "a sweep", "a recipe of one run")
-    print(as_yaml(config), end="")
-
-
-def plan(
-    model: Positional[str],
-    gpu: str = "H200",
-    gpus: int | None = None,
-    context: int | None = None,
-    pattern: str | None = None,
-    mixer: str | None = None,
-    sequence_parallel: int | None = None,
-    recompute: Literal["auto", "none", "selective", "full"] = "auto",
-    recompute_layers: int | None = None,
-    offload_activations: bool | None = None,
-    segment_tokens: int | None = None,
-    segment_offload: bool | None = None,
-    json: bool = False,
-    plot: str | None = None,
-) -> None:
-    """Say what a training step takes of GPUs' memory and time, whether it fits, and which settings are best.
-
-    Args:
-        model: a preset (linear_llama3_1b), a recipe (linear-llama3-1b-128k), or the directory of a run.
-        gpu: its name: H100, H200, A100-40, A100-80, B200, RTX-4090 …, or "here", measured.
-        gpus: how many; 1, or as many as the recipe splits contexts over.
-        context: tokens; the recipe's or the run's if not given.
-        pattern: of the model's layers: L linear, N softmax.
-        mixer: of the linear layers.
-        sequence_parallel: ranks that share a context. With none of these six the best settings are planned.
-        recompute: what of the layers is computed again in the backward pass; auto: as little as fits.
-        recompute_layers: how many of the layers, the others less; all if not given.
-        offload_activations: whether layers' inputs wait in the host's memory.
-        segment_tokens: of a stream's segments.
-        segment_offload: whether what they hand on to each other waits in the host's memory.
-        json: bytes and seconds, as JSON.
-        plot: a PNG to write, of memory against the context's length.
-    """
-    from lasp.training import planning
-
-    wishes = planning.Wishes(
-        sequence_parallel=sequence_parallel,
-        recompute=recompute,
-        recompute_layers=recompute_layers,
-        offload_activations=offload_activations,
-        segment_tokens=segment_tokens,
-        segment_offload=segment_offload,
-    )
-    planning.show(model, gpu, planning.Asked(gpus, context, pattern, mixer), wishes, as_json=json, picture=plot)
 
 
 def resume_with(overrides: list[str]) -> Callable[[str], None]:
@@ -169,109 +62,6 @@ def resume_with(overrides: list[str]) -> Callable[[str], None]:
     return resume
 
 
-def generate(
-    run_dir: Positional[str],
-    prompt: str = "The",
-    tokens: int = 256,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-) -> None:
-    """Continue a prompt with a run's last checkpoint.
-
-    Args:
-        run_dir: the run's directory.
-        prompt: the text to go on from.
-        tokens: how many to generate, at most: a document's end ends the text.
-        temperature: 0 takes the likeliest token every time.
-        top_p: sample from the likeliest tokens that together have this probability.
-        seed: of the sampling.
-    """
-    from lasp.training.generate import generate
-
-    texts = generate(run_dir, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed)
-    print(prompt + next(texts, ""), end="", flush=True)  # an error comes before any text
-    for text in texts:
-        print(text, end="", flush=True)
-    print()
-
-
-def report(run_dir: Positional[str]) -> None:
-    """Draw a run's loss curves and print its held-out loss.
-
-    Args:
-        run_dir: the run's directory; the curves go to loss.png in it.
-    """
-    from lasp.training.report import report
-
-    print(report(run_dir))
-
-
-def plot(run_dirs: Positional[tuple[str, ...]], output: str | None = None) -> None:
-    """Draw runs side by side as a PNG: loss, tokens a second, memory, gradient norm.
-
-    Args:
-        run_dirs: the runs' directories.
-        output: the picture; plot.png in the first run's directory if not given.
-    """
-    from lasp.training.plot import plot
-
-    print(plot(run_dirs, output))
-
-
-def evaluate(what: Any) -> None:
-    """Evaluate a run or an exported model; alone, or on the ranks that torchrun started, which share each context.
-
-    Results go to MODEL/evaluation: a JSON file, a table and a picture.
-    """
-    from lasp.evaluation.evaluate import evaluate
-
-    evaluate(what)
-
-
-def export_weights(
-    run_dir: Positional[str], output: Positional[str], to: Literal["huggingface", "megatron"] = "huggingface"
-) -> None:
-    """Write a run's last checkpoint as a Hugging Face directory (safetensors, configuration, tokenizer), or Megatron's.
-
-    Args:
-        run_dir: the run's directory.
-        output: the directory to write. AutoModelForCausalLM loads it after `import lasp.integrations.huggingface`;
-            launch/megatron.sh begins from it by --initial-weights.
-        to: whose format.
-    """
-    from lasp.integrations import megatron_weights
-
-    if to == "megatron":
-        print(megatron_weights.export_run(run_dir, output))
-        return
-    print(_exchange().export_run(run_dir, output))
-
-
-def import_weights(
-    source: Positional[str],
-    output: Positional[str],
-    pattern: str = "LLLN",
-    mixer: str = "gated_delta_net",
-    seed: int = 0,
-) -> None:
-    """Turn a Hugging Face directory or a Megatron checkpoint into weights to begin from (--initial-weights OUTPUT).
-
-    Args:
-        source: a directory that `lasp export` wrote, that of a Llama, or a checkpoint (step_…) of launch/megatron.sh.
-        output: the directory to write.
-        pattern: of a Llama's layers: L becomes linear, N stays softmax.
-        mixer: of a Llama's linear layers.
-        seed: of what a Llama has no weights for, such as gates.
-    """
-    from lasp.integrations import megatron_weights
-
-    if megatron_weights.is_checkpoint(source):
-        print(megatron_weights.import_weights(source, output))
-        return
-    print(_exchange().import_weights(source, output, pattern=pattern, mixer=mixer, seed=seed))
-
-
 def main(args: list[str] | None = None) -> None:
     """Parses the command line (of this process, if args is None) and runs the command."""
     args = sys.argv[1:] if args is None else args
@@ -280,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
         return
     if args[:1] in (["train"], ["config"]):
         with _one_rank_speaks():
-            chosen = choose(args[0], args[1:], {**RECIPES, **SWEEPS})
+            chosen = choose(args[0], args[1:], {**RECIPES, **SWEEPS, **TABLES})
         _deferred({"train": train, "config": config}[args[0]])(chosen)()
         return
     for command in (train, config):
@@ -289,10 +79,10 @@ def main(args: list[str] | None = None) -> None:
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
     synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
     training = (train, config, resume_with(overrides), plan, generate, report, plot)
-    commands = {f.__name__: _deferred(f) for f in (prepare, synthesize, *training)}
+    commands = {f.__name__: _deferred(f) for f in (prepare, tokenizer, synthesize, *training)}
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
     evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
-    commands |= {"eval": _deferred(evaluate)}
+    commands |= {"eval": _deferred(evaluate), "extend": _deferred(extend)}
     commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
     with _one_rank_speaks():
         run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
@@ -335,38 +125,6 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
         return functools.partial(function, *args, **kwargs)
 
     return bind
-
-
-def _exchange() -> Any:
-    _require_transformers()
-    from lasp.integrations import convert
-
-    return convert
-
-
-def _found_tokenizer(name: str, folder: str) -> str:
-    """The same, or where it is written if only Transformers can find it."""
-    by_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
-    without_file = Path(name).is_dir() and not Path(name, TOKENIZER_FILE).is_file()
-    if name == BYTE or name.endswith(".json") or not (by_name or without_file):
-        return name
-    _require_transformers()
-    from lasp.integrations.huggingface.tokenizer import save_tokenizer
-
-    print(f"tokenizer: {save_tokenizer(name, folder)}")
-    return folder
-
-
-def _chat(tokenizer: str) -> Any:
-    _require_transformers()
-    from lasp.integrations.huggingface.chat import HuggingFaceChat
-
-    return HuggingFaceChat(tokenizer)
-
-
-def _require_transformers() -> None:
-    found = find_spec("transformers") is not None
-    require(found, "transformers", "nothing of that name", "lasp's extra: pip install 'lasp-sp[huggingface]'")
 
 
 if __name__ == "__main__":

@@ -115,13 +115,14 @@ def test_what_is_wrong_with_a_file_is_said(trained, tmp_path, text, message):
     assert "run.yaml" in str(raised.value) and message in str(raised.value)
 
 
-def test_a_sweep_has_no_file(tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [("mqar-small", "a sweep"), ("quality-small", "a table")])
+def test_several_runs_have_no_file(name, kind, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("steps: 3")
-    with pytest.raises(ValueError, match="config: got .*run.yaml', expected none with a sweep"):
-        cli.main(["train", "mqar-small", "--config", str(file)])
-    with pytest.raises(ValueError, match="recipe: got 'a sweep', expected a recipe of one run"):
-        cli.main(["config", "mqar-small"])
+    with pytest.raises(ValueError, match="config: got .*run.yaml', expected none with a sweep or a table"):
+        cli.main(["train", name, "--config", str(file)])
+    with pytest.raises(ValueError, match=f"recipe: got '{kind}', expected a recipe of one run"):
+        cli.main(["config", name])
 
 
 def test_initial_weights_bring_their_models_shape(trained, tmp_path):

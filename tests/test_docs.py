@@ -48,6 +48,8 @@ ELSEWHERE = {  # commands of these kinds run in tests of their own
     "lasp eval": "tests/evaluation",
     "lasp synthesize": "tests/evaluation/test_tasks.py",
     "lasp train mqar": "tests/evaluation/test_sweep.py",
+    "lasp train quality": "tests/evaluation/test_quality.py",
+    "lasp extend": "tests/evaluation/test_extension.py",
     "lasp plan": "tests/training/test_planning.py",
     "lasp export": "tests/integrations/test_exchange.py",
     "lasp import": "tests/integrations/test_exchange.py",

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "plan": {"models", "config"},
     "training": {"kernels", "parallel", "models", "data", "config", "plan"},
     "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "training"},
+    "distillation": {"parallel", "models", "data", "config", "fields", "training", "integrations"},
     "evaluation": {"parallel", "models", "data", "config", "fields", "names", "training", "integrations"},
 }
 # And a room of lasp/kernels/triton of the others; "" are the files beside the rooms that know of none.
@@ -53,7 +54,11 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/planning.py": {"torch.distributed"},
     "lasp/training/batches.py": {"torch.distributed"},
     "lasp/training/train.py": {"torch.distributed"},
+    "lasp/distillation/run.py": {"torch.distributed"},
     "lasp/evaluation/evaluate.py": {"torch.distributed"},
+    "lasp/evaluation/extension.py": {"torch.distributed"},
+    "lasp/evaluation/quality/run.py": {"torch.distributed"},
+    "lasp/evaluation/remembered.py": {"torch.distributed"},
     "lasp/evaluation/subject.py": {"torch.distributed"},
     "lasp/evaluation/recall/sweep.py": {"torch.distributed"},
     "lasp/integrations/megatron/train.py": {"torch.distributed"},

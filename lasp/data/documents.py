@@ -90,6 +90,53 @@ class Source:
             yield Conversation(f"{self.name}:{number}", f"{self.path}:{number}", record)
 
 
+@dataclass(frozen=True)
+class Folder:
+    """The texts of a folder, without those of folders in it, as one document; each begins with its file's name."""
+
+    name: str
+    files: tuple[Source, ...]
+    records = None
+
+    @property
+    def path(self) -> Path:
+        return self.files[0].path.parent
+
+    def documents(self, text_field: str, skipped: Skipped) -> Iterator[Document]:
+        texts = []
+        for file in self.files:
+            if (problem := "files of records" if file.records else why_no_text(file.path)) is None:
+                texts.append(file)
+            else:
+                skipped.add(problem, file.path)
+        if texts:
+            yield Document(self.name, _in_parts(self._parts(texts)))
+
+    def _parts(self, texts: list[Source]) -> Iterator[str]:
+        for number, file in enumerate(texts):
+            yield f"{chr(10) if number else ''}==> {file.path.name} <==\n"
+            yield from _text(file.path)
+
+
+def by_folder(sources: list[Source]) -> list[Folder]:
+    """The folders that the files are in, in their order."""
+    files: dict[Path, list[Source]] = {}
+    for source in sources:
+        files.setdefault(source.path.parent, []).append(source)
+    return [Folder(str(Path(some[0].name).parent), tuple(some)) for some in files.values()]
+
+
+def _in_parts(texts: Iterator[str]) -> Iterator[str]:
+    """The same text in parts of PART characters, the last one shorter."""
+    held = ""
+    for text in texts:
+        held += text
+        while len(held) > PART:
+            yield held[:PART]
+            held = held[PART:]
+    yield held
+
+
 def why_no_text(path: Path) -> str | None:
     """What a file is, in the plural, if it is not a text."""
     decoder, empty = codecs.getincrementaldecoder("utf-8")(), True

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from lasp.config import require
 from lasp.data.conversations import ChatTemplate, encode_conversations
-from lasp.data.documents import Conversation, Document, Skipped, Source
+from lasp.data.documents import Conversation, Document, Folder, Skipped, Source, by_folder
 from lasp.data.encode import encode_all
 from lasp.data.indexed import TokenFileWriter, remove_token_files, token_dtype
 from lasp.data.sources import SUFFIXES, find_sources
@@ -60,6 +61,7 @@ def prepare(
     suffixes: Sequence[str] = SUFFIXES,
     valid_fraction: float = 0.05,
     chat: Callable[[], ChatTemplate] | None = None,
+    folders: bool = False,
 ) -> Prepared:
     """Tokenises every document of `inputs`, which ends with the tokenizer's end-of-document token.
 
@@ -67,8 +69,9 @@ def prepare(
     or the word "stdlib": the source text of this Python's standard library, about ten million bytes (`./stdlib` is a
     folder). What a file's documents are says `lasp.data.documents`; those of records are their `text_field`, or with
     `chat`, which makes a chat template, conversations (`lasp.data.conversations`), whose files get a mask.
-    `tokenizer` and `eod` are those of `load_tokenizer`. Memory depends on the largest record, but not on the number or
-    size of files.
+    With `folders` the texts of a folder are one document, each after a line with its file's name; folders in it are
+    others. `tokenizer` and `eod` are those of `load_tokenizer`. Memory depends on the largest record, but not on the
+    number or size of files.
 
     The validation files get round(valid_fraction · documents) of them, at least one, chosen by a hash of their path
     within the input and their line or row; of more than 10,000 documents, those whose hash is in that part of its
@@ -86,11 +89,16 @@ def prepare(
         raise ValueError(f"suffixes: got {bad}, expected each to begin with a dot")
     encoder = load_tokenizer(tokenizer, eod=eod)
     skipped = Skipped()
-    sources = find_sources(inputs, suffixes, skipped)
+    require(not (folders and chat), "folders", True, "False with conversations")
+    files = find_sources(inputs, suffixes, skipped)
+    sources: Sequence[Source | Folder] = by_folder(files) if folders else files
 
-    def documents(sources: Iterable[Source], skipped: Skipped) -> Iterator[Document | Conversation]:
+    def documents(sources: Iterable[Source | Folder], skipped: Skipped) -> Iterator[Document | Conversation]:
         for source in sources:
-            yield from source.documents(text_field, skipped) if chat is None else source.conversations(skipped)
+            if chat is None or isinstance(source, Folder):
+                yield from source.documents(text_field, skipped)
+            else:
+                yield from source.conversations(skipped)
 
     for source in sources:
         if source.records is not None:
@@ -117,7 +125,7 @@ def prepare(
             if writer.num_documents == 0:
                 raise ValueError(
                     f"inputs: got no document for {prefix} from {[str(item) for item in inputs]}, expected at least 1 "
-                    f"({len(sources)} files with a suffix in {tuple(suffixes)}; {'; '.join(skipped.lines())}; "
+                    f"({len(files)} files with a suffix in {tuple(suffixes)}; {'; '.join(skipped.lines())}; "
                     f"valid_fraction={valid_fraction})"
                 )
         # Documents of the new training files may be held out in the old validation files, so no old index stays.

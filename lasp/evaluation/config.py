@@ -16,7 +16,7 @@ from lasp.names import LayoutName, SoftmaxName
 class Evaluation:
     """Contexts are split over all ranks that torchrun started."""
 
-    model: tyro.conf.Positional[FilePath]  # a run's directory, or one that `lasp export` wrote
+    model: tyro.conf.Positional[FilePath]  # a run's directory, one that `lasp export` wrote, or a Llama's
     output: FilePath | None = None  # directory of the results; MODEL/evaluation if None
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # the run's; of an export that of its weights
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,13 +6,20 @@ from lasp.evaluation.config import Evaluation
 from lasp.evaluation.labels import Labels
 from lasp.evaluation.needle import Needle
 from lasp.evaluation.position import LossByPosition
+from lasp.evaluation.repeats import RecallInText
 from lasp.evaluation.results import Result, save
 from lasp.evaluation.ruler import Ruler
 from lasp.evaluation.subject import open_subject
 from lasp.training.runtime import join_world
 from lasp.training.together import on_rank_0
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"loss": LossByPosition, "labels": Labels, "needle": Needle, "ruler": Ruler}
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "loss": LossByPosition,
+    "recall": RecallInText,
+    "labels": Labels,
+    "needle": Needle,
+    "ruler": Ruler,
+}
 
 
 def evaluate(evaluation: Evaluation) -> Result:

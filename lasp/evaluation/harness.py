@@ -37,7 +37,7 @@ NEW_TOKENS = 256  # of a continuation, if a task does not say
 
 @register_model("lasp")
 class HarnessModel(TemplateLM):
-    """A run's directory, or one that `lasp export` wrote.
+    """A run's directory, one that `lasp export` wrote, or a Llama's.
 
     Args:
         path: that directory.

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lasp.config import require
@@ -92,12 +93,16 @@ class NeedleResult:
         return aligned([[f"{self.kind}: depth", *(f"{length:,}" for length in lengths)], *rows, means])
 
     def figure(self) -> Figure:
-        lengths, depths, grid = self.grid()
+        lengths, depths, _ = self.grid()
         figure = Figure(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
-        axes = figure.add_subplot(xlabel="tokens", ylabel="depth", title=f"needles found (%): {self.kind}")
+        self.draw(figure.add_subplot(xlabel="tokens", ylabel="depth", title=f"needles found (%): {self.kind}"))
+        return figure
+
+    def draw(self, axes: Axes) -> None:
+        """The heat map."""
+        lengths, depths, grid = self.grid()
         axes.imshow(100 * grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         for (y, x), value in np.ndenumerate(grid):
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center")
-        return figure

@@ -1,9 +1,7 @@
 """Loss and perplexity by a token's position in its document: does the model use what is far away?"""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,35 +9,24 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lasp.config import require
-from lasp.data import Context, PackedContexts
-from lasp.evaluation.config import Evaluation
-from lasp.evaluation.contexts import text_contexts
+from lasp.evaluation.reading import Reading
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
-from lasp.fields import Count, FilePath
 from lasp.training.train import all_ranks
 
 PER_OCTAVE = 4  # intervals of positions
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossByPosition(Evaluation):
+class LossByPosition(Reading):
     """Loss and perplexity by position in the document, on token files or texts."""
-
-    data: FilePath | None = None  # prefix of token files; the run's held-out ones if None and there are no texts
-    texts: tuple[FilePath, ...] = ()  # files of text, each a document, in place of token files
-    context_length: Count | None = None  # tokens; the run's if None
-    contexts: Count = 64  # at most so many, the first ones
 
     def run(self, subject: Subject) -> "PositionResult":
         """Raises ValueError if there is nothing with a label, or if data or a length is missing."""
-        length = self.context_length or subject.origin.context_length
-        if length is None:
-            raise ValueError("context_length: got None, expected a number of tokens for a model without its run")
-        edges = interval_edges(length)
+        edges = interval_edges(self.length(subject))
         totals = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=subject.world.device)
         borders = torch.tensor(edges[1:-1], device=subject.world.device)
-        for batch, scores in subject.scores(islice(self._contexts(subject, length), self.contexts)):
+        for batch, scores in subject.scores(self.read(subject)):
             interval = torch.bucketize(positions(batch.seq, scores.places), borders, right=True)
             values = torch.stack([torch.ones_like(scores.losses), scores.losses, scores.right]).double()
             totals.index_add_(1, interval, values)
@@ -52,17 +39,6 @@ class LossByPosition(Evaluation):
                 if labels
             ]
         )
-
-    def _contexts(self, subject: Subject, length: int) -> Iterator[Context]:
-        if self.texts:
-            require(self.data is None, "data", self.data, "None beside texts")
-            return text_contexts(self.texts, subject.tokenizer, length)
-        of_the_run = subject.origin.data
-        data = self.data or (None if of_the_run is None else of_the_run.valid)
-        if data is None:
-            raise ValueError("data: got None, expected token files (--data) or texts (--texts) for an exported model")
-        vocab_size = subject.model.config.vocab_size
-        return PackedContexts(data, length, seed=0, shuffle=False, vocab_size=vocab_size).one_epoch()
 
 
 def interval_edges(length: int) -> list[int]:

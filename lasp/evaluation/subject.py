@@ -19,7 +19,7 @@ from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.batches import Batch, read_batches, share
 from lasp.training.paths import TOKENIZER_FILE, tokenizer_of
-from lasp.training.runtime import World
+from lasp.training.runtime import World, sequence_parallel
 from lasp.training.together import together
 
 EXPORT_FILE = "config.json"
@@ -38,9 +38,9 @@ class Trained:
 
 
 def read_model(path: str) -> Trained:
-    """The last checkpoint of a run, or what `lasp export` wrote.
+    """The last checkpoint of a run; or the model in a Hugging Face directory, lasp's or a Llama.
 
-    Raises ValueError for a directory that is neither, or a damaged checkpoint.
+    Raises ValueError for a directory with neither, or a damaged checkpoint.
     """
     if checkpoint.latest(path) is None and (Path(path) / EXPORT_FILE).is_file():
         return _read_export(path)
@@ -57,16 +57,18 @@ def read_model(path: str) -> Trained:
 def _read_export(path: str) -> Trained:
     found = find_spec("transformers") is not None
     require(found, "transformers", "nothing of that name", f"it, to read {path}: pip install 'lasp-sp[huggingface]'")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from lasp.integrations.convert import read_model as read_huggingface
     from lasp.integrations.huggingface import LaspForCausalLM
+    from lasp.integrations.llama import from_llama
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    require(isinstance(model, LaspForCausalLM), "model", path, "a run's directory, or one that `lasp export` wrote")
+    model = read_huggingface(path)
+    decoder = model.decoder if isinstance(model, LaspForCausalLM) else from_llama(model)
     end = model.config.eos_token_id
     tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     eod = tokenizer.convert_ids_to_tokens(end[0] if isinstance(end, list) else end)
-    return Trained(model.decoder, str(Path(path) / TOKENIZER_FILE), eod, model.dtype)
+    return Trained(decoder, str(Path(path) / TOKENIZER_FILE), eod, model.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,7 @@ def open_subject(path: str, world: World, parallel: ParallelConfig, dtype: str |
     (origin,) = found
     if dtype is not None:
         origin = replace(origin, dtype=getattr(torch, dtype))
-    sp = SequenceParallel(
-        world.mesh["sp"].get_group(),
-        layout=parallel.layout,
-        state_exchange=parallel.state_exchange,
-        softmax=parallel.softmax,
-        aligned=origin.decoder.config.aligned,
-        device=world.device,
-    )
+    sp = sequence_parallel(parallel, origin.decoder.config, world)
     if origin.dtype == torch.float64:
         origin.decoder.double()  # before it is moved: constants are kept in float32 at least
     return Subject(origin.decoder.to(world.device, origin.dtype).eval(), sp, world, origin)

@@ -2,11 +2,13 @@
 
 Softmax layers are copied whole, as are embeddings, norms, MLPs and the head: a decoder of pattern "N" computes what the
 Llama does. A linear layer takes q, k, v and o; a group's k and v heads are repeated for each of its q heads, since
-linear layers have as many of all three. What a Llama has nothing for keeps its fresh values: gates, decays, short
-convolutions, norms of heads; hgrn2's k (a forget gate there); Mamba-2's B and C (k and q, but one for all heads).
+linear layers have as many of all three; a window of softmax attention beside it takes them as they are. What a Llama
+has nothing for keeps its fresh values: gates, decays, feature maps, short convolutions, norms of heads; hgrn2's k (a
+forget gate there); Mamba-2's B and C (k and q, but one for all heads).
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lasp.config import SOFTMAX, ModelConfig, require
 from lasp.models import Decoder
-from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer
+from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer, WithWindow
 
 
-def llama_shape(llama: LlamaConfig, *, pattern: str = "N", mixer: str = "gated_delta_net") -> ModelConfig:
-    """The configuration of a decoder in a Llama's shape. Raises ValueError for a Llama that lasp cannot express."""
+def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
+    """The configuration of a decoder in a Llama's shape, softmax layers only unless told otherwise.
+
+    linear: the fields of `ModelConfig` that say what its layers become: pattern, mixer, feature_map, window. Raises
+    ValueError for a Llama that lasp cannot express, and for a mixer of one's own.
+    """
     require(llama.hidden_act == "silu", "hidden_act", llama.hidden_act, "silu")
     for field in ("attention_bias", "mlp_bias"):
         require(not getattr(llama, field), field, getattr(llama, field), "False")
@@ -36,18 +42,18 @@ def llama_shape(llama: LlamaConfig, *, pattern: str = "N", mixer: str = "gated_d
         norm_eps=llama.rms_norm_eps,
         tie_embeddings=llama.tie_word_embeddings,
         init_std=llama.initializer_range,
-        pattern=pattern,
-        mixer=mixer,
+        **{"pattern": SOFTMAX, **linear},
     )
-    rotates = SOFTMAX in shape.layers or mixer == "retention"
+    require(not shape.is_own, "mixer", shape.mixer, "one of lasp's")
+    rotates = SOFTMAX in shape.layers or shape.window is not None or shape.mixer == "retention"
     require(not rotates or rope["rope_type"] == "default", "rope_type", rope["rope_type"], "default (no scaling)")
     return shape
 
 
 @torch.no_grad()
-def from_llama(llama: LlamaForCausalLM, *, pattern: str = "N", mixer: str = "gated_delta_net") -> Decoder:
-    """A new decoder with the Llama's weights, in its dtype. Raises ValueError as `llama_shape` does."""
-    decoder = Decoder(llama_shape(llama.config, pattern=pattern, mixer=mixer)).to(llama.dtype)
+def from_llama(llama: LlamaForCausalLM, **linear: Any) -> Decoder:
+    """A new decoder with the Llama's weights, in its dtype. Arguments and errors are those of `llama_shape`."""
+    decoder = Decoder(llama_shape(llama.config, **linear)).to(llama.dtype)
     weights = llama.state_dict()
     for name, place in _places(decoder):
         weight = weights[name].view(-1, *place.shape[1:])
@@ -56,10 +62,14 @@ def from_llama(llama: LlamaForCausalLM, *, pattern: str = "N", mixer: str = "gat
 
 
 @torch.no_grad()
-def to_llama(decoder: Decoder) -> LlamaForCausalLM:
-    """A Llama with a softmax decoder's weights. Raises ValueError if there are linear layers."""
+def to_llama(decoder: Decoder, **fields: Any) -> LlamaForCausalLM:
+    """A Llama with a softmax decoder's weights; `fields` are more of its configuration's. Raises ValueError for a
+    model of one's own, linear layers, experts, or softmax layers without positions."""
     shape = decoder.config
+    require(shape.model_class is None, "model_class", shape.model_class, "None: a Llama is no model of one's own")
     require(set(shape.layers) == {SOFTMAX}, "pattern", shape.pattern, f"only {SOFTMAX}: a Llama has no linear layers")
+    require(shape.num_experts == 0, "num_experts", shape.num_experts, "0: a Llama has no experts")
+    require(shape.rope_theta is not None, "rope_theta", None, "a number: a Llama has RoPE")
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -73,6 +83,7 @@ def to_llama(decoder: Decoder) -> LlamaForCausalLM:
         tie_word_embeddings=shape.tie_embeddings,
         initializer_range=shape.init_std,
         dtype=next(decoder.parameters()).dtype,
+        **fields,
     )
     llama: Any = LlamaForCausalLM(config)
     llama.to(config.dtype)
@@ -97,7 +108,8 @@ def _places(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.mlp.gate_proj.weight", gate
         yield f"{layer}.mlp.up_proj.weight", up
         yield f"{layer}.mlp.down_proj.weight", block.mlp.out_proj.weight
-        for name, place in _mixer_places(block.mixer):
+        mixers = [block.mixer.linear, block.mixer.window] if isinstance(block.mixer, WithWindow) else [block.mixer]
+        for name, place in chain.from_iterable(map(_mixer_places, mixers)):
             yield f"{layer}.self_attn.{name}_proj.weight", place
 
 

@@ -7,6 +7,7 @@ with the gradients of the leaves of the next one. Gradients of keys and values a
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -139,9 +140,12 @@ class SegmentOps(OpsWithPast):
     def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": self._seq.continues}
 
-    def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def softmax_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         store = self._store(self._next)
-        return self._step(lambda _: (self._seq.softmax_attention(q, k, v, scale=scale, keys=store), None))
+        attention = partial(self._seq.softmax_attention, q, k, v, scale=scale, window=window, keys=store)
+        return self._step(lambda _: (attention(), None))
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._step(lambda tail: self._seq.convolve(x, weight, bias, tail))

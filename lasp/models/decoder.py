@@ -204,6 +204,11 @@ class Decoder(nn.Module):
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     @property
+    def head_weight(self) -> Tensor:
+        """[vocabulary, hidden]: the embedding's, if they are tied."""
+        return (self.embedding if self.head is None else self.head).weight
+
+    @property
     def checkpoint_layers(self) -> bool:
         """Whether blocks are recomputed; True stands for the policy "full"."""
         return self.recompute != "none"
@@ -221,7 +226,7 @@ class Decoder(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies and their number."""
         if self.head is None or type(self.head) is nn.Linear:
-            return linear_cross_entropy(x, (self.embedding if self.head is None else self.head).weight, labels)
+            return linear_cross_entropy(x, self.head_weight, labels)
         # What has taken the head's place, such as an adapter around it, is more than a weight.
         logits, labels = at_least_float32(self.head(x)).flatten(0, -2), labels.flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), (labels != IGNORE).sum()

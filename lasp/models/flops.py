@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lasp.config import SOFTMAX, ModelConfig
 from lasp.models.decoder import make_model
+from lasp.models.features import feature_dim
 from lasp.models.mixers import DELTA_KINDS
 
 
@@ -30,6 +31,7 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
                                         6 K V        delta family: erase as well
                                         (2 + log2 T) K V    log-linear: half of log2 T states are read; 2 more where
                                                             the delta rule erases
+                                        4 W K        besides, for a window of W tokens
 
     P counts the parameters that multiply every token: matrices, convolutions and the head, but not the embedding's
     lookup, norms and vectors, nor experts that the token does not go to. The forward terms a are those of math §9
@@ -42,7 +44,8 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()
     written, read = 4 if config.plain_mixer in DELTA_KINDS else 2, math.log2(context_length) if config.aligned else 2
-    state = (written + read) * config.key_dim * config.value_dim
+    state = (written + read) * feature_dim(config) * config.value_dim
+    state += 4 * (config.window or 0) * config.key_dim
     attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)
     return 6.0 * multiplying + 3.0 * config.num_heads * attention
 

@@ -1,6 +1,7 @@
-"""Cross-entropy of a linear head, a chunk of tokens at a time: the [T, vocabulary] logits never exist whole."""
+"""Losses of a linear head, a chunk of tokens at a time: the [T, vocabulary] logits never exist whole."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lasp.config import require
 from lasp.kernels.autocast import Function, cast
 from lasp.kernels.cross_entropy import cross_entropy_and_grad
+from lasp.kernels.fused import fused
 from lasp.models.products import add_product
 
 IGNORE = -100
@@ -37,7 +39,37 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     fits = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float64 and len(hidden) > 0
     if fits and (liger := _liger()) is not None:
         return liger(weight, hidden, labels), count
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels), count
+    return _Chunked.apply(hidden, weight, partial(_label_loss, labels)), count
+
+
+def linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    *,
+    divergence: float,
+    cross_entropy: float,
+    temperature: float,
+) -> Tensor:
+    """Over the labels that are not -100, the sum of
+
+        divergence · τ² KL(softmax(z'/τ) ‖ softmax(z/τ)) - cross_entropy · log softmax(z)[label],  z = hidden · weightᵀ
+
+    with z' of the teacher's hidden states and weight, likewise, and the temperature τ (arXiv:1503.02531). Float32, or
+    float64 for float64; differentiable once, in hidden and weight.
+    """
+    hidden, weight = cast(hidden, weight)
+    its_hidden, its_weight = teacher[0].flatten(0, -2), teacher[1]
+    label_loss = partial(_label_loss, labels.flatten())
+
+    def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        wanted = F.linear(its_hidden[rows], its_weight)
+        told, told_grad = _divergence(logits, wanted, (labels.flatten()[rows] != IGNORE)[:, None], temperature)
+        known, known_grad = label_loss(logits, rows)
+        return cross_entropy * known + divergence * told, cross_entropy * known_grad + divergence * told_grad
+
+    return _Chunked.apply(hidden.flatten(0, -2), weight, loss)
 
 
 def require_ids(field: str, ids: Tensor, vocab_size: int, *, ignored: bool = False) -> None:
@@ -64,11 +96,27 @@ def _liger() -> Any:
     return loss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
 
 
-class _ChunkedCrossEntropy(Function):
-    """Forms the gradients in the forward pass, while a chunk's logits are there; backward only scales them."""
+def _label_loss(labels: Tensor, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    return cross_entropy_and_grad(logits, labels[rows], IGNORE)
+
+
+@fused
+def _divergence(logits: Tensor, wanted: Tensor, valid: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """τ² KL of the rows that are valid, summed, and its gradient τ (softmax(z/τ) - softmax(z'/τ))."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    own, its = (z.to(wide).div(temperature).log_softmax(-1) for z in (logits, wanted))
+    loss = temperature**2 * (its.exp() * (its - own)).sum(-1, keepdim=True).where(valid, 0).sum()
+    return loss, (temperature * (own.exp() - its.exp())).where(valid, 0).to(logits.dtype)
+
+
+class _Chunked(Function):
+    """Forms the gradients in the forward pass, while a chunk's logits are there; backward only scales them.
+
+    loss: from logits [N, vocabulary] of some rows, which it may overwrite, their summed loss and its gradient.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, loss: Callable[[Tensor, slice], tuple[Tensor, Tensor]]) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -76,8 +124,8 @@ class _ChunkedCrossEntropy(Function):
         total = hidden.new_zeros((), dtype=wide)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            loss, grad = cross_entropy_and_grad(F.linear(hidden[rows], weight), labels[rows], IGNORE)
-            total += loss
+            part, grad = loss(F.linear(hidden[rows], weight), rows)
+            total += part
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:

@@ -34,7 +34,8 @@ class Memory(Past):
 
     slots: of linear attention or the delta rule the state [B, H, K, V], of the log-linear ones a `FenwickState` or
     `FenwickMemory`, of a convolution the last inputs [B, width - 1, D], and of softmax attention a list of pairs, keys
-    and values [B, tokens, Hkv, K]: one pair of all rows, or one of each row once their lengths differ.
+    and values [B, tokens, Hkv, K]: one pair of all rows, or one of each row once their lengths differ; with a window,
+    only what those to come can see.
     tokens: how many tokens have been seen; [B] int64 once rows have come as `Rows`.
 
     It starts empty, with any batch size. Gradients flow through it.
@@ -124,7 +125,9 @@ class RememberingOps(OpsWithPast):
     def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
         return go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)  # type: ignore[arg-type]
 
-    def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def softmax_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         def op(past):
             new = list(zip(self._apart(k), self._apart(v), strict=True))
             if past is not None and len(past) < len(new):  # of all rows so far: their lengths were equal
@@ -135,7 +138,8 @@ class RememberingOps(OpsWithPast):
                     for (old_k, old_v), (k, v) in zip(past, new, strict=True)
                 ]
             rows = zip(self._apart(q), new, strict=True)
-            return self._together([_attend(row, keys, values, scale) for row, (keys, values) in rows]), new
+            o = self._together([_attend(row, keys, values, scale, window) for row, (keys, values) in rows])
+            return o, new if window is None else [tuple(_newest(x, window - 1) for x in pair) for pair in new]
 
         return self._step(op)
 
@@ -173,8 +177,14 @@ class RememberingOps(OpsWithPast):
         )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _newest(x: Tensor, tokens: int) -> Tensor:
+    """The last tokens of x [B, tokens, ...]; a copy if others are left out, since a view would keep all of x."""
+    before = max(0, x.shape[1] - tokens)
+    return x[:, before:].clone() if before else x
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
     """What the last tokens of a row see, of which there may be none."""
     if q.shape[1] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    return softmax_attention(q, k, v, scale=scale)[0]
+    return softmax_attention(q, k, v, scale=scale, window=window)[0]

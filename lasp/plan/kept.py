@@ -9,10 +9,11 @@ kernels of GPUs keep is `device`.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
+from lasp.models.features import feature_dim
 
 CHUNK = 64  # of the delta rule's kernels: T and P have so many columns
 Where = Literal["everywhere", "eager", "device"]
@@ -78,10 +79,13 @@ def selective(config: ModelConfig, index: int) -> list[Kept]:
             "delta_net": [Kept("beta product", heads)],
             "gated_delta_net": [Kept("beta product", heads), Kept("dt product", heads)],
             "kda": [Kept("beta product", heads), Kept("low rank", keys), Kept("dt product", heads * keys)],
-            "gla": [Kept("low rank", 16), Kept("decay product", heads * keys)],
+            "gla": [Kept("low rank", 16), Kept("decay product", heads * feature_dim(config))],
         }.get(config.plain_mixer, [])
     if config.aligned and config.layers[index] == LINEAR:
         kept += [Kept("product of scales", heads * LEVELS)]
+    if config.window is not None and config.layers[index] == LINEAR:
+        products = [Kept("qkv", (heads + 2 * config.kv_heads) * keys), Kept("gate product", heads), Kept("out", width)]
+        kept += _in_window([*products, *_attention(config)])
     if not config.has_experts(index):
         return [*kept, Kept("gate_up", 2 * config.intermediate_size)]
     shared = config.num_shared_experts * config.expert_size
@@ -105,9 +109,18 @@ def ends(config: ModelConfig) -> list[Kept]:
 
 def mixer(config: ModelConfig, index: int) -> list[Kept]:
     if config.layers[index] == SOFTMAX:
-        return _softmax(config) + _operation(config, index)
-    scales = _level_scales(config) if config.aligned else []
-    return _MIXERS[config.plain_mixer](config) + scales + _operation(config, index)
+        return _softmax(config) + _attention(config)
+    kept = _MIXERS[config.plain_mixer](config) + _operation(config, index)
+    if config.aligned:
+        kept += _level_scales(config)
+    if config.window is not None:
+        gated = [Kept("gate", 2 * config.num_heads), Kept("gated", config.num_heads * config.key_dim)]
+        kept += _in_window([*_softmax(config), *_attention(config), *gated])
+    return kept
+
+
+def _in_window(kept: list[Kept]) -> list[Kept]:
+    return [replace(each, name=f"{each.name} of the window") for each in kept]
 
 
 def mlp(config: ModelConfig, index: int) -> list[Kept]:
@@ -141,13 +154,17 @@ def _operation(config: ModelConfig, index: int) -> list[Kept]:
     """What operations over the sequence keep besides their inputs."""
     heads = config.num_heads
     if config.layers[index] == SOFTMAX:
-        return [Kept("o", heads * config.key_dim), Kept("lse", heads, "wide")]
+        return _attention(config)
     if config.aligned:
         return []
     if config.mixer in ("delta_net", "gated_delta_net", "kda"):
         gates = Kept("gates of chunks", 4 * heads, "wide", "device")
         return [Kept("T and P of chunks", 2 * CHUNK * heads, where="device"), gates]
     return [Kept("gates of chunks", 2 * heads, "wide", "device")] if config.mixer == "mamba2" else []
+
+
+def _attention(config: ModelConfig) -> list[Kept]:
+    return [Kept("o", config.num_heads * config.key_dim), Kept("lse", config.num_heads, "wide")]
 
 
 def _output(config: ModelConfig, gate: Gate | None) -> list[Kept]:
@@ -189,13 +206,16 @@ def _short_conv(product: str, channels: int) -> list[Kept]:
 def _linear(config: ModelConfig) -> list[Kept]:
     """v, and q and k before what is done to them, are views of their product."""
     keys, values = config.num_heads * config.key_dim, config.num_heads * config.value_dim
-    features = [Kept("q", keys), Kept("k", keys)]
+    features = [Kept("q", keys), Kept("k", keys)] if config.feature_map != "identity" else []
+    if config.feature_map == "hedgehog":
+        features = [Kept("q", 2 * keys), Kept("k", 2 * keys), Kept("softmax", 4 * keys)]
+    own = features if config.feature_map is not None else []
     gates: dict[str, Gate] = {"lightning": "sigmoid", "retention": "silu", "gla": "silu"}
     before = {
         "linear": features,
         "lightning": features,
-        "retention": [*features, Kept("angles", 2 * config.key_dim, "wide")],
-        "gla": _gla_decay(keys),
+        "retention": [*own, Kept("rotated", 2 * keys), Kept("angles", 2 * config.key_dim, "wide")],
+        "gla": [*own, *_gla_decay(config.num_heads * feature_dim(config))],
         "hgrn2": [*features, *_forget_gate(keys)],
     }[config.mixer]
     return [Kept("qkv", 2 * keys + values), *before, *_output(config, gates.get(config.mixer))]
@@ -239,12 +259,8 @@ def _level_scales(config: ModelConfig) -> list[Kept]:
 
 def _softmax(config: ModelConfig) -> list[Kept]:
     heads, groups, size = config.num_heads, config.kv_heads, config.key_dim
-    return [
-        Kept("qkv", (heads + 2 * groups) * size),
-        Kept("angles", 2 * size, "wide"),
-        Kept("q", heads * size),
-        Kept("k", groups * size),
-    ]
+    rotated = [Kept("angles", 2 * size, "wide"), Kept("q", heads * size), Kept("k", groups * size)]
+    return [Kept("qkv", (heads + 2 * groups) * size), *(rotated if config.rope_theta is not None else [])]
 
 
 _MIXERS: dict[str, Callable[[ModelConfig], list[Kept]]] = {

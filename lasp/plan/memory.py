@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
+from lasp.models.features import feature_dim
 from lasp.models.loss import CHUNK_TOKENS
 from lasp.models.products import TILE
 from lasp.models.recompute import Policy, by_layer
@@ -139,18 +140,19 @@ def _logits(job: Job) -> float:
 
 
 def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
-    """What segments leave to each other: states; and of softmax layers keys and values, their gradients, and what
+    """What segments leave to each other: states; and of softmax attention keys and values, their gradients, and what
     queries saw. States and sums are float32."""
     if setting.segment_tokens is None:
         return {}
     model, half, wide = job.model, job.half, Dtype(job.half).wide
     cuts = -(-job.context // setting.segment_tokens) - 1
-    state = model.states(job.context) * model.num_heads * model.key_dim * model.value_dim
+    state = model.states(job.context) * model.num_heads * feature_dim(model) * model.value_dim
+    attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
     keys = 2 * model.kv_heads * model.key_dim * (half + wide)
     seen = model.num_heads * (model.key_dim * half + wide)
     return {
         "boundary states": float(model.layers.count(LINEAR) * cuts * state * wide),
-        "key/value caches": float(model.layers.count(SOFTMAX) * held * (keys + seen)),
+        "key/value caches": float(attending * held * (keys + seen)),
     }
 
 
@@ -201,9 +203,9 @@ def _constants(job: Job, policy: Policy, index: int, tokens: int) -> float:
 
 def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int) -> float:
     """Bytes for each token: the gradient of o, those of q, k and v, and what the kernels of the class need besides."""
-    heads, keys, values = model.num_heads, model.key_dim, model.value_dim
+    heads, keys, values = model.num_heads, feature_dim(model), model.value_dim
     if model.layers[index] == SOFTMAX:
-        return dtype.half * (2 * heads + 2 * model.kv_heads) * keys
+        return dtype.half * (2 * heads + 2 * model.kv_heads) * model.key_dim
     gradients = dtype.half * 2 * heads * (keys + values)
     if model.mixer in ("linear", "lightning", "retention", "gla", "hgrn2"):  # kernels copy what are views of a product
         gradients += dtype.half * heads * (values + (2 * keys if model.mixer == "gla" else 0))

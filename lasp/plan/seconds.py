@@ -12,6 +12,7 @@ products take 935 of 1,433 ms, and all that is neither product nor operation 460
 """
 
 from lasp.config import LINEAR, SOFTMAX
+from lasp.models.features import feature_dim
 from lasp.models.recompute import by_layer
 from lasp.plan import kept
 from lasp.plan.gpus import MATMUL
@@ -60,7 +61,9 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     softmax, linear = _passes(model.layers, SOFTMAX, full, 1), _passes(model.layers, LINEAR, full, forwards)
     attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1])
     operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * 1e-9
-    operations *= model.num_heads * (model.key_dim + model.value_dim) * job.half / (16 * 256 * 2)
+    if model.window is not None:
+        attention += 4.0 * model.window * model.num_heads * model.key_dim * (linear[0] + 2.5 * linear[1])
+    operations *= model.num_heads * (feature_dim(model) + model.value_dim) * job.half / (16 * 256 * 2)
     held = sizes(model).total / (job.gpus if job.sharding != "none" else 1)
     seconds = {
         "products": tokens * 2 * (dense / MATMUL + experts / GROUPED) / flops,

@@ -27,7 +27,7 @@ from lasp.config import TrainConfig, require
 from lasp.models.decoder import Block
 from lasp.parallel.groups import wait_as_long_as_the_world
 from lasp.training import checkpoint, integrity
-from lasp.training.initial import build_model
+from lasp.training.initial import Build
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from lasp.training.ownership import Lock
 from lasp.training.runtime import World
@@ -59,10 +59,10 @@ class DeepSpeedEngine:
 
     model: Any  # DeepSpeed's engine, which is called as the decoder in it
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: World, build: Build):
         deepspeed = _import(world.device)
         self.config, self.world, self.stage = config, world, config.deepspeed.stage
-        model = build_model(config, world.device)
+        model = build(config, world.device)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if self.stage == 3:
             # Weights are gathered a block at a time, as with FSDP, and those that the decoder reads from its children

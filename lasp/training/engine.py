@@ -7,6 +7,7 @@ from torch import Tensor
 from lasp.config import TrainConfig
 from lasp.models import Decoder
 from lasp.training.deepspeed import DeepSpeedEngine
+from lasp.training.initial import Build, build_model
 from lasp.training.native import NativeEngine
 from lasp.training.ownership import Lock
 from lasp.training.planning import settled
@@ -51,10 +52,10 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(config: TrainConfig, world: World) -> Engine:
+def make_engine(config: TrainConfig, world: World, build: Build = build_model) -> Engine:
     """The engine that config.engine names, with a model of fresh weights, the same on every rank.
 
     Raises ValueError for a configuration that the engine cannot run, or if it is not installed.
     """
     config = settled(config, world)
-    return (DeepSpeedEngine if config.engine == "deepspeed" else NativeEngine)(config, world)
+    return (DeepSpeedEngine if config.engine == "deepspeed" else NativeEngine)(config, world, build)

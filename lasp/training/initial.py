@@ -1,19 +1,28 @@
 """The model that a run begins with."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from lasp.config import TrainConfig
+from lasp.config import ModelConfig, TrainConfig
 from lasp.models import Decoder, make_model
 from lasp.models.recompute import POLICIES
 from lasp.training import checkpoint
 
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
+Build = Callable[[TrainConfig, torch.device], Decoder]
+
 
 def build_model(config: TrainConfig, device: torch.device) -> Decoder:
+    return build_kind(make_model, config, device)
+
+
+def build_kind(make: Callable[[ModelConfig], AnyDecoder], config: TrainConfig, device: torch.device) -> AnyDecoder:
     """The model with fresh weights, or with those of config.initial_weights, in float32 or float64."""
     with device:
-        model = make_model(config.model)
+        model = make(config.model)
     assert config.recompute in POLICIES, "what auto stands for is settled before"
     model.recompute, model.recompute_layers = config.recompute, config.recompute_layers
     model.offload_activations = config.offload_activations

@@ -11,7 +11,7 @@ from lasp.kernels.pending import Pending
 from lasp.parallel.apply import parallelize, reduce_gradients
 from lasp.parallel.groups import flatten
 from lasp.training import checkpoint
-from lasp.training.initial import build_model
+from lasp.training.initial import Build
 from lasp.training.numerics import all_finite
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from lasp.training.ownership import Lock
@@ -22,12 +22,12 @@ class NativeEngine:
     """FSDP2, or the same weights on every rank. In bfloat16 FSDP gathers float32 parameters as bfloat16 and sums
     gradients in float32."""
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: World, build: Build):
         self.config, self.mesh, self.saves = config, world.mesh, world.saves
         self.saving: Pending[None] | None = None
         compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.model = parallelize(
-            build_model(config, world.device),
+            build(config, world.device),
             world.mesh,
             fsdp=config.parallel.fsdp,
             compute_dtype=compute_dtype,

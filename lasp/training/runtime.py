@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from lasp.config import ParallelConfig, TrainConfig, require
+from lasp.config import ModelConfig, ParallelConfig, TrainConfig, require
+from lasp.parallel import SequenceParallel
 from lasp.parallel.groups import leave, make_cpu_group, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
@@ -57,6 +58,18 @@ class World:
     local_size: int = 1
     saves: dist.ProcessGroup | None = None
     doing: str = "its start"
+
+
+def sequence_parallel(config: ParallelConfig, model: ModelConfig, world: World) -> SequenceParallel:
+    """This rank's part in its group of those that share a context of the model's."""
+    return SequenceParallel(
+        world.mesh["sp"].get_group(),
+        layout=config.layout,
+        state_exchange=config.state_exchange,
+        softmax=config.softmax,
+        aligned=model.aligned,
+        device=world.device,
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import platform
 import socket
 import sys
@@ -20,7 +21,7 @@ from lasp.config import TrainConfig, require
 from lasp.training import checkpoint
 from lasp.training.paths import tokenizer_of
 
-STARTS_FILE = "starts.jsonl"
+STARTS_FILE, BEGUN_FILE = "starts.jsonl", "begun.json"
 PACKAGES = ("lasp-sp", "torch", "triton", "numpy", "tokenizers", "deepspeed")
 
 
@@ -58,6 +59,22 @@ def last_config(run_dir: str) -> TrainConfig:
     data = replace(config.data, tokenizer=tokenizer_of(run_dir, saved))
     initial = config.initial_weights if checkpoint.latest(run_dir) is None else None
     return replace(config, run_dir=run_dir, data=data, initial_weights=initial)
+
+
+def begin(folder: str, **told: str) -> None:
+    """Notes in a folder for several runs what they begin with, by absolute paths.
+
+    Raises ValueError if the folder holds a run of its own, or if it was begun with something else.
+    """
+    told = {name: os.path.abspath(path) for name, path in told.items()}
+    file = Path(folder) / BEGUN_FILE
+    if file.is_file():
+        known = json.loads(file.read_text())
+        require(known == told, "output", f"{folder} for {told}", f"a new directory; this one has begun with {known}")
+        return
+    require(checkpoint.latest(folder) is None, "output", folder, "a new directory; this one holds a run")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told))
 
 
 def _versions() -> dict[str, str]:

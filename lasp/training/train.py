@@ -29,6 +29,7 @@ from lasp.training.batches import Batch, read_batches, read_streams, share
 from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.host_memory import require_host_memory
+from lasp.training.initial import Build, build_model
 from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, require_wandb
 from lasp.training.native import NativeEngine
 from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
@@ -37,7 +38,7 @@ from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths, with_vocabulary
 from lasp.training.planning import explained_memory, settled
 from lasp.training.profile import profiling
-from lasp.training.runtime import World, join_world
+from lasp.training.runtime import World, join_world, sequence_parallel
 from lasp.training.same_run import (
     positions_seen,
     record,
@@ -53,8 +54,10 @@ from lasp.training.together import together
 from lasp.training.usage import GIB, describe_memory, memory_by_part, peak_memory
 
 
-def train(config: TrainConfig) -> float:
+def train(config: TrainConfig, build: Build = build_model) -> float:
     """Runs a configuration to its last step, from its last checkpoint if there is one; returns the held-out loss.
+
+    build: what makes its model. In evaluation mode that gives the losses of the labels, in training mode any.
 
     Raises Stopped on every rank, after the step that is at work and its checkpoint, if SIGTERM or SIGINT came to one.
     Raises ValueError on every rank for a configuration that does not fit the world, the token files, the tokenizer or
@@ -77,15 +80,8 @@ def train(config: TrainConfig) -> float:
         training, held_out, fingerprints = open_data(config, world)
         config = settled(config, world)
         torch.manual_seed(config.seed)
-        engine = make_engine(config, world)
-        sp = SequenceParallel(
-            world.mesh["sp"].get_group(),
-            layout=config.parallel.layout,
-            state_exchange=config.parallel.state_exchange,
-            softmax=config.parallel.softmax,
-            aligned=config.model.aligned,
-            device=world.device,
-        )
+        engine = make_engine(config, world, build)
+        sp = sequence_parallel(config.parallel, config.model, world)
         segments = Segments.of(config)
         first_step = engine.restore()
         if first_step:

@@ -125,6 +125,21 @@ def test_the_real_standard_library(tmp_path):
     assert 5e6 < result.train.tokens + result.valid.tokens < 2e7
 
 
+def test_folders_are_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr("lasp.data.documents.PART", 50)
+    long = "x" * 120
+    files = {"a/1.py": b"one\n", "a/2.py": long.encode(), "a/b/3.py": b"three", "a/4.jsonl": b'{"text": "four"}\n'}
+    folder = write(tmp_path / "in", {**files, "c/5.py": b"\0", "a/6.c": b"six"})
+    result = prepare([folder], tmp_path / "out", folders=True, valid_fraction=0)
+    whole = [f"==> 1.py <==\none\n\n==> 2.py <==\n{long}", "==> 3.py <==\nthree"]
+    assert texts(tmp_path / "out_train", load_tokenizer()) == whole
+    skipped = "\n".join(result.skipped.lines())
+    for reason in ("1 files of records", "1 files that are no text", "1 files with the suffix .c"):
+        assert reason in skipped
+    with pytest.raises(ValueError, match="folders: got True, expected False with conversations"):
+        prepare([folder], tmp_path / "out", folders=True, chat=lambda: None)
+
+
 def test_records_are_held_out_by_their_lines(tmp_path):
     lines = [f'{{"text": "{number}"}}\n' for number in range(40)]
     path = write(tmp_path, {"x.jsonl": "".join(lines).encode()}) / "x.jsonl"

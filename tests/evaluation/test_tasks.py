@@ -1,11 +1,23 @@
 """The recall tasks against their definitions, sequence by sequence, and as data sets."""
 
+import re
+
 import numpy as np
 import pytest
 
 from lasp import cli
 from lasp.data import IGNORED, PackedContexts, TokenFile
-from lasp.evaluation.tasks import MQAR, TASKS, Compression, FuzzyRecall, InContextRecall, SelectiveCopying, write
+from lasp.data.tokenizer import ByteTokenizer
+from lasp.evaluation.tasks import (
+    MQAR,
+    TASKS,
+    Compression,
+    FuzzyRecall,
+    InContextRecall,
+    NeedleTexts,
+    SelectiveCopying,
+    write,
+)
 from lasp.evaluation.tasks.choice import distinct
 from lasp.evaluation.tasks.dataset import draw
 
@@ -113,6 +125,30 @@ def test_selective_copying():
         assert labels == list(range(15, 20))
         places |= {place for place in range(14) if row[place] < 4}
     assert places == set(range(14))
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_needles_are_asked_for(answers_only):
+    task, told = NeedleTexts(length=700, keys=3, answers_only=answers_only), "One of the special numbers for"
+    ((tokens, mask),) = draw(task, 9, 5)
+    for number, (row, labels) in enumerate(zip(tokens, mask, strict=True)):
+        assert row[-1] == ByteTokenizer.eod
+        text = ByteTokenizer().decode(
+            row[(row[:-1] == ByteTokenizer.eod).nonzero()[0][0] + 1 if 256 in row[:-1] else 0 :]
+        )
+        known = dict(re.findall(f"{told} (\\w+) is: (\\d+)\\.", text))
+        asked = re.findall(r"\?\ The special numbers for (\w+) in the text are: (\d+)\.", text)
+        assert dict(asked) == known
+        assert len(known) == len(asked) == 1 + number % 3
+        assert text.startswith("Some special numbers are hidden")
+        answers = "".join(f" {value}." for _, value in asked)
+        expected = answers if answers_only else ByteTokenizer().decode(row[1:])
+        assert ByteTokenizer().decode(row[labels > 0]) == expected
+
+
+def test_needles_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="length: got 300, expected more than the .* tokens of 2 keys"):
+        NeedleTexts(length=300, keys=2).sample(np.random.default_rng(0), 2)
 
 
 def test_draws_without_replacement_have_their_probabilities():

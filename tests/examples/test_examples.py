@@ -53,6 +53,17 @@ def test_deepspeed_script(two, monkeypatch, capsys):
         assert losses == pytest.approx(alone(runpy.run_path(str(EXAMPLES / "deepspeed_script.py"))), rel=2e-6)
 
 
+def test_linearize_llama(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    options = ["--small", "--folder", str(tmp_path), "--window", "8"]
+    monkeypatch.setattr(sys, "argv", ["linearize_llama.py", *options])
+    runpy.run_path(str(EXAMPLES / "linearize_llama.py"), run_name="__main__")
+    *_, teacher, distilled = capsys.readouterr().out.splitlines()
+    assert teacher.startswith("teacher: held-out loss ")
+    assert distilled.startswith("distilled: held-out loss ")
+    assert distilled.endswith("% at 2,048 tokens")
+
+
 def alone(example) -> list[float]:
     """The losses of the DeepSpeed script's model on one rank, with a loop of PyTorch's own."""
     torch.manual_seed(0)

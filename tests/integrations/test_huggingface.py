@@ -150,6 +150,16 @@ def test_linear_layers_take_the_llamas_projections(mixer, gen):
     assert logits_of(decoder, tokens_of(gen, 1, 19)).isfinite().all()
 
 
+def test_a_window_is_the_llamas_attention(gen):
+    """As far as it reaches, and where the linear mixer adds nothing."""
+    llama = new_llama(gen)
+    decoder, tokens = from_llama(llama, pattern="L", mixer="gla", window=9), tokens_of(gen, 1, 9)
+    for block in decoder.layers:
+        torch.nn.init.zeros_(block.mixer.linear.output.out_proj.weight)
+        torch.nn.init.zeros_(block.mixer.window.gate_proj.weight)
+    torch.testing.assert_close(logits_of(decoder, tokens), llama(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -170,8 +180,14 @@ def test_a_scaled_rope_does_not_matter_where_nothing_rotates():
 
 
 def test_a_linear_decoder_is_no_llama(gen):
+    with pytest.raises(ValueError, match="mixer: got 'own:Mixer', expected one of lasp's"):
+        llama_shape(transformers.LlamaConfig(), pattern="L", mixer="own:Mixer")
     with pytest.raises(ValueError, match="pattern: got 'LLLN'"):
         to_llama(new_decoder(gen))
+    with pytest.raises(ValueError, match="rope_theta: got None, expected a number: a Llama has RoPE"):
+        to_llama(new_decoder(gen, pattern="N", rope_theta=None))
+    with pytest.raises(ValueError, match="num_experts: got 4, expected 0: a Llama has no experts"):
+        to_llama(new_decoder(gen, pattern="N", num_experts=4))
 
 
 def test_the_cache_is_lasps_memory(gen):

@@ -90,6 +90,13 @@ def test_what_does_not_fit_is_refused(tmp_path, gen):
     shared = replace(SHAPE, **EXPERTS, num_shared_experts=1)
     with pytest.raises(ValueError, match="num_shared_experts: got 1, expected 0"):
         megatron_weights.save(Decoder(shared), tmp_path / "shared")
+    for changes, message in (
+        ({"window": 4}, "window: got 4, expected None: Megatron's layers have none"),
+        ({"mixer": "gla", "feature_map": "relu"}, "feature_map: got 'relu', expected None"),
+        ({"pattern": "N", "rope_theta": None}, "rope_theta: got None, expected a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            megatron_weights.save(Decoder(replace(SHAPE, **changes)), tmp_path / "other")
     shape = json.loads((folder / "lasp.json").read_text())
     (folder / "lasp.json").write_text(json.dumps(shape | {"num_layers": 8}))
     with pytest.raises(ValueError, match="expected a complete one of this model"):

@@ -11,12 +11,19 @@ from lasp.parallel import SequenceParallel
 
 # (mixer, pattern): every mixer alone, and hybrids
 MODELS = [*((mixer, "L") for mixer in MIXERS), ("linear", "N"), ("gated_delta_net", "LLLN"), ("mamba2", "LN")]
+VARIANTS = {
+    "hedgehog": {"mixer": "gla", "feature_map": "hedgehog", "window": 5},
+    "window": {"mixer": "gated_delta_net", "window": 1},
+    "no positions": {"rope_theta": None},
+}
+MODELS += [("hedgehog", "L"), ("window", "LN"), ("no positions", "N")]
 
 
 def config(mixer: str, pattern: str) -> ModelConfig:
     # Without the large epsilon the norm of a head's output is all but a sign where that output is small (a first
     # token's is (q·k) v): finite differences and low precision would measure how close to zero the inputs came.
-    return replace(tiny(mixer, pattern), init_std=0.25, norm_eps=0.01)
+    changes = {"mixer": "linear", **VARIANTS[mixer]} if mixer in VARIANTS else {"mixer": mixer}
+    return replace(tiny(pattern=pattern), init_std=0.25, norm_eps=0.01, **changes)
 
 
 def decoder(mixer: str, pattern: str) -> Decoder:

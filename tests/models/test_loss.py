@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasp.models import linear_cross_entropy
-from lasp.models.loss import CHUNK_TOKENS
+from lasp.models.loss import CHUNK_TOKENS, linear_distillation
 
 TOKENS = 2 * CHUNK_TOKENS + 77
 
@@ -32,6 +32,25 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens):
         strict=True,
     ):
         assert (actual - wanted).abs().max() <= 1e-12 * wanted.abs().max()  # sums of thousands of tokens
+
+
+@pytest.mark.parametrize(("divergence", "cross_entropy", "temperature"), [(1.0, 0.0, 1.0), (0.7, 0.4, 2.0)])
+def test_distillation_is_told_by_the_teacher_and_the_labels(divergence, cross_entropy, temperature):
+    hidden, weight, labels = _inputs(torch.float64)
+    its = torch.randn(1, TOKENS, 7, dtype=torch.float64), torch.randn(50, 7, dtype=torch.float64)
+    told = {"divergence": divergence, "cross_entropy": cross_entropy, "temperature": temperature}
+    loss = linear_distillation(hidden, weight, labels, its, **told)
+    logits, wanted, valid = (hidden @ weight.mT)[0], (its[0] @ its[1].mT)[0], labels[0] != -100
+    own, target = ((z[valid] / temperature).log_softmax(-1) for z in (logits, wanted))
+    expected = divergence * temperature**2 * F.kl_div(own, target, log_target=True, reduction="sum")
+    expected = expected + cross_entropy * F.cross_entropy(logits, labels[0], reduction="sum")
+    assert (loss - expected).abs() <= 1e-12 * expected
+    for actual, right in zip(
+        torch.autograd.grad(3 * loss, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        assert (actual - right).abs().max() <= 1e-12 * right.abs().max()
 
 
 def test_autocast_chooses_the_dtype_of_the_inputs_and_nothing_else():

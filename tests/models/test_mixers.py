@@ -1,5 +1,7 @@
 """Every mixer against its paper's recurrence, token by token, written from the layer's parameters alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ def _recurrence(
             states = [state - erase @ state for state in states]
             write = beta[t, :, None] * v[t]
         states.append(torch.einsum("hk,hv->hkv", k[t], write))
-        read = torch.zeros(H, K, V, dtype=torch.float64)
+        read = torch.zeros(H, k.shape[-1], V, dtype=torch.float64)
         for s, state in enumerate(states):
             read += state if scales is None else scales[t, :, (t ^ s).bit_length(), None, None] * state
         outputs.append(torch.einsum("hkv,hk->hv", read, q[t]))
@@ -145,12 +147,15 @@ def kda(x: Tensor, p: Parameters) -> Tensor:
     return _finish(o, p, (x @ p["output.gate_proj.weight"].mT).sigmoid())
 
 
-def softmax(x: Tensor, p: Parameters) -> Tensor:
+def _attention(x: Tensor, p: Parameters, window: int = T) -> Tensor:
     q, k, v = (x @ p["qkv_proj.weight"].mT).unflatten(-1, (H + 2, K)).split([H, 1, 1], dim=1)  # one head of k and v
     scores = torch.einsum("thk,sk->hts", _rotate(q), _rotate(k)[:, 0]) * K**-0.5
-    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    o = torch.einsum("hts,sk->thk", scores.softmax(-1), v[:, 0])
-    return o.flatten(1) @ p["out_proj.weight"].mT
+    seen = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - window)
+    return torch.einsum("hts,sk->thk", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[:, 0])
+
+
+def softmax(x: Tensor, p: Parameters) -> Tensor:
+    return _attention(x, p).flatten(1) @ p["out_proj.weight"].mT
 
 
 DEFINITIONS = {
@@ -181,6 +186,46 @@ def test_a_mixer_is_its_recurrence(name):
     expected = DEFINITIONS[name](x[0], parameters)
     error = (layer(x, sequence(T))[0] - expected).abs().max()
     assert error <= (1e-10 if name not in ("lightning", "retention") else 1e-7)  # the buffer was made in float32
+
+
+def test_features_and_a_window():
+    layer = decoder("hedgehog", "L").get_submodule("layers.1.mixer")
+    p = {key: p.detach().normal_(std=0.4) for key, p in layer.named_parameters()}
+    linear, window = ({key.removeprefix(f"{part}."): w for key, w in p.items()} for part in ("linear", "window"))
+    x = torch.randn(T, 32, dtype=torch.float64)
+    q, k, v = _heads(x @ linear["qkv_proj.weight"].mT, K, K, V)
+    q, k = (
+        torch.cat([turned.softmax(-1), (-turned).softmax(-1)], -1)
+        for y, name in ((q, "q"), (k, "k"))
+        for turned in [
+            torch.stack([y[:, h] @ linear[f"{name}_features.weight"][h * K : (h + 1) * K].mT for h in (0, 1)], 1)
+        ]
+    )
+    gate = x @ linear["decay.proj.0.weight"].mT @ linear["decay.proj.1.weight"].mT + linear["decay.proj.1.bias"]
+    decay = gate.sigmoid().log().unflatten(-1, (H, 2 * K)) / 16
+    far = _recurrence(q * (2 * K) ** -0.5, k, v, decay)
+    expected = _finish(far, linear, F.silu(x @ linear["output.gate_proj.weight"].mT))
+    near = _attention(x, window, 5) * 2 * (x @ window["gate_proj.weight"].mT).sigmoid()[..., None]
+    expected = expected + near.flatten(1) @ window["out_proj.weight"].mT
+    assert (layer(x[None], sequence(T))[0] - expected).abs().max() <= 1e-10
+
+
+def test_a_softmax_layer_without_positions_sees_a_set():
+    layer = decoder("no positions", "N").get_submodule("layers.1.mixer")
+    x = torch.randn(1, T, 32, dtype=torch.float64)
+    mixed = torch.cat([x[:, torch.randperm(T - 1)], x[:, -1:]], 1)
+    assert (layer(x, sequence(T))[0, -1] - layer(mixed, sequence(T))[0, -1]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("mixer", ["hgrn2", "mamba2", "delta_net"])
+def test_only_some_mixers_have_a_feature_map(mixer):
+    with pytest.raises(ValueError, match="feature_map: got 'relu', expected None with mixer"):
+        replace(tiny(mixer), feature_map="relu")
+
+
+def test_retention_has_positions():
+    with pytest.raises(ValueError, match="rope_theta: got None, expected a number with mixer='retention'"):
+        replace(tiny("retention"), rope_theta=None)
 
 
 def test_layers_follow_the_pattern():

@@ -11,6 +11,7 @@ from lasp.evaluation.config import Evaluation
 from lasp.evaluation.likelihood import log_likelihoods
 from lasp.evaluation.position import LossByPosition
 from lasp.evaluation.prompts.prompt import Prompt
+from lasp.evaluation.repeats import RecallInText
 from lasp.evaluation.subject import Subject, Trained
 from lasp.evaluation.writing import answer
 from lasp.models import Decoder, tiny
@@ -63,27 +64,32 @@ def test_log_likelihoods(ranks, model, gen, layout):
         assert got == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_loss_by_position(ranks, shared_tmp_path, model, gen, layout):
+@pytest.mark.parametrize(
+    ("kind", "each", "layout"),
+    [
+        (LossByPosition, "positions", "contiguous"),
+        (LossByPosition, "positions", "zigzag"),
+        (RecallInText, "distances", "zigzag"),
+    ],
+)
+def test_readings(ranks, shared_tmp_path, model, gen, kind, each, layout):
     if ranks.rank == 0:
         with TokenFileWriter(shared_tmp_path / "data", "uint16", masked=True) as writer:
             for length in (70, 13, 41, 41, 29):
-                tokens = torch.randint(0, 257, (length,), generator=gen).numpy()
+                tokens = torch.randint(0, 12, (length,), generator=gen).numpy()
                 writer.add_document(tokens, (torch.rand(length, generator=gen) < 0.8).numpy())
     ranks.barrier("the data are written")
-    evaluation = LossByPosition(
-        model="there", layout=layout, device="cpu", data=str(shared_tmp_path / "data"), context_length=60
-    )
+    evaluation = kind(model="there", layout=layout, device="cpu", data=str(shared_tmp_path / "data"), context_length=60)
     many, one = on_all_ranks(model, evaluation), on_this_rank(model, ranks)
     got, expected = evaluation.run(many).record(), single(evaluation, one)
-    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-10)
-    assert len(got["positions"]) == len(expected["positions"])
-    for a, b in zip(got["positions"], expected["positions"], strict=True):
+    assert got.get("loss", 0.0) == pytest.approx(expected.get("loss", 0.0), rel=1e-10)
+    assert len(got[each]) == len(expected[each]) > 1
+    for a, b in zip(got[each], expected[each], strict=True):
         assert a == pytest.approx(b, rel=1e-9)
 
 
 def single(evaluation, subject):
     """The same on this rank alone, whose sums are those of all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lasp.evaluation.position.all_ranks", lambda x: x)
+        patch.setattr(f"{type(evaluation).__module__}.all_ranks", lambda x: x)
         return evaluation.run(subject).record()

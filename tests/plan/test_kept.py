@@ -24,6 +24,15 @@ DENSE = ModelConfig(
 )
 MIXTURE = replace(DENSE, num_experts=8, experts_per_token=3, expert_intermediate_size=24, num_shared_experts=2)
 MODELS = {mixer: replace(DENSE, mixer=mixer) for mixer in MIXERS}
+MODELS |= {
+    "hedgehog": replace(DENSE, mixer="gla", feature_map="hedgehog"),
+    "rotated hedgehog": replace(DENSE, mixer="retention", feature_map="hedgehog"),
+    "identity": replace(DENSE, mixer="linear", feature_map="identity"),
+    "window": replace(DENSE, window=8),
+    "window beside mamba2": replace(DENSE, mixer="mamba2", window=8),
+    "window beside levels": replace(DENSE, mixer="log_linear_mamba2", window=8),
+    "no positions": replace(DENSE, pattern="N", rope_theta=None),
+}
 MODELS |= {"softmax": replace(DENSE, pattern="N"), "hybrid of mixtures": replace(MIXTURE, pattern="LN")}
 
 
@@ -58,6 +67,7 @@ def test_every_storage_has_one_line():
 
 def test_what_stays_is_known_to_the_layer_or_a_product():
     products = {"out", "o", "qkv", "xbc", "beta product", "dt product", "decay product"}
+    products |= {"out of the window", "gate product of the window"}
     for config in MODELS.values():
         for index in range(config.num_layers):
             names = {kept.name for kept in layer(config, index)}

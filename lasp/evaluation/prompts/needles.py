@@ -35,31 +35,40 @@ class Needles:
         values = WORDS[self.value](rng, self.keys * self.values + others)
         own = [(key, value) for n, key in enumerate(keys[: self.keys]) for value in self._of(values, n)]
         depths = sorted(rng.random(len(own)).tolist()) if depth is None else [depth, *rng.random(len(own) - 1).tolist()]
-        asked, kind = keys[: self.queries], f"{self.value}s"
+        asked = keys[: self.queries]
         answers = [value for n in range(self.queries) for value in self._of(values, n)]
         distractors = zip(keys[self.keys :], values[self.keys * self.values :], strict=True)
-        around = self._around(haystack, rng, [self._sentence(*pair) for pair in distractors])
-        told = f"special {kind} for {_listed(asked)} in the text"
+        around = self._around(haystack, rng, [sentence(*pair, self.value) for pair in distractors])
         return composer.compose(
             length,
-            intro=f"Some special {kind} are hidden in this text. Remember them.\n",
+            intro=intro(self.value),
             fill=lambda tokens: composer.fitting(around, tokens),
-            needles=[(where, self._sentence(*pair)) for where, pair in zip(depths, own, strict=True)],
-            question=f"\nWhat are the {told}? The {told} are:",
+            needles=[(where, sentence(*pair, self.value)) for where, pair in zip(depths, own, strict=True)],
+            question=question(asked, self.value),
             answers=answers,
         )
 
     def _of(self, values: Sequence[str], key: int) -> Sequence[str]:
         return values[key * self.values : (key + 1) * self.values]
 
-    def _sentence(self, key: str, value: str) -> str:
-        return f" One of the special {self.value}s for {key} is: {value}."
-
     def _around(self, haystack: Haystack, rng: np.random.Generator, distractors: list[str]) -> Iterable[str]:
         if self.around == "needles":
             return distractors
         sentences = Haystack(NOISE).sentences if self.around == "noise" else haystack.sentences
         return islice(endless(sentences, int(rng.integers(len(sentences)))), None)
+
+
+def intro(kind: str = "number") -> str:
+    return f"Some special {kind}s are hidden in this text. Remember them.\n"
+
+
+def sentence(key: str, value: str, kind: str = "number") -> str:
+    return f" One of the special {kind}s for {key} is: {value}."
+
+
+def question(keys: Sequence[str], kind: str = "number") -> str:
+    told = f"special {kind}s for {_listed(keys)} in the text"
+    return f"\nWhat are the {told}? The {told} are:"
 
 
 def _listed(words: Sequence[str]) -> str:

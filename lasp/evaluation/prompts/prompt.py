@@ -91,18 +91,31 @@ class Composer:
         fill: the fillers that have at most so many tokens. needles: (depth, text), depth 0 before all fillers, 1 after
         them. Raises ValueError if even without fillers it is longer than length.
         """
-        hidden = [(depth, self.exactly(text)) for depth, text in needles]
-        first, last = self.exactly(intro), self.exactly(question)
-        expected = self.exactly(" " + ", ".join(answers))
+        last, expected = self.exactly(question), self.exactly(" " + ", ".join(answers))
         room = 2 * len(expected)  # for some words around the answers
-        used = len(first) + len(last) + sum(len(ids) for _, ids in hidden) + room
+        end = len(last) + room
+        used = end + len(self.exactly(intro)) + sum(len(self.exactly(text)) for _, text in needles)
         require(used < length, "lengths", length, f"more than the {used} tokens of the task without a text around it")
-        pieces = [self.encode(text) for text in fill(length - used)]
+        ids = np.concatenate([self.hide(length - end, intro=intro, fill=fill, needles=needles), last])
+        return Prompt(ids, tuple(answers), room, expected)
+
+    def hide(
+        self,
+        tokens: int,
+        *,
+        intro: str,
+        fill: Callable[[int], Iterable[str]],
+        needles: Sequence[tuple[float, str]],
+    ) -> np.ndarray:
+        """intro and fillers with the needles among them, as in `compose`: at most so many tokens, of which intro and
+        needles may be all."""
+        hidden = [(depth, self.exactly(text)) for depth, text in needles]
+        first = self.exactly(intro)
+        pieces = [self.encode(text) for text in fill(tokens - len(first) - sum(len(ids) for _, ids in hidden))]
         borders = np.cumsum([0, *map(len, pieces)])
         for depth, ids in sorted(hidden, key=lambda needle: needle[0], reverse=True):
             pieces.insert(int(np.abs(borders - depth * borders[-1]).argmin()), ids)
-        ids = np.concatenate([first, *pieces, last]).astype(np.int64)
-        return Prompt(ids, tuple(answers), room, expected)
+        return np.concatenate([first, *pieces]).astype(np.int64)
 
     def fitting(self, texts: Iterable[str], tokens: int) -> Iterator[str]:
         """As many of the texts, from the first on, as have at most so many tokens."""

@@ -1,6 +1,5 @@
 """Runs a sweep: writes its data, trains what has not been trained, and reports. A sweep that was stopped goes on."""
 
-import json
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from lasp.data import TokenFile
 from lasp.evaluation.labels import file_accuracy
 from lasp.evaluation.recall.config import RecallSweep
 from lasp.evaluation.recall.report import Cell, SweepResult
+from lasp.evaluation.remembered import remembered
 from lasp.evaluation.results import save
 from lasp.evaluation.subject import open_subject
 from lasp.evaluation.tasks import write
@@ -79,28 +79,25 @@ def write_data(sweep: RecallSweep) -> None:
 def evaluate(job: Job, world: World) -> Cell:
     """Trains one cell, if there is no result of it, and evaluates it."""
     config = job.config
-    path = Path(config.run_dir) / RESULT
-    settings = json.loads(json.dumps(asdict(config)))
-    if path.is_file() and (known := json.loads(path.read_text()))["config"] == settings:
-        return Cell(**known["cell"])
-    loss = train(config)
-    subject = open_subject(config.run_dir, world, config.parallel)
-    accuracy = {
-        str(pairs): file_accuracy(subject, TokenFile(job.sweep.held_out_data(pairs)), config.context_length).accuracy
-        for pairs in job.sweep.task.pairs
-    }
-    cell = Cell(
-        model=job.model,
-        width=job.width,
-        lr=job.lr,
-        seed=job.seed,
-        parameters=count_parameters(config.model),
-        state=state_size(subject.model, job.sweep.task.length),
-        loss=loss,
-        accuracy=accuracy,
-    )
-    on_rank_0(dist.group.WORLD, lambda: path.write_text(json.dumps({"config": settings, "cell": asdict(cell)})))
-    return cell
+
+    def find() -> dict[str, Any]:
+        loss = train(config)
+        subject = open_subject(config.run_dir, world, config.parallel)
+        files = {pairs: TokenFile(job.sweep.held_out_data(pairs)) for pairs in job.sweep.task.pairs}
+        length = config.context_length
+        cell = Cell(
+            model=job.model,
+            width=job.width,
+            lr=job.lr,
+            seed=job.seed,
+            parameters=count_parameters(config.model),
+            state=state_size(subject.model, job.sweep.task.length),
+            loss=loss,
+            accuracy={str(pairs): file_accuracy(subject, file, length).accuracy for pairs, file in files.items()},
+        )
+        return asdict(cell)
+
+    return Cell(**remembered(config, RESULT, find))
 
 
 @torch.inference_mode()

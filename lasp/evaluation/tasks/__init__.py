@@ -9,6 +9,7 @@ from lasp.evaluation.tasks.dataset import Task, write
 from lasp.evaluation.tasks.fuzzy_recall import FuzzyRecall
 from lasp.evaluation.tasks.in_context_recall import InContextRecall
 from lasp.evaluation.tasks.mqar import MQAR
+from lasp.evaluation.tasks.needles import NeedleTexts
 from lasp.evaluation.tasks.selective_copying import SelectiveCopying
 
 TASKS: dict[str, Task] = {
@@ -18,6 +19,17 @@ TASKS: dict[str, Task] = {
     "fuzzy_recall": FuzzyRecall(),
     "compression": Compression(),
     "selective_copying": SelectiveCopying(),
+    "needles": NeedleTexts(),
 }
 
-__all__ = ["MQAR", "TASKS", "Compression", "FuzzyRecall", "InContextRecall", "SelectiveCopying", "Task", "write"]
+__all__ = [
+    "MQAR",
+    "TASKS",
+    "Compression",
+    "FuzzyRecall",
+    "InContextRecall",
+    "NeedleTexts",
+    "SelectiveCopying",
+    "Task",
+    "write",
+]

@@ -7,7 +7,7 @@ from lasp.models.mixers.delta import DELTA_KINDS, DeltaMixer
 from lasp.models.mixers.linear import LINEAR_KINDS, LinearMixer
 from lasp.models.mixers.log_linear import LogLinearDeltaMixer, LogLinearMamba2Mixer
 from lasp.models.mixers.mamba2 import Mamba2Mixer
-from lasp.models.mixers.softmax import SoftmaxMixer
+from lasp.models.mixers.softmax import SoftmaxMixer, WindowMixer, WithWindow
 from lasp.own import load_own
 
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -20,13 +20,15 @@ _CLASSES: dict[str, type[nn.Module]] = {
 
 
 def make_mixer(config: ModelConfig, layer: int) -> nn.Module:
-    """The mixer of the layer with that index: softmax attention or the linear one that `config.mixer` names.
+    """The mixer of the layer with that index: softmax attention or the linear one that `config.mixer` names, which may
+    have a window of softmax attention beside it.
 
     Raises ValueError if that is a class of one's own that is not there.
     """
     if config.layers[layer] == SOFTMAX:
         return SoftmaxMixer(config, layer)
-    return (_CLASSES.get(config.mixer) or load_own("mixer", config.mixer))(config, layer)
+    linear = (_CLASSES.get(config.mixer) or load_own("mixer", config.mixer))(config, layer)
+    return linear if config.window is None else WithWindow(linear, WindowMixer(config, layer))
 
 
 __all__ = [
@@ -36,5 +38,6 @@ __all__ = [
     "LogLinearMamba2Mixer",
     "Mamba2Mixer",
     "SoftmaxMixer",
+    "WithWindow",
     "make_mixer",
 ]

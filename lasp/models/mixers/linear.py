@@ -10,24 +10,17 @@ from torch import Tensor, nn
 
 from lasp.config import ModelConfig
 from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, retention_decay
+from lasp.models.features import elu_plus_one, feature_dim, feature_map, identity
 from lasp.models.layers import Activation, GatedOutput, at_least_float32, rotate
 from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _elu_plus_one(x: Tensor) -> Tensor:
-    return F.elu(x) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearKind:
     """What tells the mixers apart."""
 
-    features: Activation = _identity  # of q and k (of q alone with keys_from_decay)
+    features: Activation = identity  # of q and k (of q alone with keys_from_decay)
     decay: Callable[[ModelConfig, int], nn.Module] | None = None  # from (config, layer)
     keys_from_decay: bool = False  # k's projection is a forget gate f: decay = log sigmoid(f), k = 1 - sigmoid(f)
     rotary: bool = False
@@ -43,12 +36,12 @@ def _retention(config: ModelConfig, layer: int) -> nn.Module:
 
 
 def _gla(config: ModelConfig, layer: int) -> nn.Module:
-    return SigmoidDecay(config.hidden_size, config.num_heads, config.key_dim)
+    return SigmoidDecay(config.hidden_size, config.num_heads, feature_dim(config))
 
 
 LINEAR_KINDS = {
     # arXiv:2006.16236; an RMSNorm stands for the denominator, as in arXiv:2210.10340
-    "linear": LinearKind(features=_elu_plus_one),
+    "linear": LinearKind(features=elu_plus_one),
     # Lightning Attention, arXiv:2401.04658, in TransNormerLLM's layer (arXiv:2307.14995), gate of arXiv:2501.08313
     "lightning": LinearKind(features=F.silu, decay=_lightning, gate=torch.sigmoid),
     # RetNet, arXiv:2307.08621
@@ -69,19 +62,22 @@ class LinearMixer(nn.Module):
         self.heads, self.theta = config.num_heads, config.rope_theta
         self.sizes = [config.key_dim, config.key_dim, config.value_dim]
         self.qkv_proj = nn.Linear(config.hidden_size, self.heads * sum(self.sizes), bias=False)
+        self.q_features = self.k_features = self.kind.features
+        if config.feature_map is not None:
+            self.q_features, self.k_features = (feature_map(config.feature_map, config) for _ in "qk")
         self.decay = self.kind.decay(config, layer) if self.kind.decay else None
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, self.kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
         q, k, v = product(self.qkv_proj, x).unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
         decay = self.decay(x) if self.decay is not None else None
-        q = self.kind.features(q)
+        if self.kind.rotary and self.theta is not None:
+            q, k = (rotate(y, seq.positions, self.theta) for y in (q, k))
+        q = self.q_features(q)
         if self.kind.keys_from_decay:
             decay = F.logsigmoid(at_least_float32(k))
             k = -torch.expm1(decay).to(v.dtype)
         else:
-            k = self.kind.features(k)
-        if self.kind.rotary:
-            q, k = (rotate(y, seq.positions, self.theta) for y in (q, k))
+            k = self.k_features(k)
         o, _ = seq.linear_attention(q, k, v, decay)
         return self.output(o, x)

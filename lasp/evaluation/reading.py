@@ -1,0 +1,45 @@
+"""What evaluations that read texts are told: which texts, and how much of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from lasp.config import require
+from lasp.data import Context, PackedContexts
+from lasp.evaluation.config import Evaluation
+from lasp.evaluation.contexts import text_contexts
+from lasp.evaluation.subject import Subject
+from lasp.fields import Count, FilePath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Evaluation):
+    """On token files or texts."""
+
+    data: FilePath | None = None  # prefix of token files; the run's held-out ones if None and there are no texts
+    texts: tuple[FilePath, ...] = ()  # files of text, each a document, in place of token files
+    context_length: Count | None = None  # tokens; the run's if None
+    contexts: Count = 64  # at most so many, the first ones
+
+    def length(self, subject: Subject) -> int:
+        """Of a context. Raises ValueError if nobody knows."""
+        length = self.context_length or subject.origin.context_length
+        if length is None:
+            raise ValueError("context_length: got None, expected a number of tokens for a model without its run")
+        return length
+
+    def read(self, subject: Subject) -> Iterator[Context]:
+        """The contexts. Raises ValueError if data or a length is missing."""
+        return islice(self._all(subject), self.contexts)
+
+    def _all(self, subject: Subject) -> Iterator[Context]:
+        length = self.length(subject)
+        if self.texts:
+            require(self.data is None, "data", self.data, "None beside texts")
+            return text_contexts(self.texts, subject.tokenizer, length)
+        of_the_run = subject.origin.data
+        data = self.data or (None if of_the_run is None else of_the_run.valid)
+        if data is None:
+            raise ValueError("data: got None, expected token files (--data) or texts (--texts) for an exported model")
+        vocab_size = subject.model.config.vocab_size
+        return PackedContexts(data, length, seed=0, shuffle=False, vocab_size=vocab_size).one_epoch()
