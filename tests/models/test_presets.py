@@ -73,7 +73,7 @@ def test_presets_take_mixer_and_pattern(name):
         ({"num_kv_heads": 4}, "num_kv_heads: got 4"),
         ({"head_dim": 7}, "head_dim: got 7"),
         ({"head_dim": None, "num_heads": 3, "num_kv_heads": 3}, "hidden_size: got 32"),
-        ({"vocab_size": 0}, "vocab_size: got 0"),
+        ({"vocab_size": -1}, "vocab_size: got -1"),
         ({"conv_width": 0}, "conv_width: got 0"),
     ],
 )
