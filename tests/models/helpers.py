@@ -14,9 +14,10 @@ MODELS = [*((mixer, "L") for mixer in MIXERS), ("linear", "N"), ("gated_delta_ne
 VARIANTS = {
     "hedgehog": {"mixer": "gla", "feature_map": "hedgehog", "window": 5},
     "window": {"mixer": "gated_delta_net", "window": 1},
+    "window of levels": {"mixer": "log_linear_mamba2", "window": 5},
     "no positions": {"rope_theta": None},
 }
-MODELS += [("hedgehog", "L"), ("window", "LN"), ("no positions", "N")]
+MODELS += [("hedgehog", "L"), ("window", "LN"), ("window of levels", "L"), ("no positions", "N")]
 
 
 def config(mixer: str, pattern: str) -> ModelConfig:
