@@ -34,7 +34,7 @@ def test_equals_the_definition(gen):
 
 
 @pytest.mark.skipif(not ON_GPU and not triton.triton.knobs.runtime.interpret, reason="needs a GPU or the interpreter")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 4e-4)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 4e-4)])
 @pytest.mark.parametrize("words", [50, 8192 + 33])
 def test_kernel_equals_the_definition(gen, dtype, bound, words):
     device = "cuda" if ON_GPU else "cpu"

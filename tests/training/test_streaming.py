@@ -121,7 +121,7 @@ def test_layers_are_recomputed_one_at_a_time():
     model = decoder("linear", "L")
     kept = most_alive(model, 128, 64)
     model.checkpoint_layers = True
-    assert most_alive(model, 128, 64) < 0.57 * kept  # 0.51; 0.63 if it did
+    assert most_alive(model, 128, 64) < 0.65 * kept  # 0.62; 0.69 if it did
 
 
 def test_what_is_carried_is_one_state_for_each_cut(monkeypatch):
