@@ -29,7 +29,12 @@ SHARED_MEMORY = 227 * 1024
 HEADS = 16
 WIDE, SMALL = (16, 128, 128, torch.bfloat16), (8, 64, 64, torch.float16)  # q/k heads, K, V
 CASES = {  # tokens; whose decay is none, one a head or one a token; whether summaries are wanted; heads
-    "linear": [(65536, "none", True, WIDE), (65536, "constant", False, WIDE), (65536, "scalar", True, WIDE)],
+    "linear": [
+        (65536, "none", True, WIDE),
+        (65536, "constant", False, WIDE),
+        (65536, "scalar", True, WIDE),
+        (65536, "scalar", True, SMALL),  # two heads a program
+    ],
     "delta": [
         (65536, "scalar", True, WIDE),
         (64, "none", False, WIDE),  # in one tile: nothing comes in or is asked for
