@@ -150,10 +150,12 @@ def check(op: Callable, definition: Callable, case: tuple[Arguments, bool], leav
         assert error(x.double(), y) < BOUNDS[dtype] * (SUMMED.get(dtype, 1) if name in leaves else 1), name
 
 
-def recurrence(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[Arguments, list[Break]]:
+def recurrence(
+    draw: st.DrawFn, gen: torch.Generator, *, delta: bool, longest: int = 70
+) -> tuple[Arguments, list[Break]]:
     dtype = draw(st.sampled_from(list(BOUNDS)))
     wide = torch.promote_types(dtype, torch.float32)
-    tokens, q_heads, group = draw(st.integers(1, 70)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    tokens, q_heads, group = draw(st.integers(1, longest)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     key_dim, value_dim, heads = draw(st.integers(1, 5)), draw(st.integers(1, 5)), q_heads * group
     batch, cu_seqlens = boundaries(draw, tokens)
     count = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -232,7 +234,7 @@ def test_delta_rule(case):
 
 
 def log_linear(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[Arguments, list[Break]]:
-    arguments, _ = recurrence(draw, gen, delta=delta)
+    arguments, _ = recurrence(draw, gen, delta=delta, longest=20)
     batch, tokens, heads, _ = arguments["v"].shape
     wide = torch.promote_types(arguments["v"].dtype, torch.float32)
     needed = (tokens - 1).bit_length() + 1
