@@ -280,9 +280,8 @@ def _reverse_scan(
     v_rows = gl.allocate_shared_memory(dtype, [1, C, V], SHARED) if GRADIENTS else k_rows
     xs = gl.allocate_shared_memory(dtype, [1, V, K], SHARED) if GRADIENTS else k_rows
     gs = gl.allocate_shared_memory(dtype, [1, V, K], SHARED) if GRADIENTS else k_rows
-    more = (
-        gl.allocate_shared_memory(dtype, [1, C, K], SHARED) if GRADIENTS and V == C else gs
-    )  # dq and dk take the place of G
+    # dq and dk take the place of G, in which there may be room for one alone.
+    more = gl.allocate_shared_memory(dtype, [1, C, K], SHARED) if GRADIENTS and V == C else gs
     drs = gl.allocate_shared_memory(dtype, [1, C, V], SHARED) if GRADIENTS else k_rows
     sums = gl.allocate_shared_memory(gl.float32, [3, warp_groups(K, V), C], SUMS) if GRADIENTS else lines
     ring, rest_ring, late_ring, sums_ring = make_ring(STAGES, 1), make_ring(REST, 1), make_ring(1, 1), make_ring(1, 1)
