@@ -1,6 +1,7 @@
 """How much arithmetic a model needs, for model FLOP utilisation."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ def count_active_parameters(config: ModelConfig) -> int:
         return sum(_active(p, config) for p in make_model(config).parameters())
 
 
+@cache  # it makes a model to count its parameters, and a training loop asks in every step
 def flops_per_token(config: ModelConfig, context_length: int) -> float:
     """FLOPs that training needs per token of a context of `context_length` tokens, forward and backward.
 
