@@ -6,7 +6,7 @@ loss_n = log Σ_v exp z_nv - z_nt      dz_nv = softmax(z_n)_v - [v = t]      t t
 import torch
 from torch import Tensor
 
-from lasp.kernels.fused import is_large
+from lasp.kernels.fused import by_kernel
 
 
 def cross_entropy_and_grad(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def cross_entropy_and_grad(logits: Tensor, targets: Tensor, ignored: int) -> tup
     logits: [N, vocabulary], which the gradient may overwrite.  targets: [N] int64, a word of the vocabulary each, or
     `ignored`: such a row has neither loss nor gradient.
     """
-    if is_large(logits) and logits.dtype != torch.float64:
+    if by_kernel(logits):
         from lasp.kernels.triton.cross_entropy import cross_entropy
 
         return cross_entropy(logits, targets, ignored).sum(), logits

@@ -16,6 +16,12 @@ def is_large(x: Tensor) -> bool:
     return x.is_cuda and x.numel() >= 2**20
 
 
+def by_kernel(x: Tensor) -> bool:
+    """Whether a chain that has a Triton kernel of lasp's is to be that kernel. Of small tensors plain operations are over
+    before it has started, and what is compiled as a whole sees to itself."""
+    return is_large(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+
+
 def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
     """`function`, a chain of tensor operations, compiled by PyTorch where its first argument is large.
 
