@@ -17,8 +17,10 @@ def is_large(x: Tensor) -> bool:
 
 
 def by_kernel(x: Tensor) -> bool:
-    """Whether a chain that has a Triton kernel of lasp's is to be that kernel. Of small tensors plain operations are over
-    before it has started, and what is compiled as a whole sees to itself."""
+    """Whether a chain that has a Triton kernel of lasp's is to be that kernel.
+
+    Of small tensors plain operations are over before it has started; what is compiled as a whole sees to itself.
+    """
     return is_large(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
