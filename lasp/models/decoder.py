@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig, require
-from lasp.models.layers import RMSNorm, SwiGLU, at_least_float32
+from lasp.models.layers import RMSNorm, SwiGLU, add_and_norm, at_least_float32
 from lasp.models.loss import IGNORE, linear_cross_entropy, require_ids
 from lasp.models.mixers import make_mixer
 from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
@@ -34,11 +34,12 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> tuple[Tensor, Routing | None]:
-        x = x + self.mixer(self.mixer_norm(x), seq)
+        x, normed = add_and_norm(self.mixer_norm, x)
+        x, normed = add_and_norm(self.mlp_norm, x, self.mixer(normed, seq))
         if isinstance(self.mlp, MixtureOfExperts):
-            y, routing = self.mlp(self.mlp_norm(x), seq)
+            y, routing = self.mlp(normed, seq)
             return x + y, routing
-        return x + self.mlp(self.mlp_norm(x)), None
+        return x + self.mlp(normed), None
 
 
 class Decoder(nn.Module):
