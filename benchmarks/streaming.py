@@ -40,6 +40,7 @@ class Settings:
     pattern: str = "L"
     tokens: tuple[int, ...] = (1 << 20,)  # of the sequence, over all ranks
     segment_tokens: int = 1 << 16  # over all ranks; 0: the sequence in one piece
+    graphs: int = 1  # so many segments at the end are computed once
     offload: bool = False  # what segments hand on to each other waits in the host's memory
     recompute: Policy = "none"  # of layers within a segment
     runs: int = 1
@@ -53,6 +54,7 @@ class Row:
     machine: str
     tokens: int
     segment_tokens: int
+    graphs: int
     offload: bool
     recompute: str
     seconds: float
@@ -103,7 +105,7 @@ class HostMemory:
 
 def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> Row:
     ranks, memory = dist.get_world_size(), HostMemory()
-    segments = Segments(settings.segment_tokens, settings.offload) if settings.segment_tokens else None
+    segments = Segments(settings.segment_tokens, settings.offload, settings.graphs) if settings.segment_tokens else None
     few = tokens if segments is None else min(tokens, 2 * segments.tokens)
     trainer.step(few // ranks, "SP", segments)()
     step = trainer.step(tokens // ranks, "SP", segments)
@@ -116,6 +118,7 @@ def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> 
         machine=machine(),
         tokens=tokens,
         segment_tokens=settings.segment_tokens,
+        graphs=settings.graphs,
         offload=settings.offload,
         recompute=settings.recompute,
         seconds=seconds,

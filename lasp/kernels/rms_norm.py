@@ -47,5 +47,6 @@ class _AddRMSNorm(Function):
             return ds, ds if ctx.needs_input_grad[1] else None, None, None
         from lasp.kernels.triton.rms_norm import rms_norm_grad
 
-        d, dw = rms_norm_grad(*ctx.saved_tensors, ds, dy)
+        s, scale, weight = ctx.saved_tensors
+        d, dw = rms_norm_grad(s, scale, weight, ds, dy)
         return d, d if ctx.needs_input_grad[1] else None, dw, None

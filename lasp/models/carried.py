@@ -30,6 +30,7 @@ class Carried:
         self.on_host = on_host
         self.stores: Stores = defaultdict(lambda: KeyStore(on_host))
         self._entered: list[tuple[list[Any], TreeSpec]] = [tree_flatten({})]
+        self._graphs: list[SegmentPast] = []
         self._summed: set[int] = set()
         self._total: Tensor | int = 0
 
@@ -51,17 +52,20 @@ class Carried:
             self._total = self._total + sum_of_segment()
         return torch.as_tensor(self._total)
 
-    def forward(self) -> "SegmentPast":
-        """For the segment after those kept so far, without gradients."""
-        return next(self._fetch([len(self._entered) - 1]))
+    def forward(self, with_graph: bool = False) -> "SegmentPast":
+        """For the segment after those kept so far. with_graph: with gradients; so are all that follow, then."""
+        past = next(self._fetch([len(self._entered) - 1]))
+        if with_graph:
+            self._graphs.append(past.with_gradients())
+        return past
 
     def backward(self) -> Iterator["SegmentPast"]:
         """For all segments, from the last to the first, with gradients; what is behind is forgotten."""
+        while self._graphs:
+            yield self._graphs.pop()
+            del self._entered[-1]
         for past in self._fetch(range(len(self._entered) - 1, -1, -1)):
-            for x in past.entered:
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    x.requires_grad_()
-            yield past
+            yield past.with_gradients()
             del self._entered[-1]
 
     def _fetch(self, numbers: Iterable[int]) -> Iterator["SegmentPast"]:
@@ -86,6 +90,13 @@ class SegmentPast(Past):
         super().__init__()
         self.entered, self.slots = entered, tree_unflatten(entered, spec)
         self._carried, self._number = carried, number
+
+    def with_gradients(self) -> "SegmentPast":
+        """Itself, to be differentiated in what the segment is entered with."""
+        for x in self.entered:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        return self
 
     def attacher(self, index: int) -> Callable[[Any, Slots], "SegmentOps"]:
         return lambda seq, slots: SegmentOps(seq, slots, lambda op: self._carried.stores[index, op])

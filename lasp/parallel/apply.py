@@ -92,8 +92,9 @@ def parallelize(
         blocks: list[nn.Module] = [*model.get_submodule("layers").children(), model]
         for block in blocks:
             _add_up(fully_shard(block, mesh=everyone, mp_policy=policy))
-        if hasattr(model, "remember"):
-            register_fsdp_forward_method(model, "remember")
+        for method in ("remember", "begin", "finish"):  # that a model may be called by besides its forward
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
     return model
 
 

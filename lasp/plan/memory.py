@@ -65,18 +65,21 @@ def predict(job: Job, setting: Setting) -> Memory:
     fixed, gradients, gathered, of_gathered = _parameters(job, dtype)
     policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
     one_input, host = dtype.half * model.hidden_size * in_flight, 0.0
+    graphs = min(setting.segment_graphs, segments(job, setting))
     if setting.offload_activations:
-        host = sum(policy != "none" for policy in policies) * _power_of_two(one_input)
+        host = graphs * sum(policy != "none" for policy in policies) * _power_of_two(one_input)
     everything = [dtype.bytes(kept.POLICIES[policy](model, i)) * in_flight for i, policy in enumerate(policies)]
+    of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
 
     def activations(layers: int) -> dict[str, float]:
-        """Of the first so many."""
-        inputs = [one_input] * layers
-        if setting.offload_activations:  # at most one that is used, and one on its way
-            inputs = [one_input for policy in policies[:layers] if policy == "none"] + inputs[:2]
+        """Of the first so many, and of all in the segments before that have their graph."""
+        offloaded = [setting.offload_activations and policy != "none" for policy in policies]
+        inputs = [one_input * (not away) for away in offloaded]
+        on_their_way = min(2, layers) * one_input * setting.offload_activations  # one of them is used
+        before = sum(everything) - one_input * model.num_layers + of_ends
         return {
-            "layer inputs": sum(inputs),
-            "other activations": sum(everything[:layers]) - one_input * layers,
+            "layer inputs": sum(inputs[:layers]) + (graphs - 1) * sum(inputs) + on_their_way,
+            "other activations": sum(everything[:layers]) - one_input * layers + (graphs - 1) * before,
         }
 
     handed_on = _handed_on(job, setting, held)
@@ -85,7 +88,6 @@ def predict(job: Job, setting: Setting) -> Memory:
         handed_on = {name: 2 * size * in_flight / held for name, size in handed_on.items()}
     always = fixed | {"batch": 4 * 8.0 * in_flight} | handed_on
     again = job.accumulated > 1 or bool(handed_on)  # gradients of a context or segment before are there
-    of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
     moments = {
         "loss": activations(model.num_layers)
@@ -101,6 +103,11 @@ def predict(job: Job, setting: Setting) -> Memory:
             "one layer": _one_layer(job, policy, index, in_flight),
         }
     return Memory({name: always | parts for name, parts in moments.items()}, host)
+
+
+def segments(job: Job, setting: Setting) -> int:
+    """Of a context."""
+    return 1 if setting.segment_tokens is None else -(-job.context // setting.segment_tokens)
 
 
 def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
@@ -145,7 +152,7 @@ def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
     if setting.segment_tokens is None:
         return {}
     model, half, wide = job.model, job.half, Dtype(job.half).wide
-    cuts = -(-job.context // setting.segment_tokens) - 1
+    cuts = segments(job, setting) - 1
     state = model.states(job.context) * model.num_heads * feature_dim(model) * model.value_dim
     attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
     keys = 2 * model.kv_heads * model.key_dim * (half + wide)

@@ -62,6 +62,9 @@ def plan(job: Job, setting: Setting) -> Plan:
     require(segment is None or segment >= ranks, "segment_tokens", segment, f"at least {ranks}, a token for each rank")
     stream = segment is not None or not setting.segment_offload
     require(stream, "segment_offload", True, "False without segment_tokens")
+    graphs = setting.segment_graphs
+    require(segment is not None or graphs == 1, "segment_graphs", graphs, "1 without segment_tokens")
+    require(graphs >= 1, "segment_graphs", graphs, "at least 1")
     return Plan(job, setting, memory.predict(job, setting), seconds.predict(job, setting))
 
 
@@ -99,8 +102,15 @@ def settings(job: Job, ranks: list[int]) -> Iterator[Setting]:
                 segment_offload=handed_on,
             )
             yield recomputation(job, setting)
-            yield replace(setting, recompute=POLICIES[-1])
+            yield with_graphs(job, replace(setting, recompute=POLICIES[-1]))
             segment //= 2
+
+
+def with_graphs(job: Job, setting: Setting) -> Setting:
+    """The setting, with as many of its segments computed once as surely fit."""
+    numbers = range(2, memory.segments(job, setting) + 1)
+    more = bisect_left(numbers, True, key=lambda n: not plan(job, replace(setting, segment_graphs=n)).surely_fits)
+    return replace(setting, segment_graphs=1 + more)
 
 
 def recomputation(job: Job, setting: Setting) -> Setting:
@@ -151,6 +161,8 @@ def options(setting: Setting, other: Setting | None = None) -> str:
     told = []
     for field, value in vars(setting).items():
         if other is not None and value == getattr(other, field):
+            continue
+        if field == "segment_graphs" and setting.segment_tokens is None:
             continue
         name = {"sequence_parallel": "parallel.sequence-parallel"}.get(field, field.replace("_", "-"))
         if isinstance(value, bool):

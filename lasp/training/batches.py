@@ -76,7 +76,8 @@ def read_streams(
 ) -> list[StreamedBatch]:
     """The same, segment by segment."""
     streams = [Stream(sp, context.length, segments.tokens, context.cu_seqlens) for context in contexts]
-    return _read(streams, contexts, partial(StreamedBatch.read, on_host=segments.on_host), world)
+    read = partial(StreamedBatch.read, on_host=segments.on_host, graphs=segments.graphs)
+    return _read(streams, contexts, read, world)
 
 
 def _read(

@@ -33,6 +33,7 @@ class Wishes:
     offload_activations: bool | None = None
     segment_tokens: int | None = None
     segment_offload: bool | None = None
+    segment_graphs: int | None = None
 
     @property
     def any(self) -> bool:
@@ -82,6 +83,7 @@ def _made(job: Job, wishes: Wishes) -> Plan:
         offload_activations=bool(wishes.offload_activations),
         segment_tokens=wishes.segment_tokens,
         segment_offload=bool(wishes.segment_offload),
+        segment_graphs=wishes.segment_graphs or 1,
     )
     if wishes.recompute == "auto":
         return plan(job, recomputation(job, setting))
@@ -122,6 +124,7 @@ def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
         offload_activations=config.offload_activations,
         segment_tokens=config.segment_tokens,
         segment_offload=config.segment_offload,
+        segment_graphs=config.segment_graphs,
     )
 
 

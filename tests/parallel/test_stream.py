@@ -42,7 +42,7 @@ def gradients(model: Decoder, group: dist.ProcessGroup | None) -> dict[str, torc
 
 
 def check(
-    gen, group, make, documents=None, segment=SEGMENT, recompute=False, batch=1, **options
+    gen, group, make, documents=None, segment=SEGMENT, recompute=False, batch=1, graphs=1, **options
 ) -> tuple[Decoder, Decoder]:
     """Returns the model that one rank has trained without segments, and this rank's, which was trained in segments."""
     tokens, labels = (torch.randint(31, (batch, TOKENS), generator=gen) for _ in range(2))
@@ -59,7 +59,7 @@ def check(
     if model.config.aligned:
         options |= {"state_exchange": "all_gather", "aligned": True}
     stream = Stream(SequenceParallel(group, **options), TOKENS, segment, offsets)
-    streamed = StreamedBatch.of(stream, tokens, labels)
+    streamed = StreamedBatch.of(stream, tokens, labels, graphs=graphs)
     total = streamed.backward(model, count)
     sums = [total, *streamed.loss(model.eval())]
     for x in sums:
@@ -74,7 +74,7 @@ def check(
 
 
 WAYS = {
-    "whole": {"layout": "contiguous", "state_exchange": "ring", "recompute": True, "batch": 2},
+    "whole": {"layout": "contiguous", "state_exchange": "ring", "recompute": True, "batch": 2, "graphs": 2},
     "packed": {"layout": "zigzag", "state_exchange": "all_gather", "documents": DOCUMENTS},
 }
 

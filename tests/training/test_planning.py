@@ -38,7 +38,7 @@ def test_a_setting_can_be_asked_for(capsys):
     found = planned(capsys, options)
     assert found["job"]["gpu"]["name"] == "H100" and found["job"]["model"]["mixer"] == "kda"
     wanted = {"sequence_parallel": 4, "recompute": "full", "recompute_layers": None, "offload_activations": False}
-    wanted |= {"segment_tokens": 32768, "segment_offload": False}
+    wanted |= {"segment_tokens": 32768, "segment_offload": False, "segment_graphs": 1}
     assert found["plan"]["setting"] == wanted
     assert "boundary states" in found["plan"]["memory"]["moments"]["loss"]
 

@@ -25,17 +25,17 @@ from tests.models.helpers import config as config_of
 TOKENS, DOCUMENTS = 29, (0, 3, 3, 20, 24, 29)
 
 
-def streamed(tokens, segment_tokens, documents=None, rows=1):
+def streamed(tokens, segment_tokens, documents=None, rows=1, graphs=1):
     offsets = None if documents is None else torch.tensor(documents)
     stream = Stream(SequenceParallel(None), tokens, segment_tokens, offsets)
-    return StreamedBatch.of(stream, random_tokens(rows, tokens), random_tokens(rows, tokens))
+    return StreamedBatch.of(stream, random_tokens(rows, tokens), random_tokens(rows, tokens), graphs=graphs)
 
 
-@pytest.mark.parametrize(("segment_tokens", "documents"), [(8, DOCUMENTS), (5, None)])
+@pytest.mark.parametrize(("segment_tokens", "documents", "graphs"), [(8, DOCUMENTS, 1), (5, None, 3)])
 @pytest.mark.parametrize(("mixer", "pattern"), MODELS)
-def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, documents):
+def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, documents, graphs):
     model = decoder(mixer, pattern)
-    batch = streamed(TOKENS, segment_tokens, documents)
+    batch = streamed(TOKENS, segment_tokens, documents, graphs=graphs)
     tokens, labels = (torch.cat(whole, dim=1) for whole in zip(*batch.parts, strict=True))
     seq = SequenceParallel(None).sequence(TOKENS, None if documents is None else torch.tensor(documents))
     loss, _ = model(tokens, seq, labels=labels)
@@ -70,7 +70,7 @@ def test_a_stream_serves_many_steps():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    again = StreamedBatch(Stream(SequenceParallel(None), TOKENS, 8), batch.parts)
+    again = StreamedBatch(Stream(SequenceParallel(None), TOKENS, 8), batch.parts, graphs=9)
     assert batch.backward(model, 1) == again.backward(model, 1)
 
 

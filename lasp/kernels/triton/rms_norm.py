@@ -4,6 +4,8 @@ Backward's programs take blocks of tokens in turn, so that each sums dw in regis
 order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -100,7 +102,7 @@ def rms_norm_grad(s: Tensor, scale: Tensor, weight: Tensor, ds: Tensor | None, d
     return d, dw.sum(0).to(weight.dtype)
 
 
-def _blocks(x: Tensor) -> tuple[int, int, int, dict[str, int]]:
+def _blocks(x: Tensor) -> tuple[int, int, int, dict[str, Any]]:
     """Channels, tokens, blocks of them, and the kernels' constants."""
     channels = x.shape[-1]
     rows, width = x.numel() // channels, next_power_of_2(channels)
