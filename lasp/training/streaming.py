@@ -21,6 +21,7 @@ from lasp.kernels.parked import to_device
 from lasp.models.carried import Carried, Gradients
 from lasp.models.decoder import Hidden
 from lasp.parallel import Stream
+from lasp.parallel.apply import keep_gathered
 
 
 class Segments(NamedTuple):
@@ -79,9 +80,11 @@ class StreamedBatch:
         rank's part of the balancing losses, which are those of the whole stream.
         """
         carried, gradients = Carried(self.on_host), Gradients()
+        keep_gathered(model, len(self.stream) > 1)
         begun = self._go_forward(model, carried)
         total = torch.zeros((), dtype=torch.float64, device=_device(model))
         for number, past in zip(reversed(range(len(self.stream))), carried.backward(), strict=True):
+            keep_gathered(model, number > 0)
             tokens, targets = self.parts[number].on(_device(model))
             segment = self.stream[number]
             hidden = begun.pop() if begun else model.begin(tokens, segment, past, labels=targets)

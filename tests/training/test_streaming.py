@@ -21,6 +21,7 @@ from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
 from tests.models.helpers import MODELS, decoder, random_tokens
 from tests.models.helpers import config as config_of
+from tests.patience import PATIENCE
 
 TOKENS, DOCUMENTS = 29, (0, 3, 3, 20, 24, 29)
 
@@ -181,7 +182,14 @@ def test_what_is_parked_keeps_no_larger_tensor_alive():
     assert Parked(whole, on_host=False).fetch().wait().data_ptr() == whole.data_ptr()
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True, "segment_offload": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recompute": True, "segment_offload": True},
+        {"parallel": ParallelConfig(timeout=PATIENCE, fsdp=True), "segment_graphs": 2},
+    ],
+)
 def test_a_run_in_segments_is_the_run_without(config, tmp_path, changes):
     config = replace(config, steps=3)
     in_segments = replace(config, run_dir=str(tmp_path / "segments"), segment_tokens=25, **changes)

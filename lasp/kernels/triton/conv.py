@@ -28,7 +28,7 @@ from lasp.kernels.triton.launch import launch
 
 TILE = 128  # tokens that a program walks along, and so many rows of sums of dw there are
 BLOCK = 128  # channels of a program, but of a part that is divided by its length all: 4 for each thread of a warp
-AHEAD = 8  # tokens that are fetched at once
+AHEAD = 4  # tokens that are fetched at once
 
 
 @triton.jit
