@@ -43,6 +43,7 @@ class Settings:
     graphs: int = 1  # so many segments at the end are computed once
     offload: bool = False  # what segments hand on to each other waits in the host's memory
     recompute: Policy = "none"  # of layers within a segment
+    recompute_layers: int | None = None  # so many of them, the others the policy before it
     runs: int = 1
 
 
@@ -57,6 +58,7 @@ class Row:
     graphs: int
     offload: bool
     recompute: str
+    recompute_layers: int | None
     seconds: float
     tokens_per_second: float
     mfu: float | None
@@ -121,6 +123,7 @@ def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> 
         graphs=settings.graphs,
         offload=settings.offload,
         recompute=settings.recompute,
+        recompute_layers=settings.recompute_layers,
         seconds=seconds,
         tokens_per_second=rate,
         mfu=None if peak is None else model_flop_utilisation(flops, rate, ranks, peak),
@@ -133,7 +136,7 @@ def main(settings: Settings) -> None:
     clock = Clock(join(), settings.runs, warm_ups=0)
     cuda = clock.device.type == "cuda"
     model = PRESETS[settings.preset if cuda else "tiny"](settings.mixer, settings.pattern)
-    trainer = Trainer(model, clock.device, recompute=settings.recompute)
+    trainer = Trainer(model, clock.device, recompute=settings.recompute, recompute_layers=settings.recompute_layers)
     say(f"{machine()}\n")
     for cells in (COLUMNS, ["---"] * len(COLUMNS)):
         say(f"| {' | '.join(cells)} |")

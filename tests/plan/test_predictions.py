@@ -194,7 +194,7 @@ def test_segments_that_are_computed_once_save_time_and_take_memory():
     steps = [plan(long, replace(stream, segment_graphs=n)) for n in (1, 4, 16, 99)]
     assert [step.seconds for step in steps] == sorted((step.seconds for step in steps), reverse=True)
     inputs = 16 * 2048 * 2 * 2**16  # of a segment's layers
-    assert steps[1].memory.total > steps[0].memory.total + 3 * inputs
+    assert steps[1].memory.total > steps[0].memory.total + 2 * inputs  # when gradients are there one is gone
     assert steps[2].memory == steps[3].memory  # there are 16
     found = with_graphs(long, stream)
     assert found.segment_graphs > 4 and plan(long, found).surely_fits
