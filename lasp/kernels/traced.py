@@ -27,13 +27,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.parts import Part, Parts
 
-try:
+AVAILABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # older ones break a graph at each operation
+if AVAILABLE:
     from torch._library.opaque_object import MemberType, get_opaque_type_name, register_opaque_type
     from torch._opaque_base import OpaqueBase
-except ImportError:  # an older PyTorch, which breaks its graph at each operation
+else:
     OpaqueBase = object  # type: ignore[assignment, misc]
 
-AVAILABLE = OpaqueBase is not object
 _AUTOGRAD = (
     DispatchKey.AutogradFunctionality,
     DispatchKey.AutogradOther,

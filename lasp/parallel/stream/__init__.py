@@ -20,7 +20,6 @@ from lasp.kernels.lasting import lasting
 from lasp.kernels.parts import Parts, undivided, whole
 from lasp.kernels.recurrence import Alone, Boundary
 from lasp.kernels.softmax import Mask
-from lasp.kernels.traced import open_to_graphs
 from lasp.parallel.agreement import agree, gradients, signature
 from lasp.parallel.boundary import AcrossUnits
 from lasp.parallel.layout import Partition
@@ -235,7 +234,5 @@ class Segment(Sequence):
             self._tails[width] = TailPlan.of(self.partition, width, device)
         return self._tails[width]
 
-
-open_to_graphs(Segment)
 
 __all__ = ["Segment", "Stream"]
