@@ -152,9 +152,12 @@ def _asked(windows: list[Window]) -> tuple[list[str], list[bool]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], with_starts: Sequence[bool]) -> list[Ids]:
-    parts = iter(tokenizer.encode_with_starts([text for text, asked in zip(texts, with_starts, strict=True) if asked]))
-    wholes = iter(tokenizer.encode_batch([text for text, asked in zip(texts, with_starts, strict=True) if not asked]))
-    return [next(parts) if asked else (next(wholes), None) for asked in with_starts]
+    parts, wholes = (
+        [text for text, a in zip(texts, with_starts, strict=True) if a == asked] for asked in (True, False)
+    )
+    of_parts = iter(tokenizer.encode_with_starts(parts) if parts else ())
+    of_wholes = iter(tokenizer.encode_batch(wholes) if wholes else ())
+    return [next(of_parts) if asked else (next(of_wholes), None) for asked in with_starts]
 
 
 def _join(windows: list[Window], encoded: list[Ids]) -> list[Encoded]:
