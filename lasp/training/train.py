@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lasp.config import TrainConfig, require
-from lasp.data import Context, Mixture, Numbered, PackedContexts
+from lasp.data import Context, Mixture, Numbered
 from lasp.models import count_active_parameters, count_parameters
 from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.waits import waits
@@ -27,6 +27,7 @@ from lasp.training.balance import balance_experts
 from lasp.training.batches import Batch, read_batches, read_streams, share
 from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
+from lasp.training.held_out import HeldOut, as_values, open_held_out, told_in_words
 from lasp.training.host_memory import require_host_memory
 from lasp.training.initial import Build, build_model
 from lasp.training.metrics import Metrics, require_wandb
@@ -88,9 +89,9 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
             go_on(training, config, fingerprints)
 
         if first_step >= config.steps:
-            valid_loss = evaluate(engine.model, held_out, sp, world, segments)
-            say_finished(config, world, first_step, valid_loss)
-            return valid_loss
+            losses = evaluate_all(engine.model, held_out, sp, world, segments)
+            say_finished(config, world, first_step, losses)
+            return losses["valid_loss"]
         if world.rank == 0:
             keep_tokenizer(config)
             keep_start(config, world.size)
@@ -134,9 +135,9 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
                     metrics.note(taken, memory_by_part=parts)
                     metrics.say(describe_memory(parts))
                 if evaluates:
-                    valid_loss = evaluate(engine.model, held_out, sp, world, segments)
-                    metrics.log(taken, valid_loss=valid_loss)
-                    metrics.say(f"step {taken}: loss {steps.loss:.4f}, held-out loss {valid_loss:.4f}")
+                    losses = evaluate_all(engine.model, held_out, sp, world, segments)
+                    metrics.log(taken, **losses)
+                    metrics.say(f"step {taken}: loss {steps.loss:.4f}, {told_in_words(losses)}")
                 if config.compare_replicas_every and taken % config.compare_replicas_every == 0:
                     require_same_replicas(engine.model, dist.group.WORLD)
                 if saves or stopping:
@@ -146,8 +147,8 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
                 if evaluates or saves:
                     steps.restart()
         if last:
-            say_finished(config, world, taken, valid_loss)
-            return valid_loss
+            say_finished(config, world, taken, losses)
+            return losses["valid_loss"]
         metrics.say(f"told to stop: step {taken} is saved in {config.run_dir}, from where the same command goes on")
     raise Stopped
 
@@ -163,30 +164,26 @@ def finishing_saves(engine: Engine) -> Iterator[None]:
     engine.finish_saving()
 
 
-def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[Context], dict[str, str]]:
-    """The training contexts without end, the held-out ones of every evaluation (the file's first, unshuffled), and
-    fingerprints of the files, which are the same on every rank."""
-    data, length, seed, vocab_size = config.data, config.context_length, config.seed, config.model.vocab_size
-    opened: list[tuple[Mixture, PackedContexts]] = []
+def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[HeldOut], dict[str, str]]:
+    """The training contexts without end, the held-out ones of every evaluation, and fingerprints of the files, which
+    are the same on every rank."""
+    data, vocab_size = config.data, config.model.vocab_size
+    opened: list[tuple[Mixture, list[HeldOut]]] = []
 
     def read() -> dict[str, str]:
-        training = Mixture(data.corpora, length, seed=seed, vocab_size=vocab_size)
-        held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
-        wanted, there = data.eval_contexts, held_out.num_contexts
-        require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {data.valid} holds")
-        labelled = any(held_out[i].count_labels() for i in range(wanted))
-        require(labelled, "eval_contexts", wanted, f"more: the first {wanted} contexts of {data.valid} have no label")
+        training = Mixture(data.corpora, config.context_length, seed=config.seed, vocab_size=vocab_size)
+        held_out, of_held_out = open_held_out(config)
         opened.append((training, held_out))
         return {
             "data.train": training.fingerprint,
-            "data.valid": held_out.file.fingerprint(vocab_size),
+            "data.valid": of_held_out,
             "data.tokenizer": tokenizer_fingerprint(data.tokenizer),
         }
 
     fingerprints = together(dist.group.WORLD, read)
     require_same_on_ranks(fingerprints)
     ((training, held_out),) = opened
-    return training, [held_out[i] for i in range(data.eval_contexts)], fingerprints[world.rank]
+    return training, held_out, fingerprints[world.rank]
 
 
 def go_on(training: Mixture, config: TrainConfig, fingerprints: dict[str, str]) -> None:
@@ -262,6 +259,13 @@ def read(
     return read_streams(contexts, sp, world, segments)
 
 
+def evaluate_all(
+    model: nn.Module, held_out: list[HeldOut], sp: SequenceParallel, world: World, segments: Segments | None = None
+) -> dict[str, float]:
+    """The mean losses of all corpora, by what metrics call them."""
+    return as_values(held_out, [evaluate(model, corpus.contexts, sp, world, segments) for corpus in held_out])
+
+
 @record_function("evaluate")
 @torch.no_grad()
 def evaluate(
@@ -307,7 +311,7 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
     return "\n".join(lines)
 
 
-def say_finished(config: TrainConfig, world: World, step: int, valid_loss: float) -> None:
+def say_finished(config: TrainConfig, world: World, step: int, losses: dict[str, float]) -> None:
     if world.rank == 0:
         path = checkpoint.latest(config.run_dir)
-        print(f"finished {step} of {config.steps} steps: held-out loss {valid_loss:.4f}, checkpoint {path}", flush=True)
+        print(f"finished {step} of {config.steps} steps: {told_in_words(losses)}, checkpoint {path}", flush=True)
