@@ -136,12 +136,7 @@ class DeepSpeedEngine:
                 yield from _own_share(name, weight, keys)
             return
         yield from weights
-        pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
-        for index, piece in enumerate(pieces):
-            yield f"piece {index} of the weights", piece
-            for key, state in optimizer.state.get(piece, {}).items():
-                if isinstance(state, Tensor):
-                    yield f"{key} of piece {index}", state
+        yield from integrity.pieces(optimizer)
 
     def _check(self, path: Path) -> None:
         saved = checkpoint.read_config(path)["deepspeed"]["stage"]

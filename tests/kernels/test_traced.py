@@ -109,11 +109,13 @@ def test_what_a_call_keeps_lies_in_no_memory_that_others_may_be_given(calls):
             assert torch.equal(a, b), function.__name__
 
 
-def test_a_model_and_its_loss_are_one_graph(gen):
-    """Of batches of one length, packed or not; here of layers of each kind, the softmax ones with a window beside."""
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_model_and_its_loss_are_one_graph(gen, recompute):
+    """Of batches of one length, packed or not; here of layers of each kind, the linear one with a window beside."""
     torch.manual_seed(0)
     config = replace(tiny(), vocab_size=61, num_layers=2, pattern="LN", mixer="log_linear_gated_delta_net", window=7)
     model, parallel = Decoder(config).double(), SequenceParallel(None, aligned=True)
+    model.recompute = recompute
 
     def loss(seq, tokens, labels):
         return seq.mean(*model(tokens, seq, labels=labels))
