@@ -3,7 +3,7 @@
     python benchmarks/preparing.py --megabytes 100 --cores 2
 
 The texts are those of the Python packages installed here (source and documentation), a file each; a tokenizer is
-trained by `lasp tokenizer` on every n-th part of them, a tenth in all. A megabyte is 10^6 bytes of the JSON Lines.
+trained as `lasp tokenizer` does on every n-th part of them, a tenth in all. A megabyte is 10^6 bytes of the JSON Lines.
 Memory is the sum of the processes' proportional shares, looked at ten times a second (Linux).
 """
 
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import tyro
 from ranks import say
+
+from lasp.data.bpe import train_on
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh")
 COLUMNS = ("MB", "vocabulary", "cores", "s", "MB/s", "tokens", "peak MiB")
@@ -86,24 +88,24 @@ def _proportional_share(pid: int) -> int:
 
 
 def main(settings: Settings) -> None:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.cores])
-    lasp = [sys.executable, "-m", "lasp"]
+    cores = sorted(os.sched_getaffinity(0))[: settings.cores]
     with tempfile.TemporaryDirectory() as folder:
         lines, tokenizer, output = (Path(folder) / name for name in ("texts.jsonl", "tokenizer.json", "tokens"))
         size = write_lines(lines, settings.megabytes * 1e6)
-        trained = [*lasp, "tokenizer", str(lines), "--output", str(tokenizer)]
-        characters = ["--vocab-size", str(settings.vocab_size), "--characters", str(size // 10)]
-        subprocess.run([*trained, *characters], check=True)
+        say(train_on([lines], tokenizer, settings.vocab_size, characters=size // 10))
         start = time.perf_counter()
-        prepare = [*lasp, "prepare", str(lines), "--output", str(output), "--tokenizer", str(tokenizer)]
-        process = subprocess.Popen(prepare, stdout=subprocess.PIPE, text=True)
+        prepare = [sys.executable, "-m", "lasp", "prepare", str(lines)]
+        prepare += ["--output", str(output), "--tokenizer", str(tokenizer)]
+        process = subprocess.Popen(
+            prepare, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores)
+        )
         memory = Memory(process)
         told, _ = process.communicate()
         seconds = time.perf_counter() - start
         if process.returncode:
             sys.exit(process.returncode)
         tokens = sum((Path(folder) / f"tokens_{split}.bin").stat().st_size // 2 for split in ("train", "valid"))
-    print(told, flush=True)
+    say(told)
     row = {
         "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
         "megabytes": size / 1e6,

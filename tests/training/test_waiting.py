@@ -80,7 +80,7 @@ def _by_expert(x, weights, counts):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 def test_cuda_sees_no_wait_between_logged_steps(config, monkeypatch):
-    config = replace(config, device="cuda", dtype="bfloat16", steps=9, log_every=4, eval_every=9, checkpoint_every=9)
+    config = replace(config, device="cuda", dtype="float32", steps=9, log_every=4, eval_every=9, checkpoint_every=9)
     add, read = reading.Reader.add, reading.Reader.read
     monkeypatch.setattr(reading, "PERIOD", math.inf)
 
