@@ -2,7 +2,7 @@
 
 from lasp.data.bigram import bigram_loss
 from lasp.data.indexed import TokenFile, TokenFileWriter
-from lasp.data.mixture import Mixture, Numbered
+from lasp.data.mixture import Mixture, Numbered, mixed_fingerprint
 from lasp.data.packed import IGNORED, Context, PackedContexts, local_batch
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -18,4 +18,5 @@ __all__ = [
     "bigram_loss",
     "load_tokenizer",
     "local_batch",
+    "mixed_fingerprint",
 ]

@@ -12,8 +12,30 @@ from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.recurrence import Alone, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
+from lasp.kernels.traced import traced
 
 
+def like_results(v: Tensor, key_dim: int, states: int | torch.SymInt | None) -> list[Tensor]:
+    """Empty tensors like o and, if there are any, the slots and tokens of so many final states.
+
+    How many slots there are follows from the numbers of tokens, which are not looked at."""
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if states is None:
+        return [o]
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    slots = torch.library.get_ctx().new_dynamic_size()
+    tokens = torch.empty(states, dtype=torch.long, device="cpu")
+    return [o, v.new_empty(states, slots, v.shape[2], key_dim, v.shape[3], dtype=dtype), tokens]
+
+
+def _like_results(
+    k: Tensor, v: Tensor, output_final_state: bool, cu_seqlens: Tensor | None, **others: object
+) -> list[Tensor]:
+    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return like_results(v, k.shape[-1], count if output_final_state else None)
+
+
+@traced(_like_results, casts=autocast.unify)
 def log_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -57,6 +79,7 @@ def log_linear_attention(
     return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
+@traced(_like_results, casts=autocast.unify)
 def log_linear_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -58,7 +58,6 @@ def attend(
     return _exchanged(sequence, x, initial_state, output_final_state)
 
 
-@torch.compiler.disable  # messages have no place in a graph
 def _exchanged(
     sequence: "Sequence", x: LogLinearInputs, initial_state: FenwickState | None, output_final_state: bool
 ) -> tuple[Tensor, FenwickState | None]:

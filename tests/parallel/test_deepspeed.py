@@ -179,8 +179,8 @@ def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
 def test_what_is_not_finite_is_not_saved(stage, ranks, config, monkeypatch):
     step = DeepSpeedEngine.step
 
-    def overflow(self, lr):
-        norm = step(self, lr)
+    def overflow(self, lr, loss):
+        norm = step(self, lr, loss)
         weight = self.model.module.norm.weight
         if ranks.rank == ranks.size - 1:
             getattr(weight, "ds_tensor", weight).data[0] = float("nan")

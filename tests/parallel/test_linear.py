@@ -218,7 +218,7 @@ def test_auto_takes_the_cheapest_for_each_size(group: dist.ProcessGroup, run_see
 @pytest.mark.mpi
 @pytest.mark.ranks(2)
 def test_compiled_models_may_contain_it(group: dist.ProcessGroup, run_seed: int):
-    """The graph breaks around the op, and is compiled once, for all batches."""
+    """One graph with the op as a node of it, compiled once, for all batches."""
     case, wanted = _case(run_seed, "gated delta", "divisible")
     parallel = made(group, "zigzag", "all_gather")
     torch._dynamo.reset()
@@ -226,7 +226,7 @@ def test_compiled_models_may_contain_it(group: dist.ProcessGroup, run_seed: int)
     def layer(sequence, v: Tensor, **others: Tensor) -> Tensor:
         return 2 * sequence.delta_rule(v=3 * v, initial_state=3 * case.initial_state, **others)[0]
 
-    compiled, graphs = torch.compile(layer, backend="aot_eager"), []
+    compiled, graphs = torch.compile(layer, backend="aot_eager", fullgraph=True), []
     for _ in range(3):
         sequence = parallel.sequence(case.v.shape[1])
         local = {name: sequence.shard(x).requires_grad_() for name, x in case.per_token.items()}

@@ -120,6 +120,7 @@ class Segment(Sequence):
         self._identity += f", segment {number} after {self.past} tokens"
         self._tails: dict[int, TailPlan] = {}
 
+    @torch.compiler.disable
     def softmax_attention(
         self,
         q: Tensor,
@@ -150,14 +151,17 @@ class Segment(Sequence):
             before = Before(keys, self.number, self.continues, self._seen(window), self.stream.partitions)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition, before)
 
+    @torch.compiler.disable
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As in `Sequence`, where no document goes on from before."""
         return self.convolve(x, weight, bias)[0]
 
+    @torch.compiler.disable
     def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]:
         """As in `Sequence`, where no document goes on from before."""
         return self.convolve(x, weight, bias, parts=parts)[0]
 
+    @torch.compiler.disable
     def convolve(
         self,
         x: Tensor,
