@@ -98,9 +98,7 @@ class TrainConfig:
     batch_contexts: Count = 1  # one at a time on every data-parallel group: the others are accumulated
     segment_tokens: Count | None = None  # over all ranks: contexts are streams of segments of so many; None: whole
     segment_offload: bool = False  # what segments hand on to each other waits in the host's memory
-    segment_graphs: Count = (
-        1  # so many at the end are not computed twice: their layers keep until backward what they do
-    )
+    segment_graphs: Count = 1  # so many segments at the end are computed once: they keep what `recompute` says
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs if every rank can have one
     # What is kept of layers' activations until backward (lasp.models.recompute); auto: as much as fits. Of older runs
