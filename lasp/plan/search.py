@@ -72,7 +72,12 @@ def best(job: Job, setting: Setting | None = None) -> Plan:
     """The fastest that surely fits (or else fits), of settings with as many ranks to a context as `setting` if it is
     given; where none does, that which needs the least memory. Of equals the simplest."""
     ranks = [n for n in range(1, job.gpus + 1) if job.gpus % n == 0] if setting is None else [setting.sequence_parallel]
-    plans = [plan(job, each) for each in settings(job, ranks)]
+    return faster(*(plan(job, each) for each in settings(job, ranks)))
+
+
+def faster(*plans: Plan) -> Plan:
+    """The fastest that surely fits, or else fits; where none does, that which needs the least memory. Of equals the
+    first."""
     fitting = [each for each in plans if each.surely_fits] or [each for each in plans if each.fits]
     if not fitting:
         return min(plans, key=lambda each: each.memory.total)

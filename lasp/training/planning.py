@@ -15,7 +15,7 @@ from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig
 from lasp.models import PRESETS
 from lasp.plan import Job, Plan, Setting, advice, best, job_of, named, of_device, plan, recomputation, report
 from lasp.plan.gpus import GIB, GPU
-from lasp.plan.search import options, smaller
+from lasp.plan.search import faster, options, smaller, with_graphs
 from lasp.training import checkpoint
 from lasp.training.paths import with_vocabulary
 from lasp.training.recipes import RECIPES
@@ -86,7 +86,10 @@ def _made(job: Job, wishes: Wishes) -> Plan:
         segment_graphs=wishes.segment_graphs or 1,
     )
     if wishes.recompute == "auto":
-        return plan(job, recomputation(job, setting))
+        automatic = plan(job, recomputation(job, setting))
+        if setting.segment_tokens is None or wishes.segment_graphs is not None:
+            return automatic
+        return faster(automatic, plan(job, with_graphs(job, replace(setting, recompute="full"))))
     return plan(job, replace(setting, recompute=wishes.recompute, recompute_layers=wishes.recompute_layers))
 
 
@@ -148,7 +151,9 @@ def settled(config: TrainConfig, world: World) -> TrainConfig:
     job = job_of(config, min(gpus, key=lambda gpu: gpu.memory), world.size)
     wishes = _wishes(config, world.mesh["sp"].size())
     setting = _made(job, wishes).setting
-    return replace(config, recompute=setting.recompute, recompute_layers=setting.recompute_layers)
+    graphs = None if config.segment_tokens is None else setting.segment_graphs
+    recompute, layers = setting.recompute, setting.recompute_layers
+    return replace(config, recompute=recompute, recompute_layers=layers, segment_graphs=graphs)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Segments(NamedTuple):
     def of(cls, config: TrainConfig) -> "Segments | None":
         if config.segment_tokens is None:
             return None
-        return cls(config.segment_tokens, config.segment_offload, config.segment_graphs)
+        return cls(config.segment_tokens, config.segment_offload, config.segment_graphs or 1)
 
 
 class Part(NamedTuple):
