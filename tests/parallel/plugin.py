@@ -59,8 +59,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "group" in metafunc.fixturenames:
-        ranks = _ranks(metafunc.config)
-        metafunc.parametrize("group", list(ranks.groups) if ranks else ["world"], indirect=True)
+        ranks, config = _ranks(metafunc.config), metafunc.config
+        world = ranks is None or (metafunc.definition.get_closest_marker("world") and not config.getoption("full"))
+        metafunc.parametrize("group", ["world"] if world else list(ranks.groups), indirect=True)
 
 
 @pytest.fixture(scope="session")
