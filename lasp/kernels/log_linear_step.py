@@ -1,5 +1,8 @@
 """Log-linear attention one token at a time, and in whatever pieces tokens come, for generation."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from lasp.kernels.log_linear import (
     log_linear_delta_rule,
     log_linear_inputs,
 )
+from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.summary import SHUT
 
 
@@ -43,28 +47,16 @@ class FenwickMemory:
         return FenwickMemory(self.state.select(rows))
 
     @torch.no_grad()
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        level_scales: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float | None = None,
-    ) -> Tensor:
-        """o [N, 1, H, V] of one token of every sequence; the arguments are those of `log_linear_attention` and
-        `log_linear_delta_rule` with T = 1, N rows, and either decay or beta.
+    def step(self, *, scale: float | None = None, **tensors: Tensor | None) -> Tensor:
+        """o [N, 1, H, V] of one token of every sequence; the arguments are those of `log_linear_attention`, or with a
+        beta `log_linear_delta_rule`, by name, with T = 1 and N rows.
 
         Raises:
             ValueError: as those do.
         """
-        if beta is not None:
-            x = log_linear_delta_inputs(q, k, v, beta, decay, level_scales, scale)
-        else:
-            x = log_linear_inputs(q, k, v, decay, level_scales, scale)
-        q, k, v, scale = x.q, x.k, x.v, x.scale
+        make: Callable[..., LogLinearInputs] = log_linear_delta_inputs if "beta" in tensors else log_linear_inputs
+        x = make(**tensors, scale=scale)
+        q, k, v, level_scales = x.q, x.k, x.v, x.level_scales
         checks.require(v.shape[1] == 1, "v", f"{v.shape[1]} tokens", "1 of every sequence")
         check_state(FenwickState(self.slots, self.tokens), v.shape[0], x)
         check_levels(level_scales.shape[-1], self.tokens + 1)
@@ -74,10 +66,11 @@ class FenwickMemory:
             from lasp.kernels.triton.log_linear.step import step
 
             if unsupported(k, v) is None:
-                o, self.since = step(q, k, v, decay, level_scales, beta, self.slots, self.since, self.tokens, scale)
+                state = self.slots, self.since, self.tokens
+                o, self.since = step(q, k, v, x.decay, level_scales, x.beta, *state, x.scale)
                 self.tokens = self.tokens + 1
                 return o
-        return self._step(q, k, v, decay, level_scales, beta, scale)
+        return self._step(q, k, v, x.decay, level_scales, x.beta, x.scale)
 
     def _make_room(self, tokens: int) -> None:
         missing = tokens.bit_length() - self.slots.shape[1]
@@ -112,33 +105,23 @@ class FenwickMemory:
 
 def go_on(
     past: FenwickState | FenwickMemory | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    level_scales: Tensor,
-    beta: Tensor | None = None,
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    **tensors: Tensor | None,
 ) -> tuple[Tensor, FenwickState | FenwickMemory]:
     """o [B, T, H, V] and the past for the next call: log-linear attention, or the delta rule if there is a beta.
 
+    tensors: theirs, by name.
     One token of every row of which nobody wants a gradient changes the past in place.
     """
-    if past is not None and v.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+    v, grad = tensors["v"], torch.is_grad_enabled()
+    if past is not None and v is not None and v.shape[1] == 1 and cu_seqlens is None and not grad:
         memory = past if isinstance(past, FenwickMemory) else FenwickMemory(past)
-        return memory.step(q, k, v, decay, level_scales, beta, scale=scale), memory
+        return memory.step(**tensors, scale=scale), memory
     state = past.state if isinstance(past, FenwickMemory) else past
-    options: dict = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    if beta is None:
-        checks.tensor("decay", decay)
-        assert decay is not None
-        o, after = log_linear_attention(q, k, v, decay, level_scales, **options)
-    else:
-        o, after = log_linear_delta_rule(q, k, v, beta, decay, level_scales, **options)
-    assert after is not None
-    return o, after
+    attend: Callable[..., Any] = log_linear_delta_rule if "beta" in tensors else log_linear_attention
+    return attend(**tensors, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
 def _padded(scales: Tensor, levels: int) -> Tensor:
