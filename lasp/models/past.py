@@ -87,16 +87,9 @@ class OpsWithPast(ABC):
         return self._step(lambda past: self._go_on(past, x, scale)), None
 
     def log_linear_delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        level_scales: Tensor,
-        *,
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, level_scales: Tensor, *,
         scale: float | None = None,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, None]:  # fmt: skip
         x = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "level_scales": level_scales}
         return self._step(lambda past: self._go_on(past, x, scale)), None
 

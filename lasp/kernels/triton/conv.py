@@ -107,14 +107,9 @@ def _forward(
     X_ROW,
     HEAD,  # channels of a head, D / H
     OFFSET,  # of the part among them
-    P: tl.constexpr,
-    BP: tl.constexpr,
-    BT: tl.constexpr,
-    W: tl.constexpr,
-    EPS: tl.constexpr,
-    SILU: tl.constexpr,
+    P: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr,
     UNIT: tl.constexpr,
-):
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, begin, count, position, after = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
@@ -146,23 +141,10 @@ def _dz(
     heads_of_tiles,  # [M, W - 1, D]: dz of each tile's first tokens; None if W is 1
     dw,  # [M, W, D] fp32: a tile's part of the sum
     db,  # [M, D] fp32, likewise, or None
-    start,
-    length,
-    owner,
-    first,
-    H,
-    D,
-    X_ROW,
-    HEAD,
-    OFFSET,
-    P: tl.constexpr,
-    BP: tl.constexpr,
-    BT: tl.constexpr,
-    W: tl.constexpr,
-    EPS: tl.constexpr,
-    SILU: tl.constexpr,
+    start, length, owner, first, H, D, X_ROW, HEAD, OFFSET,
+    P: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr,
     UNIT: tl.constexpr,
-):
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, begin, count, position, _ = _where(start, length, owner, first, tile)
     cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
@@ -228,15 +210,9 @@ def _dx(
     heads_of_tiles,  # [M, W - 1, D], or None
     weight,  # [D, W]
     d_tail,  # [N, W - 1, D], or None
-    start,
-    length,
-    owner,
-    first,
-    D,
-    BP: tl.constexpr,
-    BT: tl.constexpr,
-    W: tl.constexpr,
-):
+    start, length, owner, first, D,
+    BP: tl.constexpr, BT: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     n, begin, count, position, after = _where(start, length, owner, first, tile)
     channels = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]

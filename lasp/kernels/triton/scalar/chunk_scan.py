@@ -162,30 +162,11 @@ def _chunk_scan(
     products,  # [blocks, tokens, H]: those sums
     ends,  # like local: the state at the tiles' ends, written forward and read in reverse, if SUMS
     at_end,  # [blocks, M, H]: its product with the state's gradient there, written in reverse, if SUMS
-    owner,
-    start,
-    length,
-    scale,
-    state_scale,
-    TOKENS,
-    H,
-    GA,
-    GB,
-    GC,
-    GP,
-    DA: tl.constexpr,
-    DC: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MAX_LOG2_DECAY: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    owner, start, length, scale, state_scale, TOKENS, H, GA, GB, GC, GP,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_LOG2_DECAY: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     first: tl.constexpr = TRANSPOSED and not REVERSE  # see pdl
     if not first:
         griddepcontrol_wait()
