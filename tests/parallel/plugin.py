@@ -121,6 +121,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The groups that a test here has made end with it; Megatron's meshes, elsewhere, are kept for other tests."""
+    ranks = _ranks_of(item) if item.path.is_relative_to(Path(__file__).parent) else None
+    before = ranks.made_groups() if ranks else set()
+    result = yield
+    if ranks:
+        ranks.end_groups(but=before | {group for group in ranks.groups.values() if group})
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     """A test whose fixtures fail has a verdict, too: the other ranks may have entered its body and wait for it."""
     __tracebackhide__ = True
