@@ -16,7 +16,6 @@ from lasp.kernels.log_linear import (
     log_linear_delta_rule,
     log_linear_inputs,
 )
-from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.summary import SHUT
 
 
@@ -47,16 +46,21 @@ class FenwickMemory:
         return FenwickMemory(self.state.select(rows))
 
     @torch.no_grad()
-    def step(self, *, scale: float | None = None, **tensors: Tensor | None) -> Tensor:
-        """o [N, 1, H, V] of one token of every sequence; the arguments are those of `log_linear_attention`, or with a
-        beta `log_linear_delta_rule`, by name, with T = 1 and N rows.
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, level_scales: Tensor, beta: Tensor | None = None,
+        *, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """o [N, 1, H, V] of one token of every sequence; the arguments are those of `log_linear_attention` and
+        `log_linear_delta_rule` with T = 1, N rows, and either decay or beta.
 
         Raises:
             ValueError: as those do.
         """
-        make: Callable[..., LogLinearInputs] = log_linear_delta_inputs if "beta" in tensors else log_linear_inputs
-        x = make(**tensors, scale=scale)
-        q, k, v, level_scales = x.q, x.k, x.v, x.level_scales
+        if beta is not None:
+            x = log_linear_delta_inputs(q, k, v, beta, decay, level_scales, scale)
+        else:
+            x = log_linear_inputs(q, k, v, decay, level_scales, scale)
+        q, k, v, scale = x.q, x.k, x.v, x.scale
         checks.require(v.shape[1] == 1, "v", f"{v.shape[1]} tokens", "1 of every sequence")
         check_state(FenwickState(self.slots, self.tokens), v.shape[0], x)
         check_levels(level_scales.shape[-1], self.tokens + 1)
@@ -66,11 +70,10 @@ class FenwickMemory:
             from lasp.kernels.triton.log_linear.step import step
 
             if unsupported(k, v) is None:
-                state = self.slots, self.since, self.tokens
-                o, self.since = step(q, k, v, x.decay, level_scales, x.beta, *state, x.scale)
+                o, self.since = step(q, k, v, decay, level_scales, beta, self.slots, self.since, self.tokens, scale)
                 self.tokens = self.tokens + 1
                 return o
-        return self._step(q, k, v, x.decay, level_scales, x.beta, x.scale)
+        return self._step(q, k, v, decay, level_scales, beta, scale)
 
     def _make_room(self, tokens: int) -> None:
         missing = tokens.bit_length() - self.slots.shape[1]
@@ -108,15 +111,14 @@ def go_on(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
-    **tensors: Tensor | None,
+    **tensors: Any,
 ) -> tuple[Tensor, FenwickState | FenwickMemory]:
     """o [B, T, H, V] and the past for the next call: log-linear attention, or the delta rule if there is a beta.
 
     tensors: theirs, by name.
     One token of every row of which nobody wants a gradient changes the past in place.
     """
-    v, grad = tensors["v"], torch.is_grad_enabled()
-    if past is not None and v is not None and v.shape[1] == 1 and cu_seqlens is None and not grad:
+    if past is not None and tensors["v"].shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         memory = past if isinstance(past, FenwickMemory) else FenwickMemory(past)
         return memory.step(**tensors, scale=scale), memory
     state = past.state if isinstance(past, FenwickMemory) else past
