@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+import torch.distributed.tensor.debug
 
 
 class WrongOnSomeRank(AssertionError):
@@ -67,7 +67,7 @@ class Ranks:
         """All others, if they are gloo's, each of which has threads that wake a hundred times a second."""
         if self.device or not (others := self.made_groups() - but):
             return
-        _clear_sharding_prop_cache()  # it knows meshes of these groups
+        torch.distributed.tensor.debug._clear_sharding_prop_cache()  # it knows meshes of these groups
         for group in others:
             dist.destroy_process_group(group)
 
