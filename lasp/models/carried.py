@@ -6,7 +6,7 @@ with the gradients of the leaves of the next one. Gradients of keys and values a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -143,10 +143,9 @@ class SegmentOps(OpsWithPast):
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
 
-    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
-        q, k, v, decay, level_scales, *beta = inputs
-        op = self._seq.log_linear_delta_rule if beta else self._seq.log_linear_attention
-        return op(q, k, v, *beta, decay, level_scales, scale=scale, **self._continuing(past))
+    def _go_on(self, past: Any, tensors: Mapping[str, Tensor | None], scale: float | None) -> tuple[Tensor, Any]:
+        op = self._seq.log_linear_delta_rule if "beta" in tensors else self._seq.log_linear_attention
+        return op(**tensors, scale=scale, **self._continuing(past))
 
     def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": self._seq.continues}

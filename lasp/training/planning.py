@@ -120,15 +120,9 @@ def _read(source: str, gpu: GPU, asked: Asked) -> tuple[Job, Wishes]:
 
 def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
     assert not isinstance(config.recompute, bool)
-    return Wishes(
-        sequence_parallel=sequence_parallel,
-        recompute=config.recompute,
-        recompute_layers=config.recompute_layers,
-        offload_activations=config.offload_activations,
-        segment_tokens=config.segment_tokens,
-        segment_offload=config.segment_offload,
-        segment_graphs=config.segment_graphs,
-    )
+    names = [field.name for field in fields(Wishes) if field.name != "sequence_parallel"]
+    same: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return Wishes(sequence_parallel=sequence_parallel, **same)
 
 
 def _saved(run_dir: str) -> TrainConfig:

@@ -51,6 +51,7 @@ def test_validation_before_training(mixer: str, documents: Tensor | None):
 
 
 @pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.ranks(3)
 @pytest.mark.cpu_only("its models are a CPU's")
 @pytest.mark.parametrize("exchange", ["all_gather", "symmetric_memory"])

@@ -34,11 +34,12 @@ def build(mixer: str, **changes) -> Decoder:
 
 def gradients(model: Decoder, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
     """Summed over the ranks."""
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    together = torch.cat([x.flatten() for x in found.values()])
     if group is not None:
-        for gradient in found.values():
-            dist.all_reduce(gradient, group=group)
-    return found
+        dist.all_reduce(together, group=group)
+    parts = together.split([x.numel() for x in found.values()])
+    return {name: part.view_as(x) for (name, x), part in zip(found.items(), parts, strict=True)}
 
 
 def check(
@@ -80,6 +81,7 @@ WAYS = {
 
 
 @pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -118,6 +120,7 @@ def test_mixtures_balance_over_the_whole_stream(gen, group):
 
 
 @pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize(("layout", "documents"), [("contiguous", DOCUMENTS), ("zigzag", None)])
 def test_segments_shorter_than_the_convolutions_reach(gen, group, layout, documents):

@@ -122,16 +122,9 @@ class Segment(Sequence):
 
     @torch.compiler.disable
     def softmax_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        causal: bool = True,
-        window: int | None = None,
-        keys: KeyStore | None = None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = True,
+        window: int | None = None, keys: KeyStore | None = None,
+    ) -> Tensor:  # fmt: skip
         """As in `Sequence`, causal, over all that the first document had before, too.
 
         keys: what earlier segments left in this layer, and where this one leaves its own; one for all segments.

@@ -71,7 +71,7 @@ def _steps(
     dtype = c.dtype.element_ty
     HALF: tl.constexpr = dtype == tl.float16
     state_dtype = tl.float32 if HALF else dtype  # a state may exceed what fp16 holds
-    steep: tl.constexpr = tl.float32 if HALF else dtype  # nor has it small numbers
+    decayed_dtype: tl.constexpr = tl.float32 if HALF else dtype  # nor has it small numbers
     EXACT: tl.constexpr = "tf32x3" if HALF and SUMS else PRECISION  # of what must not add up over a tile
     PAIRS: tl.constexpr = SUMS and not REVERSE  # of a query and a key, with both of their scores
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -112,7 +112,7 @@ def _steps(
                 left, g, end = (end - g).to(tl.float32), g.to(tl.float32), end.to(tl.float32)
                 p *= tl.exp2(tl.where(seen, gap, float("-inf")))
                 if SUMS:
-                    scaled = (ac * tl.exp2(g)[:, None]).to(steep)
+                    scaled = (ac * tl.exp2(g)[:, None]).to(decayed_dtype)
                     yc = _read(scaled, x, state_dtype, EXACT)
                     inner = tl.sum(pc * yc, axis=1)
                     if PAIRS:
@@ -120,8 +120,8 @@ def _steps(
                 else:
                     yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION) * tl.exp2(g)[:, None]
                 yc = tl.dot(p.to(dtype), cc, yc, input_precision=PRECISION)
-                cc = (cc * tl.exp2(left)[:, None]).to(steep)
-                x = tl.dot(bt.to(steep), cc, x * tl.exp2(end), input_precision=EXACT)
+                cc = (cc * tl.exp2(left)[:, None]).to(decayed_dtype)
+                x = tl.dot(bt.to(decayed_dtype), cc, x * tl.exp2(end), input_precision=EXACT)
             else:
                 g, end = g.to(tl.float32), end.to(tl.float32)
                 read = tl.exp2(g - 0.5 * end)[:, None]
@@ -162,30 +162,11 @@ def _chunk_scan(
     products,  # [blocks, tokens, H]: those sums
     ends,  # like local: the state at the tiles' ends, written forward and read in reverse, if SUMS
     at_end,  # [blocks, M, H]: its product with the state's gradient there, written in reverse, if SUMS
-    owner,
-    start,
-    length,
-    scale,
-    state_scale,
-    TOKENS,
-    H,
-    GA,
-    GB,
-    GC,
-    GP,
-    DA: tl.constexpr,
-    DC: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MAX_LOG2_DECAY: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    owner, start, length, scale, state_scale, TOKENS, H, GA, GB, GC, GP,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_LOG2_DECAY: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     first: tl.constexpr = TRANSPOSED and not REVERSE  # see pdl
     if not first:
         griddepcontrol_wait()

@@ -17,12 +17,9 @@ from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, bounded, sums_dty
 def _cumulate(
     decay,  # [tokens, H]
     cumulated,  # [tokens, H]
-    start,
-    length,
-    H,
-    BH: tl.constexpr,
-    C: tl.constexpr,
-):
+    start, length, H,
+    BH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
     griddepcontrol_wait()
@@ -80,17 +77,9 @@ def _gate_grads(
     at_end,  # [EB, M, H]
     decay,  # [tokens, H]
     dg,  # [tokens, H]
-    start,
-    length,
-    TOKENS,
-    H,
-    BH: tl.constexpr,
-    C: tl.constexpr,
-    QB: tl.constexpr,
-    VB: tl.constexpr,
-    EB: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    start, length, TOKENS, H,
+    BH: tl.constexpr, C: tl.constexpr, QB: tl.constexpr, VB: tl.constexpr, EB: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     griddepcontrol_wait()
