@@ -56,13 +56,13 @@ class Sequence(Handle):
         return [self.partition.tokens, self.partition.local_tokens, self.packed]
 
     @property
-    @traced(shapes.positions)
+    @traced(shapes.positions, lasting=True)
     def positions(self) -> Tensor:
         """[T_local] int64: each token's position within its document; 0 for padding."""
         return self._positions
 
     @property
-    @traced(shapes.valid)
+    @traced(shapes.valid, lasting=True)
     def valid(self) -> Tensor:
         """[T_local] bool: False for padding."""
         return self._valid

@@ -109,6 +109,13 @@ def test_what_a_call_keeps_lies_in_no_memory_that_others_may_be_given(calls):
             assert torch.equal(a, b), function.__name__
 
 
+def test_what_outlives_a_call_is_copied_for_a_graph():
+    seq = SequenceParallel(None).sequence(9)
+    for name in ("positions", "valid"):
+        ((copy,), _), own = getattr(torch.ops.lasp, f"sequence_{name}")(seq, []), getattr(seq, name)
+        assert torch.equal(copy, own) and copy.data_ptr() != own.data_ptr()
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_model_and_its_loss_are_one_graph(gen, recompute):
     """Of batches of one length, packed or not; here of layers of each kind, the linear one with a window beside."""
