@@ -116,6 +116,25 @@ def test_what_outlives_a_call_is_copied_for_a_graph():
         assert torch.equal(copy, own) and copy.data_ptr() != own.data_ptr()
 
 
+def test_graphs_leave_open_how_many_states_there_are(calls):
+    """In packed batches, and slots of log-linear attention in all."""
+    seq = SequenceParallel(None).sequence(TOKENS, torch.tensor([0, 5, TOKENS]))
+    (_, linear, _), (_, levels, _) = calls[0], calls[3]
+    linear = {name: linear[name] for name in ("q", "k", "v", "decay")}
+
+    def squares(seq, linear, levels):
+        o, state = seq.linear_attention(**linear, output_final_state=True)
+        p, slots = log_linear_attention(**levels, output_final_state=True)
+        return o.sum() + p.sum() + state.square().sum() + slots.slots.square().sum() + slots.tokens.sum()
+
+    torch._dynamo.reset()
+    inputs = [linear["q"], linear["k"], linear["v"], levels["level_scales"]]
+    values = [f(seq, linear, levels) for f in (squares, torch.compile(squares, backend="aot_eager", fullgraph=True))]
+    assert torch.equal(*values)
+    for a, b in zip(*(torch.autograd.grad(value, inputs) for value in values), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_model_and_its_loss_are_one_graph(gen, recompute):
     """Of batches of one length, packed or not; here of layers of each kind, the linear one with a window beside."""
