@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_origin
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lasp.kernels.fenwick import FenwickState
@@ -181,7 +182,7 @@ def traced(
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         if not AVAILABLE:
-            return torch.compiler.disable(function)
+            return apart(function)
         signature = inspect.signature(function)
         names = tuple(signature.parameters)
         defaults = {
@@ -207,6 +208,11 @@ def traced(
         return called
 
     return decorate
+
+
+def apart(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Breaks graphs: the function runs outside of them. (`torch.compiler.disable` would load the compiler at once.)"""
+    return _disable_dynamo(function)
 
 
 def open_to_graphs(cls: type[Handle], *attributes: str) -> None:
