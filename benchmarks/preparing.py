@@ -4,12 +4,14 @@
 
 The texts are those of the Python packages installed here (source and documentation), a file each; a tokenizer is
 trained as `lasp tokenizer` does on every n-th part of them, a tenth in all. A megabyte is 10^6 bytes of the JSON Lines.
-Memory is the sum of the processes' proportional shares, looked at ten times a second (Linux).
+Seconds are the command's, from start to end; CPU seconds those of all its processes, which other work on the machine
+changes less. Memory is the sum of the processes' proportional shares, looked at ten times a second (Linux).
 """
 
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +28,7 @@ from ranks import say
 from lasp.data.bpe import train_on
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh")
-COLUMNS = ("MB", "vocabulary", "cores", "s", "MB/s", "tokens", "peak MiB")
+COLUMNS = ("MB", "vocabulary", "cores", "s", "MB/s", "CPU s", "tokens", "peak MiB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def main(settings: Settings) -> None:
         lines, tokenizer, output = (Path(folder) / name for name in ("texts.jsonl", "tokenizer.json", "tokens"))
         size = write_lines(lines, settings.megabytes * 1e6)
         say(train_on([lines], tokenizer, settings.vocab_size, characters=size // 10))
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         prepare = [sys.executable, "-m", "lasp", "prepare", str(lines)]
         prepare += ["--output", str(output), "--tokenizer", str(tokenizer)]
         process = subprocess.Popen(
@@ -101,7 +103,7 @@ def main(settings: Settings) -> None:
         )
         memory = Memory(process)
         told, _ = process.communicate()
-        seconds = time.perf_counter() - start
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         if process.returncode:
             sys.exit(process.returncode)
         tokens = sum((Path(folder) / f"tokens_{split}.bin").stat().st_size // 2 for split in ("train", "valid"))
@@ -113,11 +115,12 @@ def main(settings: Settings) -> None:
         "cores": settings.cores,
         "seconds": seconds,
         "megabytes_per_second": size / 1e6 / seconds,
+        "cpu_seconds": (cpu := after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
         "tokens": tokens,
         "peak_bytes": memory.peak,
     }
     cells = [f"{size / 1e6:.0f}", f"{settings.vocab_size:,}", str(settings.cores), f"{seconds:.1f}"]
-    cells += [f"{size / 1e6 / seconds:.1f}", f"{tokens:,}", f"{memory.peak / 2**20:.0f}"]
+    cells += [f"{size / 1e6 / seconds:.1f}", f"{cpu:.1f}", f"{tokens:,}", f"{memory.peak / 2**20:.0f}"]
     for line in (COLUMNS, ("-",) * len(COLUMNS), cells):
         say("| " + " | ".join(line) + " |")
     say(json.dumps(row))

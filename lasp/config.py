@@ -115,7 +115,7 @@ class TrainConfig:
     skip_nonfinite: CountOrZero = 0  # steps in a row that may be left out because loss or gradient are not finite
     compare_replicas_every: CountOrZero = 100  # steps; 0: ranks never compare the weights that several of them hold
     seed: Seed = 0  # of weights and of the order of documents
-    log_every: Count = 10  # steps between the lines that tell of the run where there is no terminal
+    log_every: Count = 10  # steps that are logged together at most, and between lines where there is no terminal
     profile: bool = False  # traces the steps 3 to 5 of this start (lasp.training.profile)
     wandb: Name | None = None  # a project of Weights & Biases that gets the metrics, too
     allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …

@@ -8,7 +8,7 @@ expressions that are known here, to exactly the ids that the library gives; all 
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,13 @@ class Words:
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Likewise, with the character at which each token begins [tokens]."""
         words = self._find(text)
-        begins = np.cumsum([0, *map(len, words)])[:-1]
+        lengths = _lengths(words)
+        begins = np.cumsum(lengths) - lengths
         return self._ids.of(words), np.repeat(begins, self._starts.counts(words)) + self._starts.of(words)
+
+
+def _lengths(things: Iterable[str] | Iterable[bytes], count: int = -1) -> np.ndarray:
+    return np.fromiter(map(len, things), np.int64, count)
 
 
 class _Kept(dict[str, bytes]):
@@ -88,7 +93,7 @@ class _Kept(dict[str, bytes]):
 
     def counts(self, words: list[str]) -> np.ndarray:
         """How many each has."""
-        return np.fromiter((len(self[word]) for word in words), np.int64, len(words)) // self._dtype.itemsize
+        return _lengths(map(self.__getitem__, words), len(words)) // self._dtype.itemsize
 
     def __missing__(self, word: str) -> bytes:
         found = np.array(self._function(word), self._dtype).tobytes()

@@ -25,14 +25,15 @@ def like_results(v: Tensor, key_dim: int, states: int | torch.SymInt | None) -> 
     return [o, v.new_empty(states, v.shape[2], key_dim, v.shape[3], dtype=dtype)]
 
 
-def _like_results(
+def like_own_results(
     k: Tensor, v: Tensor, output_final_state: bool, cu_seqlens: Tensor | None, **others: object
 ) -> list[Tensor]:
+    """Likewise, of an operation with these arguments."""
     count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return like_results(v, k.shape[-1], count if output_final_state else None)
 
 
-@traced(_like_results, casts=autocast.unify)
+@traced(like_own_results, casts=autocast.unify)
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -72,7 +73,7 @@ def linear_attention(
     return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
-@traced(_like_results, casts=autocast.unify)
+@traced(like_own_results, casts=autocast.unify)
 def delta_rule(
     q: Tensor,
     k: Tensor,

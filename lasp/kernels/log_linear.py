@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
-from lasp.kernels.linear import BACKENDS, Backend
+from lasp.kernels.linear import BACKENDS, Backend, like_own_results
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.recurrence import Alone, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
@@ -15,24 +15,21 @@ from lasp.kernels.segments import Segments
 from lasp.kernels.traced import traced
 
 
-def like_results(v: Tensor, key_dim: int, states: int | torch.SymInt | None) -> list[Tensor]:
-    """Empty tensors like o and, if there are any, the slots and tokens of so many final states.
+def with_slots(results: list[Tensor]) -> list[Tensor]:
+    """From empty tensors like o and some states those like o, their slots and tokens.
 
-    How many slots there are follows from the numbers of tokens, which are not looked at."""
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if states is None:
+    How many slots there are follows from the numbers of tokens, which are not looked at.
+    """
+    o, *states = results
+    if not states:
         return [o]
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    slots = torch.library.get_ctx().new_dynamic_size()
-    tokens = torch.empty(states, dtype=torch.long, device="cpu")
-    return [o, v.new_empty(states, slots, v.shape[2], key_dim, v.shape[3], dtype=dtype), tokens]
+    count, *shape = states[0].shape
+    slots = states[0].new_empty(count, torch.library.get_ctx().new_dynamic_size(), *shape)
+    return [o, slots, torch.empty(count, dtype=torch.long, device="cpu")]
 
 
-def _like_results(
-    k: Tensor, v: Tensor, output_final_state: bool, cu_seqlens: Tensor | None, **others: object
-) -> list[Tensor]:
-    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return like_results(v, k.shape[-1], count if output_final_state else None)
+def _like_results(**given: Any) -> list[Tensor]:
+    return with_slots(like_own_results(**given))
 
 
 @traced(_like_results, casts=autocast.unify)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_origin
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from lasp.kernels.fenwick import FenwickState
@@ -169,18 +170,19 @@ _KINDS: dict[Any, _Kind] = {
 
 
 def traced(
-    fake: Fake, *, reads: tuple[int, ...] = (), casts: Callable[..., Any] | None = None
+    fake: Fake, *, reads: tuple[int, ...] = (), lasting: bool = False, casts: Callable[..., Any] | None = None
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Makes a function, or a method of a `Handle`, a node of graphs; elsewhere it is what it was.
 
     fake: takes the same arguments by name, and returns a list of empty tensors like the results that there are.
     reads: which results its backward reads, to be kept for it in the place they have.
+    lasting: its results outlive the call, so that a node gives copies of them.
     casts: what torch.autocast does to q, k and v, which it does not reach in a node.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         if not AVAILABLE:
-            return torch.compiler.disable(function)
+            return apart(function)
         signature = inspect.signature(function)
         names = tuple(signature.parameters)
         defaults = {
@@ -189,7 +191,7 @@ def traced(
         kinds = tuple(_kind(p.annotation, function) for p in signature.parameters.values())
         writes = tuple(kind.write for kind in kinds)
         returns = _returns(signature.return_annotation)
-        node = _define(function, names, kinds, fake, reads)
+        node = _define(function, names, kinds, fake, reads, lasting)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = defaults | dict(zip(names, args, strict=False)) | kwargs
@@ -206,6 +208,11 @@ def traced(
         return called
 
     return decorate
+
+
+def apart(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Breaks graphs: the function runs outside of them. (`torch.compiler.disable` would load the compiler at once.)"""
+    return _disable_dynamo(function)
 
 
 def open_to_graphs(cls: type[Handle], *attributes: str) -> None:
@@ -237,7 +244,12 @@ def _returns(annotation: Any) -> Callable[[list[Tensor]], Any]:
 
 
 def _define(
-    function: Callable[..., Any], names: tuple[str, ...], kinds: tuple[_Kind, ...], fake: Fake, reads: tuple[int, ...]
+    function: Callable[..., Any],
+    names: tuple[str, ...],
+    kinds: tuple[_Kind, ...],
+    fake: Fake,
+    reads: tuple[int, ...],
+    lasting: bool,
 ) -> Callable[..., Any]:
     *owner, name = function.__qualname__.split(".")
     full = f"lasp::{'_'.join([*(each.lower() for each in owner), name])}"
@@ -254,7 +266,8 @@ def _define(
         learning = [x for x in leaves if x.requires_grad]
         with _autograd(enabled=bool(learning)):
             results, saved = call.run(function, arguments, learning)
-        results = _own([x.detach().contiguous() for x in results], tensors)
+        results = [x.clone() if lasting else x.detach().contiguous() for x in results]
+        results = _own(results, tensors)
         known = [results[i] for i in reads]
         others = [x for i, x in enumerate(results) if i not in reads]
         for each in saved:

@@ -21,7 +21,7 @@ from lasp.kernels.log_linear import log_linear_delta_inputs, log_linear_inputs
 from lasp.kernels.parts import Parts, undivided, whole
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.softmax import Mask, check_softmax, like_output
-from lasp.kernels.traced import Handle, open_to_graphs, traced
+from lasp.kernels.traced import Handle, apart, open_to_graphs, traced
 from lasp.parallel import comm, log_linear, shapes
 from lasp.parallel.agreement import agree_on_cpus, gradients, signature
 from lasp.parallel.boundary import AcrossDocuments, AcrossUnits, LocalSegments
@@ -56,13 +56,13 @@ class Sequence(Handle):
         return [self.partition.tokens, self.partition.local_tokens, self.packed]
 
     @property
-    @traced(shapes.positions)
+    @traced(shapes.positions, lasting=True)
     def positions(self) -> Tensor:
         """[T_local] int64: each token's position within its document; 0 for padding."""
         return self._positions
 
     @property
-    @traced(shapes.valid)
+    @traced(shapes.valid, lasting=True)
     def valid(self) -> Tensor:
         """[T_local] bool: False for padding."""
         return self._valid
@@ -177,7 +177,7 @@ class Sequence(Handle):
         inputs = partial(log_linear_delta_inputs, q, k, v, beta, decay, level_scales, scale)
         return log_linear.attend(self, "log_linear_delta_rule", inputs, initial_state, output_final_state)
 
-    @torch.compiler.disable
+    @apart
     def run(
         self,
         op: Op[Any],

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lasp.kernels import linear
-from lasp.kernels import log_linear as slots
+from lasp.kernels.linear import like_results
+from lasp.kernels.log_linear import with_slots
 from lasp.kernels.traced import real
 from lasp.parallel.loss import accumulation_dtype
 
@@ -33,11 +33,11 @@ def unshard(self: Any, local: Tensor, dim: int) -> list[Tensor]:
 
 
 def recurrence(self: Any, k: Tensor, v: Tensor, output_final_state: bool, **others: object) -> list[Tensor]:
-    return linear.like_results(v, k.shape[-1], _states(self, v.shape[0]) if output_final_state else None)
+    return like_results(v, k.shape[-1], _states(self, v.shape[0]) if output_final_state else None)
 
 
-def log_linear(self: Any, k: Tensor, v: Tensor, output_final_state: bool, **others: object) -> list[Tensor]:
-    return slots.like_results(v, k.shape[-1], _states(self, v.shape[0]) if output_final_state else None)
+def log_linear(**given: Any) -> list[Tensor]:
+    return with_slots(recurrence(**given))
 
 
 def mean(loss_sum: Tensor, **others: object) -> list[Tensor]:

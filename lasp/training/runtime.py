@@ -47,7 +47,7 @@ class World:
     """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours.
 
     local_size: how many of the ranks share this machine.
-    hosts: all ranks once more, on CPUs, for messages that no GPU is to be waited for.
+    hosts: all ranks once more, on CPUs, for messages that wait for no GPU.
     saves: the same for the messages of saving and loading, which have a time limit of their own.
     doing: what the run is at, for the note that an error gets.
     """
@@ -122,8 +122,8 @@ def join_world(config: Joining) -> Iterator[World]:
         raise
     if not exists:
         leave()
-    for group in (hosts, saves) if exists else ():
-        if group is not None:
+    else:
+        for group in filter(None, (hosts, saves)):
             dist.destroy_process_group(group)
 
 

@@ -63,6 +63,16 @@ def test_example_learns():
     assert seen[-1] < seen[0]
 
 
+def write_data(two, folder, gen) -> str:
+    """Documents of random bytes."""
+    if two.rank == 0:
+        with TokenFileWriter(folder / "data", np.uint16) as writer:
+            for _ in range(8):
+                writer.add_document(torch.randint(256, (200,), generator=gen).numpy())
+    two.barrier("data is written")
+    return str(folder / "data")
+
+
 @pytest.mark.mpi
 @pytest.mark.no_exchange
 @pytest.mark.cpu_only("its shapes are for CPUs")
@@ -71,12 +81,7 @@ def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen, 
 
     A signal to one rank ends the first half.
     """
-    if two.rank == 0:
-        with TokenFileWriter(shared_tmp_path / "data", np.uint16) as writer:
-            for _ in range(8):
-                writer.add_document(torch.randint(256, (200,), generator=gen).numpy())
-    two.barrier("data is written")
-    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", str(shared_tmp_path / "data")]
+    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", write_data(two, shared_tmp_path, gen)]
     run += ["--run-dir", str(shared_tmp_path / "run"), "--steps", "4", "--sequence-length", "64", "--save-every", "2"]
     run += ["--lr", "0.01", "--warmup-steps", "0"]
     whole = losses(program(*run, "--context-parallel", "2"))
@@ -110,12 +115,7 @@ def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen, 
 @pytest.mark.no_exchange
 @pytest.mark.cpu_only("its shapes are for CPUs")
 def test_what_is_damaged_or_not_finite_is_refused(two, program, shared_tmp_path, gen, monkeypatch):
-    if two.rank == 0:
-        with TokenFileWriter(shared_tmp_path / "data", np.uint16) as writer:
-            for _ in range(8):
-                writer.add_document(torch.randint(256, (200,), generator=gen).numpy())
-    two.barrier("data is written")
-    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", str(shared_tmp_path / "data")]
+    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", write_data(two, shared_tmp_path, gen)]
     run += ["--run-dir", str(shared_tmp_path / "run"), "--sequence-length", "64", "--warmup-steps", "0"]
     program(*run, "--steps", "1")
     step, checkpoints = Training.step, shared_tmp_path / "run" / "checkpoints"

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("mixer", ["gated_delta_net", "log_linear_mamba2"])
+@pytest.mark.parametrize("mixer", ["log_linear_gated_delta_net"])
 def test_a_compiled_model_over_ranks_equals_one_rank(group: dist.ProcessGroup, run_seed: int, mixer: str):
     """Packed in another way each time, with one graph for all; the loss, and the sum of the ranks' gradients."""
     numbers = generator(run_seed)

@@ -1,10 +1,12 @@
 """Held-out corpora: each has a loss of its own, in the metrics, in the lines and in the picture."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 
+from lasp.evaluation.reading import Reading
 from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 from lasp.training.plot import plot
@@ -80,3 +82,10 @@ def test_a_corpus_is_named_by_its_whole_path_if_others_end_alike(config, tmp_pat
 def test_corpora_that_are_none_are_refused(config, valid):
     with pytest.raises(ValueError, match=r"^data\.valid: got"):
         replace(config.data, valid=valid)
+
+
+def test_evaluations_want_one_of_several_named(config):
+    origin = SimpleNamespace(data=replace(config.data, valid=("a:2", "b:1")), context_length=8)
+    asked = SimpleNamespace(length=lambda _: 8, texts=(), data=None)
+    with pytest.raises(ValueError, match=r"^data: got None, expected one of the run's held-out corpora .*: a:2 b:1$"):
+        Reading._all(asked, SimpleNamespace(origin=origin))
