@@ -44,29 +44,15 @@ def write_copy(x, copy):
 
 
 @gluon.jit
-def head_room(gs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
-    """A power of two near the largest weight with which a chunk is written into a state in reverse, that of its first
-    token, as a logarithm, [1]: taken out of the weights, since fp16 has no small numbers."""
-    if dtype == gl.float16:
-        return gl.floor(gs.slice(0, 1).load(LAYOUT))
-    else:
-        return gl.zeros([1], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def _written(bc, gs, W: gl.constexpr, REVERSE: gl.constexpr):
+def _written(bc, gs, W: gl.constexpr):
     """w_j b_j, a product's first operand."""
     LEFT: gl.constexpr = gl.DotOperandLayout(0, mma_layout(W), 2)
     PLACE: gl.constexpr = gl.SliceLayout(0, LEFT)
-    if REVERSE:
-        log2_weight = gs.load(PLACE) - head_room(gs, PLACE, bc.dtype)
-    else:
-        log2_weight = whole_decay(gs, PLACE) - gs.load(PLACE)
-    return (bc.permute((1, 0)).load(LEFT) * gl.exp2(log2_weight)[None, :]).to(bc.dtype)
+    return (bc.permute((1, 0)).load(LEFT) * gl.exp2(whole_decay(gs, PLACE) - gs.load(PLACE))[None, :]).to(bc.dtype)
 
 
 @gluon.jit
-def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.constexpr, SUMS: gl.constexpr):
+def _finish_read(yc, pc, gs, up, DECAY: gl.constexpr, SUMS: gl.constexpr):
     """w_i a_iᵀ X from a_iᵀ X as its copy has it, and its sums with the partner, [C]."""
     dtype: gl.constexpr = pc.dtype
     ROW: gl.constexpr = gl.SliceLayout(1, mma_layout(pc.shape[1]))
@@ -74,10 +60,7 @@ def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.conste
     if dtype == gl.float16:
         yc *= up
     if DECAY != NONE:
-        read = whole_decay(gs, ROW) - gs.load(ROW) if REVERSE else gs.load(ROW)
-        if REVERSE and dtype == gl.float16:
-            yc *= gl.exp2(before)[:, None]
-        yc *= gl.exp2(read)[:, None]
+        yc *= gl.exp2(gs.load(ROW))[:, None]
         if SUMS:
             sums = gl.sum(pc.load(ROW.parent).to(gl.float32) * yc, axis=1)
             sums = gl.convert_layout(sums, gl.SliceLayout(1, mma_layout(C)))
@@ -86,49 +69,30 @@ def _finish_read(yc, pc, gs, up, before, DECAY: gl.constexpr, REVERSE: gl.conste
 
 @gluon.jit
 def open_chunk(
-    ac, bc, cc, pc, copy, gs, x, yc, up, before,
-    WORK: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, SUMS: gl.constexpr,
+    ac, bc, cc, pc, copy, gs, x, yc, up, WORK: gl.constexpr, DECAY: gl.constexpr, SUMS: gl.constexpr
 ):  # fmt: skip
     """Weighted scores [C, C], w_i a_iᵀ X [C, W], added to yc if heads are summed, the next X, on its way, and the sums,
     [C]."""
     W: gl.constexpr = cc.shape[1]
     SCORES: gl.constexpr = mma_layout(C)
-    PAIRS: gl.constexpr = SUMS and REVERSE  # of a query and a key, with both of their scores
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
-    seen = row[:, None] <= col[None, :] if REVERSE else row[:, None] >= col[None, :]
+    seen = row[:, None] >= col[None, :]
     if DECAY != NONE:
-        end = whole_decay(gs, gl.SliceLayout(1, mma_layout(W)))
-        if REVERSE and cc.dtype == gl.float16:
-            end = end - head_room(gs, gl.SliceLayout(1, mma_layout(W)), cc.dtype) + before
-        x *= gl.exp2(end)[:, None]
+        x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, mma_layout(W))))[:, None]
     nothing = gl.zeros([C, C], gl.float32, SCORES)
     scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    others = nothing
-    if PAIRS:
-        others = warpgroup_mma(pc, cc.permute((1, 0)), nothing, use_acc=False, is_async=True)
     read = _read(ac, copy)
     if DECAY == NONE:
         x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
         scores = warpgroup_mma_wait(2, deps=(scores,))
         scores = gl.where(seen, scores, 0.0)
     else:
-        if not PAIRS:
-            x = warpgroup_mma(_written(bc, gs, W, REVERSE), cc, x, is_async=True)
-        g_row, g_col = gs.load(gl.SliceLayout(1, SCORES)), gs.load(gl.SliceLayout(0, SCORES))
-        gap = g_col[None, :] - g_row[:, None] if REVERSE else g_row[:, None] - g_col[None, :]
+        x = warpgroup_mma(_written(bc, gs, W), cc, x, is_async=True)
+        gap = gs.load(gl.SliceLayout(1, SCORES))[:, None] - gs.load(gl.SliceLayout(0, SCORES))[None, :]
         weights = gl.exp2(gl.where(seen, gap, float("-inf")))
-        if PAIRS:
-            scores, others, read = warpgroup_mma_wait(0, deps=(scores, others, read))
-            scores *= weights
-            pairs = gl.where(row[:, None] == col[None, :], 0.0, scores * others)
-            near = gl.sum(pairs, axis=1) - gl.convert_layout(gl.sum(pairs, axis=0), gl.SliceLayout(1, SCORES))
-            x = warpgroup_mma(_written(bc, gs, W, REVERSE), cc, x, is_async=True)  # no sooner, to save registers
-        else:
-            scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
-    read, sums = _finish_read(warpgroup_mma_wait(1, deps=(read,)), pc, gs, up, before, DECAY, REVERSE, SUMS)
+        scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
+    read, sums = _finish_read(warpgroup_mma_wait(1, deps=(read,)), pc, gs, up, DECAY, SUMS)
     yc = yc + read if WORK == SUMMED else read
-    if PAIRS:
-        sums += near
     return scores, yc, x, sums
 
 

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.chunk_step import LARGE, head_room
+from lasp.kernels.triton.hopper.chunk_step import LARGE
+from lasp.kernels.triton.hopper.reverse_step import head_room, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
@@ -164,20 +165,15 @@ def _compute(
             left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
         )
         yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
-        queries = qc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
+        queries = qc.slice(PART * HALF, HALF, dim=1)
         if DECAY == NONE:
-            x = warpgroup_mma(queries, doc, x, is_async=True)
+            x = warpgroup_mma(queries.permute((1, 0)), doc, x, is_async=True)
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores = gl.where(seen, scores, 0.0)
             if dtype == gl.float16:
                 yc = warpgroup_mma_wait(1, deps=(yc,)) * up
         else:
-            PLACE: gl.constexpr = gl.SliceLayout(0, WIDE_LEFT)
-            written = gs.load(PLACE)
-            if dtype == gl.float16:
-                written -= head_room(gs, PLACE, dtype)
-            written = gl.exp2(written)
-            x = warpgroup_mma((queries.load(WIDE_LEFT) * written[None, :]).to(dtype), doc, x, is_async=True)
+            x = warpgroup_mma(written(queries, gs, WIDE_LEFT), doc, x, is_async=True)
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
             read = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA))
@@ -202,10 +198,9 @@ def _compute(
                 gl.store(products + place * H, sums * scale, mask=place < count)
             if SUMS and PART == 1:
                 exchange.wait(step)
-                pairs = gl.where(row[:, None] == col[None, :], 0.0, passage.load(MMA) * scores)
+                sums = sum_of_pairs(scores, passage.load(MMA))
                 barrier()
                 exchange.release(step)
-                sums = gl.sum(pairs, axis=1) - gl.convert_layout(gl.sum(pairs, axis=0), gl.SliceLayout(1, MMA))
                 place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, MMA))
                 gl.store(products + place * H, sums * scale, mask=place < count)
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)

@@ -10,6 +10,7 @@ from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
 from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
+from lasp.kernels.triton.hopper.pair_reverse_scan import pair_reverse_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
 from lasp.kernels.triton.hopper.shared import HALF, Behind
 from lasp.kernels.triton.hopper.tile_states import tile_states
@@ -54,13 +55,9 @@ class Hopper:
         return chunk_scan(self.tiles, x.q, x.k, x.v, saved[0], initial, self.scale)[0]
 
     def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
-        shared, behind = (saved[0], d_final, self.scale), self._new_behind(x) if x.decay_class.learned else None
-        if x.k.shape[-1] == x.v.shape[-1] == HOPPER_HEAD:
-            dk, dv, writes = reverse_scan(self.tiles, x.q, x.k, x.v, do, *shared, behind)
-        else:
-            partner = None if behind is None else x.v
-            dv, writes, _ = chunk_scan(self.tiles, x.k, x.q, do, *shared, reverse=True, partner=partner, behind=behind)
-            dk, _, _ = chunk_scan(self.tiles, x.v, do, x.q, *shared, reverse=True, transposed=True)
+        behind = self._new_behind(x) if x.decay_class.learned else None
+        scan = pair_reverse_scan if x.v.shape[-1] == HALF.value else reverse_scan
+        dk, dv, writes = scan(self.tiles, x.q, x.k, x.v, do, saved[0], d_final, self.scale, behind)
         return KeyValueGrads(dk, dv, (writes, behind))
 
     def query_grads(
