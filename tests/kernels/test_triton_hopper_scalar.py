@@ -18,6 +18,7 @@ TOKENS, CUTS = 701, (0, 5, 5, 70, 448, 701)
 HEADS = {  # of q and k, of v, their sizes
     "alone": (4, 4, 64, 64),
     "grouped": (2, 4, 64, 64),
+    "by threes": (2, 6, 64, 64),
     "wide": (2, 4, 128, 128),
     "one group": (1, 4, 128, 64),
 }

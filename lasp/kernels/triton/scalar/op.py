@@ -50,7 +50,7 @@ class TritonLinear:
     def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         x, kernels, do, saved, initial, passing = partial
         learned = x.decay_class.learned
-        early = None if learned else kernels.query_grads(x, do, saved, initial)
+        early = None if learned else kernels.query_grads(x, do, saved, initial)  # while what comes in is on its way
         d_final, d_incoming = passing.enter(d_outgoing.wait())
         dk, dv, known = kernels.key_value_grads(x, do, saved, d_final)
         dq, d_decay = early or kernels.query_grads(x, do, saved, initial, known)
