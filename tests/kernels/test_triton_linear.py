@@ -192,3 +192,24 @@ def test_offsets_on_the_device_are_not_waited_for(gen):
 def test_offsets_are_looked_at_when_the_host_reads_them(offsets):
     with pytest.raises(ValueError, match="cu_seqlens"):
         _ = Segments(1, 4, torch.tensor(offsets)).offsets
+
+
+def test_a_gates_gradient_from_every_chunk(gen):
+    """What tokens read and write within the chunk, and what passes it, shut gates apart."""
+    from lasp.kernels.triton.scalar.gates import chunk_gate_grads
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen).to(DEVICE)
+
+    chunks = Segments(1, 75, torch.tensor([0, 5, 75])).tiles(64, torch.device(DEVICE))
+    reads, writes, products = normal(2, 1, 75, 3), normal(1, 1, 75, 3), normal(2, chunks.count, 3, 32)
+    decay = -normal(1, 75, 3).abs() / 16
+    decay[0, 70, 1] = -torch.inf
+    got = chunk_gate_grads(chunks, decay, reads, writes, products)
+    r, u, passed = reads.sum(0)[0], writes.sum(0)[0], products.sum((0, 3))
+    for n, (start, length) in enumerate(zip(chunks.start.tolist(), chunks.length.tolist(), strict=True)):
+        own = slice(start, start + length)
+        wanted = r[own].flip(0).cumsum(0).flip(0) + u[own].cumsum(0) - u[own]
+        wanted += passed[n] * decay[0, own].sum(0).exp()
+        wanted[decay[0, own] == -torch.inf] = 0.0
+        torch.testing.assert_close(got[0, own], wanted, rtol=1e-4, atol=1e-4)
