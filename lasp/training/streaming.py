@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.config import TrainConfig
-from lasp.data import Context, local_batch
+from lasp.data import Context, labelled_places, local_batch
 from lasp.kernels.parked import to_device
 from lasp.models.carried import Carried, Gradients, SegmentPast
 from lasp.parallel import Stream
@@ -39,6 +39,11 @@ class Part(NamedTuple):
 
     def on(self, device: torch.device) -> "Part":
         return Part(*(to_device(x, device) for x in self))
+
+    def scored(self, device: torch.device) -> Tensor | None:
+        """`labelled_places`, on that device, if the labels are on the host, which would have to wait for others."""
+        places = None if self.labels.is_cuda else labelled_places(self.labels)
+        return None if places is None else to_device(places, device)
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,10 @@ class StreamedBatch:
 
     def _go_back(self, model: Any, number: int, past: SegmentPast, gradients: Gradients, labels: float) -> Tensor:
         """Through one segment; gradients are those of what it hands on."""
-        tokens, targets = self.parts[number].on(_device(model))
-        loss_sum, _ = model(tokens, self.stream[number], labels=targets, memory=past)
+        device = _device(model)
+        tokens, targets = self.parts[number].on(device)
+        scored = self.parts[number].scored(device)
+        loss_sum, _ = model(tokens, self.stream[number], labels=targets, scored=scored, memory=past)
         handed_on, of_handed_on = past.handed_on(gradients)
         torch.autograd.backward([loss_sum / labels, *handed_on], [None, *of_handed_on])
         return loss_sum.detach()
@@ -105,8 +112,10 @@ class StreamedBatch:
         for segment, part in zip(self.stream, self.parts, strict=True):
             carried.forget_before(segment.first)
             past = carried.forward()
-            tokens, targets = part.on(_device(model))
-            sums += torch.stack([x.double() for x in model(tokens, segment, labels=targets, memory=past)])
+            device = _device(model)
+            (tokens, targets), scored = part.on(device), part.scored(device)
+            losses = model(tokens, segment, labels=targets, scored=scored, memory=past)
+            sums += torch.stack([x.double() for x in losses])
             carried.keep(past)
         return sums[0], sums[1]
 

@@ -1,7 +1,7 @@
 """The sweeps of `lasp train`: models, learning rates and seeds on one recall task."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from lasp.config import (
@@ -57,7 +57,7 @@ class RecallSweep:
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, fsdp=False))
-    workers: Count = 1  # processes that train at the same time, on the same device
+    workers: Count = 1  # runs at the same time: on one GPU, or in as many processes
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -107,7 +107,7 @@ class RecallSweep:
             optimizer=OptimizerConfig(
                 lr=lr, weight_decay=self.weight_decay, warmup_steps=steps // 10, min_ratio=0.0, betas=(0.9, 0.98)
             ),
-            parallel=self.parallel,
+            parallel=replace(self.parallel, fsdp=self.parallel.fsdp or self.dtype == "bfloat16"),
             dtype=self.dtype,
             device=self.device,
             eval_every=max(1, steps // self.epochs),
