@@ -8,6 +8,7 @@ update. On a CPU a step is no graph.
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from threading import Lock
@@ -109,9 +110,10 @@ class GraphedRun:
         loss_sum, count = self.model(tokens, self.seq, labels=labels, scored=scored)
         loss = loss_sum / count
         loss.backward()
-        weights, copies = list(self.weights.parameters()), list(self.model.parameters())
+        weights: list[Tensor] = list(self.weights.parameters())
+        copies: list[Tensor] = list(self.model.parameters())
         if self.model is not self.weights:
-            torch._foreach_copy_([weight.grad for weight in weights], [copy.grad for copy in copies])
+            torch._foreach_copy_(_gradients(weights), _gradients(copies))
         nn.utils.clip_grad_norm_(weights, self.config.optimizer.clip_norm)
         self.lr.copy_(self.rates.index_select(0, self.step)[0])
         self.optimizer.step()
@@ -122,16 +124,21 @@ class GraphedRun:
             self.step += 1
 
 
+def _gradients(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
 def _batches(config: TrainConfig, documents: Documents) -> np.ndarray:
     """The documents of each step, int64 [steps, B]."""
-    contexts = PackedContexts(config.data.train, config.context_length, seed=config.seed)
+    (corpus,) = config.data.corpora
+    contexts = PackedContexts(corpus, config.context_length, seed=config.seed)
     rows = config.context_length // documents.length
     epochs = math.ceil(config.steps * rows / contexts.file.num_documents)
     order = np.concatenate([contexts.documents(epoch) for epoch in range(epochs)])
     return order[: config.steps * rows].reshape(config.steps, rows)
 
 
-def _graph(take) -> torch.cuda.CUDAGraph:
+def _graph(take: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     stream.synchronize()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads do go on
