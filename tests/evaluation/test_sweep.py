@@ -38,6 +38,7 @@ def small(tmp_path):
         epochs=1,
         batch=8,
         widths=(8,),
+        init_std=8**-0.5,
         workers=1,
         learning_rates=(1e-2, 3e-3),
         parallel=replace(sweep.parallel, timeout=PATIENCE),

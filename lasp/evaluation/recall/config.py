@@ -52,7 +52,7 @@ class RecallSweep:
     seeds: tuple[Seed, ...] = (0, 1, 2)
     widths: tuple[Count, ...] = (64,)
     layers: Count = 2
-    init_std: NotNegative | None = None  # of the weights' start; width ** -0.5 if None
+    init_std: NotNegative = 0.02  # of the weights' start
     weight_decay: NotNegative = 0.1
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -94,7 +94,7 @@ class RecallSweep:
                 intermediate_size=4 * width,
                 mixer=mixer,
                 pattern=pattern,
-                init_std=width**-0.5 if self.init_std is None else self.init_std,
+                init_std=self.init_std,
             ),
             data=DataConfig(
                 train=self.train_data,
@@ -123,7 +123,7 @@ BYTES = 257  # what every run's vocabulary has at least: that of the tokenizer w
 def mqar() -> RecallSweep:
     """Multi-query associative recall (Zoology, arXiv:2312.04927): all mixers, 4 to 64 pairs, 8,192 words; for a GPU."""
     hybrids = tuple(f"{mixer}:LN" for mixer in ("linear", "gla", "mamba2"))
-    return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids))
+    return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids), dtype="bfloat16", workers=12)
 
 
 def mqar_small() -> RecallSweep:
@@ -135,6 +135,7 @@ def mqar_small() -> RecallSweep:
         sequences=10_000,
         held_out=300,
         epochs=1,
+        init_std=0.125,
         learning_rates=(5e-3,),
         seeds=(0,),
         device="cpu",
