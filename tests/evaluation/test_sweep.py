@@ -117,6 +117,24 @@ def test_cells_may_be_trained_in_processes(small, monkeypatch):
     assert "finished 10 of 10 steps" in Path(small.run("softmax", 8, 1e-2, 1).run_dir, "log.txt").read_text()
 
 
+def test_a_run_that_diverges_does_not_end_the_sweep(small, monkeypatch, capsys):
+    def train(config):
+        if config.optimizer.lr == 1e-2:
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            raise FloatingPointError("step 3, loss: got nan, expected a finite number")
+        return real(config)
+
+    real = module.train
+    monkeypatch.setattr(module, "train", train)
+    small = replace(small, models=("linear:LN",))
+    found = run(small)
+    assert [cell.loss is None for cell in found.cells] == [True, False]
+    assert found.cells[0].mean == 0
+    assert "learning rate 0.01, seed 0: 0.0 % right (its loss was not finite)" in capsys.readouterr().out
+    assert run(small) == found
+    json.loads(Path(small.run_dir, "mqar.json").read_text(), parse_constant=pytest.fail)
+
+
 @pytest.mark.parametrize("model", ["softmax", "gated_delta_net"])
 def test_runs_whose_data_lie_on_the_device_are_the_same_runs(small, model):
     """A GPU makes a graph of each of their steps, which the host never looks into."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -99,7 +99,7 @@ def evaluate(job: Job, world: World) -> Cell:
         train(config)
         return asdict(measure(job, open_subject(config.run_dir, world, config.parallel)))
 
-    return Cell(**remembered(config, RESULT, find))
+    return Cell(**remembered(config, RESULT, partial(_or_diverged, job, find)))
 
 
 def evaluate_graphed(job: Job, documents: Documents, fingerprints: dict[str, str], world: World) -> Cell:
@@ -119,7 +119,15 @@ def evaluate_graphed(job: Job, documents: Documents, fingerprints: dict[str, str
             origin = Trained(run.model, config.data.tokenizer, None, run.model.embedding.weight.dtype)
             return asdict(measure(job, Subject(run.model.eval(), run.sp, world, origin)))
 
-    return Cell(**remembered(given, RESULT, find))
+    return Cell(**remembered(given, RESULT, partial(_or_diverged, job, find)))
+
+
+def _or_diverged(job: Job, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `find` gives, or the cell of a run whose loss was not finite: other cells are to be found all the same."""
+    try:
+        return find()
+    except FloatingPointError:
+        return asdict(_cell(job, None, {str(pairs): 0.0 for pairs in job.sweep.task.pairs}))
 
 
 def keep_losses(run_dir: str, losses: list[float]) -> None:
@@ -135,16 +143,21 @@ def measure(job: Job, subject: Subject) -> Cell:
     config, kinds = job.config, job.sweep.task.pairs
     files = {str(pairs): TokenFile(job.sweep.held_out_data(pairs)) for pairs in kinds}
     found = {pairs: file_accuracy(subject, file, config.context_length) for pairs, file in files.items()}
-    labels = sum(each.labels for each in found.values())
+    loss = sum(each.loss * each.labels for each in found.values()) / sum(each.labels for each in found.values())
+    return _cell(job, loss, {pairs: each.accuracy for pairs, each in found.items()})
+
+
+def _cell(job: Job, loss: float | None, accuracy: dict[str, float]) -> Cell:
+    model = job.config.model
     return Cell(
         model=job.model,
         width=job.width,
         lr=job.lr,
         seed=job.seed,
-        parameters=count_parameters(config.model),
-        state=kept_numbers(config.model, job.sweep.task.length),
-        loss=sum(each.loss * each.labels for each in found.values()) / labels,
-        accuracy={pairs: each.accuracy for pairs, each in found.items()},
+        parameters=count_parameters(model),
+        state=kept_numbers(model, job.sweep.task.length),
+        loss=loss,
+        accuracy=accuracy,
     )
 
 
@@ -170,7 +183,8 @@ def _numbers(slot: Any) -> int:
 
 def _say(job: Job, cell: Cell, world: World) -> Cell:
     if world.rank == 0:
-        print(f"{job}: {100 * cell.mean:.1f} % right", flush=True)
+        diverged = " (its loss was not finite)" if cell.loss is None else ""
+        print(f"{job}: {100 * cell.mean:.1f} % right{diverged}", flush=True)
     return cell
 
 
