@@ -57,7 +57,7 @@ class RecallSweep:
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, fsdp=False))
-    workers: Count = 1  # runs at the same time: on one GPU, or in as many processes
+    workers: Count | None = None  # runs at the same time: of one GPU, 12 if None; elsewhere processes, 1 if None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -123,7 +123,7 @@ BYTES = 257  # what every run's vocabulary has at least: that of the tokenizer w
 def mqar() -> RecallSweep:
     """Multi-query associative recall (Zoology, arXiv:2312.04927): all mixers, 4 to 64 pairs, 8,192 words; for a GPU."""
     hybrids = tuple(f"{mixer}:LN" for mixer in ("linear", "gla", "mamba2"))
-    return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids), dtype="bfloat16", workers=12)
+    return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids), dtype="bfloat16")
 
 
 def mqar_small() -> RecallSweep:

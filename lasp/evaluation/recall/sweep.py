@@ -39,6 +39,7 @@ from lasp.training.train import open_data, train
 
 RESULT = "recall.json"
 HELD_OUT_SEED = 2**32  # no sequence of the training data's seed, 0
+AT_ONCE = 12  # runs of a GPU, of which some are being started or evaluated
 _saving = Lock()  # messages of checkpoints go through one group
 
 
@@ -67,11 +68,11 @@ def run(sweep: RecallSweep) -> SweepResult:
     cells = product(sweep.models, sweep.widths, sweep.learning_rates, sweep.seeds)
     jobs = [Job(sweep, *cell) for cell in cells]
     with join_world(jobs[0].config) as world:
-        require(sweep.workers == 1 or world.size == 1, "workers", sweep.workers, f"1 on {world.size} ranks")
+        require(sweep.workers in (None, 1) or world.size == 1, "workers", sweep.workers, f"1 on {world.size} ranks")
         on_rank_0(dist.group.WORLD, lambda: write_data(sweep))
         if world.size == 1 and world.device.type == "cuda":
             results = in_threads(jobs, sweep, world)
-        elif sweep.workers == 1:
+        elif sweep.workers in (None, 1):
             results = [_say(job, evaluate(job, world), world) for job in jobs]
         else:
             processes = ProcessPoolExecutor(sweep.workers, mp_context=get_context("spawn"))
@@ -192,7 +193,7 @@ def in_threads(jobs: list[Job], sweep: RecallSweep, world: World) -> list[Cell]:
     """Each job in one of so many threads, on one GPU."""
     _, _, fingerprints = open_data(jobs[0].config, world)
     documents = Documents(TokenFile(sweep.train_data), world.device)
-    pool = ThreadPoolExecutor(sweep.workers)
+    pool = ThreadPoolExecutor(sweep.workers or AT_ONCE)
     return _at_once(jobs, world, pool, evaluate_graphed, documents, fingerprints, world)
 
 
