@@ -169,7 +169,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         (x, routings), labels = hidden, _of_tokens(labels, seq)
         if scored is not None:
-            x, labels = x.flatten(0, 1)[scored], labels.flatten()[scored]
+            x, labels = (y.flatten(0, 1).index_select(0, scored) for y in (x, labels))
         loss_sum, count = self._loss(x, labels)
         if routings and self.training:
             loss_sum = loss_sum + self.balance.loss(routings, count, seq if memory is None else memory.whole(seq))

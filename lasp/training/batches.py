@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lasp.data import IGNORED, Context, local_batch
+from lasp.data import Context, labelled_places, local_batch
 from lasp.kernels.parked import to_device
 from lasp.parallel import Sequence, SequenceParallel, Stream, comm
 from lasp.parallel.agreement import agree
@@ -41,8 +41,7 @@ class Batch:
 
     @cached_property
     def scored(self) -> Tensor | None:
-        places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
-        return places if 2 * len(places) < self.labels.numel() else None
+        return labelled_places(self.labels)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """What the model takes, on its device."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lasp.config import TrainConfig
-from lasp.data import Context, local_batch
+from lasp.data import Context, labelled_places, local_batch
 from lasp.kernels.parked import to_device
 from lasp.models.carried import Carried, Gradients
 from lasp.models.decoder import Hidden
@@ -47,6 +47,11 @@ class Part(NamedTuple):
 
     def on(self, device: torch.device) -> "Part":
         return Part(*(to_device(x, device) for x in self))
+
+    def scored(self, device: torch.device) -> Tensor | None:
+        """`labelled_places`, on that device, if the labels are on the host, which would have to wait for others."""
+        places = None if self.labels.is_cuda else labelled_places(self.labels)
+        return None if places is None else to_device(places, device)
 
 
 @dataclass(frozen=True)
@@ -79,16 +84,16 @@ class StreamedBatch:
         model: a decoder, or what is called as one. The losses are those of its `forward`: in training mode with this
         rank's part of the balancing losses, which are those of the whole stream.
         """
-        carried, gradients = Carried(self.on_host), Gradients()
+        carried, gradients, device = Carried(self.on_host), Gradients(), _device(model)
         keep_gathered(model, len(self.stream) > 1)
         begun = self._go_forward(model, carried)
-        total = torch.zeros((), dtype=torch.float64, device=_device(model))
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for number, past in zip(reversed(range(len(self.stream))), carried.backward(), strict=True):
             keep_gathered(model, number > 0)
-            tokens, targets = self.parts[number].on(_device(model))
-            segment = self.stream[number]
+            segment, part = self.stream[number], self.parts[number]
+            (tokens, targets), scored = part.on(device), part.scored(device)
             hidden = begun.pop() if begun else model.begin(tokens, segment, past, labels=targets)
-            loss_sum, _ = model.finish(hidden, segment, past, labels=targets)
+            loss_sum, _ = model.finish(hidden, segment, past, labels=targets, scored=scored)
             handed_on, of_handed_on = past.handed_on(gradients)
             torch.autograd.backward([loss_sum / labels, *handed_on], [None, *of_handed_on])
             total += loss_sum.detach()
@@ -117,8 +122,10 @@ class StreamedBatch:
         for segment, part in zip(self.stream, self.parts, strict=True):
             carried.forget_before(segment.first)
             past = carried.forward()
-            tokens, targets = part.on(_device(model))
-            sums += torch.stack([x.double() for x in model(tokens, segment, labels=targets, memory=past)])
+            device = _device(model)
+            (tokens, targets), scored = part.on(device), part.scored(device)
+            losses = model(tokens, segment, labels=targets, scored=scored, memory=past)
+            sums += torch.stack([x.double() for x in losses])
             carried.keep(past)
         return sums[0], sums[1]
 

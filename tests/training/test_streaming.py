@@ -48,6 +48,31 @@ def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, docu
         assert (parameter.grad - wanted[name]).norm() <= 1e-10 * wanted[name].norm(), name
 
 
+def test_the_head_sees_labelled_tokens_alone(monkeypatch):
+    model, (tokens, labels) = decoder("gla", "LN"), (random_tokens(1, TOKENS) for _ in "tl")
+    labels[:, 9:] = -100
+    labels[0, 20] = 5
+    sp, rows = SequenceParallel(None), []
+    loss, count = model(tokens, sp.sequence(TOKENS), labels=labels)
+    loss.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    real = model._loss
+
+    def spying(x, labels):
+        rows.append(labels.numel())
+        return real(x, labels)
+
+    monkeypatch.setattr(model, "_loss", spying)
+    batch = StreamedBatch.of(Stream(sp, TOKENS, 8), tokens, labels)
+    assert batch.backward(model, 1).item() == pytest.approx(loss.item(), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-10 * gradient.norm()
+    assert rows == [0, 1, 1, 8]  # from the last segment to the first
+    assert torch.stack(batch.loss(model)).tolist() == pytest.approx([loss.item(), count.item()])
+    assert rows[4:] == [8, 1, 1, 0]
+
+
 def test_frozen_layers_hand_on_no_gradients():
     model, batch = decoder("mamba2", "LN"), streamed(TOKENS, 8)
     batch.backward(model, 1)

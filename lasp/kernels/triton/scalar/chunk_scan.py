@@ -53,9 +53,12 @@ def _read(a, x, dtype, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _pairs(p, others, own):
-    """Sums over the pairs of each token with earlier ones, less those with later ones."""
-    pairs = tl.where(own, 0.0, p * others)
+def _pairs(p, others, earlier):
+    """Sums over the pairs of each token with earlier ones, less those with later ones.
+
+    Where gates are steep, the places of `others` that are not of such a pair are out of range.
+    """
+    pairs = tl.where(earlier, p * others, 0.0)
     return tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
 
 
@@ -116,7 +119,7 @@ def _steps(
                     yc = _read(scaled, x, state_dtype, EXACT)
                     inner = tl.sum(pc * yc, axis=1)
                     if PAIRS:
-                        inner += _pairs(p, tl.dot(pc, tl.trans(cc), input_precision=PRECISION), i_row == i_col)
+                        inner += _pairs(p, tl.dot(pc, tl.trans(cc), input_precision=PRECISION), i_row > i_col)
                 else:
                     yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION) * tl.exp2(g)[:, None]
                 yc = tl.dot(p.to(dtype), cc, yc, input_precision=PRECISION)
@@ -133,7 +136,7 @@ def _steps(
                     inner = tl.sum(pc * yc, axis=1)
                     if PAIRS:
                         others = tl.dot(pc, tl.trans(cc), input_precision=PRECISION) * read
-                        inner += _pairs(p, others, i_row == i_col)
+                        inner += _pairs(p, others, i_row > i_col)
                     yc += tl.dot(p.to(dtype), cc, input_precision=PRECISION) * read
                 else:
                     yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
