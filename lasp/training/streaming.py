@@ -89,7 +89,8 @@ class StreamedBatch:
         begun = self._go_forward(model, carried)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for number, past in zip(reversed(range(len(self.stream))), carried.backward(), strict=True):
-            keep_gathered(model, number > 0)
+            if number == 0:  # the last one to go back through
+                keep_gathered(model, False)
             segment, part = self.stream[number], self.parts[number]
             (tokens, targets), scored = part.on(device), part.scored(device)
             hidden = begun.pop() if begun else model.begin(tokens, segment, past, labels=targets)
