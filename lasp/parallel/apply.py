@@ -101,15 +101,21 @@ def parallelize(
 def keep_gathered(model: nn.Module, keep: bool) -> None:
     """From now on blocks that FSDP shards leave their weights, and the sums of their gradients, gathered or not.
 
-    That spares a pass over all of them for each forward and backward. Where weights are sharded over ranks, which they
-    are for want of memory, nothing changes.
+    That spares messages, or copies, of all of them for each forward and backward. Other models stay as they are.
     """
-    if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not keep)
         model.set_reshard_after_backward(not keep)
         for block in model.modules():
             if isinstance(block, FSDPModule) and block is not model:  # which stays gathered from forward to backward
                 block.set_reshard_after_forward(not keep, recurse=False)
+
+
+def others_parameters(model: nn.Module) -> int:
+    """How many parameters come to this rank from others when all that FSDP shards is gathered."""
+    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    # Experts stay spread over the second axis of their mesh.
+    return sum(parameter.to_local().numel() * (parameter.device_mesh.size(0) - 1) for parameter in sharded)
 
 
 def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:

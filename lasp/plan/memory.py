@@ -29,6 +29,7 @@ from lasp.plan.setting import Job, Setting, sizes
 
 LEAF, NODES = 256, 18  # of log-linear attention: tokens of a leaf, and bytes of a number of its states and gradients
 DELTA_NODES = 0.625  # with the delta rule: bytes of states, transitions and rows for each token, head and K (K + V)
+WHOLE_SHARE = 0.1  # of a GPU's memory may whole parameters and sums of gradients take from segment to segment
 TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
 GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
 
@@ -111,6 +112,15 @@ def predict(job: Job, setting: Setting) -> Memory:
     return max(made, Memory(moments(max(0, graphs - 2), True), host), key=lambda memory: memory.total)
 
 
+def may_stay_gathered(others: int, memory: float | None) -> bool:
+    """Whether FSDP's ranks keep a stream's parameters and sums of gradients whole from its first segment to its last.
+
+    others: parameters that a rank does not hold. They take 6 bytes each, in half precision and as a sum of gradients,
+    of so many bytes of its memory (None: nobody knows, as on a CPU).
+    """
+    return memory is None or 6 * others <= WHOLE_SHARE * memory
+
+
 def segments(job: Job, setting: Setting) -> int:
     """Of a context."""
     return 1 if setting.segment_tokens is None else -(-job.context // setting.segment_tokens)
@@ -130,9 +140,9 @@ def _parameters(job: Job, setting: Setting, dtype: Dtype) -> tuple[dict[str, flo
     layer = max(size.layers) + experts
     whole, share = size.total - size.experts + experts * mixtures, size.total / job.gpus
     gathered, of_gathered = half * (size.ends + 2 * layer), half * (size.ends + layer)
-    if job.sharding == "fsdp" and job.gpus == 1 and segments(job, setting) > 1:  # nothing is given back in between
-        return _fixed(exact * share, exact * share), exact * share, half * size.total, half * (size.ends + layer)
     if job.sharding == "fsdp":
+        if segments(job, setting) > 1 and may_stay_gathered(int(whole - share), job.gpu.memory):
+            return _fixed(exact * share, exact * share), exact * whole, half * whole, of_gathered
         sums = exact * layer if exact != half else 0.0
         return _fixed(exact * share, exact * share), exact * share, gathered, of_gathered + sums
     if job.sharding in ("none", "zero-0"):

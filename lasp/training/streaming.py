@@ -21,7 +21,8 @@ from lasp.kernels.parked import to_device
 from lasp.models.carried import Carried, Gradients
 from lasp.models.decoder import Hidden
 from lasp.parallel import Stream
-from lasp.parallel.apply import keep_gathered
+from lasp.parallel.apply import keep_gathered, others_parameters
+from lasp.plan.memory import may_stay_gathered
 
 
 class Segments(NamedTuple):
@@ -85,7 +86,7 @@ class StreamedBatch:
         rank's part of the balancing losses, which are those of the whole stream.
         """
         carried, gradients, device = Carried(self.on_host), Gradients(), _device(model)
-        keep_gathered(model, len(self.stream) > 1)
+        keep_gathered(model, len(self.stream) > 1 and _may_stay_gathered(model))
         begun = self._go_forward(model, carried)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for number, past in zip(reversed(range(len(self.stream))), carried.backward(), strict=True):
@@ -129,6 +130,13 @@ class StreamedBatch:
             sums += torch.stack([x.double() for x in losses])
             carried.keep(past)
         return sums[0], sums[1]
+
+
+def _may_stay_gathered(model: Any) -> bool:
+    """Whether this device has room for the weights, and the sums of gradients, of all segments."""
+    device = _device(model)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return may_stay_gathered(others_parameters(model), memory)
 
 
 def _device(model: Any) -> torch.device:

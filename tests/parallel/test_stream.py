@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from lasp.config import MIXERS
 from lasp.kernels.keys import KeyStore
 from lasp.models import Decoder
-from lasp.parallel import SequenceParallel, Stream
+from lasp.parallel import SequenceParallel, Stream, parallelize
+from lasp.training import streaming
 from lasp.training.streaming import StreamedBatch
 from tests.parallel import test_model
 from tests.parallel.inputs import error, generator
@@ -192,3 +194,27 @@ def test_what_cannot_be_streamed_is_refused_on_every_rank(group: dist.ProcessGro
     for message, call in refusals(SequenceParallel(group, layout=layout)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.ranks(2)
+def test_sharded_weights_stay_gathered_where_there_is_room(gen, monkeypatch):
+    """With and without: the same gradients, and fewer messages the more segments there are."""
+    tokens, labels = torch.randint(31, (2, 1, TOKENS), generator=gen)
+    world = init_device_mesh(torch.get_default_device().type, (2,), mesh_dim_names=("sp",))
+    parallel = SequenceParallel(world["sp"].get_group(), layout="zigzag")
+    model = parallelize(build("gated_delta_net"), world, fsdp=True)
+
+    def gathered(fits: bool) -> tuple[int, dict[str, torch.Tensor]]:
+        monkeypatch.setattr(streaming, "may_stay_gathered", lambda *sizes: fits)
+        model.zero_grad(set_to_none=True)
+        with torch.profiler.profile() as profile:
+            StreamedBatch.of(Stream(parallel, TOKENS, SEGMENT), tokens, labels).backward(model, TOKENS)
+        grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        return sum("fsdp::all_gather" in event.name for event in profile.events()), grads
+
+    (few, kept), (many, wanted) = gathered(True), gathered(False)
+    assert many >= 3 * few > 0  # three segments
+    for name, grad in wanted.items():
+        torch.testing.assert_close(kept[name], grad, rtol=0, atol=TOLERANCE * grad.norm().item(), msg=name)
