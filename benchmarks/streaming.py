@@ -26,7 +26,7 @@ from lasp.config import MIXERS
 from lasp.models import PRESETS
 from lasp.models.recompute import Policy
 from lasp.parallel import leave
-from lasp.training.host_memory import available_bytes
+from lasp.plan.host import available_bytes
 from lasp.training.metrics import model_flop_utilisation, peak_flops
 from lasp.training.streaming import Segments
 

@@ -132,6 +132,7 @@ def plan(
     model: Positional[str],
     gpu: str = "H200",
     gpus: int | None = None,
+    host_memory: float | None = None,
     context: int | None = None,
     pattern: str | None = None,
     mixer: str | None = None,
@@ -151,6 +152,7 @@ def plan(
         model: a preset (linear_llama3_1b), a recipe (linear-llama3-1b-128k), or the directory of a run.
         gpu: its name: H100, H200, A100-40, A100-80, B200, RTX-4090 …, or "here", measured.
         gpus: how many; 1, or as many as the recipe splits contexts over.
+        host_memory: GiB for each GPU; what servers with such GPUs usually have if not given, or what is left here.
         context: tokens; the recipe's or the run's if not given.
         pattern: of the model's layers: L linear, N softmax.
         mixer: of the linear layers.
@@ -175,7 +177,8 @@ def plan(
         segment_offload=segment_offload,
         segment_graphs=segment_graphs,
     )
-    planning.show(model, gpu, planning.Asked(gpus, context, pattern, mixer), wishes, as_json=json, picture=plot)
+    asked = planning.Asked(gpus, host_memory, context, pattern, mixer)
+    planning.show(model, gpu, asked, wishes, as_json=json, picture=plot)
 
 
 def generate(

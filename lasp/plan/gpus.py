@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lasp.config import require
+from lasp.plan.host import available_bytes
 
 GIB = 2**30
 HERE = "here"
@@ -17,13 +18,15 @@ PCIE_4, PCIE_5 = 25e9, 50e9
 @dataclass(frozen=True)
 class GPU:
     """memory: bytes, as PyTorch tells them. flops: dense bf16 a second, as the vendor states them. bandwidth: bytes a
-    second that a copy reads and writes. link: bytes a second to or from pinned memory of the host."""
+    second that a copy reads and writes. link: bytes a second to or from pinned memory of the host. host: bytes of that
+    memory for each GPU; of those that are listed, what servers with them usually have."""
 
     name: str
     memory: float
     flops: float
     bandwidth: float
     link: float
+    host: float
 
     @property
     def usable(self) -> float:
@@ -31,8 +34,8 @@ class GPU:
         return 0.96 * self.memory - GIB
 
 
-def _gpu(name: str, gib: float, tera_flops: float, tb_per_second: float, link: float) -> GPU:
-    return GPU(name, gib * GIB, tera_flops * 1e12, COPY * tb_per_second * 1e12, link)
+def _gpu(name: str, gib: float, tera_flops: float, tb_per_second: float, link: float, host_gib: int = 224) -> GPU:
+    return GPU(name, gib * GIB, tera_flops * 1e12, COPY * tb_per_second * 1e12, link, host_gib * GIB)
 
 
 # By what a device's name has in it: the first that fits, so a longer name stands before a part of it.
@@ -42,10 +45,10 @@ _DEVICES = {
     "H100": [_gpu("H100", 79.2, 989, 3.35, PCIE_5)],
     "H200": [_gpu("H200", 139.8, 989, 4.8, PCIE_5)],
     "B200": [_gpu("B200", 178.4, 2250, 8.0, PCIE_5)],
-    "A100": [_gpu("A100-80", 79.2, 312, 2.039, PCIE_4), _gpu("A100-40", 39.4, 312, 1.555, PCIE_4)],
-    "L40S": [_gpu("L40S", 44.4, 362, 0.864, PCIE_4)],
-    "RTX 4090": [_gpu("RTX-4090", 23.5, 165.2, 1.008, PCIE_4)],
-    "RTX 5090": [_gpu("RTX-5090", 31.3, 209.5, 1.792, PCIE_5)],
+    "A100": [_gpu("A100-80", 79.2, 312, 2.039, PCIE_4), _gpu("A100-40", 39.4, 312, 1.555, PCIE_4, 112)],
+    "L40S": [_gpu("L40S", 44.4, 362, 0.864, PCIE_4, 56)],
+    "RTX 4090": [_gpu("RTX-4090", 23.5, 165.2, 1.008, PCIE_4, 56)],
+    "RTX 5090": [_gpu("RTX-5090", 31.3, 209.5, 1.792, PCIE_5, 56)],
 }
 GPUS = {gpu.name: gpu for gpus in _DEVICES.values() for gpu in gpus}
 
@@ -71,10 +74,17 @@ def of_name(device_name: str, memory: float | None = None) -> GPU | None:
 
 
 def of_device(device: torch.device) -> GPU:
-    """The GPU of a CUDA device, with its own memory; one that is not listed is taken to be as fast as an A100."""
+    """The GPU of a CUDA device, with its own memory and its share of what the host has left; one that is not listed is
+    taken to be as fast as an A100."""
     properties = torch.cuda.get_device_properties(device)
     memory = float(properties.total_memory)
-    return of_name(properties.name, memory) or replace(GPUS["A100-80"], name=properties.name, memory=memory)
+    gpu = of_name(properties.name, memory) or replace(GPUS["A100-80"], name=properties.name, memory=memory)
+    return replace(gpu, host=_host() or gpu.host)
+
+
+def _host() -> float | None:
+    left = available_bytes()
+    return None if left is None else left / torch.cuda.device_count()
 
 
 def measured() -> GPU:
@@ -92,6 +102,7 @@ def measured() -> GPU:
         2 * size**3 / _seconds(lambda: torch.mm(a, b)) / MATMUL,
         2 * number / _seconds(lambda: a.copy_(b)),
         number / _seconds(lambda: host.copy_(a, non_blocking=True)),
+        _host() or GPUS["A100-80"].host,
     )
 
 

@@ -23,6 +23,7 @@ def table(made: Plan, others: Iterable[Plan]) -> RenderableType:
     memory.add_row("of which there are", f"{job.gpu.usable / GIB:.2f}")
     if made.memory.host:
         memory.add_row("host, for each GPU", f"{made.memory.host / GIB:.2f}")
+        memory.add_row("of which there are", f"{job.gpu.host / GIB:.2f}")
     choices = Table(title="settings: this one, and others", title_justify="left")
     for name in ("SP", "DP", "recompute", "offload", "segment", "GiB", "fits", "s a step", "tokens/s", "MFU"):
         choices.add_column(name, justify="left" if name in ("recompute", "offload", "fits") else "right", no_wrap=True)

@@ -28,12 +28,16 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.job.gpu.usable
+        return self._takes_at_most(1.0)
 
     @property
     def surely_fits(self) -> bool:
         """Also if the prediction is wrong by a tenth."""
-        return self.memory.total <= SURE * self.job.gpu.usable
+        return self._takes_at_most(SURE)
+
+    def _takes_at_most(self, share: float) -> bool:
+        gpu = self.job.gpu
+        return self.memory.total <= share * gpu.usable and self.memory.host <= share * gpu.host
 
     @property
     def seconds(self) -> float:
@@ -87,8 +91,10 @@ def faster(*plans: Plan) -> Plan:
 def smaller(made: Plan) -> Plan | None:
     """The fastest that needs at most four fifths of a plan's memory, and fits, on the same GPUs; None if none does."""
     plans = [plan(made.job, each) for each in settings(made.job, [made.setting.sequence_parallel])]
-    enough = min(0.8 * made.memory.total, made.job.gpu.usable)
-    return max((p for p in plans if p.memory.total <= enough), key=lambda p: p.tokens_per_second, default=None)
+    enough = 0.8 * made.memory.total
+    return max(
+        (p for p in plans if p.fits and p.memory.total <= enough), key=lambda p: p.tokens_per_second, default=None
+    )
 
 
 def settings(job: Job, ranks: list[int]) -> Iterator[Setting]:

@@ -7,8 +7,8 @@
     chains       of pointwise operations, norms and convolutions: each reads and writes what the layer keeps a few times
     update       28 bytes a parameter that this rank holds, and as many for gathering and summing it
 
-The constants are from runs on H200s that docs/performance.md tells of: of the step of 65,536 tokens of Linear-Llama3-1B
-products take 935 of 1,433 ms, and all that is neither product nor operation 460. Other models, lengths and GPUs follow.
+The constants are from steps on H200s that docs/streaming.md tells of: of one of 65,536 tokens of Linear-Llama3-1B, with
+everything computed again, products take 950 of 1,258 ms, and chains 240. Other models, lengths and GPUs follow.
 """
 
 from lasp.config import LINEAR, SOFTMAX
@@ -22,7 +22,7 @@ from lasp.plan.setting import Job, Setting, sizes
 
 GROUPED = 0.5  # of the dense peak, where each expert's matrix meets its own rows
 ATTENTION = 0.33  # of it: documents are packed, which PyTorch's flash attention serves
-FORWARD_CHAINS, BACKWARD_CHAINS = 3.4, 6.8  # times what a layer keeps is read or written
+FORWARD_CHAINS, BACKWARD_CHAINS = 1.9, 5.5  # times what a layer keeps is read or written
 EXCHANGED = 1.02  # with sequence parallelism
 
 # Nanoseconds of forward and backward for a token of 16 heads of 128, where copies move 4.3 TB/s; forward is 0.3 of it.

@@ -42,9 +42,10 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Asked:
-    """What of a model and of GPUs is other than a source has it."""
+    """What of a model and of GPUs is other than a source has it. host_memory: GiB for each GPU."""
 
     gpus: int | None = None
+    host_memory: float | None = None
     context: int | None = None
     pattern: str | None = None
     mixer: str | None = None
@@ -53,11 +54,14 @@ class Asked:
     def shape(self) -> dict[str, Any]:
         return {key: value for key, value in (("pattern", self.pattern), ("mixer", self.mixer)) if value is not None}
 
+    def on(self, gpu: GPU) -> GPU:
+        return gpu if self.host_memory is None else replace(gpu, host=self.host_memory * GIB)
+
 
 def show(source: str, gpu: str, asked: Asked, wishes: Wishes, *, as_json: bool, picture: str | None) -> None:
     """Prints a plan for a preset, a recipe or a run's directory. Raises ValueError for what is none of them, and for
     what is no GPU or no setting."""
-    job, own = _read(source, named(gpu), asked)
+    job, own = _read(source, asked.on(named(gpu)), asked)
     made = _made(job, wishes if wishes.any else own)
     others = report.choices(made)
     if picture is not None:

@@ -14,8 +14,9 @@ from lasp.kernels.parked import Parked
 from lasp.models import Decoder
 from lasp.models.carried import Carried
 from lasp.parallel import SequenceParallel, Stream
+from lasp.plan import host
 from lasp.training import host_memory
-from lasp.training.host_memory import available_bytes, handed_on_bytes
+from lasp.training.host_memory import handed_on_bytes
 from lasp.training.metrics import read_metrics
 from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
@@ -296,16 +297,16 @@ def test_attention_to_earlier_segments_is_computed_once_forward(monkeypatch):
 def test_available_memory_is_the_least_of_what_the_system_says(tmp_path, monkeypatch):
     meminfo, limit, usage, stat = (tmp_path / name for name in ("meminfo", "limit", "usage", "memory.stat"))
     meminfo.write_text("MemTotal:  100 kB\nMemAvailable:  64 kB\n")
-    monkeypatch.setattr(host_memory, "MEMINFO", meminfo)
-    monkeypatch.setattr(host_memory, "CONTROL_GROUPS", [(limit, usage, "inactive_file")])
-    assert available_bytes() == 64 * 1024
+    monkeypatch.setattr(host, "MEMINFO", meminfo)
+    monkeypatch.setattr(host, "CONTROL_GROUPS", [(limit, usage, "inactive_file")])
+    assert host.available_bytes() == 64 * 1024
     usage.write_text("1000\n")
     limit.write_text("max\n")
-    assert available_bytes() == 64 * 1024
+    assert host.available_bytes() == 64 * 1024
     limit.write_text("5000\n")
-    assert available_bytes() == 4000
+    assert host.available_bytes() == 4000
     stat.write_text("anon 500\ninactive_file 300\n")
-    assert available_bytes() == 4300
+    assert host.available_bytes() == 4300
     meminfo.unlink()
     limit.unlink()
-    assert available_bytes() is None
+    assert host.available_bytes() is None
