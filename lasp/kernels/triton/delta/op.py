@@ -22,7 +22,7 @@ from lasp.kernels.summary import Summary
 from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms, summed_in_fp32
 from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
-from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors
+from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -147,7 +147,7 @@ class TritonDelta:
             d_final, d_incoming = enter()
             plan.kernels.gradients(x, terms, do, room, d_final, passing.final, heads, grads)
         dq, dk = (per_q_head(d, x.q) for d in (grads.dq, grads.dk))
-        of = {"q": dq, "k": dk, "v": grads.dv, "decay": grads.d_decay, "beta": grads.d_beta}
+        of = {"q": dq, "k": dk, "v": grads.dv, "decay": grads.d_decay, "beta": grads.d_beta.to(x.beta.dtype)}
         return Gradients(of, d_incoming)
 
     @staticmethod
@@ -167,7 +167,9 @@ class TritonDelta:
         else:
             dq, dk = (x.q.new_empty(shape) for _ in range(2))
         d_decay = torch.empty_like(x.decay) if x.decay is not None and x.decay_class.learned else None
-        return Grads(dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta))
+        in_parts = scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v)
+        d_beta = torch.zeros_like(x.beta, dtype=torch.float32) if in_parts else torch.empty_like(x.beta)
+        return Grads(dq, dk, torch.empty_like(x.v), d_decay, d_beta)
 
     @staticmethod
     def _new_recomputed(x: DeltaInputs, plan: Plan, ut: Tensor) -> Recomputed:

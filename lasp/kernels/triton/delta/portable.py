@@ -15,6 +15,10 @@ from lasp.kernels.triton.delta.rescale import Factors, diagonal_factors
 from lasp.kernels.triton.delta.reverse_scan import reverse_scan
 from lasp.kernels.triton.delta.secondary import secondary_gradients, secondary_scores
 from lasp.kernels.triton.delta.ut_transform import chunk_scores, ut_transform
+from lasp.kernels.triton.device import GLUON, for_hopper
+
+if GLUON:
+    from lasp.kernels.triton.hopper.diagonal_gradients import delta_gradients
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ class Portable:
             STATES, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale,
             d_final=d_final, d_initial=d_initial, dr=dr, d_states=d_states, heads=heads,
         )  # fmt: skip
-        gradients(self.cut.chunks, x, do, terms, recomputed, dr, d_states, grads, self.config, heads)
+        shared = self.cut.chunks, x, do, terms, recomputed, dr, d_states, grads
+        if scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v):
+            delta_gradients(*shared, self.config.max_ln_decay, heads)
+        else:
+            gradients(*shared, self.config, heads)
         if scan_decay(x.decay) == Decay.DIAGONAL:
             secondary_gradients(self.cut.chunks, x, do, terms, recomputed.u, dr, grads, self.config, heads)
 

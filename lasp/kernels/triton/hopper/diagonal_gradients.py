@@ -1,0 +1,346 @@
+"""The gradients of one chunk with a vector gate, from the states before and after it, for Hopper.
+
+What delta.gradients and diagonal.gradients say, for heads of 128: a program finds the 64 tokens' gradients for one half
+of the keys' channels, so that two have room on a multiprocessor, and one loads while the other multiplies. Both have
+the same scores. With e = e^{b_i - b_C / 2}, in a chunk that is not steep,
+
+    dq = e (e^{b_C/2} do Xᵀ + P k̃)        w = e (e^{b_C/2} dr Xᵀ + N k̃)        dk = (e^{b_C/2} u Gᵀ + Pᵀ q̃ - Nᵀ k̂) / e - beta w
+    q̃ = e q    k̃ = k / e    k̂ = beta e k        P_ij = do_i·u_j, j <= i        N_ij = dr_i·u_j, j < i
+
+Without the delta rule u is v, and there is no N.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lasp.kernels.inputs import DeltaInputs
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
+from lasp.kernels.triton.hopper.delta_shared import give_tokens
+from lasp.kernels.triton.hopper.shared import (
+    GATES_SHARED,
+    HALF,
+    LEFT,
+    MMA,
+    ROWS,
+    SHARED,
+    SIZE,
+    C,
+    barrier,
+    clear_tail,
+    rows_of,
+)
+from lasp.kernels.triton.hopper.shared import WIDE_ROWS
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.shared.decay import SHUT
+
+ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayout(0, MMA.value))
+GATES = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))  # rows of 64 in fp32, coalesced
+KEPT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
+BY_COLUMN = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0]))  # [SIZE, HALF], columns within warps
+
+
+@gluon.jit
+def _which(REVERSE: gl.constexpr, STRICT: gl.constexpr, less, dtype: gl.constexpr):
+    """[t, j], a product's first operand: 1 for tokens j up to t (in reverse from t on), if STRICT without t; minus
+    `less` throughout."""
+    t, j = gl.arange(0, C, layout=gl.SliceLayout(1, LEFT))[:, None], gl.arange(0, C, layout=gl.SliceLayout(0, LEFT))
+    gap = (j[None, :] - t) if REVERSE else (t - j[None, :])
+    return (gl.where(gap >= (1 if STRICT else 0), 1.0, 0.0) - less).to(dtype)
+
+
+@gluon.jit
+def _sums(weights, pieces):
+    """Sums over tokens of what two pieces of 16 bits hold, on their way."""
+    y = gl.zeros([C, HALF], gl.float32, MMA)
+    y = warpgroup_mma(weights, pieces.index(0), y, use_acc=False, is_async=True)
+    return warpgroup_mma(weights, pieces.index(1), y, is_async=True)
+
+
+@gluon.jit
+def _cut_in_two(x, pieces):
+    high = x.to(pieces.dtype)
+    pieces.index(0).store(high)
+    pieces.index(1).store((x - high.to(gl.float32)).to(pieces.dtype))
+
+
+@gluon.jit
+def _load_gates(decay, count, H):
+    place, cols = gl.arange(0, C, layout=gl.SliceLayout(1, GATES)), gl.arange(0, HALF, layout=gl.SliceLayout(0, GATES))
+    at = (place * (H * SIZE))[:, None] + cols[None, :]
+    g = gl.load(decay + at, mask=(place < count)[:, None], other=0.0).to(gl.float32)
+    return gl.where(g < SHUT, SHUT, g)
+
+
+@gluon.jit
+def _rows(buffer, there):
+    return gl.where(there, buffer.load(MMA), 0.0).to(gl.float32)
+
+
+@gluon.jit
+def _diagonal_gradients(
+    q,  # rows of 64 of [tokens, H // G, K]
+    k,
+    u,  # rows of [tokens, HEADS, V], or of v
+    do,  # rows of [tokens, H, V]
+    states,  # X one by one, 64 channels of K: of [chunks, HEADS, V, K], or [slots, H, K, V]
+    grads,  # G likewise
+    decay,  # [tokens, H, K]
+    ends,  # [chunks, H, K] fp32: b_C
+    ln_chunk_decay,  # [chunks, H] fp32
+    dq,  # [tokens, H // STEP, K]
+    dq_rows,  # rows of 64 of it
+    dk,
+    dk_rows,
+    d_decay,  # [tokens, H, K]
+    # If DELTA:
+    gates,  # [chunks, H, 4, C]: beta first
+    v,  # [tokens, H, V]
+    dr,  # [tokens, HEADS, V]
+    dr_rows,  # rows of it
+    dv,  # [tokens, H, V]
+    d_beta,  # [tokens, H] fp32, added to
+    start,
+    length,
+    scale,
+    CHUNKS,
+    HEADS,
+    H,
+    G,
+    FIRST_HEAD,
+    STEP,
+    DELTA: gl.constexpr,
+    ADD: gl.constexpr,
+    MAX_LN_DECAY: gl.constexpr,
+):
+    part, h = gl.program_id(0) % 2, FIRST_HEAD + gl.program_id(1) * STEP
+    if DELTA:
+        slot = gl.program_id(0) // 2
+        begin, count = gl.load(start + slot), gl.load(length + slot).to(gl.int32)
+    else:
+        tile, i = gl.program_id(0) // 2 // CHUNKS, gl.program_id(0) // 2 % CHUNKS
+        begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32) - i * C
+        slot = (begin // C).to(gl.int32) + tile + i
+        begin += i * C
+    if count > 0:
+        _chunk(
+            (q, k, u, do, states, grads, decay, ends, ln_chunk_decay),
+            (dq, dq_rows, dk, dk_rows, d_decay),
+            (gates, v, dr, dr_rows, dv, d_beta),
+            (slot, begin, gl.minimum(count, C), part, gl.program_id(1), h, scale, HEADS, H, G, STEP),
+            DELTA,
+            ADD,
+            MAX_LN_DECAY,
+        )
+
+
+@gluon.jit
+def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.constexpr, MAX_LN_DECAY: gl.constexpr):
+    q, k, u, do, states, grads, decay, ends, ln_chunk_decay = tensors
+    dq_at, dq_rows, dk_at, dk_rows, d_decay = given
+    gates, v, dr, dr_rows, dv, d_beta = of_delta
+    slot, begin, count, part, local, h, scale, HEADS, H, G, STEP = numbers
+    dtype: gl.constexpr = k.dtype
+    token, channel = begin.to(gl.int32), part * HALF
+    # What comes first makes room for operands later.
+    wide = gl.allocate_shared_memory(dtype, [3 if DELTA else 2, C, SIZE], SHARED)
+    keys = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    pieces = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    line = gl.allocate_shared_memory(gl.float32, [C], GATES_SHARED)
+    if DELTA:
+        both = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
+    else:
+        both = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(3):
+        mbarrier.init(full.index(n), count=1)
+    fence_async_shared()
+    barrier()
+    uc, doc, drc = wide.index(0), wide.index(1), wide.index(2 if DELTA else 1)
+    mbarrier.expect(full.index(0), 2 * C * SIZE * (3 if DELTA else 2))
+    tma.async_copy_global_to_shared(u, [token, local * SIZE], full.index(0), uc)
+    tma.async_copy_global_to_shared(do, [token, h * SIZE], full.index(0), doc)
+    if DELTA:
+        tma.async_copy_global_to_shared(dr_rows, [token, local * SIZE], full.index(0), drc)
+    mbarrier.expect(full.index(1), 2 * 2 * SIZE * HALF)
+    state = (slot * HEADS + local) * SIZE
+    if DELTA:
+        tma.async_copy_global_to_shared(states, [state, channel], full.index(1), both.index(0))
+        tma.async_copy_global_to_shared(grads, [state, channel], full.index(1), both.index(1))
+        x, g_state = both.index(0), both.index(1)
+    else:
+        tma.async_copy_global_to_shared(states, [state + channel, 0], full.index(1), both.index(0))
+        tma.async_copy_global_to_shared(grads, [state + channel, 0], full.index(1), both.index(1))
+        x, g_state = both.index(0).permute((1, 0)), both.index(1).permute((1, 0))
+    mbarrier.expect(full.index(2), 2 * 2 * C * HALF)
+    tma.async_copy_global_to_shared(q, [token, h // G * SIZE + channel], full.index(2), keys.index(0))
+    tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), keys.index(1))
+
+    mine = (begin * H + h) * SIZE + channel
+    _cut_in_two(_load_gates(decay + mine, count, H), pieces)
+    row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
+    slot_h = slot.to(gl.int64) * H + h
+    end = gl.load(ends + slot_h * SIZE + channel + col)
+    steep = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
+    half = gl.where(steep, 0.0, 0.5)
+    if DELTA:
+        first, cols = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS)), gl.arange(0, HALF, layout=gl.SliceLayout(0, ROWS))
+        here = (first < count)[:, None]
+        at_v = (first * (H * SIZE))[:, None] + cols[None, :]
+        at_dr = (first * (HEADS * SIZE))[:, None] + cols[None, :]
+        vc = gl.load((v + mine) + at_v, mask=here, other=0.0)
+        drv = gl.load((dr + (begin * HEADS + local) * SIZE + channel) + at_dr, mask=here, other=0.0).to(gl.float32)
+        betas = gl.load(gates + slot_h * 4 * C + first).to(gl.float32)
+        dvc = (betas[:, None] * drv).to(dtype)
+        gl.store((dv + mine) + at_v, dvc, mask=here)
+        line.store(gl.sum(drv * vc.to(gl.float32), axis=1))
+    mbarrier.wait(full.index(0), 0)
+    if count < C:
+        clear_tail(uc, 0, count, WIDE_ROWS)
+        clear_tail(doc, 0, count, WIDE_ROWS)
+        if DELTA:
+            clear_tail(drc, 0, count, WIDE_ROWS)
+    fence_async_shared()
+    barrier()
+
+    nothing = gl.zeros([C, HALF], gl.float32, MMA)
+    p = warpgroup_mma(doc, uc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    n = nothing
+    if DELTA:
+        n = warpgroup_mma(drc, uc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    exponent = _sums(_which(False, False, half, dtype), pieces)
+    p, n, exponent = warpgroup_mma_wait(0, deps=(p, n, exponent))
+    p = gl.where((row[:, None] >= col[None, :]) & (half > 0.0), p * scale, 0.0).to(dtype)
+    barrier()
+    pieces.index(0).store(p)
+    if DELTA:
+        n = gl.where((row[:, None] > col[None, :]) & (half > 0.0), n, 0.0).to(dtype)
+        pieces.index(1).store(n)
+        for_beta = line.load(ROW)
+        beta = gl.load(gates + slot_h * 4 * C + row).to(gl.float32)
+    mbarrier.wait(full.index(1), 0)
+    dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
+    dk = warpgroup_mma(uc, g_state, nothing, use_acc=False, is_async=True)
+    w = nothing
+    if DELTA:
+        w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
+        overlap = gl.sum(both.index(0).load(BY_COLUMN).to(gl.float32) * both.index(1).load(BY_COLUMN), axis=0)
+    else:
+        overlap = gl.sum(both.index(0).load(WIDE_ROWS).to(gl.float32) * both.index(1).load(WIDE_ROWS), axis=1)
+    mbarrier.wait(full.index(2), 0)
+    dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
+    barrier()
+
+    operands = wide._reinterpret(dtype, [6 if DELTA else 4, C, HALF], SHARED)
+    pc, nc = pieces.index(0), pieces.index(1)
+    read, written, erased = operands.index(0), operands.index(1), operands.index(4 if DELTA else 0)
+    line.store(overlap)
+    there = (row < count)[:, None]
+    to_end = -exponent
+    if steep:
+        if DELTA:  # a difference of large sums has too few digits
+            _cut_in_two(_load_gates(decay + mine, count, H), operands)
+            fence_async_shared()
+            barrier()
+            to_end = warpgroup_mma_wait(0, deps=(_sums(_which(True, True, 0.0, dtype), operands),))
+            barrier()
+        else:  # see diagonal.secondary
+            to_end = nothing
+    read.store((_rows(keys.index(0), there) * gl.exp(exponent)).to(dtype))
+    kept = both._reinterpret(gl.float32, [2, C, HALF], KEPT)  # of what does not fit into registers
+    writing = gl.exp(to_end)
+    kept.index(0).store(writing)
+    k_written = (_rows(keys.index(1), there) * writing).to(dtype)
+    written.store(k_written)
+    between = gl.exp(half * end)[None, :]
+    dq *= between * scale
+    dk *= between
+    past = k_written.to(gl.float32) * dk
+    kept.index(1).store(past)
+    operands.index(2).store(past.to(dtype))
+    if DELTA:
+        w *= between
+        erased.store((-beta[:, None] * (_rows(keys.index(1), there) * gl.exp(exponent))).to(dtype))
+    fence_async_shared()
+    barrier()
+    dq = warpgroup_mma(pc, written, dq, is_async=True)
+    dk = warpgroup_mma(pc.permute((1, 0)), read, dk, is_async=True)
+    if DELTA:
+        w = warpgroup_mma(nc, written, w, is_async=True)
+        dk = warpgroup_mma(nc.permute((1, 0)), erased, dk, is_async=True)
+    dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
+    change = kept.index(1).load(MMA) - written.load(MMA).to(gl.float32) * dk
+    dk *= kept.index(0).load(MMA)
+    change += read.load(MMA).to(gl.float32) * dq
+    keys.index(0).store((dq * gl.exp(exponent)).to(dtype))
+    if DELTA:
+        change += erased.load(MMA).to(gl.float32) * w
+        w *= gl.exp(exponent)
+        for_beta -= gl.sum(_rows(keys.index(1), there) * w, axis=1)
+        dk -= beta[:, None] * w
+    keys.index(1).store(dk.to(dtype))
+    barrier()
+    _cut_in_two(change, pieces)
+    fence_async_shared()
+    barrier()
+    dg = _sums(_which(True, False, 0.0, dtype), pieces)
+    dg = warpgroup_mma(_which(False, True, 0.0, dtype), operands.index(2), dg, is_async=True)
+    summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
+    if ADD or count < C:
+        give_tokens(dq_at + summed, keys.index(0), 0, count, H // STEP * SIZE, ROWS, ADD)
+        give_tokens(dk_at + summed, keys.index(1), 0, count, H // STEP * SIZE, ROWS, ADD)
+    else:
+        tma.async_copy_shared_to_global(dq_rows, [token, h // STEP * SIZE + channel], keys.index(0))
+        tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], keys.index(1))
+    if DELTA:
+        gl.atomic_add(d_beta + (begin + row) * H + h, for_beta, mask=row < count, sem="relaxed")
+    overlap = line.load(COL) * gl.exp(end)
+    dg = warpgroup_mma_wait(0, deps=(dg,)) + overlap[None, :]
+    at = (row * (H * SIZE))[:, None] + col[None, :]
+    if steep:
+        again = gl.load((decay + mine) + at, mask=there, other=0.0).to(gl.float32)
+        dg = gl.where(again <= SHUT, 0.0, dg)
+    gl.store((d_decay + mine) + at, dg.to(d_decay.dtype.element_ty), mask=there)
+    tma.store_wait(0)
+
+
+def _states_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """How pieces of states, x [..., K or V, V or K], come."""
+    width = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, columns], SHARED.value)
+
+
+def delta_gradients(
+    chunks: Tiles,
+    x: DeltaInputs,
+    do: Tensor,
+    terms: Terms,
+    recomputed: Recomputed,
+    dr: Tensor,
+    d_states: Tensor,
+    grads: Grads,
+    max_ln_decay: float,
+    heads: range,
+) -> None:
+    """Fills `grads` for the heads of `heads`, of beta's, in fp32, which it adds to: see delta.gradients."""
+    all_heads, q_heads, half = x.v.shape[2], x.q.shape[2], HALF.value
+    add, factors = grads.are_added(heads), terms.factors
+    dq_rows, dk_rows = (None, None) if add else (rows_of(grads.dq, half), rows_of(grads.dk, half))
+    launch(
+        _diagonal_gradients, (2 * chunks.count, len(heads)),
+        rows_of(x.q, half), rows_of(x.k, half), rows_of(recomputed.u, SIZE.value), rows_of(do, SIZE.value),
+        _states_of(recomputed.states, SIZE.value, half), _states_of(d_states, SIZE.value, half),
+        x.decay, factors.ends, factors.ln_chunk_decay, grads.dq, dq_rows, grads.dk, dk_rows, grads.d_decay,
+        terms.gates, x.v, dr, rows_of(dr, SIZE.value), grads.dv, grads.d_beta, chunks.start, chunks.length,
+        x.scale, 1, len(heads), all_heads, all_heads // q_heads, heads.start, heads.step,
+        DELTA=True, ADD=add, MAX_LN_DECAY=2 * max_ln_decay, num_warps=4,
+    )  # fmt: skip
