@@ -10,13 +10,17 @@ from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.diagonal.gradients import gradients
-from lasp.kernels.triton.diagonal.outputs import outputs
+from lasp.kernels.triton.diagonal.outputs import outputs, value_grads
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, diagonal_config, rescale
 from lasp.kernels.triton.diagonal.secondary import secondary_gradients, secondary_outputs
-from lasp.kernels.triton.diagonal.states import chunk_states, chunk_states_grad, tile_states, tile_states_grad
+from lasp.kernels.triton.diagonal.states import chunk_states, tile_states, tile_states_grad
+from lasp.kernels.triton.device import GLUON, for_hopper
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
-from lasp.kernels.triton.shared.tiles import tiles_of
+from lasp.kernels.triton.shared.tiles import CHUNK, tiles_of
+
+if GLUON:
+    from lasp.kernels.triton.hopper.diagonal_gradients import linear_gradients
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,13 @@ class TritonDiagonal:
         assert local is not None and x.decay is not None
         before = chunk_states(tiles, rescaled, x.v, InitialStates(local, *came), config)
         d_final, d_incoming = passing.enter(d_outgoing.wait())
-        after = chunk_states_grad(tiles, rescaled, do, d_final, config)
-        dq, dk, dv, dg = rescaled.q, rescaled.k, torch.empty_like(x.v), torch.empty_like(x.decay)
-        gradients(tiles, rescaled, x.v, x.decay, do, before, after, dv, dg, x.scale, config)
+        dv, dg = torch.empty_like(x.v), torch.empty_like(x.decay)
+        after = value_grads(tiles, rescaled, do, d_final, dv, config)
+        if config.chunk == CHUNK and for_hopper(x.k, x.v):
+            dq, dk = linear_gradients(tiles, x, do, rescaled, before, after, dg, config.max_ln_decay)
+        else:
+            dq, dk = rescaled.q, rescaled.k
+            gradients(tiles, rescaled, x.v, x.decay, do, before, after, dg, x.scale, config)
         secondary_gradients(
             tiles, x.q, x.k, x.v, x.decay, do, rescaled.ln_chunk_decay, (dq, dk, dv, dg), x.scale, config
         )

@@ -22,9 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lasp.kernels.inputs import DeltaInputs
+from lasp.kernels.inputs import DeltaInputs, LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
+from lasp.kernels.triton.device import cdiv
+from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.delta_shared import give_tokens
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
@@ -344,3 +346,28 @@ def delta_gradients(
         x.scale, 1, len(heads), all_heads, all_heads // q_heads, heads.start, heads.step,
         DELTA=True, ADD=add, MAX_LN_DECAY=2 * max_ln_decay, num_warps=4,
     )  # fmt: skip
+
+
+def linear_gradients(
+    tiles: Tiles,
+    x: LinearInputs,
+    do: Tensor,
+    rescaled: Rescaled,
+    states: Tensor,
+    grads: Tensor,
+    dg: Tensor,
+    max_ln_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """dq and dk [B, T, H, K], in the places of q̃ and k̃; writes dg: see diagonal.gradients."""
+    heads, q_heads, half = x.v.shape[2], x.q.shape[2], HALF.value
+    chunks, dq, dk = cdiv(tiles.size, C.value), rescaled.q, rescaled.k
+    launch(
+        _diagonal_gradients, (2 * chunks * tiles.count, heads),
+        rows_of(x.q, half), rows_of(x.k, half), rows_of(x.v, SIZE.value), rows_of(do, SIZE.value),
+        _states_of(states, half, SIZE.value), _states_of(grads, half, SIZE.value),
+        x.decay, rescaled.ends, rescaled.ln_chunk_decay, dq, rows_of(dq, half), dk, rows_of(dk, half), dg,
+        None, None, None, None, None, None, tiles.start, tiles.length,
+        x.scale, chunks, heads, heads, heads // q_heads, 0, 1,
+        DELTA=False, ADD=False, MAX_LN_DECAY=max_ln_decay, num_warps=4,
+    )  # fmt: skip
+    return dq, dk
