@@ -8,7 +8,7 @@ from torch import Tensor
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, scan_decay
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, HopperLaunch, scan_decay
 from lasp.kernels.triton.delta.forward_scan import forward_scan
 from lasp.kernels.triton.delta.gradients import gradients
 from lasp.kernels.triton.delta.rescale import Factors, diagonal_factors
@@ -19,6 +19,7 @@ from lasp.kernels.triton.device import GLUON, for_hopper
 
 if GLUON:
     from lasp.kernels.triton.hopper.diagonal_gradients import delta_gradients
+    from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan as hopper_scan
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,17 @@ class Portable:
         return Terms(ut, gates, scores, factors)
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
+        if self._on_hopper(x):
+            hopper_scan(SUMMARY, self.cut, x, terms, HOW, final=states, transitions=transitions)
+            return
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):
             forward_scan(mode, self.cut, terms, x.v, self.config, scan_decay(x.decay), final=final)
 
     def outputs(self, x: DeltaInputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
         o = torch.empty_like(x.v)
+        if self._on_hopper(x):
+            hopper_scan(OUTPUTS, self.cut, x, terms, HOW, initial=initial, final=final, y=o)
+            return o
         forward_scan(
             OUTPUTS, self.cut, terms, x.v, self.config, scan_decay(x.decay),
             scale=x.scale, initial=initial, final=final, o=o,
@@ -74,6 +81,9 @@ class Portable:
     def recompute(
         self, x: DeltaInputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
     ) -> None:
+        if self._on_hopper(x):
+            hopper_scan(STATES, self.cut, x, terms, HOW, initial=initial, y=into.u, states=into.states, rows=heads, pdl=pdl)
+            return
         forward_scan(
             STATES, self.cut, terms, x.v, self.config, scan_decay(x.decay),
             initial=initial, recomputed=into, heads=heads, pdl=pdl,
@@ -95,6 +105,15 @@ class Portable:
             gradients(*shared, self.config, heads)
         if scan_decay(x.decay) == Decay.DIAGONAL:
             secondary_gradients(self.cut.chunks, x, do, terms, recomputed.u, dr, grads, self.config, heads)
+
+
+    @staticmethod
+    def _on_hopper(x):
+        return SCANS and scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v)
+
+
+SCANS = True
+HOW = HopperLaunch.of(128, 128)
 
 
 def _work_dtype(x: DeltaInputs) -> torch.dtype:

@@ -77,7 +77,7 @@ def _fetch(sources, buffers, rings, numbers, K: gl.constexpr, V: gl.constexpr, G
             i = chunks - 1 - step
             at = begin.to(gl.int32) + i * C
             filled, stage = ring.acquire(step), step % ring.stages
-            fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
+            fetch_gates(gates, gates, chunk + i, h, H, lines.index(stage), filled, K, NONE)
             mbarrier.expect(filled, 2 * C * (K + V + C))
             tma.async_copy_global_to_shared(k, [at, h // G * K], filled, k_rows.index(stage))
             tma.async_copy_global_to_shared(do, [at, v_column], filled, do_rows.index(stage))
