@@ -20,6 +20,7 @@ from lasp.kernels.triton.device import GLUON, for_hopper
 if GLUON:
     from lasp.kernels.triton.hopper.diagonal_gradients import delta_gradients
     from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan as hopper_scan
+    from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan as hopper_reverse
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Portable:
         return o
 
     def tile_states_grad(self, x: DeltaInputs, terms: Terms, do: Tensor, states: Tensor) -> None:
+        if self._on_hopper(x):
+            hopper_reverse(self.cut, x, terms, do, HOW, d_initial=states)
+            return
         reverse_scan(SUMMARY, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale, d_initial=states)
 
     def recompute(
@@ -94,10 +98,15 @@ class Portable:
         d_initial: Tensor | None, heads: range, grads: Grads,
     ) -> None:  # fmt: skip
         dr, d_states = torch.empty_like(recomputed.u), torch.empty_like(recomputed.states)
-        reverse_scan(
-            STATES, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale,
-            d_final=d_final, d_initial=d_initial, dr=dr, d_states=d_states, heads=heads,
-        )  # fmt: skip
+        if self._on_hopper(x) and EACH:
+            hopper_reverse(
+                self.cut, x, terms, do, HOW, d_final=d_final, d_initial=d_initial, rows=heads, each=Recomputed(dr, d_states)
+            )
+        else:
+            reverse_scan(
+                STATES, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale,
+                d_final=d_final, d_initial=d_initial, dr=dr, d_states=d_states, heads=heads,
+            )  # fmt: skip
         shared = self.cut.chunks, x, do, terms, recomputed, dr, d_states, grads
         if scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v):
             delta_gradients(*shared, self.config.max_ln_decay, heads)
@@ -112,7 +121,7 @@ class Portable:
         return SCANS and scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v)
 
 
-SCANS = True
+SCANS, EACH = True, False
 HOW = HopperLaunch.of(128, 128)
 
 
