@@ -8,19 +8,13 @@ from torch import Tensor
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, HopperLaunch, scan_decay
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, scan_decay
 from lasp.kernels.triton.delta.forward_scan import forward_scan
 from lasp.kernels.triton.delta.gradients import gradients
 from lasp.kernels.triton.delta.rescale import Factors, diagonal_factors
 from lasp.kernels.triton.delta.reverse_scan import reverse_scan
 from lasp.kernels.triton.delta.secondary import secondary_gradients, secondary_scores
 from lasp.kernels.triton.delta.ut_transform import chunk_scores, ut_transform
-from lasp.kernels.triton.device import GLUON, for_hopper
-
-if GLUON:
-    from lasp.kernels.triton.hopper.diagonal_gradients import delta_gradients
-    from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan as hopper_scan
-    from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan as hopper_reverse
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,7 @@ class Portable:
     cut: Cut
     config: DeltaConfig
     states_at_once = 2
+    adds_d_beta = False
 
     def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
@@ -59,17 +54,11 @@ class Portable:
         return Terms(ut, gates, scores, factors)
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
-        if self._on_hopper(x):
-            hopper_scan(SUMMARY, self.cut, x, terms, HOW, final=states, transitions=transitions)
-            return
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):
             forward_scan(mode, self.cut, terms, x.v, self.config, scan_decay(x.decay), final=final)
 
     def outputs(self, x: DeltaInputs, terms: Terms, initial: Tensor | None, final: Tensor | None) -> Tensor:
         o = torch.empty_like(x.v)
-        if self._on_hopper(x):
-            hopper_scan(OUTPUTS, self.cut, x, terms, HOW, initial=initial, final=final, y=o)
-            return o
         forward_scan(
             OUTPUTS, self.cut, terms, x.v, self.config, scan_decay(x.decay),
             scale=x.scale, initial=initial, final=final, o=o,
@@ -77,17 +66,11 @@ class Portable:
         return o
 
     def tile_states_grad(self, x: DeltaInputs, terms: Terms, do: Tensor, states: Tensor) -> None:
-        if self._on_hopper(x):
-            hopper_reverse(self.cut, x, terms, do, HOW, d_initial=states)
-            return
         reverse_scan(SUMMARY, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale, d_initial=states)
 
     def recompute(
         self, x: DeltaInputs, terms: Terms, initial: Tensor | None, heads: range, into: Recomputed, pdl: bool
     ) -> None:
-        if self._on_hopper(x):
-            hopper_scan(STATES, self.cut, x, terms, HOW, initial=initial, y=into.u, states=into.states, rows=heads, pdl=pdl)
-            return
         forward_scan(
             STATES, self.cut, terms, x.v, self.config, scan_decay(x.decay),
             initial=initial, recomputed=into, heads=heads, pdl=pdl,
@@ -98,31 +81,13 @@ class Portable:
         d_initial: Tensor | None, heads: range, grads: Grads,
     ) -> None:  # fmt: skip
         dr, d_states = torch.empty_like(recomputed.u), torch.empty_like(recomputed.states)
-        if self._on_hopper(x) and EACH:
-            hopper_reverse(
-                self.cut, x, terms, do, HOW, d_final=d_final, d_initial=d_initial, rows=heads, each=Recomputed(dr, d_states)
-            )
-        else:
-            reverse_scan(
-                STATES, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale,
-                d_final=d_final, d_initial=d_initial, dr=dr, d_states=d_states, heads=heads,
-            )  # fmt: skip
-        shared = self.cut.chunks, x, do, terms, recomputed, dr, d_states, grads
-        if scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v):
-            delta_gradients(*shared, self.config.max_ln_decay, heads)
-        else:
-            gradients(*shared, self.config, heads)
+        reverse_scan(
+            STATES, self.cut, terms, do, self.config, scan_decay(x.decay), x.scale,
+            d_final=d_final, d_initial=d_initial, dr=dr, d_states=d_states, heads=heads,
+        )  # fmt: skip
+        gradients(self.cut.chunks, x, do, terms, recomputed, dr, d_states, grads, self.config, heads)
         if scan_decay(x.decay) == Decay.DIAGONAL:
             secondary_gradients(self.cut.chunks, x, do, terms, recomputed.u, dr, grads, self.config, heads)
-
-
-    @staticmethod
-    def _on_hopper(x):
-        return SCANS and scan_decay(x.decay) == Decay.DIAGONAL and for_hopper(x.k, x.v)
-
-
-SCANS, EACH = True, False
-HOW = HopperLaunch.of(128, 128)
 
 
 def _work_dtype(x: DeltaInputs) -> torch.dtype:

@@ -239,11 +239,7 @@ def _compute(
             else:
                 tma.async_copy_shared_to_global(dv_rows, [begin.to(gl.int32) + i * C, v_column], drc)
         if EACH:
-            if cut:
-                first = gl.load(start + gl.program_id(0), volatile=True)
-                store_tokens(dr_at + first * dr_stride + dr_column, drs.index(0), i, count, dr_stride, V_ROWS)
-            else:
-                tma.async_copy_shared_to_global(dr_rows, [begin.to(gl.int32) + i * C, dr_column], drs.index(0))
+            store_tokens(dr_at, drs.index(0), i, count, dr_stride, V_ROWS)
     if GRADIENTS or EACH:
         tma.store_wait(0)
     if FINAL:
@@ -331,7 +327,7 @@ def _reverse_scan(
     if EACH:
         column = row * V
         at_state = (chunk * HEADS + row) * V
-        scanned = (dr, HEADS * V, column, dr_rows, d_states, at_state.to(gl.int32), HEADS * V)
+        scanned = (dr + begin * HEADS * V + column, HEADS * V, column, dr_rows, d_states, at_state.to(gl.int32), HEADS * V)
     sources = (q, k, written, v, do, u, ut, scores, states, gates, ends)
     numbers = (start, begin, count, h, part, place // STEP, scale, H, H * PARTS // STEP)
     arriving, where = (ring, rest_ring, late_ring), (begin, count, chunk, h, h * WIDTH + part * V, row, H, HEADS, G)
