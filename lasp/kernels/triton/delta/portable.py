@@ -31,9 +31,7 @@ class Portable:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
             ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
             return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
-        factors, scores, products = diagonal_factors(
-            self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, x.scale
-        )
+        factors, scores, products = self.diagonal_factors(x, x.scale)
         assert scores is not None and products is not None and factors.ln_chunk_decay is not None
         secondary_scores(
             self.cut.chunks, x.q, x.k, x.decay, factors.ln_chunk_decay, scores, products, x.scale, self.config
@@ -50,8 +48,13 @@ class Portable:
     def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
         factors = Factors(x.q, x.k, x.k)
         if x.decay is not None and scan_decay(x.decay) == Decay.DIAGONAL:
-            factors, _, _ = diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, None)
+            factors, _, _ = self.diagonal_factors(x, None)
         return Terms(ut, gates, scores, factors)
+
+    def diagonal_factors(self, x: DeltaInputs, scale: float | None) -> tuple[Factors, Tensor | None, Tensor | None]:
+        """See delta.rescale."""
+        assert x.decay is not None
+        return diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, scale)
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):

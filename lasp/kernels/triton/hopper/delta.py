@@ -15,6 +15,7 @@ from lasp.kernels.triton.device import HOPPER_HEAD
 from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan
 from lasp.kernels.triton.hopper.delta_reverse_scan import reverse_scan
 from lasp.kernels.triton.hopper.delta_ut_transform import ut_transform
+from lasp.kernels.triton.hopper.diagonal_factors import delta_factors
 from lasp.kernels.triton.hopper.diagonal_gradients import delta_gradients
 
 
@@ -75,10 +76,14 @@ class Hopper:
 
 @dataclass(frozen=True)
 class HopperDiagonal(Portable):
-    """With a vector gate, heads of 128 in bf16: what scans need is found as everywhere."""
+    """With a vector gate, heads of 128 in bf16."""
 
     how = HopperLaunch.of(HOPPER_HEAD, HOPPER_HEAD)
     adds_d_beta = True
+
+    def diagonal_factors(self, x: DeltaInputs, scale: float | None) -> tuple[Factors, Tensor | None, Tensor | None]:
+        assert x.decay is not None
+        return delta_factors(self.cut.chunks, x.q, x.k, x.decay, scale, self.config.max_ln_decay)
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         forward_scan(SUMMARY, self.cut, x, terms, self.how, final=states, transitions=transitions)

@@ -28,59 +28,26 @@ from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.delta_shared import give_tokens
+from lasp.kernels.triton.hopper.diagonal_shared import chunk_of, cut_in_two, load_gates, ones, sums
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
-    LEFT,
     MMA,
     ROWS,
     SHARED,
     SIZE,
+    WIDE_ROWS,
     C,
     barrier,
     clear_tail,
     rows_of,
 )
-from lasp.kernels.triton.hopper.shared import WIDE_ROWS
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import SHUT
 
 ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayout(0, MMA.value))
-GATES = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))  # rows of 64 in fp32, coalesced
 KEPT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 BY_COLUMN = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0]))  # [SIZE, HALF], columns within warps
-
-
-@gluon.jit
-def _which(REVERSE: gl.constexpr, STRICT: gl.constexpr, less, dtype: gl.constexpr):
-    """[t, j], a product's first operand: 1 for tokens j up to t (in reverse from t on), if STRICT without t; minus
-    `less` throughout."""
-    t, j = gl.arange(0, C, layout=gl.SliceLayout(1, LEFT))[:, None], gl.arange(0, C, layout=gl.SliceLayout(0, LEFT))
-    gap = (j[None, :] - t) if REVERSE else (t - j[None, :])
-    return (gl.where(gap >= (1 if STRICT else 0), 1.0, 0.0) - less).to(dtype)
-
-
-@gluon.jit
-def _sums(weights, pieces):
-    """Sums over tokens of what two pieces of 16 bits hold, on their way."""
-    y = gl.zeros([C, HALF], gl.float32, MMA)
-    y = warpgroup_mma(weights, pieces.index(0), y, use_acc=False, is_async=True)
-    return warpgroup_mma(weights, pieces.index(1), y, is_async=True)
-
-
-@gluon.jit
-def _cut_in_two(x, pieces):
-    high = x.to(pieces.dtype)
-    pieces.index(0).store(high)
-    pieces.index(1).store((x - high.to(gl.float32)).to(pieces.dtype))
-
-
-@gluon.jit
-def _load_gates(decay, count, H):
-    place, cols = gl.arange(0, C, layout=gl.SliceLayout(1, GATES)), gl.arange(0, HALF, layout=gl.SliceLayout(0, GATES))
-    at = (place * (H * SIZE))[:, None] + cols[None, :]
-    g = gl.load(decay + at, mask=(place < count)[:, None], other=0.0).to(gl.float32)
-    return gl.where(g < SHUT, SHUT, g)
 
 
 @gluon.jit
@@ -125,20 +92,13 @@ def _diagonal_gradients(
     MAX_LN_DECAY: gl.constexpr,
 ):
     part, h = gl.program_id(0) % 2, FIRST_HEAD + gl.program_id(1) * STEP
-    if DELTA:
-        slot = gl.program_id(0) // 2
-        begin, count = gl.load(start + slot), gl.load(length + slot).to(gl.int32)
-    else:
-        tile, i = gl.program_id(0) // 2 // CHUNKS, gl.program_id(0) // 2 % CHUNKS
-        begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32) - i * C
-        slot = (begin // C).to(gl.int32) + tile + i
-        begin += i * C
+    slot, begin, count = chunk_of(gl.program_id(0) // 2, start, length, CHUNKS, not DELTA)
     if count > 0:
         _chunk(
             (q, k, u, do, states, grads, decay, ends, ln_chunk_decay),
             (dq, dq_rows, dk, dk_rows, d_decay),
             (gates, v, dr, dr_rows, dv, d_beta),
-            (slot, begin, gl.minimum(count, C), part, gl.program_id(1), h, scale, HEADS, H, G, STEP),
+            (slot, begin, count, part, gl.program_id(1), h, scale, HEADS, H, G, STEP),
             DELTA,
             ADD,
             MAX_LN_DECAY,
@@ -188,7 +148,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), keys.index(1))
 
     mine = (begin * H + h) * SIZE + channel
-    _cut_in_two(_load_gates(decay + mine, count, H), pieces)
+    cut_in_two(load_gates(decay + mine, count, H, HALF), pieces)
     row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
     slot_h = slot.to(gl.int64) * H + h
     end = gl.load(ends + slot_h * SIZE + channel + col)
@@ -219,7 +179,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     n = nothing
     if DELTA:
         n = warpgroup_mma(drc, uc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    exponent = _sums(_which(False, False, half, dtype), pieces)
+    exponent = sums(ones(False, False, half, dtype, HALF), pieces, HALF)
     p, n, exponent = warpgroup_mma_wait(0, deps=(p, n, exponent))
     p = gl.where((row[:, None] >= col[None, :]) & (half > 0.0), p * scale, 0.0).to(dtype)
     barrier()
@@ -250,10 +210,10 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     to_end = -exponent
     if steep:
         if DELTA:  # a difference of large sums has too few digits
-            _cut_in_two(_load_gates(decay + mine, count, H), operands)
+            cut_in_two(load_gates(decay + mine, count, H, HALF), operands)
             fence_async_shared()
             barrier()
-            to_end = warpgroup_mma_wait(0, deps=(_sums(_which(True, True, 0.0, dtype), operands),))
+            to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, 0.0, dtype, HALF), operands, HALF),))
             barrier()
         else:  # see diagonal.secondary
             to_end = nothing
@@ -291,11 +251,11 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         dk -= beta[:, None] * w
     keys.index(1).store(dk.to(dtype))
     barrier()
-    _cut_in_two(change, pieces)
+    cut_in_two(change, pieces)
     fence_async_shared()
     barrier()
-    dg = _sums(_which(True, False, 0.0, dtype), pieces)
-    dg = warpgroup_mma(_which(False, True, 0.0, dtype), operands.index(2), dg, is_async=True)
+    dg = sums(ones(True, False, 0.0, dtype, HALF), pieces, HALF)
+    dg = warpgroup_mma(ones(False, True, 0.0, dtype, HALF), operands.index(2), dg, is_async=True)
     summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
     if ADD or count < C:
         give_tokens(dq_at + summed, keys.index(0), 0, count, H // STEP * SIZE, ROWS, ADD)
