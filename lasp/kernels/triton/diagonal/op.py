@@ -11,15 +11,17 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.diagonal.gradients import gradients
 from lasp.kernels.triton.diagonal.outputs import outputs, value_grads
-from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, diagonal_config, rescale
+from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, diagonal_config, rescale
 from lasp.kernels.triton.diagonal.secondary import secondary_gradients, secondary_outputs
 from lasp.kernels.triton.diagonal.states import chunk_states, tile_states, tile_states_grad
+from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import GLUON, for_hopper
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK, tiles_of
 
 if GLUON:
+    from lasp.kernels.triton.hopper.diagonal_factors import rescale as rescale_on_hopper
     from lasp.kernels.triton.hopper.diagonal_gradients import linear_gradients
 
 
@@ -31,8 +33,7 @@ class TritonDiagonal:
 
     def summarize(self, x: LinearInputs, wanted: bool):
         x, tiles, config = self._prepare(x)
-        assert x.decay is not None
-        rescaled = rescale(tiles, x.q, x.k, x.decay, x.scale, config)
+        rescaled = self._rescale(x, tiles, config)
         states, transitions = tile_states(tiles, rescaled, x.v, config)
         passing = StatePassing(tiles, states, transitions, reverse=False, ahead=wanted)
         return passing.summary, (x, tiles, config, rescaled, passing)
@@ -48,8 +49,7 @@ class TritonDiagonal:
 
     def summarize_grad(self, x: LinearInputs, kept: Kept, do: Tensor, wanted: bool):
         (x, tiles, config), do = self._prepare(x), laid_out(do)
-        assert x.decay is not None
-        rescaled = rescale(tiles, x.q, x.k, x.decay, x.scale, config)
+        rescaled = self._rescale(x, tiles, config)
         states = tile_states_grad(tiles, rescaled, do, config)
         passing = StatePassing(tiles, states, kept[0], reverse=True, ahead=wanted)
         return passing.summary and passing.summary.state, (x, tiles, config, do, rescaled, passing)
@@ -61,7 +61,7 @@ class TritonDiagonal:
         d_final, d_incoming = passing.enter(d_outgoing.wait())
         dv, dg = torch.empty_like(x.v), torch.empty_like(x.decay)
         after = value_grads(tiles, rescaled, do, d_final, dv, config)
-        if config.chunk == CHUNK and for_hopper(x.k, x.v):
+        if self._on_hopper(x, config):
             dq, dk = linear_gradients(tiles, x, do, rescaled, before, after, dg, config.max_ln_decay)
         else:
             dq, dk = rescaled.q, rescaled.k
@@ -71,6 +71,16 @@ class TritonDiagonal:
         )
         dq, dk = (per_q_head(d, x.q).to(x.q.dtype) for d in (dq, dk))
         return Gradients({"q": dq, "k": dk, "v": dv, "decay": dg}, d_incoming)
+
+    @staticmethod
+    def _on_hopper(x: LinearInputs, config: DiagonalConfig) -> bool:
+        return config.chunk == CHUNK and for_hopper(x.k, x.v)
+
+    def _rescale(self, x: LinearInputs, tiles: Tiles, config: DiagonalConfig) -> Rescaled:
+        assert x.decay is not None
+        if self._on_hopper(x, config):
+            return rescale_on_hopper(tiles, x.q, x.k, x.decay, x.scale, config.max_ln_decay)
+        return rescale(tiles, x.q, x.k, x.decay, x.scale, config)
 
     def _prepare(self, x: LinearInputs):
         return contiguous(x), tiles_of(x), self.config or diagonal_config(x.k, x.v)
