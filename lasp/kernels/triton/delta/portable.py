@@ -29,14 +29,13 @@ class Portable:
 
     def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
-            ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
-            return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
+            return Terms(*self.ut_transform(x, None), None, Factors(x.q, x.k, x.k))
         factors, scores, products = self.diagonal_factors(x, x.scale)
         assert scores is not None and products is not None and factors.ln_chunk_decay is not None
         secondary_scores(
             self.cut.chunks, x.q, x.k, x.decay, factors.ln_chunk_decay, scores, products, x.scale, self.config
         )
-        return Terms(*ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products, _work_dtype(x)), scores, factors)
+        return Terms(*self.ut_transform(x, products), scores, factors)
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         if terms.scores is not None:
@@ -55,6 +54,9 @@ class Portable:
         """See delta.rescale."""
         assert x.decay is not None
         return diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, scale)
+
+    def ut_transform(self, x: DeltaInputs, products: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products, _work_dtype(x))
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):

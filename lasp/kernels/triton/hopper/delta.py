@@ -85,6 +85,9 @@ class HopperDiagonal(Portable):
         assert x.decay is not None
         return delta_factors(self.cut.chunks, x.q, x.k, x.decay, scale, self.config.max_ln_decay)
 
+    def ut_transform(self, x: DeltaInputs, products: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products)
+
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         forward_scan(SUMMARY, self.cut, x, terms, self.how, final=states, transitions=transitions)
 

@@ -117,13 +117,13 @@ def _factors(
             keys = operands.index(2).permute((1, 0))
             p = warpgroup_mma(operands.index(0), keys, none, use_acc=False, is_async=True)
             m = warpgroup_mma(operands.index(1), keys, none, use_acc=False, is_async=True)
+            p, m = warpgroup_mma_wait(0, deps=(p, m))  # before a branch, which might move their registers
         send_rows(written + at, written_rows, given, begin, 0, count, column, H * SIZE, WIDE_ROWS)
         send_rows(read_q + at, read_q_rows, qc, begin, 0, count, column, H * SIZE, WIDE_ROWS)
         if DELTA:
             send_rows(read_k + at, read_k_rows, kc, begin, 0, count, column, H * SIZE, WIDE_ROWS)
         if SCORES:
             row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
-            p, m = warpgroup_mma_wait(0, deps=(p, m))
             m = gl.where(row[:, None] > col[None, :], m, 0.0)
             at_m = (row * (H * C))[:, None] + col[None, :]
             gl.store((products + begin * (H * C) + h * C) + at_m, m, mask=(row < count)[:, None])

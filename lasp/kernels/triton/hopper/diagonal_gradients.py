@@ -208,19 +208,16 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     line.store(overlap)
     there = (row < count)[:, None]
     to_end = -exponent
-    if steep:
-        if DELTA:  # a difference of large sums has too few digits
-            cut_in_two(load_gates(decay + mine, count, H, HALF), operands)
-            fence_async_shared()
-            barrier()
-            to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, 0.0, dtype, HALF), operands, HALF),))
-            barrier()
-        else:  # see diagonal.secondary
-            to_end = nothing
+    if steep:  # a difference of large sums has too few digits
+        cut_in_two(load_gates(decay + mine, count, H, HALF), operands)
+        fence_async_shared()
+        barrier()
+        to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, 0.0, dtype, HALF), operands, HALF),))
+        barrier()
     read.store((_rows(keys.index(0), there) * gl.exp(exponent)).to(dtype))
     kept = both._reinterpret(gl.float32, [2, C, HALF], KEPT)  # of what does not fit into registers
     writing = gl.exp(to_end)
-    kept.index(0).store(writing)
+    kept.index(0).store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
     k_written = (_rows(keys.index(1), there) * writing).to(dtype)
     written.store(k_written)
     between = gl.exp(half * end)[None, :]
@@ -256,6 +253,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     barrier()
     dg = sums(ones(True, False, 0.0, dtype, HALF), pieces, HALF)
     dg = warpgroup_mma(ones(False, True, 0.0, dtype, HALF), operands.index(2), dg, is_async=True)
+    dg = warpgroup_mma_wait(0, deps=(dg,))  # before a branch, which might move its registers
     summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
     if ADD or count < C:
         give_tokens(dq_at + summed, keys.index(0), 0, count, H // STEP * SIZE, ROWS, ADD)
@@ -266,7 +264,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     if DELTA:
         gl.atomic_add(d_beta + (begin + row) * H + h, for_beta, mask=row < count, sem="relaxed")
     overlap = line.load(COL) * gl.exp(end)
-    dg = warpgroup_mma_wait(0, deps=(dg,)) + overlap[None, :]
+    dg += overlap[None, :]
     at = (row * (H * SIZE))[:, None] + col[None, :]
     if steep:
         again = gl.load((decay + mine) + at, mask=there, other=0.0).to(gl.float32)
