@@ -23,6 +23,7 @@ from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_shared import (
+    channel_decays,
     columns_layout,
     fetch_gates,
     left_of,
@@ -138,8 +139,7 @@ def _compute(
         if SCALARS:
             x *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if DECAY == DIAGONAL:
-            total = gl.exp(lines.index(stage).slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
-            x *= total
+            x *= channel_decays(lines.index(stage), K, STATE)
         if count - i * C < C:
             clear_tail(kc, i, count, K_ROWS)
             clear_tail(tc, i, count, SCORE_ROWS)
@@ -190,7 +190,7 @@ def _compute(
             if SCALARS:
                 a *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
             if DECAY == DIAGONAL:
-                a *= total
+                a *= channel_decays(lines.index(stage), K, STATE)
             x, erased = warpgroup_mma_wait(0, deps=(x, erased))
             forget = -betas.load(gl.SliceLayout(0, COLUMNS))
             if SCALARS:

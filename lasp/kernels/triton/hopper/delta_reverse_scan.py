@@ -23,6 +23,7 @@ from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
 from lasp.kernels.triton.hopper.delta_shared import (
+    channel_decays,
     columns_layout,
     fetch_gates,
     give_tokens,
@@ -141,7 +142,7 @@ def _compute(
         if SCALARS:
             grad *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if DECAY == DIAGONAL:
-            grad *= gl.exp(lines.index(stage).slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
+            grad *= channel_decays(lines.index(stage), K, STATE)
         if cut:
             clear_tail(kc, i, count, K_ROWS)
             if DECAY == DIAGONAL:

@@ -90,6 +90,12 @@ def split_gates(line):
 
 
 @gluon.jit
+def channel_decays(line, K: gl.constexpr, STATE: gl.constexpr):
+    """A chunk's whole decay, if DIAGONAL, of a state's columns, [1, K]."""
+    return gl.exp(line.slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
+
+
+@gluon.jit
 def give_tokens(y, buffer, i, count, stride, LAYOUT: gl.constexpr, ADD: gl.constexpr):
     """Writes chunk i's rows, those that are tokens, or adds them to what is there, which nobody else does meanwhile."""
     if ADD:
