@@ -19,7 +19,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
-from lasp.kernels.triton.hopper.diagonal_shared import chunk_of, cut_in_two, load_gates, ones, sums
+from lasp.kernels.triton.hopper.diagonal_shared import bounded, chunk_of, cut_in_two, load_gates, ones, sums
 from lasp.kernels.triton.hopper.shared import (
     MMA,
     ROWS,
@@ -66,11 +66,12 @@ def _factors(
     h = gl.program_id(1)
     slot, begin, count = chunk_of(gl.program_id(0), start, length, CHUNKS, not DELTA)
     dtype: gl.constexpr = k.dtype
-    qk = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
+    qc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    kc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
     pieces = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    qc, kc = qk.index(0), qk.index(1)
     if count > 0:
+        g = load_gates(decay + begin * (H * SIZE) + h * SIZE, count, H, SIZE)
         mbarrier.init(full.index(0), count=1)
         fence_async_shared()
         barrier()
@@ -78,7 +79,7 @@ def _factors(
         mbarrier.expect(full.index(0), 2 * 2 * C * SIZE)
         tma.async_copy_global_to_shared(q, [token, h // G * SIZE], full.index(0), qc)
         tma.async_copy_global_to_shared(k, [token, h // G * SIZE], full.index(0), kc)
-        g = load_gates(decay + begin * (H * SIZE) + column, count, H, SIZE)
+        g = bounded(g)
         cut_in_two(g, pieces)
         end = gl.sum(g, axis=0)
         largest = gl.max(-end, axis=0)

@@ -28,7 +28,7 @@ from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.delta_shared import give_tokens
-from lasp.kernels.triton.hopper.diagonal_shared import chunk_of, cut_in_two, load_gates, ones, sums
+from lasp.kernels.triton.hopper.diagonal_shared import bounded, chunk_of, cut_in_two, load_gates, ones, sums
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
@@ -113,57 +113,59 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     slot, begin, count, part, local, h, scale, HEADS, H, G, STEP = numbers
     dtype: gl.constexpr = k.dtype
     token, channel = begin.to(gl.int32), part * HALF
-    # What comes first makes room for operands later.
-    wide = gl.allocate_shared_memory(dtype, [3 if DELTA else 2, C, SIZE], SHARED)
-    keys = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
-    pieces = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
-    line = gl.allocate_shared_memory(gl.float32, [C], GATES_SHARED)
-    if DELTA:
-        both = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
-    else:
-        both = gl.allocate_shared_memory(dtype, [2, HALF, SIZE], SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(3):
-        mbarrier.init(full.index(n), count=1)
-    fence_async_shared()
-    barrier()
-    uc, doc, drc = wide.index(0), wide.index(1), wide.index(2 if DELTA else 1)
-    mbarrier.expect(full.index(0), 2 * C * SIZE * (3 if DELTA else 2))
-    tma.async_copy_global_to_shared(u, [token, local * SIZE], full.index(0), uc)
-    tma.async_copy_global_to_shared(do, [token, h * SIZE], full.index(0), doc)
-    if DELTA:
-        tma.async_copy_global_to_shared(dr_rows, [token, local * SIZE], full.index(0), drc)
-    mbarrier.expect(full.index(1), 2 * 2 * SIZE * HALF)
-    state = (slot * HEADS + local) * SIZE
-    if DELTA:
-        tma.async_copy_global_to_shared(states, [state, channel], full.index(1), both.index(0))
-        tma.async_copy_global_to_shared(grads, [state, channel], full.index(1), both.index(1))
-        x, g_state = both.index(0), both.index(1)
-    else:
-        tma.async_copy_global_to_shared(states, [state + channel, 0], full.index(1), both.index(0))
-        tma.async_copy_global_to_shared(grads, [state + channel, 0], full.index(1), both.index(1))
-        x, g_state = both.index(0).permute((1, 0)), both.index(1).permute((1, 0))
-    mbarrier.expect(full.index(2), 2 * 2 * C * HALF)
-    tma.async_copy_global_to_shared(q, [token, h // G * SIZE + channel], full.index(2), keys.index(0))
-    tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), keys.index(1))
-
-    mine = (begin * H + h) * SIZE + channel
-    cut_in_two(load_gates(decay + mine, count, H, HALF), pieces)
+    mine, slot_h = (begin * H + h) * SIZE + channel, slot.to(gl.int64) * H + h
     row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
-    slot_h = slot.to(gl.int64) * H + h
+    g = load_gates(decay + mine, count, H, HALF)
     end = gl.load(ends + slot_h * SIZE + channel + col)
     steep = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
-    half = gl.where(steep, 0.0, 0.5)
     if DELTA:
         first, cols = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS)), gl.arange(0, HALF, layout=gl.SliceLayout(0, ROWS))
         here = (first < count)[:, None]
         at_v = (first * (H * SIZE))[:, None] + cols[None, :]
         at_dr = (first * (HEADS * SIZE))[:, None] + cols[None, :]
         vc = gl.load((v + mine) + at_v, mask=here, other=0.0)
-        drv = gl.load((dr + (begin * HEADS + local) * SIZE + channel) + at_dr, mask=here, other=0.0).to(gl.float32)
-        betas = gl.load(gates + slot_h * 4 * C + first).to(gl.float32)
-        dvc = (betas[:, None] * drv).to(dtype)
-        gl.store((dv + mine) + at_v, dvc, mask=here)
+        drv = gl.load((dr + (begin * HEADS + local) * SIZE + channel) + at_dr, mask=here, other=0.0)
+        betas = gl.load(gates + slot_h * 4 * C + first)
+
+    # What comes first makes room for operands later.
+    uc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    doc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    drc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED) if DELTA else doc
+    qc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
+    kc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
+    pieces = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    line = gl.allocate_shared_memory(gl.float32, [C], GATES_SHARED)
+    state_rows: gl.constexpr = SIZE if DELTA else HALF
+    xs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
+    gs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(3):
+        mbarrier.init(full.index(n), count=1)
+    fence_async_shared()
+    barrier()
+    mbarrier.expect(full.index(0), 2 * C * SIZE * (3 if DELTA else 2))
+    mbarrier.expect(full.index(1), 2 * 2 * SIZE * HALF)
+    mbarrier.expect(full.index(2), 2 * 2 * C * HALF)
+    tma.async_copy_global_to_shared(u, [token, local * SIZE], full.index(0), uc)
+    tma.async_copy_global_to_shared(do, [token, h * SIZE], full.index(0), doc)
+    state = (slot * HEADS + local) * SIZE
+    if DELTA:
+        tma.async_copy_global_to_shared(dr_rows, [token, local * SIZE], full.index(0), drc)
+        tma.async_copy_global_to_shared(states, [state, channel], full.index(1), xs)
+        tma.async_copy_global_to_shared(grads, [state, channel], full.index(1), gs)
+        x, g_state = xs, gs
+    else:
+        tma.async_copy_global_to_shared(states, [state + channel, 0], full.index(1), xs)
+        tma.async_copy_global_to_shared(grads, [state + channel, 0], full.index(1), gs)
+        x, g_state = xs.permute((1, 0)), gs.permute((1, 0))
+    tma.async_copy_global_to_shared(q, [token, h // G * SIZE + channel], full.index(2), qc)
+    tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), kc)
+
+    cut_in_two(bounded(g), pieces)
+    half = gl.where(steep, 0.0, 0.5)
+    if DELTA:
+        drv = drv.to(gl.float32)
+        gl.store((dv + mine) + at_v, (betas[:, None] * drv).to(dtype), mask=here)
         line.store(gl.sum(drv * vc.to(gl.float32), axis=1))
     mbarrier.wait(full.index(0), 0)
     if count < C:
@@ -195,40 +197,41 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     w = nothing
     if DELTA:
         w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
-        overlap = gl.sum(both.index(0).load(BY_COLUMN).to(gl.float32) * both.index(1).load(BY_COLUMN), axis=0)
+        overlap = gl.sum(xs.load(BY_COLUMN).to(gl.float32) * gs.load(BY_COLUMN), axis=0)
     else:
-        overlap = gl.sum(both.index(0).load(WIDE_ROWS).to(gl.float32) * both.index(1).load(WIDE_ROWS), axis=1)
+        overlap = gl.sum(xs.load(WIDE_ROWS).to(gl.float32) * gs.load(WIDE_ROWS), axis=1)
     mbarrier.wait(full.index(2), 0)
     dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
     barrier()
 
-    operands = wide._reinterpret(dtype, [6 if DELTA else 4, C, HALF], SHARED)
+    operands, others = uc._reinterpret(dtype, [2, C, HALF], SHARED), doc._reinterpret(dtype, [2, C, HALF], SHARED)
     pc, nc = pieces.index(0), pieces.index(1)
-    read, written, erased = operands.index(0), operands.index(1), operands.index(4 if DELTA else 0)
+    read, written, before, erased = operands.index(0), operands.index(1), others.index(0), others.index(1)
     line.store(overlap)
     there = (row < count)[:, None]
     to_end = -exponent
     if steep:  # a difference of large sums has too few digits
-        cut_in_two(load_gates(decay + mine, count, H, HALF), operands)
+        cut_in_two(bounded(load_gates(decay + mine, count, H, HALF)), operands)
         fence_async_shared()
         barrier()
         to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, 0.0, dtype, HALF), operands, HALF),))
         barrier()
-    read.store((_rows(keys.index(0), there) * gl.exp(exponent)).to(dtype))
-    kept = both._reinterpret(gl.float32, [2, C, HALF], KEPT)  # of what does not fit into registers
+    read.store((_rows(qc, there) * gl.exp(exponent)).to(dtype))
+    # What does not fit into registers.
+    kept_writing, kept_past = xs._reinterpret(gl.float32, [C, HALF], KEPT), gs._reinterpret(gl.float32, [C, HALF], KEPT)
     writing = gl.exp(to_end)
-    kept.index(0).store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
-    k_written = (_rows(keys.index(1), there) * writing).to(dtype)
+    kept_writing.store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
+    k_written = (_rows(kc, there) * writing).to(dtype)
     written.store(k_written)
     between = gl.exp(half * end)[None, :]
     dq *= between * scale
     dk *= between
     past = k_written.to(gl.float32) * dk
-    kept.index(1).store(past)
-    operands.index(2).store(past.to(dtype))
+    kept_past.store(past)
+    before.store(past.to(dtype))
     if DELTA:
         w *= between
-        erased.store((-beta[:, None] * (_rows(keys.index(1), there) * gl.exp(exponent))).to(dtype))
+        erased.store((-beta[:, None] * (_rows(kc, there) * gl.exp(exponent))).to(dtype))
     fence_async_shared()
     barrier()
     dq = warpgroup_mma(pc, written, dq, is_async=True)
@@ -237,30 +240,30 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         w = warpgroup_mma(nc, written, w, is_async=True)
         dk = warpgroup_mma(nc.permute((1, 0)), erased, dk, is_async=True)
     dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
-    change = kept.index(1).load(MMA) - written.load(MMA).to(gl.float32) * dk
-    dk *= kept.index(0).load(MMA)
+    change = kept_past.load(MMA) - written.load(MMA).to(gl.float32) * dk
+    dk *= kept_writing.load(MMA)
     change += read.load(MMA).to(gl.float32) * dq
-    keys.index(0).store((dq * gl.exp(exponent)).to(dtype))
+    qc.store((dq * gl.exp(exponent)).to(dtype))
     if DELTA:
         change += erased.load(MMA).to(gl.float32) * w
         w *= gl.exp(exponent)
-        for_beta -= gl.sum(_rows(keys.index(1), there) * w, axis=1)
+        for_beta -= gl.sum(_rows(kc, there) * w, axis=1)
         dk -= beta[:, None] * w
-    keys.index(1).store(dk.to(dtype))
+    kc.store(dk.to(dtype))
     barrier()
     cut_in_two(change, pieces)
     fence_async_shared()
     barrier()
     dg = sums(ones(True, False, 0.0, dtype, HALF), pieces, HALF)
-    dg = warpgroup_mma(ones(False, True, 0.0, dtype, HALF), operands.index(2), dg, is_async=True)
+    dg = warpgroup_mma(ones(False, True, 0.0, dtype, HALF), before, dg, is_async=True)
     dg = warpgroup_mma_wait(0, deps=(dg,))  # before a branch, which might move its registers
     summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
     if ADD or count < C:
-        give_tokens(dq_at + summed, keys.index(0), 0, count, H // STEP * SIZE, ROWS, ADD)
-        give_tokens(dk_at + summed, keys.index(1), 0, count, H // STEP * SIZE, ROWS, ADD)
+        give_tokens(dq_at + summed, qc, 0, count, H // STEP * SIZE, ROWS, ADD)
+        give_tokens(dk_at + summed, kc, 0, count, H // STEP * SIZE, ROWS, ADD)
     else:
-        tma.async_copy_shared_to_global(dq_rows, [token, h // STEP * SIZE + channel], keys.index(0))
-        tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], keys.index(1))
+        tma.async_copy_shared_to_global(dq_rows, [token, h // STEP * SIZE + channel], qc)
+        tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], kc)
     if DELTA:
         gl.atomic_add(d_beta + (begin + row) * H + h, for_beta, mask=row < count, sem="relaxed")
     overlap = line.load(COL) * gl.exp(end)

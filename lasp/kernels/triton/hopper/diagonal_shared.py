@@ -26,11 +26,18 @@ def chunk_of(program, start, length, CHUNKS, OF_TILES: gl.constexpr):
 
 @gluon.jit
 def load_gates(decay, count, H, W: gl.constexpr):
-    """[C, W], coalesced; zero where there is no token."""
+    """[C, W] as they are, coalesced; zero where there is no token. Nothing is done with them, so that they may come
+    late."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // W, W // 4], [4, 1], [1, 0])
     place, cols = gl.arange(0, C, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, W, layout=gl.SliceLayout(0, LAYOUT))
     at = (place * (H * SIZE))[:, None] + cols[None, :]
-    g = gl.load(decay + at, mask=(place < count)[:, None], other=0.0).to(gl.float32)
+    return gl.load(decay + at, mask=(place < count)[:, None], other=0.0)
+
+
+@gluon.jit
+def bounded(g):
+    """See shared.decay."""
+    g = g.to(gl.float32)
     return gl.where(g < SHUT, SHUT, g)
 
 
