@@ -37,7 +37,7 @@ GATE_FLOOR = torch.finfo(torch.bfloat16).eps  # kernels sum differences of large
 DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0, "shut gates": 0.05}
 
 
-@pytest.mark.parametrize("kind", ["linear", "delta"])
+@pytest.mark.parametrize("kind", hopper_launches.CASES)
 def test_what_hopper_launches_is_for_it_and_compiles(kind):
     """Without a GPU: see hopper_launches."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -92,7 +92,7 @@ def in_pytorch(q, k, v, decay, initial_state, beta=None, *, cu_seqlens=None):
     return o.to(v.dtype), torch.cat(ends).to(initial_state.dtype)
 
 
-@pytest.mark.parametrize("kind", ["linear", "delta"])
+@pytest.mark.parametrize("kind", hopper_launches.CASES)
 def test_what_kernels_errors_are_compared_with_is_the_same_function(gen, kind):
     def normal(*size):
         return torch.randn(*size, generator=gen, dtype=torch.float64) / SIZE**0.5
@@ -109,7 +109,7 @@ def test_what_kernels_errors_are_compared_with_is_the_same_function(gen, kind):
 @pytest.mark.parametrize("boundary", [Alone, Asked])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("kind", ["linear", "delta"])
+@pytest.mark.parametrize("kind", hopper_launches.CASES)
 def test_equals_the_definition(gen, monkeypatch, launched, kind, shape, decay, boundary):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
     from lasp.kernels.triton.delta import op

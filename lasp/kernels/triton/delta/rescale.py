@@ -41,9 +41,9 @@ def _factors(
     q,  # [tokens, Hq, K]
     k,
     decay,  # [tokens, H, K]
-    q_read_at,  # [tokens, H, K]: q⁺
-    k_read_at,  # k⁺
-    written_at,  # k⁻
+    q_read,  # [tokens, H, K]: q⁺
+    k_read,  # k⁺
+    written,  # k⁻
     ends,  # [chunks, H, K] fp32
     ln_chunk_decay,  # [chunks, H] fp32
     scores,  # [tokens, H, C]: P, if SCORES
@@ -65,7 +65,7 @@ def _factors(
     begin, count = tl.load(start + chunk), tl.load(length + chunk)
     row = tl.arange(0, C)
     here = row < count
-    work = k_read_at.dtype.element_ty
+    work = k_read.dtype.element_ty
     p, m = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     widest = 0.0
     for block in range((K + BK - 1) // BK):
@@ -73,26 +73,20 @@ def _factors(
         qc = load_rows(q, begin, here, h // G, H // G, cols, K).to(tl.float32)
         kc = load_rows(k, begin, here, h // G, H // G, cols, K).to(tl.float32)
         g = load_decays(decay, begin, here, h, H, cols, K)
+        up, down = channel_sums(g, BY_PRODUCTS)
+        from_start, to_end = tl.exp(up), tl.exp(down)
+        store_rows(q_read, (qc * from_start).to(work), begin, here, h, H, cols, K)
+        store_rows(k_read, (kc * from_start).to(work), begin, here, h, H, cols, K)
+        store_rows(written, (kc * to_end).to(work), begin, here, h, H, cols, K)
         end = tl.sum(g, axis=0)
         tl.store(ends + (chunk * H + h) * K + cols, end, mask=cols < K)
-        largest = tl.max(-end)
-        widest = tl.maximum(widest, largest)
-        middle = tl.where(largest > 2 * MAX_LN_DECAY, 0.0, 0.5) * end[None, :]
-        exponent = sums_upto(g, BY_PRODUCTS) - middle
-        if largest > 2 * MAX_LN_DECAY:  # a difference of large sums has too few digits
-            writing = tl.exp(sums_after(g, BY_PRODUCTS, False))
-        else:
-            writing = tl.exp(-exponent)
-        qc *= tl.exp(exponent)
-        k_read, k_written = kc * tl.exp(exponent), kc * writing
-        rest = tl.exp(middle)
-        store_rows(q_read_at, (qc * rest).to(work), begin, here, h, H, cols, K)
-        store_rows(k_read_at, (k_read * rest).to(work), begin, here, h, H, cols, K)
-        store_rows(written_at, (k_written * rest).to(work), begin, here, h, H, cols, K)
+        widest = tl.maximum(widest, tl.max(-end))
         if SCORES:
-            kt = tl.trans(k_written.to(work))
-            p = tl.dot(qc.to(work), kt, p, input_precision=PRECISION)
-            m = tl.dot(k_read.to(work), kt, m, input_precision=PRECISION)
+            half = 0.5 * end[None, :]
+            reading = tl.exp(tl.minimum(up - half, MAX_LN_DECAY))
+            kt = tl.trans((kc * tl.exp(tl.minimum(down - half, MAX_LN_DECAY))).to(work))
+            p = tl.dot((qc * reading).to(work), kt, p, input_precision=PRECISION)
+            m = tl.dot((kc * reading).to(work), kt, m, input_precision=PRECISION)
     tl.store(ln_chunk_decay + chunk * H + h, widest)
     if SCORES:
         store_scores(scores, products, p, m, scale, begin, here, h, H)
@@ -110,18 +104,13 @@ def store_scores(scores, products, p, m, scale, begin, here, h, H):
 
 @triton.jit
 def channel_sums(g, BY_PRODUCTS: tl.constexpr):
-    """b_i and b_C - b_i [C, BK]."""
-    return sums_upto(g, BY_PRODUCTS), sums_after(g, BY_PRODUCTS, False)
-
-
-@triton.jit
-def sums_upto(g, BY_PRODUCTS: tl.constexpr):
-    """b_t; sums by products come in the layout of what they scale."""
+    """b_i and b_C - b_i [C, BK]; sums by products come in the layout of what they scale."""
     if BY_PRODUCTS:
         t, j = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
-        return weighted_sums((j <= t).to(tl.bfloat16), g, False)
+        up = weighted_sums((j <= t).to(tl.bfloat16), g, False)
     else:
-        return tl.cumsum(g, axis=0)
+        up = tl.cumsum(g, axis=0)
+    return up, sums_after(g, BY_PRODUCTS, False)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 With q̃, k̃, X̃, G̃ and h of rescale and dP = tril(do vᵀ):
 
     dq̃ = do X̃ᵀ + dP k̃        dk̃ = v G̃ᵀ + dPᵀ q̃        (dv: see outputs)
-    dg_t = Σ_{i>=t} (q̃_i ⊙ dq̃_i - k̃_i ⊙ (dPᵀ q̃)_i) + Σ_{i<t} k̃_i ⊙ (v G̃ᵀ)_i + e^{b_C} rowsum(X ⊙ G)
+    dg_t = Σ_{i>=t} (q̃_i ⊙ dq̃_i - k̃_i ⊙ (dPᵀ q̃)_i) + Σ_{i<t} k̃_i ⊙ (v G̃ᵀ)_i + e^{(1 - 2h) b_C} rowsum(X̃ ⊙ G̃)
 
 which is math §2 for one chunk, the boundary term rowsum(X ⊙ G) at its end written out so that little cancels. What does
 appears twice with the same rounding: q̃, k̃ and dP are rounded before any of their uses. dq and dk take the places of
@@ -30,8 +30,8 @@ def _gradients(
     decay,  # [tokens, H, K]
     ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
-    before,  # [slots, H, K, V]: X
-    after,  # [slots, H, K, V]: G
+    before,  # [slots, H, K, V]: X̃
+    after,  # [slots, H, K, V]: G̃
     dg,  # [tokens, H, K]
     start,
     length,
@@ -80,12 +80,11 @@ def _gradients(
                 overlap += tl.sum(x.to(tl.float32) * gc.to(tl.float32), axis=1)
             qc = load_rows(q, token, here, h, H, rows, K)
             kc = load_rows(k, token, here, h, H, rows, K)
-            end = tl.load(ends + slot * K + rows, mask=rows < K, other=0.0)[None, :]
-            dqc, dkc = dqc * tl.exp(half * end), dkc * tl.exp(half * end)
+            between = (1.0 - 2.0 * half) * tl.load(ends + slot * K + rows, mask=rows < K, other=0.0)[None, :]
             past = kc * dkc
             dqc = tl.dot(dp, kc, dqc, input_precision=PRECISION)
             dkc = tl.dot(dpt, qc, dkc, input_precision=PRECISION)
-            dgc = gate_sums(qc * dqc - (kc * dkc - past), past, BY_PRODUCTS) + tl.exp(end) * overlap[None, :]
+            dgc = gate_sums(qc * dqc - (kc * dkc - past), past, BY_PRODUCTS) + tl.exp(between) * overlap[None, :]
             store_rows(dg, dgc, token, here, h, H, rows, K)
             g = load_decays(decay, token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)

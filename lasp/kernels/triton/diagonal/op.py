@@ -9,18 +9,19 @@ from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.device import GLUON, for_hopper
 from lasp.kernels.triton.diagonal.gradients import gradients
 from lasp.kernels.triton.diagonal.outputs import outputs, value_grads
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, diagonal_config, rescale
 from lasp.kernels.triton.diagonal.secondary import secondary_gradients, secondary_outputs
 from lasp.kernels.triton.diagonal.states import chunk_states, tile_states, tile_states_grad
-from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.device import GLUON, for_hopper
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK, tiles_of
 
 if GLUON:
+    from lasp.kernels.triton.hopper import diagonal_walk as walk
     from lasp.kernels.triton.hopper.diagonal_factors import rescale as rescale_on_hopper
     from lasp.kernels.triton.hopper.diagonal_gradients import linear_gradients
 
@@ -43,7 +44,10 @@ class TritonDiagonal:
         assert x.decay is not None
         o = torch.empty_like(x.v)
         initial, outgoing = passing.enter(incoming.wait())
-        outputs(tiles, rescaled, x.v, initial, o, config)
+        if self._on_hopper(x, config):
+            walk.outputs(tiles, rescaled, x.v, initial, o, config.max_ln_decay)
+        else:
+            outputs(tiles, rescaled, x.v, initial, o, config)
         secondary_outputs(tiles, x.q, x.k, x.v, x.decay, rescaled.ln_chunk_decay, o, x.scale, config)
         return o, outgoing, (passing.transitions, *initial)
 
@@ -60,10 +64,11 @@ class TritonDiagonal:
         before = chunk_states(tiles, rescaled, x.v, InitialStates(local, *came), config)
         d_final, d_incoming = passing.enter(d_outgoing.wait())
         dv, dg = torch.empty_like(x.v), torch.empty_like(x.decay)
-        after = value_grads(tiles, rescaled, do, d_final, dv, config)
         if self._on_hopper(x, config):
+            after = walk.value_grads(tiles, rescaled, do, d_final, dv, config.max_ln_decay)
             dq, dk = linear_gradients(tiles, x, do, rescaled, before, after, dg, config.max_ln_decay)
         else:
+            after = value_grads(tiles, rescaled, do, d_final, dv, config)
             dq, dk = rescaled.q, rescaled.k
             gradients(tiles, rescaled, x.v, x.decay, do, before, after, dg, x.scale, config)
         secondary_gradients(

@@ -30,7 +30,7 @@ def _walk(
     incoming,
     passed,
     y,  # [tokens, H, V]: o, down dv; without the second term in secondary chunks
-    chunk_states,  # [slots, H, K, V]: down, G of every chunk
+    chunk_states,  # [slots, H, K, V]: down, G̃ of every chunk
     owner,
     start,
     length,
@@ -62,12 +62,12 @@ def _walk(
         bc = load_rows(b, token, here, h, H, rows, K)
         cc = load_rows(c, token, here, h, H, cols, V).to(operand)
         end, half = load_end(ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
-        if DOWN:
-            tl.store((chunk_states + slot * K * V) + at, state, mask=inside)
         p = tl.dot(ac, tl.trans(bc), input_precision=PRECISION)
         seen = place[:, None] <= place[None, :] if DOWN else place[:, None] >= place[None, :]
         p = tl.where(seen & (half > 0.0), p, 0.0).to(operand)
         state *= tl.exp(half * end)
+        if DOWN:
+            tl.store((chunk_states + slot * K * V) + at, state, mask=inside)
         yc = tl.dot(ac, state.to(operand), input_precision=PRECISION)
         yc = tl.dot(p, cc, yc, input_precision=PRECISION)
         store_rows(y, yc, token, here, h, H, cols, V)
@@ -83,7 +83,7 @@ def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, o: Ten
 def value_grads(
     tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, dv: Tensor, config: DiagonalConfig
 ) -> Tensor:
-    """Writes dv [B, T, H, V], likewise; returns G of every chunk, [slots, H, K, V] in the operands' dtype, from the
+    """Writes dv [B, T, H, V], likewise; returns G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the
     gradients of the states that leave the tiles."""
     grads = x.q.new_empty(*x.ends.shape, do.shape[3])
     _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, config)

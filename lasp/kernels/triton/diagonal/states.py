@@ -28,7 +28,7 @@ def _scan_states(
     incoming,
     passed,
     transitions,  # [M, H, K] fp32: the tiles' log decays, written forward
-    chunk_states,  # [slots, H, K, V]: X of every chunk, written if EACH_CHUNK
+    chunk_states,  # [slots, H, K, V]: X̃ of every chunk, written if EACH_CHUNK
     owner,
     start,
     length,
@@ -67,7 +67,7 @@ def _scan_states(
         if not BACKWARD:
             total += end
         if EACH_CHUNK:
-            tl.store((chunk_states + slot * K * V) + place, state, mask=inside)
+            tl.store((chunk_states + slot * K * V) + place, state * tl.exp(half * end), mask=inside)
         state = tl.dot(tl.trans(kc), vc, state * tl.exp((1.0 - half) * end), input_precision=PRECISION) * tl.exp(
             half * end
         )
@@ -95,7 +95,7 @@ def tile_states_grad(tiles: Tiles, x: Rescaled, do: Tensor, config: DiagonalConf
 
 
 def chunk_states(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, config: DiagonalConfig) -> Tensor:
-    """X of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
+    """X̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
     states = x.k.new_empty(*x.ends.shape, v.shape[3])
     _launch(tiles, x.k, v, x, initial, None, states, config, backward=False)
     return states

@@ -8,8 +8,8 @@ from torch import Tensor
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch
-from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.delta.portable import Portable
+from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.delta.secondary import secondary_gradients
 from lasp.kernels.triton.device import HOPPER_HEAD
 from lasp.kernels.triton.hopper.delta_forward_scan import forward_scan
@@ -21,8 +21,8 @@ from lasp.kernels.triton.hopper.diagonal_gradients import delta_gradients
 
 @dataclass(frozen=True)
 class Hopper:
-    """A `Backend`, without a decay or with one number a token and head. States and transitions of tiles come from one scan; `outputs` computes the scores on its way, for
-    itself and for backward; `gradients` is one reverse scan."""
+    """A `Backend`, without a decay or with one number a token and head. States and transitions of tiles come from one
+    scan; `outputs` computes the scores on its way, for itself and for backward; `gradients` is one reverse scan."""
 
     cut: Cut
     how: HopperLaunch
@@ -111,9 +111,7 @@ class HopperDiagonal(Portable):
     ) -> None:  # fmt: skip
         dr, d_states = torch.empty_like(recomputed.u), torch.empty_like(recomputed.states)
         each = Recomputed(dr, d_states)
-        reverse_scan(
-            self.cut, x, terms, do, self.how, d_final=d_final, d_initial=d_initial, rows=heads, each=each
-        )
+        reverse_scan(self.cut, x, terms, do, self.how, d_final=d_final, d_initial=d_initial, rows=heads, each=each)
         steep = self.config.max_ln_decay
         delta_gradients(self.cut.chunks, x, do, terms, recomputed, dr, d_states, grads, steep, heads)
         secondary_gradients(self.cut.chunks, x, do, terms, recomputed.u, dr, grads, self.config, heads)

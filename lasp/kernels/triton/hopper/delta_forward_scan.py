@@ -51,9 +51,7 @@ from lasp.kernels.triton.shared.decay import DIAGONAL, NONE
 
 
 @gluon.jit
-def _fetch(
-    sources, buffers, ring, numbers, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr, DECAY: gl.constexpr
-):
+def _fetch(sources, buffers, ring, numbers, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr, DECAY: gl.constexpr):
     q, k, written, v, ut, scores, gates, ends = sources
     q_rows, k_rows, w_rows, v_rows, t_rows, p_rows, lines = buffers
     begin, count, chunk, h, v_column, H, G = numbers
@@ -296,7 +294,8 @@ def _forward_scan(
     shared = (buffers, given, given_x, given_p, ring)
     tensors = (initial, final, transitions, y, y_rows, states, scores, scores_rows)
     numbers = (begin, count, chunk, h, part, row, scale, H, HEADS)
-    sources, where = (q, k, written, v, ut, scores_rows, gates, ends), (begin, count, chunk, h, h * WIDTH + part * V, H, G)
+    sources = (q, k, written, v, ut, scores_rows, gates, ends)
+    where = (begin, count, chunk, h, h * WIDTH + part * V, H, G)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, numbers, K, V, WIDTH, MODE, FINAL, DECAY)),
@@ -326,6 +325,7 @@ def forward_scan(
     fill terms.scores."""
     outputs, (heads, value_dim), (q_heads, key_dim) = mode is OUTPUTS, x.v.shape[2:], terms.factors.k.shape[2:]
     diagonal = scan_decay(x.decay) == Decay.DIAGONAL
+    stages = 2 if diagonal and mode is not SUMMARY else how.stages(mode)
     scores = terms.scores if outputs else None
     parts = max(value_dim, key_dim) // how.columns if mode is SUMMARY else how.parts
     rows = rows or range(heads * parts)
@@ -333,10 +333,11 @@ def forward_scan(
         _forward_scan, (cut.tiles.count, len(rows)),
         rows_of(terms.factors.q, key_dim) if outputs else None, rows_of(terms.factors.k, key_dim),
         rows_of(terms.factors.written, key_dim) if diagonal else None, rows_of(x.v, how.columns),
-        terms.gates, terms.factors.ends, rows_of(terms.ut, C.value), scores, None if scores is None else rows_of(scores, C.value),
-        initial, final, transitions, y, None if y is None else rows_of(y, how.columns),
-        None if states is None else states_of(states), cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,
+        terms.gates, terms.factors.ends, rows_of(terms.ut, C.value),
+        scores, None if scores is None else rows_of(scores, C.value), initial, final, transitions,
+        y, None if y is None else rows_of(y, how.columns), None if states is None else states_of(states),
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,
         heads, heads // q_heads, rows.start, rows.step,
         K=key_dim, V=how.columns, WIDTH=value_dim, PARTS=parts, MODE=mode.value, FINAL=final is not None,
-        DECAY=scan_decay(x.decay).value, STAGES=how.stages(mode) - (diagonal and mode is not SUMMARY), pdl=pdl, **how.options,
+        DECAY=scan_decay(x.decay).value, STAGES=stages, pdl=pdl, **how.options,
     )  # fmt: skip

@@ -3,7 +3,7 @@
     du = Pᵀ do + e^{b_C - b} K G        dr = Tᵀ du        G <- e^{b_C} G + (Q e^b)ᵀ do - (K e^b)ᵀ beta dr
 
 is the mirror image of delta_forward_scan. For gradients a chunk has a second part (delta_gradients), which has G and dr
-from the first: they are never written.
+from the first: they are never written. With a vector gate they are, if EACH, for diagonal_gradients.
 """
 
 from torch import Tensor
@@ -117,7 +117,7 @@ def _compute(
     k_rows, w_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs = buffers
     SCALARS: gl.constexpr = DECAY != NONE and DECAY != DIAGONAL
     ring, rest_ring, late_ring, sums_ring = rings
-    dr_at, dr_stride, dr_column, dr_rows, d_states, state_row, state_step = scanned
+    dr_at, dr_stride, d_states, state_row, state_step = scanned
     d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay = tensors
     start, begin, count, h, part, slot, scale, H, SLOTS = numbers
     dtype: gl.constexpr = k_rows.dtype
@@ -261,9 +261,8 @@ def _reverse_scan(
     d_final,  # [M, H, K, WIDTH] fp32, or None: zero
     d_initial,  # likewise, if FINAL: the gradient of the state at the tile's start
     # For EACH:
-    dr,  # [tokens, HEADS, WIDTH]: the gradient of r
-    dr_rows,  # rows of it
-    d_states,  # [chunks, HEADS, WIDTH, K], one by one: G of what leaves each chunk, transposed
+    dr,  # [tokens, HEADS, V]: the gradient of r
+    d_states,  # [chunks, HEADS, V, K], one by one: G of what leaves each chunk, transposed
     # For GRADIENTS:
     v,  # rows of [tokens, H, WIDTH]
     u,  # rows of [tokens, HEADS, V]
@@ -324,11 +323,10 @@ def _reverse_scan(
     buffers = (k_rows, w_rows, do_rows, p_rows, lines, t_rows, q_rows, u_rows, v_rows, xs)
     shared = (buffers, gs, more, drs, sums, (ring, rest_ring, late_ring, sums_ring))
     tensors = (d_final, d_initial, dq, dq_rows, dk, dk_rows, dv, dv_rows, d_decay)
-    scanned = (0, 0, 0, 0, 0, 0, 0)
+    scanned = (0, 0, 0, 0, 0)
     if EACH:
-        column = row * V
         at_state = (chunk * HEADS + row) * V
-        scanned = (dr + begin * HEADS * V + column, HEADS * V, column, dr_rows, d_states, at_state.to(gl.int32), HEADS * V)
+        scanned = (dr + (begin * HEADS + row) * V, HEADS * V, d_states, at_state.to(gl.int32), HEADS * V)
     sources = (q, k, written, v, do, u, ut, scores, states, gates, ends)
     numbers = (start, begin, count, h, part, place // STEP, scale, H, H * PARTS // STEP)
     arriving, where = (ring, rest_ring, late_ring), (begin, count, chunk, h, h * WIDTH + part * V, row, H, HEADS, G)
@@ -383,14 +381,17 @@ def reverse_scan(
     diagonal = scan_decay(x.decay) == Decay.DIAGONAL
     launch(
         _reverse_scan, (cut.tiles.count, len(rows)),
-        rows_of(factors.q, key_dim), rows_of(factors.k, key_dim), rows_of(factors.written, key_dim) if diagonal else None,
+        rows_of(factors.q, key_dim), rows_of(factors.k, key_dim),
+        rows_of(factors.written, key_dim) if diagonal else None,
         rows_of(do, how.columns), terms.gates, factors.ends,
         rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
-        dr, None if dr is None else rows_of(dr, how.columns), None if d_states is None else states_of(d_states),
+        dr, None if d_states is None else states_of(d_states),
         v_rows, u_rows, None if states is None else states_of(states), dq, dq_rows, dk, dk_rows, dv, dv_rows,
         None if d_decay is None else x.decay, d_decay, d_beta,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale, heads, heads // q_heads, rows.start, rows.step,
-        K=key_dim, V=how.columns, WIDTH=value_dim, PARTS=how.parts, GRADIENTS=recomputed is not None, EACH=each is not None, ADD=add,
-        ADD_PARTS=rows.start % how.parts > 0 and recomputed is not None, FINAL=d_initial is not None,
-        DECAY=scan_decay(x.decay).value, STAGES=how.reverse_stages(recomputed is not None or diagonal), pdl=True, **how.options,
+        K=key_dim, V=how.columns, WIDTH=value_dim, PARTS=how.parts, GRADIENTS=recomputed is not None,
+        EACH=each is not None, ADD=add, ADD_PARTS=rows.start % how.parts > 0 and recomputed is not None,
+        FINAL=d_initial is not None,
+        DECAY=scan_decay(x.decay).value, STAGES=how.reverse_stages(recomputed is not None or diagonal), pdl=True,
+        **how.options,
     )  # fmt: skip

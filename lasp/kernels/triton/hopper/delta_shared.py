@@ -69,8 +69,8 @@ def states_of(x: Tensor) -> TensorDescriptor:
 
 @gluon.jit
 def fetch_gates(gates, ends, chunk, h, H, line, filled, K: gl.constexpr, DECAY: gl.constexpr):
-    """Has the one warp that calls it copy what ut_transform gave of a chunk, [4 C], or, if DIAGONAL, beta, and b_C. `filled` waits for that, too; it
-    must not be full before it is told so."""
+    """Has the one warp that calls it copy what ut_transform gave of a chunk, [4 C], or, if DIAGONAL, beta alone, and
+    b_C. `filled` waits for that, too; it must not be full before it is told so."""
     gates += (chunk * H + h) * 4 * C
     if DECAY == DIAGONAL:
         place = gl.arange(0, C, layout=gl.BlockedLayout([2], [32], [1], [0]))

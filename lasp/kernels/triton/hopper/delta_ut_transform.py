@@ -190,7 +190,8 @@ def ut_transform(
     gates = k.new_empty(chunks.count, heads, 4, C.value, dtype=torch.float32)
     launch(
         _ut_transform, (chunks.count, heads),
-        k if products is None else products, decay, beta, ut, gates, chunks.start, chunks.length, heads, heads // q_heads,
+        k if products is None else products, decay, beta, ut, gates, chunks.start, chunks.length,
+        heads, heads // q_heads,
         K=key_dim, DECAY=Decay.of(decay).value, num_warps=2, pdl=True,
     )  # fmt: skip
     return ut, gates

@@ -33,6 +33,7 @@ from lasp.kernels.triton.hopper.shared import (
     send_rows,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
 
 COL = gl.constexpr(gl.SliceLayout(0, WIDE_MMA.value))
 
@@ -63,6 +64,7 @@ def _factors(
     SCORES: gl.constexpr,
     MAX_LN_DECAY: gl.constexpr,
 ):
+    griddepcontrol_wait()
     h = gl.program_id(1)
     slot, begin, count = chunk_of(gl.program_id(0), start, length, CHUNKS, not DELTA)
     dtype: gl.constexpr = k.dtype
@@ -140,14 +142,15 @@ def delta_factors(
     chunks: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float | None, max_ln_decay: float
 ) -> tuple[Factors, Tensor | None, Tensor | None]:
     """See delta.rescale.diagonal_factors."""
-    ends, largest = _known(chunks.count, decay)
-    given = tuple(torch.empty_like(decay, dtype=k.dtype) for _ in range(3))
+    known = _known(chunks.count, decay)
+    read_q, read_k, written = (torch.empty_like(decay, dtype=k.dtype) for _ in range(3))
     scores = products = None
     if scale is not None:
         scores = decay.new_empty(*decay.shape[:3], C.value, dtype=k.dtype)
         products = torch.empty_like(scores, dtype=torch.float32)
-    _launch(chunks, 1, q, k, decay, scale or 1.0, given, (ends, largest), scores, products, 2 * max_ln_decay)
-    return Factors(*given, ends, largest), scores, products
+    given = read_q, read_k, written
+    _launch(chunks, 1, q, k, decay, scale or 1.0, given, known, scores, products, 2 * max_ln_decay)
+    return Factors(*given, *known), scores, products
 
 
 def rescale(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, max_ln_decay: float) -> Rescaled:
@@ -176,5 +179,5 @@ def _launch(
         rows_of(q, SIZE.value), rows_of(k, SIZE.value), decay, *places, *known,
         scores, None if scores is None else rows_of(scores, C.value), products, tiles.start, tiles.length,
         scale, chunks, heads, heads // q.shape[2],
-        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=steep, num_warps=4,
+        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=steep, num_warps=4, pdl=True,
     )  # fmt: skip

@@ -1,13 +1,14 @@
-"""The gradients of one chunk with a vector gate, from the states before and after it, for Hopper.
+"""The gradients of one chunk with a vector gate, from the states before and after it, for Hopper and heads of 128.
 
-What delta.gradients and diagonal.gradients say, for heads of 128: a program finds the 64 tokens' gradients for one half
-of the keys' channels, so that two have room on a multiprocessor, and one loads while the other multiplies. Both have
-the same scores. With e = e^{b_i - b_C / 2}, in a chunk that is not steep,
+What delta.gradients and diagonal.gradients say: a program finds the gradients for half of the keys' channels, so that
+two have room on a multiprocessor, and one loads while the other multiplies. With e = e^{b_i - b_C / 2}, unless the
+chunk is steep,
 
-    dq = e (e^{b_C/2} do Xᵀ + P k̃)        w = e (e^{b_C/2} dr Xᵀ + N k̃)        dk = (e^{b_C/2} u Gᵀ + Pᵀ q̃ - Nᵀ k̂) / e - beta w
-    q̃ = e q    k̃ = k / e    k̂ = beta e k        P_ij = do_i·u_j, j <= i        N_ij = dr_i·u_j, j < i
+    dq = e (e^{b_C/2} do Xᵀ + P k̃)        w = e (e^{b_C/2} dr Xᵀ + N k̃)        P_ij = do_i·u_j, j <= i
+    dk = (e^{b_C/2} u Gᵀ + Pᵀ q̃ - Nᵀ k̂) / e - beta w                          N_ij = dr_i·u_j, j < i
+    q̃ = e q        k̃ = k / e        k̂ = beta e k
 
-Without the delta rule u is v, and there is no N.
+Without the delta rule u is v, there is no N, and e^{b_C/2} is in X and G.
 """
 
 from torch import Tensor
@@ -43,6 +44,7 @@ from lasp.kernels.triton.hopper.shared import (
     rows_of,
 )
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import SHUT
 
 ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayout(0, MMA.value))
@@ -61,8 +63,8 @@ def _diagonal_gradients(
     k,
     u,  # rows of [tokens, HEADS, V], or of v
     do,  # rows of [tokens, H, V]
-    states,  # X one by one, 64 channels of K: of [chunks, HEADS, V, K], or [slots, H, K, V]
-    grads,  # G likewise
+    states,  # X one by one, 64 channels of K: of [chunks, HEADS, V, K]; or X̃, of [slots, H, K, V]
+    grads,  # G, or G̃, likewise
     decay,  # [tokens, H, K]
     ends,  # [chunks, H, K] fp32: b_C
     ln_chunk_decay,  # [chunks, H] fp32
@@ -91,6 +93,7 @@ def _diagonal_gradients(
     ADD: gl.constexpr,
     MAX_LN_DECAY: gl.constexpr,
 ):
+    griddepcontrol_wait()
     part, h = gl.program_id(0) % 2, FIRST_HEAD + gl.program_id(1) * STEP
     slot, begin, count = chunk_of(gl.program_id(0) // 2, start, length, CHUNKS, not DELTA)
     if count > 0:
@@ -119,7 +122,8 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     end = gl.load(ends + slot_h * SIZE + channel + col)
     steep = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
     if DELTA:
-        first, cols = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS)), gl.arange(0, HALF, layout=gl.SliceLayout(0, ROWS))
+        first = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS))
+        cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, ROWS))
         here = (first < count)[:, None]
         at_v = (first * (H * SIZE))[:, None] + cols[None, :]
         at_dr = (first * (HEADS * SIZE))[:, None] + cols[None, :]
@@ -223,7 +227,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     kept_writing.store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
     k_written = (_rows(kc, there) * writing).to(dtype)
     written.store(k_written)
-    between = gl.exp(half * end)[None, :]
+    between = gl.exp(half * end)[None, :] if DELTA else gl.full([1, HALF], 1.0, gl.float32, MMA)
     dq *= between * scale
     dk *= between
     past = k_written.to(gl.float32) * dk
@@ -266,7 +270,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], kc)
     if DELTA:
         gl.atomic_add(d_beta + (begin + row) * H + h, for_beta, mask=row < count, sem="relaxed")
-    overlap = line.load(COL) * gl.exp(end)
+    overlap = line.load(COL) * gl.exp(end if DELTA else (1.0 - 2.0 * half) * end)
     dg += overlap[None, :]
     at = (row * (H * SIZE))[:, None] + col[None, :]
     if steep:
@@ -305,7 +309,7 @@ def delta_gradients(
         x.decay, factors.ends, factors.ln_chunk_decay, grads.dq, dq_rows, grads.dk, dk_rows, grads.d_decay,
         terms.gates, x.v, dr, rows_of(dr, SIZE.value), grads.dv, grads.d_beta, chunks.start, chunks.length,
         x.scale, 1, len(heads), all_heads, all_heads // q_heads, heads.start, heads.step,
-        DELTA=True, ADD=add, MAX_LN_DECAY=2 * max_ln_decay, num_warps=4,
+        DELTA=True, ADD=add, MAX_LN_DECAY=2 * max_ln_decay, num_warps=4, pdl=True,
     )  # fmt: skip
 
 
@@ -329,6 +333,6 @@ def linear_gradients(
         x.decay, rescaled.ends, rescaled.ln_chunk_decay, dq, rows_of(dq, half), dk, rows_of(dk, half), dg,
         None, None, None, None, None, None, tiles.start, tiles.length,
         x.scale, chunks, heads, heads, heads // q_heads, 0, 1,
-        DELTA=False, ADD=False, MAX_LN_DECAY=max_ln_decay, num_warps=4,
+        DELTA=False, ADD=False, MAX_LN_DECAY=max_ln_decay, num_warps=4, pdl=True,
     )  # fmt: skip
     return dq, dk
