@@ -92,7 +92,7 @@ def in_pytorch(q, k, v, decay, initial_state, beta=None, *, cu_seqlens=None):
     return o.to(v.dtype), torch.cat(ends).to(initial_state.dtype)
 
 
-@pytest.mark.parametrize("kind", hopper_launches.CASES)
+@pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_what_kernels_errors_are_compared_with_is_the_same_function(gen, kind):
     def normal(*size):
         return torch.randn(*size, generator=gen, dtype=torch.float64) / SIZE**0.5
@@ -109,7 +109,7 @@ def test_what_kernels_errors_are_compared_with_is_the_same_function(gen, kind):
 @pytest.mark.parametrize("boundary", [Alone, Asked])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("kind", hopper_launches.CASES)
+@pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_equals_the_definition(gen, monkeypatch, launched, kind, shape, decay, boundary):
     """Outputs, states and every gradient, with the same bits twice; whatever is left unwritten is NaN."""
     from lasp.kernels.triton.delta import op
