@@ -64,7 +64,7 @@ class Plan:
         cut, at_once = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device)), max(some, scans // tiles.count)
         kernels: Backend = Portable(cut, config) if hopper is None else Hopper(cut, hopper)
         if decay == Decay.DIAGONAL and for_hopper(x.k, x.v):
-            kernels = HopperDiagonal(cut, config)
+            kernels = HopperDiagonal(cut, HopperLaunch.of(key_dim, value_dim), config)
         steps = (n for n in range(group, parts, -parts) if group % n == 0 and rows // n >= at_once)
         return cls(
             cut=cut,

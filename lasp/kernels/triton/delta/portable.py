@@ -29,13 +29,16 @@ class Portable:
 
     def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
-            return Terms(*self.ut_transform(x, None), None, Factors(x.q, x.k, x.k))
-        factors, scores, products = self.diagonal_factors(x, x.scale)
+            ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
+            return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
+        factors, scores, products = diagonal_factors(
+            self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, x.scale
+        )
         assert scores is not None and products is not None and factors.ln_chunk_decay is not None
         secondary_scores(
             self.cut.chunks, x.q, x.k, x.decay, factors.ln_chunk_decay, scores, products, x.scale, self.config
         )
-        return Terms(*self.ut_transform(x, products), scores, factors)
+        return Terms(*ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products, _work_dtype(x)), scores, factors)
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         if terms.scores is not None:
@@ -47,16 +50,8 @@ class Portable:
     def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
         factors = Factors(x.q, x.k, x.k)
         if x.decay is not None and scan_decay(x.decay) == Decay.DIAGONAL:
-            factors, _, _ = self.diagonal_factors(x, None)
+            factors, _, _ = diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, None)
         return Terms(ut, gates, scores, factors)
-
-    def diagonal_factors(self, x: DeltaInputs, scale: float | None) -> tuple[Factors, Tensor | None, Tensor | None]:
-        """See delta.rescale."""
-        assert x.decay is not None
-        return diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, scale)
-
-    def ut_transform(self, x: DeltaInputs, products: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products, _work_dtype(x))
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):

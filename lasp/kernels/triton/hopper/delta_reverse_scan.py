@@ -365,8 +365,8 @@ def reverse_scan(
     grads: Grads | None = None,
     each: Recomputed | None = None,
 ) -> None:
-    """Scans every tile and part of a head (of `rows`) in reverse. With what was `recomputed` of them it fills
-    `grads`."""
+    """Scans every tile and part of a head (of `rows`) in reverse. With what was `recomputed` of them it fills `grads`;
+    `each` is filled with dr and the gradients of chunks' final states."""
     (heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], terms.factors.k.shape[2:]
     rows = rows or range(heads * how.parts)
     dq, dk, dv, d_decay, d_beta = grads or (None,) * 5
