@@ -136,6 +136,8 @@ def _compute(
         ring.wait(i)
         if SCALARS:
             x *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
+        if DECAY == DIAGONAL:
+            x *= channel_decays(lines.index(stage), K, STATE)
         if count - i * C < C:
             clear_tail(kc, i, count, K_ROWS)
             clear_tail(tc, i, count, SCORE_ROWS)
@@ -175,28 +177,25 @@ def _compute(
                 send_rows(scores, scores_rows, given_p, begin, i, count, h * C, H * C, SCORE_ROWS)
         if MODE == OUTPUTS:
             yc = warpgroup_mma(left, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if MODE == SUMMARY:
-            left = gl.convert_layout(a.to(dtype), COLUMNS_LEFT)
-            erased = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if DECAY == DIAGONAL:
-            x *= channel_decays(lines.index(stage), K, STATE)
-        u = warpgroup_mma_wait(0 if MODE == STATES else 1, deps=(u,))
+        u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
         written = u
         if SCALARS:
             written = u * to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
         x = warpgroup_mma(gl.convert_layout(written.to(dtype), STATE_LEFT), wc, x, is_async=True)
         if MODE == SUMMARY:
+            left = gl.convert_layout(a.to(dtype), COLUMNS_LEFT)
+            erased = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if SCALARS:
                 a *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
             if DECAY == DIAGONAL:
                 a *= channel_decays(lines.index(stage), K, STATE)
-            erased = warpgroup_mma_wait(1, deps=(erased,))
+            x, erased = warpgroup_mma_wait(0, deps=(x, erased))
             forget = -betas.load(gl.SliceLayout(0, COLUMNS))
             if SCALARS:
                 forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
             erased = gl.convert_layout((forget[None, :] * erased).to(dtype), COLUMNS_LEFT)
             erased = warpgroup_mma(erased, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            x, erased = warpgroup_mma_wait(0, deps=(x, erased))
+            erased = warpgroup_mma_wait(0, deps=(erased,))
             if SCALARS:
                 erased *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
             a = warpgroup_mma(gl.convert_layout(erased.to(dtype), STATE_LEFT), wc, a, is_async=True)
