@@ -136,8 +136,6 @@ def _compute(
         ring.wait(i)
         if SCALARS:
             x *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
-        if DECAY == DIAGONAL:
-            x *= channel_decays(lines.index(stage), K, STATE)
         if count - i * C < C:
             clear_tail(kc, i, count, K_ROWS)
             clear_tail(tc, i, count, SCORE_ROWS)
@@ -177,6 +175,8 @@ def _compute(
                 send_rows(scores, scores_rows, given_p, begin, i, count, h * C, H * C, SCORE_ROWS)
         if MODE == OUTPUTS:
             yc = warpgroup_mma(left, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if DECAY == DIAGONAL:
+            x *= channel_decays(lines.index(stage), K, STATE)
         u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
         written = u
         if SCALARS:

@@ -173,11 +173,12 @@ def _launch(
     known: tuple[Tensor, Tensor], scores: Tensor | None, products: Tensor | None, steep: float,
 ) -> None:  # fmt: skip
     heads = decay.shape[2]
+    registers = {"maxnreg": 168} if given[1] is None else {}  # three programs a multiprocessor, else two
     places = (y for x in given for y in (x, None if x is None else rows_of(x, SIZE.value)))
     launch(
         _factors, (chunks * tiles.count, heads),
         rows_of(q, SIZE.value), rows_of(k, SIZE.value), decay, *places, *known,
         scores, None if scores is None else rows_of(scores, C.value), products, tiles.start, tiles.length,
         scale, chunks, heads, heads // q.shape[2],
-        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=steep, num_warps=4, pdl=True,
+        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=steep, num_warps=4, pdl=True, **registers,
     )  # fmt: skip
