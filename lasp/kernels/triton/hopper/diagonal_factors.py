@@ -99,6 +99,7 @@ def _factors(
         barrier()
         rest = gl.exp(half * end)[None, :] if DELTA else gl.full([1, SIZE], 1.0, gl.float32, WIDE_MMA)
         mbarrier.wait(full.index(0), 0)
+        barrier()  # operands may take the place of what has been waited for
         given = pieces.index(0)
         k_written = kc.load(WIDE_MMA).to(gl.float32) * gl.exp(to_end)
         reading = gl.exp(exponent)
