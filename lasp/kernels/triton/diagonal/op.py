@@ -10,7 +10,7 @@ from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.device import GLUON, for_hopper
+from lasp.kernels.triton.device import GLUON, vector_gates_for_hopper
 from lasp.kernels.triton.diagonal.gradients import gradients
 from lasp.kernels.triton.diagonal.outputs import outputs, value_grads
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, diagonal_config, rescale
@@ -44,7 +44,7 @@ class TritonDiagonal:
         assert x.decay is not None
         o = torch.empty_like(x.v)
         initial, outgoing = passing.enter(incoming.wait())
-        if self._on_hopper(x, config):
+        if self._on_hopper(x, config) and initial.incoming is None:
             walk.outputs(tiles, rescaled, x.v, initial, o, config.max_ln_decay)
         else:
             outputs(tiles, rescaled, x.v, initial, o, config)
@@ -64,11 +64,14 @@ class TritonDiagonal:
         before = chunk_states(tiles, rescaled, x.v, InitialStates(local, *came), config)
         d_final, d_incoming = passing.enter(d_outgoing.wait())
         dv, dg = torch.empty_like(x.v), torch.empty_like(x.decay)
-        if self._on_hopper(x, config):
+        on_hopper = self._on_hopper(x, config)
+        if on_hopper and d_final.incoming is None:
             after = walk.value_grads(tiles, rescaled, do, d_final, dv, config.max_ln_decay)
-            dq, dk = linear_gradients(tiles, x, do, rescaled, before, after, dg, config.max_ln_decay)
         else:
             after = value_grads(tiles, rescaled, do, d_final, dv, config)
+        if on_hopper:
+            dq, dk = linear_gradients(tiles, x, do, rescaled, before, after, dg, config.max_ln_decay)
+        else:
             dq, dk = rescaled.q, rescaled.k
             gradients(tiles, rescaled, x.v, x.decay, do, before, after, dg, x.scale, config)
         secondary_gradients(
@@ -79,7 +82,7 @@ class TritonDiagonal:
 
     @staticmethod
     def _on_hopper(x: LinearInputs, config: DiagonalConfig) -> bool:
-        return config.chunk == CHUNK and for_hopper(x.k, x.v)
+        return config.chunk == CHUNK and vector_gates_for_hopper(x)
 
     def _rescale(self, x: LinearInputs, tiles: Tiles, config: DiagonalConfig) -> Rescaled:
         assert x.decay is not None
