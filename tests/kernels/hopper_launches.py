@@ -27,6 +27,7 @@ EVERYWHERE = {  # kernels that Hopper has no others for
     "delta.secondary._secondary_scores",
     "delta.secondary._secondary_gradients",
     "diagonal.states._scan_states",
+    "diagonal.outputs._walk",  # where something comes in
     "diagonal.secondary._secondary_outputs",
     "diagonal.secondary._secondary_gradients",
 }
@@ -45,7 +46,7 @@ CASES = {  # tokens; whose decay is none, one a head, one a token or one a chann
         (64, "none", False, WIDE),  # in one tile: nothing comes in or is asked for
         (65536, "scalar", True, SMALL),
     ],
-    "diagonal": [(65536, "diagonal", True, WIDE)],
+    "diagonal": [(65536, "diagonal", wanted, WIDE) for wanted in (True, False)],
     "diagonal delta": [
         (65536, "diagonal", True, WIDE),
         (64, "diagonal", False, WIDE),
