@@ -130,10 +130,10 @@ def native(shape: ModelConfig, data: Tokens, settings: Settings, device: torch.d
 
         def step() -> float:
             loss = compute_gradients(engine, [context], parallel, world)
-            engine.step(LR)
+            engine.step(LR, loss)
             if shape.num_experts:
                 balance_experts(engine.model, all_ranks)
-            return loss
+            return loss.item()
 
         yield step
 

@@ -68,8 +68,8 @@ class Trainer:
         contexts = [self._context(tokens * self.ranks // sequences, seed) for seed in range(sequences)]
 
         def step() -> None:
-            compute_gradients(self.engine, contexts, sp, world, segments)
-            self.engine.step(lr=0.0)
+            loss = compute_gradients(self.engine, contexts, sp, world, segments)
+            self.engine.step(0.0, loss)
             if self.config.model.num_experts:
                 balance_experts(self.engine.model, all_ranks)
 

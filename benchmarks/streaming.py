@@ -40,8 +40,10 @@ class Settings:
     pattern: str = "L"
     tokens: tuple[int, ...] = (1 << 20,)  # of the sequence, over all ranks
     segment_tokens: int = 1 << 16  # over all ranks; 0: the sequence in one piece
+    graphs: int = 1  # so many segments at the end are computed once
     offload: bool = False  # what segments hand on to each other waits in the host's memory
     recompute: Policy = "none"  # of layers within a segment
+    recompute_layers: int | None = None  # so many of them, the others the policy before it
     runs: int = 1
 
 
@@ -53,8 +55,10 @@ class Row:
     machine: str
     tokens: int
     segment_tokens: int
+    graphs: int
     offload: bool
     recompute: str
+    recompute_layers: int | None
     seconds: float
     tokens_per_second: float
     mfu: float | None
@@ -103,7 +107,7 @@ class HostMemory:
 
 def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> Row:
     ranks, memory = dist.get_world_size(), HostMemory()
-    segments = Segments(settings.segment_tokens, settings.offload) if settings.segment_tokens else None
+    segments = Segments(settings.segment_tokens, settings.offload, settings.graphs) if settings.segment_tokens else None
     few = tokens if segments is None else min(tokens, 2 * segments.tokens)
     trainer.step(few // ranks, "SP", segments)()
     step = trainer.step(tokens // ranks, "SP", segments)
@@ -116,8 +120,10 @@ def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> 
         machine=machine(),
         tokens=tokens,
         segment_tokens=settings.segment_tokens,
+        graphs=settings.graphs,
         offload=settings.offload,
         recompute=settings.recompute,
+        recompute_layers=settings.recompute_layers,
         seconds=seconds,
         tokens_per_second=rate,
         mfu=None if peak is None else model_flop_utilisation(flops, rate, ranks, peak),
@@ -130,7 +136,7 @@ def main(settings: Settings) -> None:
     clock = Clock(join(), settings.runs, warm_ups=0)
     cuda = clock.device.type == "cuda"
     model = PRESETS[settings.preset if cuda else "tiny"](settings.mixer, settings.pattern)
-    trainer = Trainer(model, clock.device, recompute=settings.recompute)
+    trainer = Trainer(model, clock.device, recompute=settings.recompute, recompute_layers=settings.recompute_layers)
     say(f"{machine()}\n")
     for cells in (COLUMNS, ["---"] * len(COLUMNS)):
         say(f"| {' | '.join(cells)} |")

@@ -141,6 +141,7 @@ def plan(
     offload_activations: bool | None = None,
     segment_tokens: int | None = None,
     segment_offload: bool | None = None,
+    segment_graphs: int | None = None,
     json: bool = False,
     plot: str | None = None,
 ) -> None:
@@ -153,12 +154,13 @@ def plan(
         context: tokens; the recipe's or the run's if not given.
         pattern: of the model's layers: L linear, N softmax.
         mixer: of the linear layers.
-        sequence_parallel: ranks that share a context. With none of these six the best settings are planned.
+        sequence_parallel: ranks that share a context. With none of these seven the best settings are planned.
         recompute: what of the layers is computed again in the backward pass; auto: as little as fits.
         recompute_layers: how many of the layers, the others less; all if not given.
         offload_activations: whether layers' inputs wait in the host's memory.
         segment_tokens: of a stream's segments.
         segment_offload: whether what they hand on to each other waits in the host's memory.
+        segment_graphs: how many of them, the last ones, are computed once.
         json: bytes and seconds, as JSON.
         plot: a PNG to write, of memory against the context's length.
     """
@@ -171,6 +173,7 @@ def plan(
         offload_activations=offload_activations,
         segment_tokens=segment_tokens,
         segment_offload=segment_offload,
+        segment_graphs=segment_graphs,
     )
     planning.show(model, gpu, planning.Asked(gpus, context, pattern, mixer), wishes, as_json=json, picture=plot)
 

@@ -98,6 +98,7 @@ class TrainConfig:
     batch_contexts: Count = 1  # one at a time on every data-parallel group: the others are accumulated
     segment_tokens: Count | None = None  # over all ranks: contexts are streams of segments of so many; None: whole
     segment_offload: bool = False  # what segments hand on to each other waits in the host's memory
+    segment_graphs: Count | None = None  # so many at the end are computed once; None: as recompute=auto has it, else 1
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute; bfloat16 keeps float32 parameters
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs if every rank can have one
     # What is kept of layers' activations until backward (lasp.models.recompute); auto: as much as fits. Of older runs
@@ -114,7 +115,7 @@ class TrainConfig:
     skip_nonfinite: CountOrZero = 0  # steps in a row that may be left out because loss or gradient are not finite
     compare_replicas_every: CountOrZero = 100  # steps; 0: ranks never compare the weights that several of them hold
     seed: Seed = 0  # of weights and of the order of documents
-    log_every: Count = 10  # steps between the lines that tell of the run where there is no terminal
+    log_every: Count = 10  # steps that are logged together at most, and between lines where there is no terminal
     profile: bool = False  # traces the steps 3 to 5 of this start (lasp.training.profile)
     wandb: Name | None = None  # a project of Weights & Biases that gets the metrics, too
     allow_changed: tuple[FieldName, ...] = ()  # fields whose values may differ from the checkpoint's: "seed", "data", …
@@ -163,6 +164,7 @@ class TrainConfig:
         """Raises ValueError unless contexts can be trained in segments as asked for."""
         if self.segment_tokens is None:
             require(not self.segment_offload, "segment_offload", True, "False without segment_tokens")
+            require(self.segment_graphs is None, "segment_graphs", self.segment_graphs, "None without segment_tokens")
             return
         most = f"at most context_length={self.context_length}, or None"
         require(self.segment_tokens <= self.context_length, "segment_tokens", self.segment_tokens, most)

@@ -25,18 +25,24 @@ class DataConfig:
     """Token files as `lasp prepare` (or Megatron) writes them: path prefixes, without .bin and .idx."""
 
     train: FilePath | tuple[FilePath, ...]  # one corpus, or several with their weights: a:0.7 b:0.3
-    valid: FilePath  # what evaluations read
+    valid: FilePath | tuple[FilePath, ...]  # what evaluations read: one corpus, or several, each for itself
     tokenizer: FilePath = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
-    eval_contexts: Count = 8  # held-out contexts in every evaluation
+    eval_contexts: Count = 8  # held-out contexts in every evaluation, of each corpus
 
     def __post_init__(self) -> None:
         check_fields(self)
         read_corpora("data.train", self.train)
+        read_corpora("data.valid", self.valid)
 
     @property
     def corpora(self) -> dict[str, Fraction | None]:
         """The prefixes of `train`, with their weights."""
         return read_corpora("data.train", self.train)
+
+    @property
+    def held_out_corpora(self) -> dict[str, Fraction | None]:
+        """The prefixes of `valid`, with their weights in the mean of their losses."""
+        return read_corpora("data.valid", self.valid)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,34 +28,43 @@ step() { # step NAME COMMAND…: runs it, whatever came of the steps before
     summary+=("$(printf '%-6s %4d s  %s' "$outcome" $((SECONDS - start)) "$name")")
 }
 
-on_ranks() { # on_ranks N FOLDER PYTEST_OPTION…: under mpirun; rank 0 speaks for all, the others' words are shown if one dies
-    local world=$1 folder=$2 code
-    shift 2
+on_ranks() { # on_ranks N PYTEST_ARGUMENT…: under mpirun; rank 0 speaks for all, the others' words are shown if one dies
+    local world=$1 code
+    shift
     mpirun --oversubscribe -n "$world" bash -c \
         '[ "$OMPI_COMM_WORLD_RANK" = 0 ] || exec >"$0/$OMPI_COMM_WORLD_RANK" 2>&1; exec python -m pytest --only-mpi "$@"' \
-        "$logs" -q "$@" "$folder"
+        "$logs" -q --durations 10 $full "$@"
     code=$?
     [ $code -le 1 ] || tail -n 30 "$logs"/*
     rm -f "$logs"/*
     return $code
 }
 
+told_types() { # what mypy found meanwhile
+    wait $types
+    local code=$?
+    cat "$logs/types"
+    return $code
+}
+
 step "ruff check" ruff check
 step "ruff format" ruff format --check
-step "types" mypy
 step "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$logs/site"
 rm -rf "$logs/site"
+mypy >"$logs/types" 2>&1 & # keeps one core, so beside the tests
+types=$!
 step "tests on 1 rank" python -m pytest -q -n 2 --dist worksteal --durations 10
+step "types" told_types
 step "tests on 2 ranks started by torchrun" \
     torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 -m pytest --only-mpi -q --durations 10 $full \
     tests/parallel tests/examples tests/integrations/test_megatron_{launch,benchmarks}.py # last: Megatron's stays on CPUs
 # DeepSpeed's meshes want 2 or 4 ranks; subgroups of 4 ranks are those of 3 but for what works in both at the same time.
-step "tests on 3 ranks" on_ranks 3 tests/parallel --durations 10 $full --ignore tests/parallel/test_deepspeed.py
-step "tests on 4 ranks" on_ranks 4 tests/parallel --durations 10 $full \
+step "tests on 3 ranks" on_ranks 3 tests/parallel --ignore tests/parallel/test_deepspeed.py
+step "tests on 4 ranks" on_ranks 4 tests/parallel \
     -k "not subgroup or test_exchange or test_documents or test_conv"
-step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/parallel --zero-exchange --durations 10 \
+step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/parallel --zero-exchange \
     -k "not subgroup${few:+ and not deepspeed and $few}"
-step "Megatron models on 4 ranks" on_ranks 4 tests/integrations --durations 10 $full
+step "Megatron models on 4 ranks" on_ranks 4 tests/integrations
 
 printf '\n\033[1m== Summary (%d s)\033[0m\n' $SECONDS
 printf '%s\n' "${summary[@]}"

@@ -1,5 +1,6 @@
 """One thread, Triton's interpreter where there is no GPU, and random numbers that are new in each run."""
 
+import gc
 import os
 import zlib
 from importlib.util import find_spec
@@ -14,24 +15,10 @@ if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated, so before lasp is imported
 torch.set_num_threads(1)
 
-
-def patch_once_a_launch() -> None:
-    """Triton's interpreter looks through its whole language again at each call of a device function, which takes most
-    of the time of small kernels, to put in place what the launch has put there already: not so here."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_if_new(function):
-        seen = [module for module in function.__globals__.values() if module is tl or module is tl.core]
-        return patch(function) if any(tl.core.is_builtin(module.load) for module in seen) else None
-
-    interpreter._patch_lang = patch_if_new
-
-
 if INTERPRETED:
-    patch_once_a_launch()
+    from tests.interpreter import hasten
+
+    hasten()
 pytest_plugins = ["tests.parallel.plugin"]
 PYTEST_MPI = find_spec("pytest_mpi") is not None  # torchrun needs neither that nor MPI
 
@@ -63,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if (item.get_closest_marker("mpi") is not None) != config.getoption("only_mpi"):
             item.add_marker(pytest.mark.skip(reason="with --only-mpi the tests for several ranks run, else the others"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay, so those who collect garbage, as every run of training does, need not look through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

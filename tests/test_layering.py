@@ -52,7 +52,7 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},
     "lasp/training/planning.py": {"torch.distributed"},
-    "lasp/training/batches.py": {"torch.distributed"},
+    "lasp/training/reading.py": {"torch.distributed"},
     "lasp/training/train.py": {"torch.distributed"},
     "lasp/distillation/run.py": {"torch.distributed"},
     "lasp/evaluation/evaluate.py": {"torch.distributed"},

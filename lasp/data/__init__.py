@@ -2,8 +2,8 @@
 
 from lasp.data.bigram import bigram_loss
 from lasp.data.indexed import TokenFile, TokenFileWriter
-from lasp.data.mixture import Mixture, Numbered
-from lasp.data.packed import IGNORED, Context, PackedContexts, local_batch
+from lasp.data.mixture import Mixture, Numbered, mixed_fingerprint
+from lasp.data.packed import IGNORED, Context, PackedContexts, labelled_places, local_batch
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "TokenFileWriter",
     "Tokenizer",
     "bigram_loss",
+    "labelled_places",
     "load_tokenizer",
     "local_batch",
+    "mixed_fingerprint",
 ]

@@ -10,9 +10,8 @@ from lasp.config import require
 from lasp.data.documents import Skipped
 from lasp.data.sources import SUFFIXES, find_sources
 from lasp.data.tokenizer import USUAL_EOD
+from lasp.data.words import OWN
 
-# Words with the space before them, single digits, punctuation, and white space but for that space.
-WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOD = USUAL_EOD[0]
 
 
@@ -25,7 +24,7 @@ def train_tokenizer(texts: Iterator[str], output: str | Path, vocab_size: int) -
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     require(vocab_size > len(alphabet), "vocab_size", vocab_size, f"more than {len(alphabet)}: the bytes and {EOD}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(OWN), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()

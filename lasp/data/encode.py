@@ -83,7 +83,7 @@ def encode_all(
             else:
                 text = held.window.text + window.text[held.window.stop - window.start :]
                 window = Window(window.key, text, held.window.start, window.last)
-                (encoded,) = _join([window], _encode(tokenizer, [window.text], with_starts=True))
+                (encoded,) = _join([window], _encode(tokenizer, [window.text], [True]))
                 same = held.agrees(encoded, done - quarter, done + quarter)
                 require(same, "tokenizer", "tokens that depend on what is far away", "one that reads texts in parts")
         if window.last:
@@ -146,15 +146,18 @@ def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
         yield batch
 
 
-def _asked(windows: list[Window]) -> tuple[list[str], bool]:
-    """The texts, and whether it is asked where their tokens begin."""
-    return [window.text for window in windows], any(window.start > 0 or not window.last for window in windows)
+def _asked(windows: list[Window]) -> tuple[list[str], list[bool]]:
+    """The texts, and of which it is asked where their tokens begin."""
+    return [window.text for window in windows], [window.start > 0 or not window.last for window in windows]
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], with_starts: bool) -> list[Ids]:
-    if with_starts:
-        return list(tokenizer.encode_with_starts(texts))
-    return [(ids, None) for ids in tokenizer.encode_batch(texts)]
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], with_starts: Sequence[bool]) -> list[Ids]:
+    parts, wholes = (
+        [text for text, a in zip(texts, with_starts, strict=True) if a == asked] for asked in (True, False)
+    )
+    of_parts = iter(tokenizer.encode_with_starts(parts) if parts else ())
+    of_wholes = iter(tokenizer.encode_batch(wholes) if wholes else ())
+    return [next(of_parts) if asked else (next(of_wholes), None) for asked in with_starts]
 
 
 def _join(windows: list[Window], encoded: list[Ids]) -> list[Encoded]:
@@ -170,5 +173,5 @@ def _take(tokenizer: Tokenizer) -> None:
     _mine = tokenizer
 
 
-def _encode_here(texts: Sequence[str], with_starts: bool) -> list[Ids]:
+def _encode_here(texts: Sequence[str], with_starts: Sequence[bool]) -> list[Ids]:
     return _encode(_mine, texts, with_starts)

@@ -37,6 +37,14 @@ def whose_turn(number: int, weights: Sequence[Fraction]) -> int:
     raise AssertionError("the last weight takes all turns that are left")
 
 
+def mixed_fingerprint(weights: Sequence[Fraction], known: Sequence[str]) -> str:
+    """That of corpora with these fingerprints; the weights are their parts of a whole."""
+    if len(known) == 1:
+        return known[0]
+    whole = sum(weights)
+    return "; ".join(f"{weight / whole} of {each}" for weight, each in zip(weights, known, strict=True))
+
+
 class Mixture:
     """The contexts of some corpora, from the first ones on, by turns. corpora: their prefixes and weights; with None,
     as many turns as there are tokens. Raises what `PackedContexts` raises, which the options are those of."""
@@ -58,10 +66,7 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """What tells the stream from others: the corpora, and their weights if there are several."""
-        if len(self.known) == 1:
-            return next(iter(self.known.values()))
-        whole = sum(self.weights)
-        return "; ".join(f"{w / whole} of {known}" for w, known in zip(self.weights, self.known.values(), strict=True))
+        return mixed_fingerprint(self.weights, list(self.known.values()))
 
     @property
     def tokens(self) -> int:

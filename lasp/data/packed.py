@@ -124,6 +124,10 @@ class PackedContexts:
         """The first epoch's whole contexts, once: for validation. A rest that is shorter than a context is left out."""
         return (self[index] for index in range(self.num_contexts))
 
+    def documents(self, epoch: int) -> np.ndarray:
+        """The numbers of the file's documents in an epoch's order, int64 [D]."""
+        return self._epoch(epoch)[0]
+
     def __getitem__(self, index: int) -> Context:
         if index < 0:
             raise IndexError(f"index: got {index}, expected at least 0")
@@ -174,3 +178,9 @@ def local_batch(context: Context, ranges: Sequence[tuple[int, int]]) -> tuple[Te
         tokens += [context.tokens(*inside), torch.zeros(padding, dtype=torch.int64)]
         labels += [context.labels(*inside), torch.full((padding,), IGNORED)]
     return torch.cat(tokens)[None], torch.cat(labels)[None]
+
+
+def labelled_places(labels: Tensor) -> Tensor | None:
+    """int64 [N], which of the labels, flattened, are not -100, if those are fewer than half."""
+    places = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    return places if 2 * len(places) < labels.numel() else None

@@ -22,9 +22,9 @@ class MatchedBlock(Block):
 
     teacher: nn.Module | None = None
 
-    def forward(self, x: Tensor, seq: SequenceOps) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, seq: SequenceOps, for_past: bool = False) -> tuple[Tensor, Any]:
         if not self.training or self.teacher is None:
-            return super().forward(x, seq)
+            return super().forward(x, seq, for_past)
         normed = self.mixer_norm(x)
         with torch.no_grad():
             wanted = self.teacher(normed, seq)

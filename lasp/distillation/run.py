@@ -27,7 +27,7 @@ from lasp.training.paths import keep_tokenizer, with_absolute_paths
 from lasp.training.runtime import World, join_world, sequence_parallel
 from lasp.training.starts import begin
 from lasp.training.together import on_rank_0
-from lasp.training.train import evaluate, open_data, train
+from lasp.training.train import evaluate_all, open_data, train
 
 RESULT = "distillation.json"
 
@@ -125,7 +125,8 @@ def _student(teacher: Decoder, stage: StageConfig, config: Any, device: torch.de
 
 def _held_out(teacher: Decoder, config: StageConfig, world: World) -> float:
     _, held_out, _ = open_data(with_absolute_paths(config), world)
-    loss = evaluate(teacher, held_out, sequence_parallel(config.parallel, teacher.config, world), world)
+    sp = sequence_parallel(config.parallel, teacher.config, world)
+    loss = evaluate_all(teacher, held_out, sp, world)["valid_loss"]
     teacher.eval()
     return loss
 

@@ -41,5 +41,7 @@ class Reading(Evaluation):
         data = self.data or (None if of_the_run is None else of_the_run.valid)
         if data is None:
             raise ValueError("data: got None, expected token files (--data) or texts (--texts) for an exported model")
+        if not isinstance(data, str):
+            raise ValueError(f"data: got None, expected one of the run's held-out corpora (--data): {' '.join(data)}")
         vocab_size = subject.model.config.vocab_size
         return PackedContexts(data, length, seed=0, shuffle=False, vocab_size=vocab_size).one_epoch()

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lasp.config import DataConfig, ModelConfig, ParallelConfig, from_dict, require
+from lasp.config import DataConfig, ParallelConfig, from_dict, require
 from lasp.data import Context, Tokenizer, load_tokenizer
 from lasp.evaluation.score import Scores, score
-from lasp.models import Decoder, make_model
+from lasp.models import Decoder
 from lasp.parallel import SequenceParallel
 from lasp.training import checkpoint
 from lasp.training.batches import Batch, read_batches, share
@@ -46,10 +46,7 @@ def read_model(path: str) -> Trained:
         return _read_export(path)
     step = checkpoint.require_latest(path)
     config = checkpoint.read_config(step)
-    decoder = make_model(ModelConfig(**config["model"]))
-    if config["dtype"] == "float64":
-        decoder.double()
-    checkpoint.load_model(step, decoder)
+    decoder = checkpoint.read_model(step, config)
     data, dtype = from_dict(DataConfig, config["data"]), getattr(torch, config["dtype"])
     return Trained(decoder, tokenizer_of(path, config), None, dtype, data, config["context_length"])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lasp.config import ModelConfig, require
+from lasp.config import require
 from lasp.data import load_tokenizer
 from lasp.integrations.huggingface import LaspForCausalLM, to_huggingface
 from lasp.integrations.huggingface.tokenizer import export_tokenizer
@@ -27,10 +27,7 @@ def export_run(run_dir: str, output: str, *, as_llama: bool = False) -> str:
     with new_directory(output) as folder:
         path = checkpoint.require_latest(run_dir)
         config = checkpoint.read_config(path)
-        decoder = Decoder(ModelConfig(**config["model"]))
-        if config["dtype"] == "float64":
-            decoder.double()
-        checkpoint.load_model(path, decoder)
+        decoder = checkpoint.read_model(path, config, Decoder)
         name = tokenizer_of(run_dir, config)
         eod, tokenizer = load_tokenizer(name).eod, export_tokenizer(name)
         ends = list(dict.fromkeys((eod, tokenizer.eos_token_id)))  # of documents, as trained, and of a chat's turns

@@ -19,6 +19,19 @@ from lasp.config import SOFTMAX, ModelConfig, require
 from lasp.models import Decoder
 from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer, WithWindow
 
+_FIELDS = {  # of a model's shape; our name: Llama's
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+
 
 def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
     """The configuration of a decoder in a Llama's shape, softmax layers only unless told otherwise.
@@ -30,20 +43,8 @@ def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
     for field in ("attention_bias", "mlp_bias"):
         require(not getattr(llama, field), field, getattr(llama, field), "False")
     rope: Any = llama.rope_parameters
-    shape = ModelConfig(
-        vocab_size=llama.vocab_size,
-        hidden_size=llama.hidden_size,
-        num_layers=llama.num_hidden_layers,
-        num_heads=llama.num_attention_heads,
-        num_kv_heads=llama.num_key_value_heads,
-        head_dim=llama.head_dim,
-        intermediate_size=llama.intermediate_size,
-        rope_theta=rope["rope_theta"],
-        norm_eps=llama.rms_norm_eps,
-        tie_embeddings=llama.tie_word_embeddings,
-        init_std=llama.initializer_range,
-        **{"pattern": SOFTMAX, **linear},
-    )
+    same: dict[str, Any] = {ours: getattr(llama, theirs) for ours, theirs in _FIELDS.items()}
+    shape = ModelConfig(**same, rope_theta=rope["rope_theta"], **{"pattern": SOFTMAX, **linear})
     require(not shape.is_own, "mixer", shape.mixer, "one of lasp's")
     rotates = SOFTMAX in shape.layers or shape.window is not None or shape.mixer == "retention"
     require(not rotates or rope["rope_type"] == "default", "rope_type", rope["rope_type"], "default (no scaling)")
@@ -70,21 +71,10 @@ def to_llama(decoder: Decoder, **fields: Any) -> LlamaForCausalLM:
     require(set(shape.layers) == {SOFTMAX}, "pattern", shape.pattern, f"only {SOFTMAX}: a Llama has no linear layers")
     require(shape.num_experts == 0, "num_experts", shape.num_experts, "0: a Llama has no experts")
     require(shape.rope_theta is not None, "rope_theta", None, "a number: a Llama has RoPE")
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.key_dim,
-        intermediate_size=shape.intermediate_size,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=shape.tie_embeddings,
-        initializer_range=shape.init_std,
-        dtype=next(decoder.parameters()).dtype,
-        **fields,
-    )
+    same: dict[str, Any] = {theirs: getattr(shape, ours) for ours, theirs in _FIELDS.items()}
+    same |= {"num_key_value_heads": shape.kv_heads, "head_dim": shape.key_dim}  # where shape leaves them open
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    config = LlamaConfig(**same, rope_parameters=rope, dtype=next(decoder.parameters()).dtype, **fields)
     llama: Any = LlamaForCausalLM(config)
     llama.to(config.dtype)
     weights = llama.state_dict()

@@ -30,6 +30,16 @@ from lasp.training import checkpoint, storage
 VOCABULARY_MULTIPLE = 128
 SHAPE_FILE = "lasp.json"  # in a checkpoint: the ModelConfig of its weights
 _NOTE = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_FIELDS = {  # of a model's shape; our name: TransformerConfig's
+    "hidden_size": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+    "norm_eps": "layernorm_epsilon",
+    "init_std": "init_method_std",
+}
 _PARTS = {  # of a layer; our name: Megatron's
     "mlp_norm.weight": "mlp.linear_fc1.layer_norm_weight",
     "mlp.gate_up_proj.weight": "mlp.linear_fc1.weight",
@@ -48,21 +58,9 @@ _SOFTMAX_PARTS = {
 
 def shape_of(config: Any, *, pattern: str, mixer: str, vocab_size: int, rope_theta: float) -> ModelConfig:
     """The decoder that a GPTModel of this TransformerConfig is. Raises ValueError for one that lasp cannot express."""
-    shape = ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_query_groups,
-        head_dim=config.kv_channels,
-        intermediate_size=config.ffn_hidden_size,
-        pattern=pattern,
-        mixer=mixer,
-        rope_theta=rope_theta,
-        norm_eps=config.layernorm_epsilon,
-        tie_embeddings=False,
-        init_std=config.init_method_std,
-    )
+    given: dict[str, Any] = {ours: getattr(config, theirs) for ours, theirs in _FIELDS.items()}
+    given |= {"vocab_size": vocab_size, "pattern": pattern, "mixer": mixer, "rope_theta": rope_theta}
+    shape = ModelConfig(**given, tie_embeddings=False)
     if config.num_moe_experts is None:
         return shape
     frequency = config.moe_layer_freq
@@ -214,8 +212,7 @@ def export_run(run_dir: str, output: str) -> str:
         path = checkpoint.require_latest(run_dir)
         config = checkpoint.read_config(path)
         require(config["dtype"] != "float64", "dtype", config["dtype"], "float32 or bfloat16")
-        decoder = Decoder(ModelConfig(**config["model"]))
-        checkpoint.load_model(path, decoder)
+        decoder = checkpoint.read_model(path, config, Decoder)
         save(decoder, folder)
     return f"{output}: {count_parameters(decoder.config):,} parameters of {path}"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.lasting import lasting
 from lasp.kernels.layouts import in_rows
+from lasp.kernels.parked import to_device
 
 _TILE = 256  # rows of scores that the dense form holds at a time
 _LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to plan for a new length
@@ -160,7 +161,7 @@ class Flash:
 @lru_cache(maxsize=64)
 @lasting
 def _transfer(cuts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(cuts, dtype=torch.int32, device=device)
+    return to_device(torch.tensor(cuts, dtype=torch.int32, device="cpu"), device)
 
 
 def _offsets(cuts: tuple[int, ...], device: torch.device) -> Tensor:

@@ -9,8 +9,20 @@ from lasp.kernels.autocast import exempt
 from lasp.kernels.linear import Backend
 from lasp.kernels.parts import Parts, activate, undivided, whole
 from lasp.kernels.segments import Segments
+from lasp.kernels.traced import traced
 
 
+def like_input(x: Tensor, **others: object) -> list[Tensor]:
+    """An empty tensor like y."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format)]
+
+
+def like_parts(x: Tensor, parts: Parts, **others: object) -> list[Tensor]:
+    """Empty tensors like those of the parts."""
+    return [x.new_empty(*x.shape[:2], parts.heads, part.size) for part in parts.parts]
+
+
+@traced(like_input)
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -50,6 +62,7 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         checks.shape("bias", bias, (x.shape[2],), "[D]")
 
 
+@traced(like_parts)
 def short_conv(
     x: Tensor,
     weight: Tensor,

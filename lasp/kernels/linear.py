@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
@@ -9,11 +10,30 @@ from lasp.kernels.inputs import DeltaInputs, LinearInputs, NonCausalInputs
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.chunk import ChunkedOp, NonCausalOp
 from lasp.kernels.segments import Segments
+from lasp.kernels.traced import traced
 
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS = get_args(Backend)
 
 
+def like_results(v: Tensor, key_dim: int, states: int | torch.SymInt | None) -> list[Tensor]:
+    """Empty tensors like o and, if there are any, so many final states."""
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if states is None:
+        return [o]
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return [o, v.new_empty(states, v.shape[2], key_dim, v.shape[3], dtype=dtype)]
+
+
+def like_own_results(
+    k: Tensor, v: Tensor, output_final_state: bool, cu_seqlens: Tensor | None, **others: object
+) -> list[Tensor]:
+    """Likewise, of an operation with these arguments."""
+    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return like_results(v, k.shape[-1], count if output_final_state else None)
+
+
+@traced(like_own_results, casts=autocast.unify)
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -53,6 +73,7 @@ def linear_attention(
     return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
+@traced(like_own_results, casts=autocast.unify)
 def delta_rule(
     q: Tensor,
     k: Tensor,

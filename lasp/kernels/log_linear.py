@@ -7,13 +7,32 @@ from torch import Tensor
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
-from lasp.kernels.linear import BACKENDS, Backend
+from lasp.kernels.linear import BACKENDS, Backend, like_own_results
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.recurrence import Alone, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
+from lasp.kernels.traced import traced
 
 
+def with_slots(results: list[Tensor]) -> list[Tensor]:
+    """From empty tensors like o and some states those like o, their slots and tokens.
+
+    How many slots there are follows from the numbers of tokens, which are not looked at.
+    """
+    o, *states = results
+    if not states:
+        return [o]
+    count, *shape = states[0].shape
+    slots = states[0].new_empty(count, torch.library.get_ctx().new_dynamic_size(), *shape)
+    return [o, slots, torch.empty(count, dtype=torch.long, device="cpu")]
+
+
+def _like_results(**given: Any) -> list[Tensor]:
+    return with_slots(like_own_results(**given))
+
+
+@traced(_like_results, casts=autocast.unify)
 def log_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -57,6 +76,7 @@ def log_linear_attention(
     return _run(x, initial_state, output_final_state, cu_seqlens, backend)
 
 
+@traced(_like_results, casts=autocast.unify)
 def log_linear_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -1,5 +1,8 @@
 """Log-linear attention one token at a time, and in whatever pieces tokens come, for generation."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,16 +47,9 @@ class FenwickMemory:
 
     @torch.no_grad()
     def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        level_scales: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float | None = None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, level_scales: Tensor, beta: Tensor | None = None,
+        *, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """o [N, 1, H, V] of one token of every sequence; the arguments are those of `log_linear_attention` and
         `log_linear_delta_rule` with T = 1, N rows, and either decay or beta.
 
@@ -112,33 +108,22 @@ class FenwickMemory:
 
 def go_on(
     past: FenwickState | FenwickMemory | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    level_scales: Tensor,
-    beta: Tensor | None = None,
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    **tensors: Any,
 ) -> tuple[Tensor, FenwickState | FenwickMemory]:
     """o [B, T, H, V] and the past for the next call: log-linear attention, or the delta rule if there is a beta.
 
+    tensors: theirs, by name.
     One token of every row of which nobody wants a gradient changes the past in place.
     """
-    if past is not None and v.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+    if past is not None and tensors["v"].shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         memory = past if isinstance(past, FenwickMemory) else FenwickMemory(past)
-        return memory.step(q, k, v, decay, level_scales, beta, scale=scale), memory
+        return memory.step(**tensors, scale=scale), memory
     state = past.state if isinstance(past, FenwickMemory) else past
-    options: dict = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    if beta is None:
-        checks.tensor("decay", decay)
-        assert decay is not None
-        o, after = log_linear_attention(q, k, v, decay, level_scales, **options)
-    else:
-        o, after = log_linear_delta_rule(q, k, v, beta, decay, level_scales, **options)
-    assert after is not None
-    return o, after
+    attend: Callable[..., Any] = log_linear_delta_rule if "beta" in tensors else log_linear_attention
+    return attend(**tensors, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
 def _padded(scales: Tensor, levels: int) -> Tensor:

@@ -15,8 +15,19 @@ from lasp.kernels import autocast, checks
 from lasp.kernels.attention import accumulation_dtype, calls
 from lasp.kernels.blocks import Block, Mask, string
 from lasp.kernels.once import once
+from lasp.kernels.traced import traced
 
 
+def like_output(q: Tensor, v: Tensor, **others: object) -> list[Tensor]:
+    """An empty tensor like o."""
+    return [q.new_empty(*q.shape[:3], v.shape[3])]
+
+
+def _like_results(q: Tensor, v: Tensor, **others: object) -> list[Tensor]:
+    return [*like_output(q, v), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))]
+
+
+@traced(_like_results, reads=(0, 1), casts=autocast.cast)
 def softmax_attention(
     q: Tensor,
     k: Tensor,

@@ -6,7 +6,7 @@ with the gradients of the leaves of the next one. Gradients of keys and values a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class Carried:
         self.on_host = on_host
         self.stores: Stores = defaultdict(lambda: KeyStore(on_host))
         self._entered: list[tuple[list[Any], TreeSpec]] = [tree_flatten({})]
+        self._graphs: list[SegmentPast] = []
         self._summed: set[int] = set()
         self._total: Tensor | int = 0
 
@@ -51,17 +52,20 @@ class Carried:
             self._total = self._total + sum_of_segment()
         return torch.as_tensor(self._total)
 
-    def forward(self) -> "SegmentPast":
-        """For the segment after those kept so far, without gradients."""
-        return next(self._fetch([len(self._entered) - 1]))
+    def forward(self, with_graph: bool = False) -> "SegmentPast":
+        """For the segment after those kept so far. with_graph: with gradients; so are all that follow, then."""
+        past = next(self._fetch([len(self._entered) - 1]))
+        if with_graph:
+            self._graphs.append(past.with_gradients())
+        return past
 
     def backward(self) -> Iterator["SegmentPast"]:
         """For all segments, from the last to the first, with gradients; what is behind is forgotten."""
+        while self._graphs:
+            yield self._graphs.pop()
+            del self._entered[-1]
         for past in self._fetch(range(len(self._entered) - 1, -1, -1)):
-            for x in past.entered:
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    x.requires_grad_()
-            yield past
+            yield past.with_gradients()
             del self._entered[-1]
 
     def _fetch(self, numbers: Iterable[int]) -> Iterator["SegmentPast"]:
@@ -86,6 +90,13 @@ class SegmentPast(Past):
         super().__init__()
         self.entered, self.slots = entered, tree_unflatten(entered, spec)
         self._carried, self._number = carried, number
+
+    def with_gradients(self) -> "SegmentPast":
+        """Itself, to be differentiated in what the segment is entered with."""
+        for x in self.entered:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        return self
 
     def attacher(self, index: int) -> Callable[[Any, Slots], "SegmentOps"]:
         return lambda seq, slots: SegmentOps(seq, slots, lambda op: self._carried.stores[index, op])
@@ -132,10 +143,9 @@ class SegmentOps(OpsWithPast):
     def sum(self, x: Tensor) -> Tensor:
         return self._seq.sum(x)
 
-    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
-        q, k, v, decay, level_scales, *beta = inputs
-        op = self._seq.log_linear_delta_rule if beta else self._seq.log_linear_attention
-        return op(q, k, v, *beta, decay, level_scales, scale=scale, **self._continuing(past))
+    def _go_on(self, past: Any, tensors: Mapping[str, Tensor | None], scale: float | None) -> tuple[Tensor, Any]:
+        op = self._seq.log_linear_delta_rule if "beta" in tensors else self._seq.log_linear_attention
+        return op(**tensors, scale=scale, **self._continuing(past))
 
     def _continuing(self, state: Any) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": self._seq.continues}

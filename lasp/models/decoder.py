@@ -1,14 +1,15 @@
 """The language model: embedding, blocks of a mixer and an MLP or experts, head."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig, require
-from lasp.models.layers import RMSNorm, SwiGLU, at_least_float32
+from lasp.models.layers import RMSNorm, SwiGLU, add_and_norm, at_least_float32
 from lasp.models.loss import IGNORE, linear_cross_entropy, require_ids
 from lasp.models.mixers import make_mixer
 from lasp.models.moe import ExpertBalance, MixtureOfExperts, Router, Routing
@@ -17,6 +18,13 @@ from lasp.models.past import Past
 from lasp.models.recompute import Policy, by_layer, recomputing
 from lasp.models.sequence import SequenceOps
 from lasp.own import load_own
+
+
+class Hidden(NamedTuple):
+    """x: what the head takes, [B, T, hidden]. routings: of the layers with experts."""
+
+    x: Tensor
+    routings: list[Routing]
 
 
 class Block(nn.Module):
@@ -33,12 +41,14 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, seq: SequenceOps) -> tuple[Tensor, Routing | None]:
-        x = x + self.mixer(self.mixer_norm(x), seq)
+    def forward(self, x: Tensor, seq: SequenceOps, for_past: bool = False) -> tuple[Tensor, Routing | None]:
+        """for_past: nothing is wanted but what the mixer and a router leave behind."""
+        x, normed = add_and_norm(self.mixer_norm, x)
+        x, normed = add_and_norm(self.mlp_norm, x, self.mixer(normed, seq))
         if isinstance(self.mlp, MixtureOfExperts):
-            y, routing = self.mlp(self.mlp_norm(x), seq)
+            y, routing = self.mlp(normed, seq)
             return x + y, routing
-        return x + self.mlp(self.mlp_norm(x)), None
+        return x if for_past else x + self.mlp(normed), None
 
 
 class Decoder(nn.Module):
@@ -130,16 +140,8 @@ class Decoder(nn.Module):
             ValueError: tokens or labels that do not fit `seq` or the vocabulary, or memory with a `seq` that is not one
                 rank's whole sequence.
         """
-        x, routings = self._run(tokens, seq, labels, memory)
-        if labels is None:
-            return self.logits(x)
-        labels = _of_tokens(labels, seq)
-        if scored is not None:
-            x, labels = x.flatten(0, 1)[scored], labels.flatten()[scored]
-        loss_sum, count = self._loss(x, labels)
-        if routings and self.training:
-            loss_sum = loss_sum + self.balance.loss(routings, count, seq if memory is None else memory.whole(seq))
-        return loss_sum, count
+        hidden = self._run(tokens, seq, labels, memory)
+        return self.logits(hidden.x) if labels is None else self._score(hidden, seq, labels, scored, memory)
 
     @torch.no_grad()
     def remember(self, tokens: Tensor, seq: SequenceOps, memory: Past, *, labels: Tensor | None = None) -> None:
@@ -147,14 +149,46 @@ class Decoder(nn.Module):
 
         labels: as in `forward`; in training mode what balancing losses sum over the sequence is summed, if given.
         """
-        _, routings = self._run(tokens, seq, labels, memory)
-        if routings and self.training and labels is not None:
-            self.balance.sums(routings, (_of_tokens(labels, seq) != IGNORE).sum(), memory.whole(seq))
+        self._sum(self._run(tokens, seq, labels, memory, for_past=True), seq, labels, memory)
+
+    def begin(self, tokens: Tensor, seq: SequenceOps, memory: Past, *, labels: Tensor) -> Hidden:
+        """`forward` up to the head, for `finish`, which may come when more of the sequence has been seen."""
+        hidden = self._run(tokens, seq, labels, memory)
+        with torch.no_grad():
+            self._sum(hidden, seq, labels, memory)
+        return hidden
+
+    def finish(
+        self, hidden: Hidden, seq: SequenceOps, memory: Past, *, labels: Tensor, scored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The losses and their number, as of `forward`."""
+        return self._score(hidden, seq, labels, scored, memory)
+
+    def _score(
+        self, hidden: Hidden, seq: SequenceOps, labels: Tensor, scored: Tensor | None, memory: Past | None
+    ) -> tuple[Tensor, Tensor]:
+        (x, routings), labels = hidden, _of_tokens(labels, seq)
+        if scored is not None:
+            x, labels = (y.flatten(0, 1).index_select(0, scored) for y in (x, labels))
+        loss_sum, count = self._loss(x, labels)
+        if routings and self.training:
+            loss_sum = loss_sum + self.balance.loss(routings, count, seq if memory is None else memory.whole(seq))
+        return loss_sum, count
+
+    def _sum(self, hidden: Hidden, seq: SequenceOps, labels: Tensor | None, memory: Past) -> None:
+        """What balancing losses sum over a sequence, of which these tokens are a part."""
+        if hidden.routings and self.training and labels is not None:
+            self.balance.sums(hidden.routings, (_of_tokens(labels, seq) != IGNORE).sum(), memory.whole(seq))
 
     def _run(
-        self, tokens: Tensor, seq: SequenceOps, labels: Tensor | None, memory: Past | None
-    ) -> tuple[Tensor, list[Routing]]:
-        """What the head takes, and the routings. Raises ValueError for tokens or labels as in `forward`."""
+        self,
+        tokens: Tensor,
+        seq: SequenceOps,
+        labels: Tensor | None,
+        memory: Past | None,
+        for_past: bool = False,
+    ) -> Hidden:
+        """Raises ValueError for tokens or labels as in `forward`. for_past: the head will not ask."""
         local = seq.positions.shape[0]
         require(
             tokens.ndim == 2 and tokens.shape[1] == local, "tokens", list(tokens.shape), f"[B, {local}], as seq has"
@@ -168,7 +202,7 @@ class Decoder(nn.Module):
         if not tokens.is_cuda:  # where the embedding's lookup asserts as much
             require_ids("tokens", tokens, self.config.vocab_size)
         x = self.embedding(tokens)
-        return self.hidden_states(x, seq, memory=memory, recompute=self._recompute())
+        return self.hidden_states(x, seq, memory=memory, recompute=self._recompute(), for_past=for_past)
 
     def hidden_states(
         self,
@@ -178,18 +212,22 @@ class Decoder(nn.Module):
         memory: Past | None = None,
         recompute: Callable[..., Any] | None = None,
         inputs: list[Tensor] | None = None,
-    ) -> tuple[Tensor, list[Routing]]:
-        """What the head takes: embedded tokens x [B, T, hidden] behind all blocks and the last norm; and the routings.
+        for_past: bool = False,
+    ) -> Hidden:
+        """Embedded tokens x [B, T, hidden] behind all blocks and the last norm; and the routings.
 
         seq: as in `forward`, or `Rows` for a memory.
         recompute: `torch.utils.checkpoint.checkpoint` or its like, to call the blocks by.
         inputs: gets each block's input.
+        for_past: nothing is wanted but what the blocks leave in the memory, and the routings.
         """
         routings: list[Routing] = []
         layer: Any
         for index, layer in enumerate(self.layers):
             if inputs is not None:
                 inputs.append(x)
+            if for_past and index == len(self.layers) - 1:
+                layer = partial(layer, for_past=True)
             if memory is not None:
                 layer = memory.bind(layer, index)
             x, routing = layer(x, seq) if recompute is None else recompute(layer, x, seq)
@@ -197,7 +235,7 @@ class Decoder(nn.Module):
                 routings.append(routing)
         if memory is not None:
             memory.advance(seq)
-        return self.norm(x), routings
+        return Hidden(x if for_past else self.norm(x), routings)
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary]."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lasp.kernels.fused import fused
 from lasp.kernels.parts import Parts
+from lasp.kernels.rms_norm import add_rms_norm
 from lasp.kernels.swiglu import swiglu
 from lasp.models.products import gated_mlp, in_tiles, product
 from lasp.models.sequence import SequenceOps
@@ -57,7 +58,15 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm whose weight follows x's dtype: under autocast the fused kernel takes no mixture."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return add_rms_norm(x, None, self.weight.to(x.dtype), self.eps)[1]
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(s, norm(s)) for s = x + h, or x: at once by an `RMSNorm`; what has taken its place is called as it is."""
+    if type(norm) is RMSNorm and (h is None or h.dtype == x.dtype):
+        return add_rms_norm(x, h, norm.weight.to(x.dtype), norm.eps)
+    s = x if h is None else x + h
+    return s, norm(s)
 
 
 class ShortConv(nn.Module):

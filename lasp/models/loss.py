@@ -75,13 +75,13 @@ def linear_distillation(
 def require_ids(field: str, ids: Tensor, vocab_size: int, *, ignored: bool = False) -> None:
     """Raises ValueError unless all ids are in the vocabulary (or -100, if those are ignored).
 
-    On CUDA, where the host would have to wait for them, a device-side assertion fails instead, as in PyTorch's own
-    embeddings and losses: check what you read while it is on the host, as `lasp.data` does.
+    On CUDA, where the host would have to wait for them, and in graphs, an assertion on the device fails instead, as in
+    PyTorch's own embeddings and losses: check what you read while it is on the host, as `lasp.data` does.
     """
     fits = (ids >= 0) & (ids < vocab_size)
     if ignored:
         fits |= ids == IGNORE
-    if ids.is_cuda:
+    if ids.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(fits.all(), f"{field} are outside the vocabulary of {vocab_size}")
     elif not ids.is_meta and not fits.all():
         expected = f"0 to {vocab_size - 1} (the vocabulary)" + (f", or {IGNORE}" if ignored else "")

@@ -1,6 +1,6 @@
 """What a model remembers of the tokens before the ones at hand, on one rank: for generation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -122,8 +122,8 @@ class RememberingOps(OpsWithPast):
     def _continuing(self, state: Tensor | None) -> dict[str, Any]:
         return {"initial_state": state, "output_final_state": True, "cu_seqlens": self._offsets}
 
-    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
-        return go_on(past, *inputs, scale=scale, cu_seqlens=self._offsets)  # type: ignore[arg-type]
+    def _go_on(self, past: Any, tensors: Mapping[str, Tensor | None], scale: float | None) -> tuple[Tensor, Any]:
+        return go_on(past, **tensors, scale=scale, cu_seqlens=self._offsets)
 
     def softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None

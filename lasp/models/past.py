@@ -7,7 +7,7 @@ log-linear ones), the last inputs of a convolution, keys and values. Gradients f
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -83,24 +83,19 @@ class OpsWithPast(ABC):
     def log_linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
-        return self._step(lambda past: self._go_on(past, q, k, v, decay, level_scales, scale=scale)), None
+        x = {"q": q, "k": k, "v": v, "decay": decay, "level_scales": level_scales}
+        return self._step(lambda past: self._go_on(past, x, scale)), None
 
     def log_linear_delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        level_scales: Tensor,
-        *,
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, level_scales: Tensor, *,
         scale: float | None = None,
-    ) -> tuple[Tensor, None]:
-        return self._step(lambda past: self._go_on(past, q, k, v, decay, level_scales, beta, scale=scale)), None
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        x = {"q": q, "k": k, "v": v, "beta": beta, "decay": decay, "level_scales": level_scales}
+        return self._step(lambda past: self._go_on(past, x, scale)), None
 
     @abstractmethod
-    def _go_on(self, past: Any, *inputs: Tensor | None, scale: float | None) -> tuple[Tensor, Any]:
-        """Log-linear attention, or with a beta behind its inputs the delta rule, and the past for the next call."""
+    def _go_on(self, past: Any, tensors: Mapping[str, Tensor | None], scale: float | None) -> tuple[Tensor, Any]:
+        """Log-linear attention, or with a beta the delta rule, and the past for the next call."""
 
     @abstractmethod
     def _continuing(self, state: Tensor | None) -> dict[str, Any]:

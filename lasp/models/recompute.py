@@ -16,7 +16,8 @@ from functools import partial
 from itertools import cycle
 from typing import Any, Literal, get_args
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lasp.config import SOFTMAX
 from lasp.kernels.once import runs
@@ -24,6 +25,7 @@ from lasp.models.offload import HostMemory
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)  # each keeps less than the one before
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
 def by_layer(policy: Policy, layers: int | None, letters: str) -> list[Policy]:
@@ -51,7 +53,24 @@ def recomputing(policies: Iterable[Policy], host: HostMemory | None) -> Callable
                 seq,
                 use_reentrant=False,
                 preserve_rng_state=False,  # blocks draw no random numbers
-                context_fn=partial(runs, policy == "selective"),
+                context_fn=_in_graphs(policy)
+                if torch.compiler.is_compiling()
+                else partial(runs, policy == "selective"),
             )
 
     return call
+
+
+def _in_graphs(policy: Policy) -> Callable[..., Any]:
+    """The same for layers that torch.compile traces, whose compiler sees to what is kept."""
+    return partial(create_selective_checkpoint_contexts, _keeps_dear if policy == "selective" else _keeps_nothing)
+
+
+def _keeps_dear(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Matrix products, and operations over the sequence but for convolutions."""
+    kept = op in _PRODUCTS or (op.namespace == "lasp" and "conv" not in op.name())
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keeps_nothing(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE

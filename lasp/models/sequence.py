@@ -44,16 +44,9 @@ class SequenceOps(SupportsSum, Protocol):
     ) -> tuple[Tensor, object]: ...
 
     def log_linear_delta_rule(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        decay: Tensor | None,
-        level_scales: Tensor,
-        *,
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, level_scales: Tensor, *,
         scale: float | None = None,
-    ) -> tuple[Tensor, object]: ...
+    ) -> tuple[Tensor, object]: ...  # fmt: skip
 
     def softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None

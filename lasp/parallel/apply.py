@@ -92,9 +92,24 @@ def parallelize(
         blocks: list[nn.Module] = [*model.get_submodule("layers").children(), model]
         for block in blocks:
             _add_up(fully_shard(block, mesh=everyone, mp_policy=policy))
-        if hasattr(model, "remember"):
-            register_fsdp_forward_method(model, "remember")
+        for method in ("remember", "begin", "finish"):  # that a model may be called by besides its forward
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
     return model
+
+
+def keep_gathered(model: nn.Module, keep: bool) -> None:
+    """From now on blocks that FSDP shards leave their weights, and the sums of their gradients, gathered or not.
+
+    That spares a pass over all of them for each forward and backward. Where weights are sharded over ranks, which they
+    are for want of memory, nothing changes.
+    """
+    if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
+        model.set_requires_gradient_sync(not keep)
+        model.set_reshard_after_backward(not keep)
+        for block in model.modules():
+            if isinstance(block, FSDPModule) and block is not model:  # which stays gathered from forward to backward
+                block.set_reshard_after_forward(not keep, recurse=False)
 
 
 def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.autocast import Function
-from lasp.parallel import comm
+from lasp.kernels.traced import traced
+from lasp.parallel import comm, shapes
 from lasp.parallel.agreement import agree
 from lasp.parallel.halo import halo
 from lasp.parallel.layout import Fragment, Layout, Partition
@@ -73,6 +74,7 @@ class DocumentSequence(Sequence):
         offsets = sorted(set(cu_seqlens.tolist()))
         super().__init__(parallel, DocumentPartition(layout, parallel.rank, offsets), packed=True)
 
+    @traced(shapes.shard)
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of x, which has all tokens along `dim`; differentiable."""
         checks.require(x.shape[dim] == self.partition.tokens, "x", f"{x.shape[dim]} tokens", f"{self.partition.tokens}")

@@ -58,7 +58,6 @@ def attend(
     return _exchanged(sequence, x, initial_state, output_final_state)
 
 
-@torch.compiler.disable  # messages have no place in a graph
 def _exchanged(
     sequence: "Sequence", x: LogLinearInputs, initial_state: FenwickState | None, output_final_state: bool
 ) -> tuple[Tensor, FenwickState | None]:
@@ -116,14 +115,9 @@ class AcrossSlots:
     wants_summary = True
 
     def __init__(
-        self,
-        partition: Partition,
-        batch: int,
-        group: Group,
-        seen: tuple[int, ...],
-        entered: Numbers[int],
-        left: Numbers[int],
-    ):
+        self, partition: Partition, batch: int, group: Group, seen: tuple[int, ...],
+        entered: Numbers[int], left: Numbers[int],
+    ):  # fmt: skip
         self.partition, self.group, self.batch = partition, group, batch
         self.entered, self.left = entered, left
         self.forward, self.backward = (Fenwick.of(partition, seen, backward=back) for back in (False, True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
-from lasp.kernels.conv import check_conv, check_parts, convolve
+from lasp.kernels.conv import check_conv, check_parts, convolve, like_input, like_parts
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.lasting import lasting
@@ -20,15 +20,17 @@ from lasp.kernels.linear import delta_inputs, linear_inputs, run_op
 from lasp.kernels.log_linear import log_linear_delta_inputs, log_linear_inputs
 from lasp.kernels.parts import Parts, undivided, whole
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
-from lasp.kernels.softmax import Mask, check_softmax
-from lasp.parallel import comm, log_linear
+from lasp.kernels.softmax import Mask, check_softmax, like_output
+from lasp.kernels.traced import Handle, apart, open_to_graphs, traced
+from lasp.parallel import comm, log_linear, shapes
 from lasp.parallel.agreement import agree_on_cpus, gradients, signature
 from lasp.parallel.boundary import AcrossDocuments, AcrossUnits, LocalSegments
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
 from lasp.parallel.halo import halo
-from lasp.parallel.layout import PADDING, Partition
+from lasp.parallel.layout import Partition
 from lasp.parallel.loss import accumulation_dtype, global_mean
+from lasp.parallel.shards import Unshard, part_of, positions, valid
 
 if TYPE_CHECKING:
     from lasp.parallel.sequence_parallel import SequenceParallel
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 Across = Callable[[Partition, int, Group, StateExchange], Boundary]
 
 
-class Sequence:
+class Sequence(Handle):
     """One batch: which tokens this rank holds, and the ops over the whole sequence. Immutable.
 
     Local tensors are [B, T_local, ...] in local order: the rank's units, ascending. B = 1 if documents are packed.
@@ -49,27 +51,40 @@ class Sequence:
         offsets = zlib.crc32(array("q", partition.offsets).tobytes())
         self._identity = f"{partition.tokens} tokens, {partition.documents} documents ({offsets:x})"
 
-    @cached_property
-    @lasting
+    @property
+    def traced_facts(self) -> list[object]:
+        return [self.partition.tokens, self.partition.local_tokens, self.packed]
+
+    @property
+    @traced(shapes.positions, lasting=True)
     def positions(self) -> Tensor:
         """[T_local] int64: each token's position within its document; 0 for padding."""
-        device = self.parallel.device
-        starts = [(f.position, f.position + len(f), f.document != PADDING) for f in self.partition.local]
-        return torch.cat([torch.arange(start, stop, device=device) * real for start, stop, real in starts])
+        return self._positions
+
+    @property
+    @traced(shapes.valid, lasting=True)
+    def valid(self) -> Tensor:
+        """[T_local] bool: False for padding."""
+        return self._valid
 
     @cached_property
     @lasting
-    def valid(self) -> Tensor:
-        """[T_local] bool: False for padding."""
-        device = self.parallel.device
-        return torch.cat([torch.full((len(f),), f.document != PADDING, device=device) for f in self.partition.local])
+    def _positions(self) -> Tensor:
+        return positions(self.partition, self.parallel.device)
 
+    @cached_property
+    @lasting
+    def _valid(self) -> Tensor:
+        return valid(self.partition, self.parallel.device)
+
+    @traced(shapes.shard)
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of x, which has `tokens` elements along `dim`, padded with zeros; differentiable. Sends
         nothing, so that what one rank gets wrong is a ValueError on that rank alone."""
         checks.require(x.shape[dim] == self.partition.tokens, "x", f"{x.shape[dim]} tokens", f"{self.partition.tokens}")
-        return self._shard(x, dim)
+        return part_of(x, self.partition, dim)
 
+    @traced(shapes.unshard)
     def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
         """The inverse, on every rank: `tokens` elements along `dim`. Its gradient must be equal on all ranks."""
 
@@ -84,6 +99,7 @@ class Sequence:
         self._agree("unshard", check)
         return self._unshard(local, dim)
 
+    @traced(shapes.recurrence, casts=autocast.unify)
     def linear_attention(
         self,
         q: Tensor,
@@ -106,6 +122,7 @@ class Sequence:
         inputs = partial(linear_inputs, q, k, v, decay, scale, causal)
         return self._recurrence("linear_attention", inputs, run_op, across, initial_state, output_final_state)
 
+    @traced(shapes.recurrence, casts=autocast.unify)
     def delta_rule(
         self,
         q: Tensor,
@@ -122,6 +139,7 @@ class Sequence:
         inputs = partial(delta_inputs, q, k, v, beta, decay, scale)
         return self._recurrence("delta_rule", inputs, run_op, AcrossUnits, initial_state, output_final_state)
 
+    @traced(shapes.log_linear, casts=autocast.unify)
     def log_linear_attention(
         self,
         q: Tensor,
@@ -141,6 +159,7 @@ class Sequence:
         inputs = partial(log_linear_inputs, q, k, v, decay, level_scales, scale)
         return log_linear.attend(self, "log_linear_attention", inputs, initial_state, output_final_state)
 
+    @traced(shapes.log_linear, casts=autocast.unify)
     def log_linear_delta_rule(
         self,
         q: Tensor,
@@ -158,6 +177,7 @@ class Sequence:
         inputs = partial(log_linear_delta_inputs, q, k, v, beta, decay, level_scales, scale)
         return log_linear.attend(self, "log_linear_delta_rule", inputs, initial_state, output_final_state)
 
+    @apart
     def run(
         self,
         op: Op[Any],
@@ -183,6 +203,7 @@ class Sequence:
 
         return self._recurrence(type(op).__name__, lambda: x, run_it, across, initial_state, output_final_state)
 
+    @traced(like_output, reads=(0,), casts=autocast.cast)
     def softmax_attention(
         self,
         q: Tensor,
@@ -213,6 +234,7 @@ class Sequence:
         mask = Mask(checks.softmax_scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
+    @traced(like_input)
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`lasp.kernels.causal_conv1d` over the whole sequence: y [B, T_local, D].
 
@@ -220,6 +242,7 @@ class Sequence:
         """
         return whole(self._convolve("causal_conv1d", x, weight, bias, False, None))
 
+    @traced(like_parts)
     def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]:
         """`lasp.kernels.short_conv` over the whole sequence: a tensor [B, T_local, heads, size] of every part.
 
@@ -227,6 +250,7 @@ class Sequence:
         """
         return self._convolve("short_conv", x, weight, bias, True, parts)
 
+    @traced(shapes.mean)
     def mean(self, loss_sum: Tensor, count: Tensor) -> Tensor:
         """The mean over the whole group, Σ loss_sum / Σ count, on every rank; backward gives each rank its gradient.
 
@@ -246,6 +270,7 @@ class Sequence:
         self._agree("mean", check)
         return global_mean(loss_sum, count, self.parallel.group)
 
+    @traced(like_input)
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x, on every rank: for statistics of the whole sequence. No gradient goes through."""
 
@@ -256,11 +281,9 @@ class Sequence:
         self._agree("sum", check)
         return comm.all_reduce(x.detach(), self.parallel.group).wait()
 
-    @torch.compiler.disable
     def _agree(self, method: str, check: Callable[[], dict]) -> None:
         agree_on_cpus(self.parallel.group, lambda: check() | {"sequence": self._identity}, call=method)
 
-    @torch.compiler.disable  # messages have no place in a graph: a compiled model breaks here, once, and goes on behind
     def _recurrence(
         self,
         method: str,
@@ -345,19 +368,7 @@ class Sequence:
         return self._segments[batch]
 
     def _unshard(self, local: Tensor, dim: int) -> Tensor:
-        return _Unshard.apply(local, self, dim)
-
-    def _shard(self, x: Tensor, dim: int) -> Tensor:
-        parts = []
-        for start, stop in self.partition.ranges:
-            start, end = min(start, x.shape[dim]), min(stop, x.shape[dim])
-            parts.append(x.narrow(dim, start, end - start))
-        missing = self.partition.local_tokens - sum(part.shape[dim] for part in parts)
-        if missing:
-            shape = list(x.shape)
-            shape[dim] = missing
-            parts.append(x.new_zeros(shape))
-        return torch.cat(parts, dim)
+        return Unshard.apply(local, self.partition, self.parallel.group, dim)
 
     def _states(self, batch: int) -> int:
         """How many initial and final states there are."""
@@ -384,15 +395,4 @@ class Sequence:
         checks.require(x.shape[0] == 1 or not self.packed, "batch", x.shape[0], "1 for packed documents")
 
 
-class _Unshard(autocast.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, sequence: Sequence, dim: int) -> Tensor:
-        ctx.sequence, ctx.dim = sequence, dim
-        parallel, partition = sequence.parallel, sequence.partition
-        units = comm.replicate(local.movedim(dim, 0), parallel.group).flatten(0, 1)
-        units = units.unflatten(0, (partition.layout.units, partition.unit_length))[partition.layout.rank_order]
-        return units.flatten(0, 1)[: partition.tokens].movedim(0, dim).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.sequence._shard(d, ctx.dim), None, None
+open_to_graphs(Sequence, "parallel", "partition", "packed")

@@ -89,6 +89,10 @@ class SequenceParallel:
             return {"tokens": int(tokens), "aligned": bool(aligned), "cu_seqlens": offsets}
 
         agree(self.group, self._messages, check, call="sequence")
+        return self.agreed_sequence(tokens, cu_seqlens, aligned=aligned)
+
+    def agreed_sequence(self, tokens: int, cu_seqlens: Tensor | None = None, *, aligned: bool = False) -> Sequence:
+        """The same for right arguments of which the ranks know that they agree on them. Sends nothing."""
         offsets = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
         return Sequence(
             self, Partition(self.layout, self.rank, offsets, aligned or self.aligned), cu_seqlens is not None

@@ -62,21 +62,23 @@ class Memory:
 def predict(job: Job, setting: Setting) -> Memory:
     model, dtype = job.model, Dtype(job.half)
     held, in_flight = _tokens(job, setting)
-    fixed, gradients, gathered, of_gathered = _parameters(job, dtype)
+    fixed, gradients, gathered, of_gathered = _parameters(job, setting, dtype)
     policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
     one_input, host = dtype.half * model.hidden_size * in_flight, 0.0
+    graphs = min(setting.segment_graphs, segments(job, setting))
     if setting.offload_activations:
-        host = sum(policy != "none" for policy in policies) * _power_of_two(one_input)
+        host = graphs * sum(policy != "none" for policy in policies) * _power_of_two(one_input)
     everything = [dtype.bytes(kept.POLICIES[policy](model, i)) * in_flight for i, policy in enumerate(policies)]
+    inputs = [one_input * (policy == "none" or not setting.offload_activations) for policy in policies]
+    of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
 
-    def activations(layers: int) -> dict[str, float]:
-        """Of the first so many."""
-        inputs = [one_input] * layers
-        if setting.offload_activations:  # at most one that is used, and one on its way
-            inputs = [one_input for policy in policies[:layers] if policy == "none"] + inputs[:2]
+    def activations(layers: int, waiting: int) -> dict[str, float]:
+        """Of the first so many, and of all in the segments whose graphs are waiting, with what the head takes there."""
+        on_their_way = min(2, layers) * one_input * setting.offload_activations  # one of them is used
+        elsewhere = sum(everything) - one_input * model.num_layers + 2 * one_input
         return {
-            "layer inputs": sum(inputs),
-            "other activations": sum(everything[:layers]) - one_input * layers,
+            "layer inputs": sum(inputs[:layers]) + waiting * sum(inputs) + on_their_way,
+            "other activations": sum(everything[:layers]) - one_input * layers + waiting * elsewhere,
         }
 
     handed_on = _handed_on(job, setting, held)
@@ -84,23 +86,34 @@ def predict(job: Job, setting: Setting) -> Memory:
         host += sum(handed_on.values())
         handed_on = {name: 2 * size * in_flight / held for name, size in handed_on.items()}
     always = fixed | {"batch": 4 * 8.0 * in_flight} | handed_on
-    again = job.accumulated > 1 or bool(handed_on)  # gradients of a context or segment before are there
-    of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
-    moments = {
-        "loss": activations(model.num_layers)
-        | {"gradients": gradients * again, "gathered weights": gathered, "logits and loss": _logits(job) + of_ends},
-        "update": {"gradients": (1 + copies) * gradients},
-    }
-    for index, policy in enumerate(policies):
-        behind = 1.0 if again else 1 - (index + 1) / model.num_layers
-        moments[f"backward of layer {index + 1}"] = activations(index + 1) | {
-            "gradients": gradients * behind,
-            "gathered weights": gathered,
-            "gathered gradients": of_gathered,
-            "one layer": _one_layer(job, policy, index, in_flight),
+
+    def moments(waiting: int, again: bool) -> dict[str, dict[str, float]]:
+        """again: gradients of a context or segment before are there."""
+        found = {
+            "loss": activations(model.num_layers, waiting)
+            | {"gradients": gradients * again, "gathered weights": gathered, "logits and loss": _logits(job) + of_ends},
+            "update": {"gradients": (1 + copies) * gradients},
         }
-    return Memory({name: always | parts for name, parts in moments.items()}, host)
+        for index, policy in enumerate(policies):
+            behind = 1.0 if again else 1 - (index + 1) / model.num_layers
+            found[f"backward of layer {index + 1}"] = activations(index + 1, waiting) | {
+                "gradients": gradients * behind,
+                "gathered weights": gathered,
+                "gathered gradients": of_gathered,
+                "one layer": _one_layer(job, policy, index, in_flight),
+            }
+        return {name: always | parts for name, parts in found.items()}
+
+    made = Memory(moments(graphs - 1, job.accumulated > 1), host)  # of a stream at its last segment
+    if not handed_on:
+        return made
+    return max(made, Memory(moments(max(0, graphs - 2), True), host), key=lambda memory: memory.total)
+
+
+def segments(job: Job, setting: Setting) -> int:
+    """Of a context."""
+    return 1 if setting.segment_tokens is None else -(-job.context // setting.segment_tokens)
 
 
 def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
@@ -109,7 +122,7 @@ def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
     return held, held if segment is None else min(held, job.model.local_tokens(segment, setting.sequence_parallel))
 
 
-def _parameters(job: Job, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:
+def _parameters(job: Job, setting: Setting, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:
     """Weights and optimiser states; gradients; what of weights and of gradients is gathered."""
     size, half, exact = sizes(job.model), dtype.half, dtype.wide
     mixtures = sum(job.model.has_experts(i) for i in range(job.model.num_layers))
@@ -117,6 +130,8 @@ def _parameters(job: Job, dtype: Dtype) -> tuple[dict[str, float], float, float,
     layer = max(size.layers) + experts
     whole, share = size.total - size.experts + experts * mixtures, size.total / job.gpus
     gathered, of_gathered = half * (size.ends + 2 * layer), half * (size.ends + layer)
+    if job.sharding == "fsdp" and job.gpus == 1 and segments(job, setting) > 1:  # nothing is given back in between
+        return _fixed(exact * share, exact * share), exact * share, half * size.total, half * (size.ends + layer)
     if job.sharding == "fsdp":
         sums = exact * layer if exact != half else 0.0
         return _fixed(exact * share, exact * share), exact * share, gathered, of_gathered + sums
@@ -145,7 +160,7 @@ def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
     if setting.segment_tokens is None:
         return {}
     model, half, wide = job.model, job.half, Dtype(job.half).wide
-    cuts = -(-job.context // setting.segment_tokens) - 1
+    cuts = segments(job, setting) - 1
     state = model.states(job.context) * model.num_heads * feature_dim(model) * model.value_dim
     attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
     keys = 2 * model.kv_heads * model.key_dim * (half + wide)

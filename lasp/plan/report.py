@@ -103,13 +103,20 @@ def _row(made: Plan) -> tuple[str, ...]:
         str(made.job.gpus // setting.sequence_parallel),
         setting.recompute if layers is None else f"{setting.recompute} {layers}",
         "yes" if setting.offload_activations else "",
-        "" if setting.segment_tokens is None else f"{setting.segment_tokens:,}{' host' * setting.segment_offload}",
+        _segments(setting),
         f"{made.memory.total / GIB:.1f}",
         "yes" if made.surely_fits else "barely" if made.fits else "no",
         f"{made.seconds:.2f}",
         f"{made.tokens_per_second:,.0f}",
         f"{made.utilisation:.1%}",
     )
+
+
+def _segments(setting: Setting) -> str:
+    if setting.segment_tokens is None:
+        return ""
+    graphs = f", {setting.segment_graphs} once" if setting.segment_graphs > 1 else ""
+    return f"{setting.segment_tokens:,}{' host' * setting.segment_offload}{graphs}"
 
 
 def _facts(made: Plan) -> dict[str, Any]:

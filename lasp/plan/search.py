@@ -62,6 +62,9 @@ def plan(job: Job, setting: Setting) -> Plan:
     require(segment is None or segment >= ranks, "segment_tokens", segment, f"at least {ranks}, a token for each rank")
     stream = segment is not None or not setting.segment_offload
     require(stream, "segment_offload", True, "False without segment_tokens")
+    graphs = setting.segment_graphs
+    require(segment is not None or graphs == 1, "segment_graphs", graphs, "1 without segment_tokens")
+    require(graphs >= 1, "segment_graphs", graphs, "at least 1")
     return Plan(job, setting, memory.predict(job, setting), seconds.predict(job, setting))
 
 
@@ -69,7 +72,12 @@ def best(job: Job, setting: Setting | None = None) -> Plan:
     """The fastest that surely fits (or else fits), of settings with as many ranks to a context as `setting` if it is
     given; where none does, that which needs the least memory. Of equals the simplest."""
     ranks = [n for n in range(1, job.gpus + 1) if job.gpus % n == 0] if setting is None else [setting.sequence_parallel]
-    plans = [plan(job, each) for each in settings(job, ranks)]
+    return faster(*(plan(job, each) for each in settings(job, ranks)))
+
+
+def faster(*plans: Plan) -> Plan:
+    """The fastest that surely fits, or else fits; where none does, that which needs the least memory. Of equals the
+    first."""
     fitting = [each for each in plans if each.surely_fits] or [each for each in plans if each.fits]
     if not fitting:
         return min(plans, key=lambda each: each.memory.total)
@@ -99,8 +107,15 @@ def settings(job: Job, ranks: list[int]) -> Iterator[Setting]:
                 segment_offload=handed_on,
             )
             yield recomputation(job, setting)
-            yield replace(setting, recompute=POLICIES[-1])
+            yield with_graphs(job, replace(setting, recompute=POLICIES[-1]))
             segment //= 2
+
+
+def with_graphs(job: Job, setting: Setting) -> Setting:
+    """The setting, with as many of its segments computed once as surely fit."""
+    numbers = range(2, memory.segments(job, setting) + 1)
+    more = bisect_left(numbers, True, key=lambda n: not plan(job, replace(setting, segment_graphs=n)).surely_fits)
+    return replace(setting, segment_graphs=1 + more)
 
 
 def recomputation(job: Job, setting: Setting) -> Setting:
@@ -151,6 +166,8 @@ def options(setting: Setting, other: Setting | None = None) -> str:
     told = []
     for field, value in vars(setting).items():
         if other is not None and value == getattr(other, field):
+            continue
+        if field == "segment_graphs" and setting.segment_tokens is None:
             continue
         name = {"sequence_parallel": "parallel.sequence-parallel"}.get(field, field.replace("_", "-"))
         if isinstance(value, bool):

@@ -17,6 +17,7 @@ from lasp.models.recompute import by_layer
 from lasp.plan import kept
 from lasp.plan.gpus import MATMUL
 from lasp.plan.kept import Dtype
+from lasp.plan.memory import segments
 from lasp.plan.setting import Job, Setting, sizes
 
 GROUPED = 0.5  # of the dense peak, where each expert's matrix meets its own rows
@@ -49,8 +50,10 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     policies = by_layer(setting.recompute, setting.recompute_layers, model.layers)
     full = [policy == "full" for policy in policies]
     again = 1 - policies.count("none") / model.num_layers  # of the layers: something of them runs twice
-    streamed = setting.segment_tokens is not None
-    forwards = 1 + int(streamed)  # softmax layers keep what their queries saw in the first
+    number = segments(job, setting)
+    forwards = (
+        2 - min(setting.segment_graphs, number) / number
+    )  # softmax layers keep what their queries saw in the first
 
     flops = gpu.flops * (1 if job.half == 2 else 0.25)
     size, share = sizes(model), model.experts_per_token / model.num_experts if model.num_experts else 0.0
@@ -80,7 +83,7 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     return seconds
 
 
-def _passes(letters: str, kind: str, full: list[bool], forwards: int) -> tuple[int, int]:
+def _passes(letters: str, kind: str, full: list[bool], forwards: float) -> tuple[float, int]:
     """Forward and backward passes through the layers of a kind, those that run again included."""
     layers = [again for letter, again in zip(letters, full, strict=True) if letter == kind]
     return forwards * len(layers) + sum(layers), len(layers)

@@ -35,7 +35,7 @@ class Job:
 class Setting:
     """sequence_parallel: ranks that share a context; the others see contexts of their own. recompute_layers: so many
     follow the policy, and the others the one that keeps more; all if None. segment_offload: what segments hand on waits
-    in the host's memory."""
+    in the host's memory. segment_graphs: so many segments at the end are computed once."""
 
     sequence_parallel: int = 1
     recompute: Policy = "none"
@@ -43,6 +43,7 @@ class Setting:
     offload_activations: bool = False
     segment_tokens: int | None = None
     segment_offload: bool = False
+    segment_graphs: int = 1
 
 
 def job_of(config: TrainConfig, gpu: GPU, gpus: int) -> Job:

@@ -6,11 +6,11 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lasp.data import IGNORED, Context, local_batch
-from lasp.parallel import Sequence, SequenceParallel, Stream
+from lasp.data import Context, labelled_places, local_batch
+from lasp.kernels.parked import to_device
+from lasp.parallel import Sequence, SequenceParallel, Stream, comm
 from lasp.parallel.agreement import agree
 from lasp.training.runtime import World
 from lasp.training.streaming import Segments, StreamedBatch
@@ -41,13 +41,12 @@ class Batch:
 
     @cached_property
     def scored(self) -> Tensor | None:
-        places = (self.labels.flatten() != IGNORED).nonzero()[:, 0]
-        return places if 2 * len(places) < self.labels.numel() else None
+        return labelled_places(self.labels)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """What the model takes, on its device."""
-        scored = None if self.scored is None else self.scored.to(device)
-        tokens, labels = self.tokens.to(device), self.labels.to(device)
+        scored = None if self.scored is None else to_device(self.scored, device)
+        tokens, labels = to_device(self.tokens, device), to_device(self.labels, device)
         return {"tokens": tokens, "seq": self.seq, "labels": labels, "scored": scored}
 
 
@@ -58,15 +57,15 @@ def share(contexts: list[Context], world: World) -> list[Context]:
 
 
 def read_batches(contexts: list[Context], sp: SequenceParallel, world: World) -> list[Batch]:
-    """This rank's units of some contexts, on the CPU.
+    """This rank's units of some contexts, the same ones on all ranks of its group; on the CPU.
 
     Raises ValueError on every rank if one of them reads a token that is not in the vocabulary.
     """
 
     def split(context: Context) -> Sequence:
         if context.row_length is not None:
-            return sp.sequence(context.row_length)
-        return sp.sequence(context.length, context.cu_seqlens)
+            return sp.agreed_sequence(context.row_length)
+        return sp.agreed_sequence(context.length, context.cu_seqlens)
 
     return _read([split(context) for context in contexts], contexts, Batch.read, world)
 
@@ -76,7 +75,8 @@ def read_streams(
 ) -> list[StreamedBatch]:
     """The same, segment by segment."""
     streams = [Stream(sp, context.length, segments.tokens, context.cu_seqlens) for context in contexts]
-    return _read(streams, contexts, partial(StreamedBatch.read, on_host=segments.on_host), world)
+    read = partial(StreamedBatch.read, on_host=segments.on_host, graphs=segments.graphs)
+    return _read(streams, contexts, read, world)
 
 
 def _read(
@@ -87,5 +87,5 @@ def _read(
     def read_all() -> None:
         batches.extend(read(context, split) for context, split in zip(contexts, splits, strict=True))
 
-    agree(dist.group.WORLD, world.device, read_all)
+    agree(world.hosts, comm.message_device(world.hosts), read_all)
     return batches

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from lasp.config import ModelConfig, TrainConfig, require, require_empty
 from lasp.kernels.pending import Pending
-from lasp.models import Decoder
+from lasp.models import Decoder, make_model
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
 from lasp.parallel.comm import Group
@@ -222,6 +222,18 @@ def load_model(path: str | Path, model: nn.Module, *, on_all_ranks: bool = False
     state_dict = {"model": model.state_dict()}
     storage.load(state_dict, path, alone=True)
     model.load_state_dict(state_dict["model"])
+
+
+def read_model(
+    path: str | Path, config: Mapping[str, Any], make: Callable[[ModelConfig], Decoder] = make_model
+) -> Decoder:
+    """The model in a checkpoint of a run with this configuration (see `read_config`), in float64 if it was trained so,
+    else in float32. Raises ValueError as `load_model`."""
+    model = make(ModelConfig(**config["model"]))
+    if config["dtype"] == "float64":
+        model.double()
+    load_model(path, model)
+    return model
 
 
 def latest(run_dir: str | Path) -> Path | None:

@@ -62,6 +62,7 @@ class DeepSpeedEngine:
     def __init__(self, config: TrainConfig, world: World, build: Build):
         deepspeed = _import(world.device)
         self.config, self.world, self.stage = config, world, config.deepspeed.stage
+        self.halted = torch.zeros((), device=world.device)
         model = build(config, world.device)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if self.stage == 3:
@@ -88,14 +89,19 @@ class DeepSpeedEngine:
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()  # counts the context, no more
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, loss: Tensor) -> Tensor:
+        if not math.isfinite(loss):
+            return torch.full_like(loss, math.nan)
         set_learning_rate(self.optimizer, lr)
         if self.stage == 0:
             grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
             self.model.step()
             return grad_norm
         self.model.step()
-        return float(self.model.get_global_grad_norm())
+        return torch.full_like(loss, float(self.model.get_global_grad_norm()))
+
+    def go_on(self) -> None:
+        """Every step but those that could not be taken is taken."""
 
     def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
         def write(directory: Path) -> list[Path]:
@@ -130,12 +136,7 @@ class DeepSpeedEngine:
                 yield from _own_share(name, weight, keys)
             return
         yield from weights
-        pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
-        for index, piece in enumerate(pieces):
-            yield f"piece {index} of the weights", piece
-            for key, state in optimizer.state.get(piece, {}).items():
-                if isinstance(state, Tensor):
-                    yield f"{key} of piece {index}", state
+        yield from integrity.pieces(optimizer)
 
     def _check(self, path: Path) -> None:
         saved = checkpoint.read_config(path)["deepspeed"]["stage"]

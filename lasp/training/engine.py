@@ -27,12 +27,19 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> float:
+    halted: Tensor
+    """1.0 from a step on that could not be taken, else 0.0: a scalar on the device."""
+
+    def step(self, lr: float, loss: Tensor) -> Tensor:
         """Clips the summed gradients, updates the weights, and begins anew; returns the gradient norm before clipping.
 
-        Where that is not finite, on any rank, it is so on all: the step cannot be taken, and no weight has changed, but
-        with DeepSpeed.
+        Where that or the loss is not finite, on any rank, what is returned is so on all: the step cannot be taken, and
+        neither it nor those that follow change a weight, until `go_on` is called. With DeepSpeed the next one does.
         """
+        ...
+
+    def go_on(self) -> None:
+        """Leaves out the steps that could not be taken."""
         ...
 
     def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ SHA256SUMS has a line for every other file of its directory, in the format of `s
 import hashlib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
-from lasp.training.together import together
+from lasp.training.together import on_rank_0, together
 
 CHECKSUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
@@ -31,6 +31,19 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
 
 def format_checksums(sums: dict[str, str]) -> str:
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+
+
+def seal(path: Path, group: Group) -> None:
+    """Writes the checksums of all files of a directory, of which every rank reads its share. Collective."""
+
+    def sum_share() -> dict[str, str]:
+        found = sorted(file for file in path.iterdir() if file.name != CHECKSUMS_FILE)
+        return checksums(found[comm.rank(group) :: comm.size(group)])
+
+    sums: dict[str, str] = {}
+    for share in together(group, sum_share):
+        sums |= share
+    on_rank_0(group, lambda: (path / CHECKSUMS_FILE).write_text(format_checksums(sums)))
 
 
 def verify(path: Path, group: Group = None) -> None:
@@ -68,6 +81,16 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], group: Group) -> None:
                     raise FloatingPointError(f"{name}: got values from {extremes[0]} to {extremes[1]}, expected finite")
 
     together(group, require_own)
+
+
+def pieces(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The weights that an optimiser updates, and its states of them, where they have no names."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(weights):
+        yield f"piece {index} of the weights", weight
+        for key, state in optimizer.state.get(weight, {}).items():
+            if isinstance(state, Tensor):
+                yield f"{key} of piece {index}", state
 
 
 def _checksum(path: Path) -> str:

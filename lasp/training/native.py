@@ -12,7 +12,7 @@ from lasp.parallel.apply import parallelize, reduce_gradients
 from lasp.parallel.groups import flatten
 from lasp.training import checkpoint
 from lasp.training.initial import Build
-from lasp.training.numerics import all_finite
+from lasp.training.numerics import any_nonfinite
 from lasp.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from lasp.training.ownership import Lock
 from lasp.training.runtime import World
@@ -34,19 +34,24 @@ class NativeEngine:
             expert_parallel=config.parallel.expert_parallel,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.halted = torch.zeros((), device=world.device)
+        self.optimizer.found_inf = self.halted  # type: ignore[attr-defined]  # it takes no step where that is 1
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, loss: Tensor) -> Tensor:
         reduce_gradients(self.model, self.mesh)
         grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
-        if not all_finite(grad_norm, flatten(self.mesh).get_group()):
-            return math.nan if math.isfinite(grad_norm) else grad_norm
+        odd = any_nonfinite(torch.stack([grad_norm, loss]), flatten(self.mesh).get_group())
+        self.halted.clamp_(min=odd)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return grad_norm
+        return grad_norm.where((odd == 0) | ~grad_norm.isfinite(), math.nan)
+
+    def go_on(self) -> None:
+        self.halted.zero_()
 
     def save(self, step: int, lock: Lock, record: dict[str, Any]) -> None:
         self.finish_saving()

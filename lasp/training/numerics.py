@@ -39,20 +39,22 @@ class Spikes:
         return median if loss > median + LEAP * deviation else None
 
 
-def all_finite(value: float, group: Group) -> bool:
-    """Whether a value is finite on every rank. Collective."""
-    odd = torch.tensor(not math.isfinite(value), dtype=torch.int32, device=comm.message_device(group))
-    return comm.all_reduce(odd, group).wait().item() == 0
+def any_nonfinite(values: Tensor, group: Group) -> Tensor:
+    """1.0 if one of the values is not finite on any rank, else 0.0: float32, on their device. Collective."""
+    odd = (~values.isfinite().all()).float()
+    return comm.all_reduce(odd, group).wait().clamp(max=1.0)
 
 
-def find_nonfinite(model: nn.Module, rounds: Iterable[tuple[list[Numbered], Callable[[], float]]], group: Group) -> str:
+def find_nonfinite(
+    model: nn.Module, rounds: Iterable[tuple[list[Numbered], Callable[[], Tensor]]], group: Group
+) -> str:
     """Computes gradients again, some contexts at a time, and tells where what is not finite comes from. Collective.
 
     rounds: the contexts, and what gives their loss and leaves each rank's part of the gradient in the model.
     """
     for contexts, compute in rounds:
         model.zero_grad()
-        loss = compute()
+        loss = float(compute())
         found = together(group, lambda: _first_nonfinite_gradient(model))
         model.zero_grad()
         ranks = [rank for rank, place in enumerate(found) if place is not None]

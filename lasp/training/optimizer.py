@@ -48,22 +48,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scales the gradients, already summed over the ranks, so that their norm over all parameters is at most max_norm.
 
-    Returns the norm before. Sharded gradients count with all their shards. Where the norm is not finite nothing is
-    changed.
+    Returns the norm before, a float64 scalar; the host does not wait for it. Sharded gradients count with all their
+    shards. Where the norm is not finite nothing is changed.
     """
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in model.parameters():
         if (grad := parameter.grad) is not None:
             by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
     totals = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
-    norm = math.hypot(*[(t.full_tensor() if isinstance(t, DTensor) else t).item() for t in totals])
-    scale = min(1.0, max_norm / (norm + 1e-6))
-    if scale < 1.0 and math.isfinite(norm):
-        for grads in by_mesh.values():
-            torch._foreach_mul_(grads, scale)
+    norms = torch.stack([(t.full_tensor() if isinstance(t, DTensor) else t).double() for t in totals])
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
+    for grads in by_mesh.values():
+        torch._foreach_mul_(grads, scale)
     return norm
 
 

@@ -16,12 +16,15 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jin
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The same run, whatever the working directory will be."""
     data, initial = config.data, config.initial_weights
-    train = os.path.abspath(data.train) if isinstance(data.train, str) else tuple(map(os.path.abspath, data.train))
+    train, valid = (
+        os.path.abspath(named) if isinstance(named, str) else tuple(map(os.path.abspath, named))
+        for named in (data.train, data.valid)
+    )
     tokenizer = BYTE if data.tokenizer == BYTE else os.path.abspath(data.tokenizer)
     return replace(
         config,
         run_dir=os.path.abspath(config.run_dir),
-        data=replace(data, tokenizer=tokenizer, train=train, valid=os.path.abspath(data.valid)),
+        data=replace(data, tokenizer=tokenizer, train=train, valid=valid),
         initial_weights=None if initial is None else os.path.abspath(initial),
     )
 

@@ -15,7 +15,7 @@ from lasp.config import DataConfig, DeepSpeedConfig, ModelConfig, ParallelConfig
 from lasp.models import PRESETS
 from lasp.plan import Job, Plan, Setting, advice, best, job_of, named, of_device, plan, recomputation, report
 from lasp.plan.gpus import GIB, GPU
-from lasp.plan.search import options, smaller
+from lasp.plan.search import faster, options, smaller, with_graphs
 from lasp.training import checkpoint
 from lasp.training.paths import with_vocabulary
 from lasp.training.recipes import RECIPES
@@ -33,6 +33,7 @@ class Wishes:
     offload_activations: bool | None = None
     segment_tokens: int | None = None
     segment_offload: bool | None = None
+    segment_graphs: int | None = None
 
     @property
     def any(self) -> bool:
@@ -82,9 +83,13 @@ def _made(job: Job, wishes: Wishes) -> Plan:
         offload_activations=bool(wishes.offload_activations),
         segment_tokens=wishes.segment_tokens,
         segment_offload=bool(wishes.segment_offload),
+        segment_graphs=wishes.segment_graphs or 1,
     )
     if wishes.recompute == "auto":
-        return plan(job, recomputation(job, setting))
+        automatic = plan(job, recomputation(job, setting))
+        if setting.segment_tokens is None or wishes.segment_graphs is not None:
+            return automatic
+        return faster(automatic, plan(job, with_graphs(job, replace(setting, recompute="full"))))
     return plan(job, replace(setting, recompute=wishes.recompute, recompute_layers=wishes.recompute_layers))
 
 
@@ -115,14 +120,9 @@ def _read(source: str, gpu: GPU, asked: Asked) -> tuple[Job, Wishes]:
 
 def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
     assert not isinstance(config.recompute, bool)
-    return Wishes(
-        sequence_parallel=sequence_parallel,
-        recompute=config.recompute,
-        recompute_layers=config.recompute_layers,
-        offload_activations=config.offload_activations,
-        segment_tokens=config.segment_tokens,
-        segment_offload=config.segment_offload,
-    )
+    names = [field.name for field in fields(Wishes) if field.name != "sequence_parallel"]
+    same: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return Wishes(sequence_parallel=sequence_parallel, **same)
 
 
 def _saved(run_dir: str) -> TrainConfig:
@@ -145,7 +145,9 @@ def settled(config: TrainConfig, world: World) -> TrainConfig:
     job = job_of(config, min(gpus, key=lambda gpu: gpu.memory), world.size)
     wishes = _wishes(config, world.mesh["sp"].size())
     setting = _made(job, wishes).setting
-    return replace(config, recompute=setting.recompute, recompute_layers=setting.recompute_layers)
+    graphs = None if config.segment_tokens is None else setting.segment_graphs
+    recompute, layers = setting.recompute, setting.recompute_layers
+    return replace(config, recompute=recompute, recompute_layers=layers, segment_graphs=graphs)
 
 
 @contextmanager

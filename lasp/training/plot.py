@@ -1,6 +1,7 @@
 """Runs side by side as a picture: loss, tokens a second, memory and the gradient's norm over the steps."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def plot(run_dirs: Sequence[str], output: str | None = None) -> Path:
         for name, panel in axes.items():
             line = panel.plot(*_curve(records, name), linewidth=0.8, label=Path(run_dir).resolve().name)[0]
             if name == "loss":
-                panel.plot(*_curve(records, "valid_loss"), marker=".", linestyle="--", color=line.get_color())
+                for marker, held_out in zip(cycle(".xs^v*+D"), _held_out(records), strict=False):
+                    corpus = held_out.partition("/")[2] or None
+                    curve = _curve(records, held_out)
+                    panel.plot(*curve, marker=marker, linestyle="--", color=line.get_color(), label=corpus)
     for name, panel in axes.items():
         panel.set(xlabel="step", ylabel=PANELS[name])
         panel.grid(alpha=0.3)
@@ -41,6 +45,11 @@ def plot(run_dirs: Sequence[str], output: str | None = None) -> Path:
     picture = Path(output or Path(run_dirs[0]) / "plot.png")
     figure.savefig(picture, dpi=150)
     return picture
+
+
+def _held_out(records: list[dict[str, Any]]) -> list[str]:
+    """What evaluations logged: the mean loss, and those of the corpora if there are several."""
+    return sorted({name for record in records for name in record if name.partition("/")[0] == "valid_loss"})
 
 
 def _curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

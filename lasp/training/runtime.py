@@ -47,7 +47,8 @@ class World:
     """This process's place among the ranks. The mesh's axes are "dp" and "sp", an SP group's ranks being neighbours.
 
     local_size: how many of the ranks share this machine.
-    saves: all ranks once more, on CPUs, for the messages of saving and loading, which have a time limit of their own.
+    hosts: all ranks once more, on CPUs, for messages that wait for no GPU.
+    saves: the same for the messages of saving and loading, which have a time limit of their own.
     doing: what the run is at, for the note that an error gets.
     """
 
@@ -56,8 +57,12 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     local_size: int = 1
+    hosts: dist.ProcessGroup | None = None
     saves: dist.ProcessGroup | None = None
     doing: str = "its start"
+
+    def __post_init__(self) -> None:
+        self.hosts = self.hosts or dist.group.WORLD
 
 
 def sequence_parallel(config: ParallelConfig, model: ModelConfig, world: World) -> SequenceParallel:
@@ -104,7 +109,8 @@ def join_world(config: Joining) -> Iterator[World]:
         mesh_shape = config.mesh_shape(size)
         mesh = make_mesh(device.type, torch.arange(size, device="cpu").view(mesh_shape), ("dp", "sp"))
         saves = make_cpu_group(config.checkpoint_timeout) if isinstance(config, TrainConfig) else None
-        world = World(rank=rank, size=size, device=device, mesh=mesh, local_size=local_size, saves=saves)
+        hosts = make_cpu_group(config.parallel.timeout) if device.type == "cuda" and size > 1 else None
+        world = World(rank=rank, size=size, device=device, mesh=mesh, local_size=local_size, hosts=hosts, saves=saves)
         yield world
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}, during {world.doing if world else 'its start'}")
@@ -116,8 +122,9 @@ def join_world(config: Joining) -> Iterator[World]:
         raise
     if not exists:
         leave()
-    elif saves is not None:
-        dist.destroy_process_group(saves)
+    else:
+        for group in filter(None, (hosts, saves)):
+            dist.destroy_process_group(group)
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:

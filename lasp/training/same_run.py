@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "offload_activations",
     "segment_tokens",
     "segment_offload",
+    "segment_graphs",
     "eval_every",
     "checkpoint_every",
     "checkpoint_keep",

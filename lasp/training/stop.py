@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
-from lasp.parallel import comm
 from lasp.parallel.comm import Group
+from lasp.training.together import any_of
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -33,10 +31,14 @@ class StopSignals:
     def __init__(self) -> None:
         self.since: float | None = None
 
+    @property
+    def told(self) -> bool:
+        """Whether this process was."""
+        return self.since is not None
+
     def asked(self, group: Group) -> bool:
         """Whether any rank was told to stop. Collective."""
-        told = torch.tensor(self.since is not None, dtype=torch.int32, device=comm.message_device(group))
-        return bool(comm.all_reduce(told, group).wait().item())
+        return any_of(group, self.told)[0]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from lasp.kernels.pending import Pending
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
@@ -37,6 +39,14 @@ def together(group: Group, action: Callable[[], Result]) -> list[Result]:
 def on_rank_0(group: Group, action: Callable[[], object]) -> None:
     """As `together`, but only rank 0 acts."""
     together(group, lambda: action() if comm.rank(group) == 0 else None)
+
+
+def any_of(group: Group, *flags: bool) -> list[bool]:
+    """Of each flag, whether it is up on any rank. Collective."""
+    if comm.size(group) == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.int32, device=comm.message_device(group))
+    return [count > 0 for count in comm.all_reduce(raised, group).wait().tolist()]
 
 
 def beside(action: Callable[[], None]) -> Pending[None]:

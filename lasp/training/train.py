@@ -7,7 +7,6 @@ it, and the sum of the ranks' gradients is the gradient.
 """
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lasp.config import TrainConfig, require
-from lasp.data import Context, Mixture, Numbered, PackedContexts
-from lasp.models import count_active_parameters, count_parameters, flops_per_token
+from lasp.data import Context, Mixture, Numbered
+from lasp.models import count_active_parameters, count_parameters
 from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.waits import waits
 from lasp.training import checkpoint
@@ -28,16 +27,18 @@ from lasp.training.balance import balance_experts
 from lasp.training.batches import Batch, read_batches, read_streams, share
 from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
+from lasp.training.held_out import HeldOut, as_values, open_held_out, told_in_words
 from lasp.training.host_memory import require_host_memory
 from lasp.training.initial import Build, build_model
-from lasp.training.metrics import Metrics, model_flop_utilisation, peak_flops, require_wandb
+from lasp.training.metrics import Metrics, require_wandb
 from lasp.training.native import NativeEngine
-from lasp.training.numerics import Spikes, find_nonfinite, name_contexts, require_same_replicas
+from lasp.training.numerics import find_nonfinite, name_contexts, require_same_replicas
 from lasp.training.optimizer import learning_rate, require_finite
 from lasp.training.ownership import hold
 from lasp.training.paths import keep_tokenizer, with_absolute_paths, with_vocabulary
 from lasp.training.planning import explained_memory, settled
 from lasp.training.profile import profiling
+from lasp.training.reading import Reader, Step
 from lasp.training.runtime import World, join_world, sequence_parallel
 from lasp.training.same_run import (
     positions_seen,
@@ -50,8 +51,8 @@ from lasp.training.same_run import (
 from lasp.training.starts import keep_start
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.streaming import Segments, StreamedBatch
-from lasp.training.together import together
-from lasp.training.usage import GIB, describe_memory, memory_by_part, peak_memory
+from lasp.training.together import any_of, together
+from lasp.training.usage import describe_memory, memory_by_part
 
 
 def train(config: TrainConfig, build: Build = build_model) -> float:
@@ -87,16 +88,13 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
         if first_step:
             go_on(training, config, fingerprints)
 
-        tokens_per_step = config.batch_contexts * config.context_length
-        peak = None if config.model.is_own else peak_flops(world.device, config.dtype)
         if first_step >= config.steps:
-            valid_loss = evaluate(engine.model, held_out, sp, world, segments)
-            say_finished(config, world, first_step, valid_loss)
-            return valid_loss
+            losses = evaluate_all(engine.model, held_out, sp, world, segments)
+            say_finished(config, world, first_step, losses)
+            return losses["valid_loss"]
         if world.rank == 0:
             keep_tokenizer(config)
             keep_start(config, world.size)
-        spikes, skipped = Spikes(), 0
         metrics = Metrics(
             config.run_dir,
             first_step=first_step,
@@ -106,71 +104,51 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
             wandb=config.wandb,
             settings=asdict(config),
         )
+        steps = Reader(config, world, engine, metrics, partial(tell_nonfinite, config, engine, sp, world, segments))
         profiled = profiling(config.run_dir, world.rank, engine.model, config.profile)
         with metrics, stop_signals() as told, finishing_saves(engine), profiled as after_step:
             metrics.say(describe(config, world, first_step))
             for step in range(first_step, config.steps):
                 world.doing = f"step {step + 1}"
-                start = time.perf_counter()
                 lr = learning_rate(config.optimizer, step, config.steps)
                 length = config.context_length_at(step)
                 contexts = training.take(config.batch_contexts, length)
                 with explained_memory(config, world):
                     loss = compute_gradients(engine, [each.context for each in contexts], sp, world, segments)
                     with record_function("optimizer"):
-                        grad_norm = engine.step(lr) if math.isfinite(loss) else math.nan
-                taken = step + 1
-                values = {"lr": lr}
-                if math.isfinite(grad_norm):
-                    skipped = 0
-                    values |= {"loss": loss, "grad_norm": grad_norm}
-                    if config.model.num_experts:
-                        values |= balance_experts(engine.model, all_ranks)
-                    if (median := spikes.median_if_spike(loss)) is not None:
-                        numbers = [
-                            each.number if each.corpus is None else [each.corpus, each.number] for each in contexts
-                        ]
-                        metrics.note(taken, spike=loss, median=median, contexts=numbers)
-                        told_of = name_contexts(contexts)
-                        metrics.say(f"step {taken}, {told_of}: loss {loss:.4f}, the median {median:.4f}")
-                else:
-                    story = tell_nonfinite(config, engine, loss, grad_norm, contexts, sp, world, segments)
-                    if skipped == config.skip_nonfinite:
-                        raise FloatingPointError(f"step {taken}, {story}")
-                    skipped += 1
-                    values["skipped"] = skipped
-                    metrics.say(f"step {taken} left out, {skipped} in a row: {story}")
-                values |= who_is_slow(world)
-                values["memory"] = peak_memory(world.device) / GIB
-                tokens_per_second = tokens_per_step / (time.perf_counter() - start)
-                values["tokens_per_second"] = tokens_per_second
-                if peak is not None:
-                    flops = flops_per_token(config.model, length)
-                    values["mfu"] = model_flop_utilisation(flops, tokens_per_second, world.size, peak)
-                if config.curriculum:
-                    values["context_length"] = length
-                metrics.log(taken, **values, tokens=training.tokens)
-                if taken == first_step + 1 and isinstance(engine, NativeEngine):
-                    parts = memory_by_part(engine.model, engine.optimizer, world.device)
-                    metrics.note(taken, memory_by_part=parts)
-                    metrics.say(describe_memory(parts))
+                        values = {"loss": loss, "grad_norm": engine.step(lr, loss)}
+                if config.model.num_experts:
+                    values |= balance_experts(engine.model, all_ranks, engine.halted)
+                taken, tokens = step + 1, training.tokens
+                steps.add(Step(taken, lr, length, contexts, tokens, values))
                 after_step()
 
                 last = taken == config.steps
-                if taken % config.eval_every == 0 or last:
-                    valid_loss = evaluate(engine.model, held_out, sp, world, segments)
-                    metrics.log(taken, valid_loss=valid_loss)
-                    metrics.say(f"step {taken}: loss {loss:.4f}, held-out loss {valid_loss:.4f}")
+                evaluates, saves = (
+                    taken % every == 0 or last for every in (config.eval_every, config.checkpoint_every)
+                )
+                stopping, due = any_of(world.hosts, told.told, steps.due)
+                if due or evaluates or saves or stopping or step == first_step:
+                    steps.read()
+                if step == first_step and isinstance(engine, NativeEngine):
+                    parts = memory_by_part(engine.model, engine.optimizer, world.device)
+                    metrics.note(taken, memory_by_part=parts)
+                    metrics.say(describe_memory(parts))
+                if evaluates:
+                    losses = evaluate_all(engine.model, held_out, sp, world, segments)
+                    metrics.log(taken, **losses)
+                    metrics.say(f"step {taken}: loss {steps.loss:.4f}, {told_in_words(losses)}")
                 if config.compare_replicas_every and taken % config.compare_replicas_every == 0:
                     require_same_replicas(engine.model, dist.group.WORLD)
-                stopping = told.asked(dist.group.WORLD)
-                if taken % config.checkpoint_every == 0 or last or stopping:
+                if saves or stopping:
                     engine.save(taken, lock, record(training.tokens, fingerprints, training.positions))
                 if stopping:
                     break
+                if evaluates or saves:
+                    steps.restart()
         if last:
-            say_finished(config, world, taken, valid_loss)
-            return valid_loss
+            say_finished(config, world, taken, losses)
+            return losses["valid_loss"]
         metrics.say(f"told to stop: step {taken} is saved in {config.run_dir}, from where the same command goes on")
     raise Stopped
 
@@ -186,30 +164,26 @@ def finishing_saves(engine: Engine) -> Iterator[None]:
     engine.finish_saving()
 
 
-def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[Context], dict[str, str]]:
-    """The training contexts without end, the held-out ones of every evaluation (the file's first, unshuffled), and
-    fingerprints of the files, which are the same on every rank."""
-    data, length, seed, vocab_size = config.data, config.context_length, config.seed, config.model.vocab_size
-    opened: list[tuple[Mixture, PackedContexts]] = []
+def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[HeldOut], dict[str, str]]:
+    """The training contexts without end, the held-out ones of every evaluation, and fingerprints of the files, which
+    are the same on every rank."""
+    data, vocab_size = config.data, config.model.vocab_size
+    opened: list[tuple[Mixture, list[HeldOut]]] = []
 
     def read() -> dict[str, str]:
-        training = Mixture(data.corpora, length, seed=seed, vocab_size=vocab_size)
-        held_out = PackedContexts(data.valid, length, seed=seed, shuffle=False, vocab_size=vocab_size)
-        wanted, there = data.eval_contexts, held_out.num_contexts
-        require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {data.valid} holds")
-        labelled = any(held_out[i].count_labels() for i in range(wanted))
-        require(labelled, "eval_contexts", wanted, f"more: the first {wanted} contexts of {data.valid} have no label")
+        training = Mixture(data.corpora, config.context_length, seed=config.seed, vocab_size=vocab_size)
+        held_out, of_held_out = open_held_out(config)
         opened.append((training, held_out))
         return {
             "data.train": training.fingerprint,
-            "data.valid": held_out.file.fingerprint(vocab_size),
+            "data.valid": of_held_out,
             "data.tokenizer": tokenizer_fingerprint(data.tokenizer),
         }
 
     fingerprints = together(dist.group.WORLD, read)
     require_same_on_ranks(fingerprints)
     ((training, held_out),) = opened
-    return training, [held_out[i] for i in range(data.eval_contexts)], fingerprints[world.rank]
+    return training, held_out, fingerprints[world.rank]
 
 
 def go_on(training: Mixture, config: TrainConfig, fingerprints: dict[str, str]) -> None:
@@ -228,8 +202,9 @@ def go_on(training: Mixture, config: TrainConfig, fingerprints: dict[str, str]) 
 
 def compute_gradients(
     engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
-) -> float:
-    """The mean loss over all labels of the contexts; the engine gets each rank's part of its gradient."""
+) -> Tensor:
+    """The mean loss over all labels of the contexts, a scalar on the device; the engine gets each rank's part of its
+    gradient."""
     labels = sum(context.count_labels() for context in contexts)
     require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -244,18 +219,18 @@ def compute_gradients(
         with record_function("backward"):
             engine.backward(loss_sum / labels)
         total += loss_sum.detach()
-    return all_ranks(total).item() / labels
+    return all_ranks(total) / labels
 
 
 def tell_nonfinite(
     config: TrainConfig,
     engine: Engine,
-    loss: float,
-    grad_norm: float,
-    contexts: list[Numbered],
     sp: SequenceParallel,
     world: World,
     segments: Segments | None,
+    loss: float,
+    grad_norm: float,
+    contexts: list[Numbered],
 ) -> str:
     """What is not finite in a step that was not taken, and where it comes from; takes the engine's gradients away."""
     what = f"gradient norm: got {grad_norm}" if math.isfinite(loss) else f"loss: got {loss}"
@@ -284,6 +259,13 @@ def read(
     return read_streams(contexts, sp, world, segments)
 
 
+def evaluate_all(
+    model: nn.Module, held_out: list[HeldOut], sp: SequenceParallel, world: World, segments: Segments | None = None
+) -> dict[str, float]:
+    """The mean losses of all corpora, by what metrics call them."""
+    return as_values(held_out, [evaluate(model, corpus.contexts, sp, world, segments) for corpus in held_out])
+
+
 @record_function("evaluate")
 @torch.no_grad()
 def evaluate(
@@ -303,15 +285,6 @@ def evaluate(
     model.train()
     loss_sum, count = all_ranks(total).tolist()
     return require_finite(loss_sum / count, "held-out loss")
-
-
-def who_is_slow(world: World) -> dict[str, float]:
-    """The rank that has waited least for the others' messages in this step, and how much longer most waited."""
-    if world.size == 1:
-        return {}
-    mine = torch.tensor(waits.take(), dtype=torch.float64, device=world.device)
-    waited = comm.replicate(mine, dist.group.WORLD, "comparison of waits").cpu()
-    return {"slowest_rank": waited.argmin().item(), "waited_for_it": (waited.median() - waited.min()).item()}
 
 
 def all_ranks(x: Tensor) -> Tensor:
@@ -338,7 +311,7 @@ def describe(config: TrainConfig, world: World, first_step: int) -> str:
     return "\n".join(lines)
 
 
-def say_finished(config: TrainConfig, world: World, step: int, valid_loss: float) -> None:
+def say_finished(config: TrainConfig, world: World, step: int, losses: dict[str, float]) -> None:
     if world.rank == 0:
         path = checkpoint.latest(config.run_dir)
-        print(f"finished {step} of {config.steps} steps: held-out loss {valid_loss:.4f}, checkpoint {path}", flush=True)
+        print(f"finished {step} of {config.steps} steps: {told_in_words(losses)}, checkpoint {path}", flush=True)

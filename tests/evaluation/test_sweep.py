@@ -1,6 +1,7 @@
 """A sweep from its data to its table: what is trained, what counts, and that a stopped one goes on."""
 
 import json
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,10 +16,11 @@ from lasp.data import PackedContexts
 from lasp.evaluation.recall import sweep as module
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep, parse_model
 from lasp.evaluation.recall.report import Cell, SweepResult
-from lasp.evaluation.recall.sweep import run, state_size
-from lasp.evaluation.subject import open_subject
+from lasp.evaluation.recall.sweep import Job, run, state_size
+from lasp.evaluation.subject import open_subject, read_model
 from lasp.evaluation.tasks import MQAR
 from lasp.models import Decoder
+from lasp.training.metrics import read_metrics
 from lasp.training.runtime import join_world
 from tests.patience import PATIENCE
 
@@ -36,6 +38,7 @@ def small(tmp_path):
         epochs=1,
         batch=8,
         widths=(8,),
+        init_std=8**-0.5,
         workers=1,
         learning_rates=(1e-2, 3e-3),
         parallel=replace(sweep.parallel, timeout=PATIENCE),
@@ -112,6 +115,60 @@ def test_cells_may_be_trained_in_processes(small, monkeypatch):
     apart = run(small)
     assert apart == run(replace(small, run_dir=f"{small.run_dir}-2", workers=1))
     assert "finished 10 of 10 steps" in Path(small.run("softmax", 8, 1e-2, 1).run_dir, "log.txt").read_text()
+
+
+def test_a_run_that_diverges_does_not_end_the_sweep(small, monkeypatch, capsys):
+    def train(config):
+        if config.optimizer.lr == 1e-2:
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            raise FloatingPointError("step 3, loss: got nan, expected a finite number")
+        return real(config)
+
+    real = module.train
+    monkeypatch.setattr(module, "train", train)
+    small = replace(small, models=("linear:LN",))
+    found = run(small)
+    assert [cell.loss is None for cell in found.cells] == [True, False]
+    assert found.cells[0].mean == 0
+    assert "learning rate 0.01, seed 0: 0.0 % right (its loss was not finite)" in capsys.readouterr().out
+    assert run(small) == found
+    json.loads(Path(small.run_dir, "mqar.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("model", ["softmax", "gated_delta_net"])
+def test_runs_whose_data_lie_on_the_device_are_the_same_runs(small, model):
+    """A GPU makes a graph of each of their steps, which the host never looks into."""
+    small = replace(small, models=(model,), learning_rates=(1e-2,), seeds=(0, 1), epochs=2)
+    one_by_one = run(small)
+    other = replace(small, run_dir=f"{small.run_dir}-2", workers=2)
+    jobs = [Job(other, model, 8, 1e-2, seed) for seed in (0, 1)]
+    with join_world(jobs[0].config) as world:
+        module.write_data(other)
+        cells = module.in_threads(jobs, other, world)
+        assert module.in_threads(jobs, other, world) == cells  # which they are remembered for
+    for cell, wanted in zip(cells, one_by_one.cells, strict=True):
+        assert cell.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert replace(cell, loss=wanted.loss) == wanted
+    config = jobs[0].config
+    losses, wanted = (
+        [record["loss"] for record in read_metrics(folder) if "loss" in record]
+        for folder in (config.run_dir, small.run(model, 8, 1e-2, 0).run_dir)
+    )
+    assert len(losses) == config.steps == 20
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert math.isfinite(module.train(config))  # nothing is left to do
+    assert len(list(Path(config.run_dir, "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_device_may_compute_in_bfloat16(small):
+    """Its weights and the optimiser's states are float32 still."""
+    small = replace(small, models=("gla",), learning_rates=(1e-2,), dtype="bfloat16")
+    (wanted,), job = run(small).cells, Job(replace(small, run_dir=f"{small.run_dir}-2"), "gla", 8, 1e-2, 0)
+    with join_world(job.config) as world:
+        module.write_data(job.sweep)
+        (cell,) = module.in_threads([job], job.sweep, world)
+    assert cell.loss == pytest.approx(wanted.loss, rel=1e-3)
+    assert read_model(job.config.run_dir).decoder.embedding.weight.dtype == torch.float32
 
 
 def test_the_best_learning_rate_is_that_of_the_mean_over_seeds():

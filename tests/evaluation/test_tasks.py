@@ -16,9 +16,10 @@ from lasp.evaluation.tasks import (
     InContextRecall,
     NeedleTexts,
     SelectiveCopying,
+    choice,
     write,
 )
-from lasp.evaluation.tasks.choice import distinct
+from lasp.evaluation.tasks.choice import distinct, distinct_uniform
 from lasp.evaluation.tasks.dataset import draw
 
 SEQUENCES = 60
@@ -158,6 +159,18 @@ def test_draws_without_replacement_have_their_probabilities():
     got = [np.mean((drawn == pair).all(1)) for pair in ([2, 1], [1, 2], [0, 1])]
     assert got == pytest.approx([5 / 8 * 2 / 3, 2 / 8 * 5 / 6, 1 / 8 * 2 / 7], abs=0.02)
     assert np.sort(distinct(rng, np.ones(3), 4, 3)).tolist() == [[0, 1, 2]] * 4
+
+
+def test_equal_chances_need_no_clocks(monkeypatch):
+    rng = np.random.default_rng()
+    drawn = distinct_uniform(rng, 5, 20_000, 3)
+    assert (np.diff(np.sort(drawn, 1), axis=1) > 0).all()
+    sixty, counts = np.unique(drawn @ [1, 5, 25], return_counts=True)
+    assert len(sixty) == 60
+    assert counts / len(drawn) == pytest.approx(1 / 60, abs=0.006)
+    assert np.sort(distinct_uniform(rng, 7, 4, 7)).tolist() == [list(range(7))] * 4
+    monkeypatch.setattr(choice, "distinct", None)
+    assert distinct_uniform(rng, 4095, 10, 64).shape == (10, 64)
 
 
 def test_a_data_set_is_read_like_any_other(tmp_path):

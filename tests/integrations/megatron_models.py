@@ -41,14 +41,19 @@ class Mesh:
         return 1 if self.ep > 1 else self.tp
 
     def enter(self) -> None:
-        """Makes this Megatron's mesh; its process groups, dozens of them, are made once."""
+        """Makes this Megatron's mesh; its process groups, dozens of them, last until other meshes have been entered."""
         run_on_cpu()
         state = vars(parallel_state)
         parallel_state.destroy_model_parallel()
         key = torch.distributed.group.WORLD, self  # a failed test renews the world
         if key in _ENTERED:
-            state.update(_ENTERED[key])
+            state.update(_ENTERED[key][0])
             return
+        while len(_ENTERED) >= LASTING:
+            _, groups = _ENTERED.pop(next(iter(_ENTERED)))
+            for group in groups & set(torch.distributed.distributed_c10d._world.pg_map):
+                torch.distributed.destroy_process_group(group)
+        before = set(torch.distributed.distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
             context_parallel_size=self.cp,
@@ -56,10 +61,12 @@ class Mesh:
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
         )
-        _ENTERED[key] = {name: value for name, value in state.items() if name.startswith("_") and name.isupper()}
+        made = set(torch.distributed.distributed_c10d._world.pg_map) - before
+        _ENTERED[key] = {name: value for name, value in state.items() if name.startswith("_") and name.isupper()}, made
 
 
-_ENTERED: dict[tuple, dict] = {}
+LASTING = 3  # meshes; the threads of more groups would take more time than it takes to make them again
+_ENTERED: dict[tuple, tuple[dict, set]] = {}
 ALONE = Mesh()
 
 

@@ -1,5 +1,6 @@
 """Megatron programs as users start them: the example, and training that goes on elsewhere."""
 
+import math
 import os
 import re
 import signal
@@ -62,6 +63,16 @@ def test_example_learns():
     assert seen[-1] < seen[0]
 
 
+def write_data(two, folder, gen) -> str:
+    """Documents of random bytes."""
+    if two.rank == 0:
+        with TokenFileWriter(folder / "data", np.uint16) as writer:
+            for _ in range(8):
+                writer.add_document(torch.randint(256, (200,), generator=gen).numpy())
+    two.barrier("data is written")
+    return str(folder / "data")
+
+
 @pytest.mark.mpi
 @pytest.mark.no_exchange
 @pytest.mark.cpu_only("its shapes are for CPUs")
@@ -70,12 +81,7 @@ def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen, 
 
     A signal to one rank ends the first half.
     """
-    if two.rank == 0:
-        with TokenFileWriter(shared_tmp_path / "data", np.uint16) as writer:
-            for _ in range(8):
-                writer.add_document(torch.randint(256, (200,), generator=gen).numpy())
-    two.barrier("data is written")
-    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", str(shared_tmp_path / "data")]
+    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", write_data(two, shared_tmp_path, gen)]
     run += ["--run-dir", str(shared_tmp_path / "run"), "--steps", "4", "--sequence-length", "64", "--save-every", "2"]
     run += ["--lr", "0.01", "--warmup-steps", "0"]
     whole = losses(program(*run, "--context-parallel", "2"))
@@ -103,3 +109,33 @@ def test_training_goes_on_over_another_mesh(two, program, shared_tmp_path, gen, 
     run[run.index("--run-dir") + 1] = str(shared_tmp_path / "another")
     begun = losses(program(*run, "--context-parallel", "2", "--initial-weights", weights))
     assert begun[0] < whole[0]
+
+
+@pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.cpu_only("its shapes are for CPUs")
+def test_what_is_damaged_or_not_finite_is_refused(two, program, shared_tmp_path, gen, monkeypatch):
+    run = ["launch/megatron_rank.py", "--preset", "tiny", "--data", write_data(two, shared_tmp_path, gen)]
+    run += ["--run-dir", str(shared_tmp_path / "run"), "--sequence-length", "64", "--warmup-steps", "0"]
+    program(*run, "--steps", "1")
+    step, checkpoints = Training.step, shared_tmp_path / "run" / "checkpoints"
+
+    def spoiled(training, dataset, number):
+        loss = step(training, dataset, number)
+        if two.rank == 1:
+            next(training.model.module.parameters()).data.view(-1)[0] = math.nan
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", spoiled)
+        with pytest.raises(FloatingPointError, match=r"^rank 1: \S+: got values from nan to nan"):
+            program(*run, "--steps", "2")
+    assert (checkpoints / "latest").read_text() == "step_1"
+    if two.rank == 0:
+        damaged = sorted((checkpoints / "step_1").glob("*.distcp"))[0]
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+    two.barrier("a file is damaged")
+    with pytest.raises(ValueError, match=r"got a damaged \S+\.distcp"):
+        program(*run, "--steps", "2")

@@ -20,9 +20,10 @@ from triton.runtime.jit import JITFunction
 
 EVERYWHERE = {  # kernels that Hopper has no others for
     "scalar.gates._cumulate",
-    "scalar.gates._gate_grads",
+    "scalar.gates._chunk_gate_grads",
     "shared.state_passing._pass_states",
     "shared.matrix_passing._pass_by_matrix",
+    "shared.operands._sum_heads",
     "shared.matrix_passing._add_incoming",
     "delta.secondary._secondary_scores",
     "delta.secondary._secondary_gradients",

@@ -38,6 +38,7 @@ def results(call, tensors: dict[str, Tensor], upstream: list[Tensor]) -> dict[st
 @pytest.mark.parametrize(("shape", "dtype"), [*((shape, torch.float32) for shape in SHAPES), *HALF])
 def test_equals_the_definition(monkeypatch, gen, shape: str, dtype: torch.dtype, silu: bool, packed: bool):
     monkeypatch.setattr(conv, "TILE", 32)
+    monkeypatch.setattr(conv, "AHEAD", 4)
     heads, kinds, width, has_bias = SHAPES[shape]
     parts = Parts(heads, kinds)
     offsets = torch.tensor(DOCUMENTS, device=DEVICE) if packed else None

@@ -12,6 +12,7 @@ from tests.kernels.boundary import Asked
 from tests.parallel.inputs import error, inputs_of
 
 tiles = pytest.importorskip("lasp.kernels.triton.shared.tiles")
+scalar = pytest.importorskip("lasp.kernels.triton.scalar.op")
 tile_length = tiles.tile_length  # tests replace it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Twice the rounding of the dtype, as same-dtype PyTorch: inputs and outputs are rounded, sums are fp32. The interpreter
@@ -117,7 +118,7 @@ def test_gates_that_do_nothing_or_close(gen, strength):
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("gate", [0.0, -0.08, -1.0, -8.0, -50.0])
+@pytest.mark.parametrize("gate", [0.0, -0.08, -1.0, -1.6, -8.0, -50.0])
 def test_the_gradient_of_gates_is_as_exact_at_every_gate(gen, monkeypatch, gate, dtype):
     """Also where only tokens side by side know of each other, and over tiles of many chunks, where errors add up."""
     monkeypatch.setattr(tiles, "tile_length", lambda *_: 1024)
@@ -130,6 +131,28 @@ def test_the_gradient_of_gates_is_as_exact_at_every_gate(gen, monkeypatch, gate,
     exact = {name: x.double() for name, x in tensors.items()}
     wanted = run(recurrent, exact, do.double(), d_final.double())
     assert error(got["ddecay"].double(), wanted["ddecay"]) < {torch.bfloat16: 3e-3, torch.float16: 1e-3}[dtype]
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+def test_gates_as_steep_as_weights_are_products(gen, monkeypatch):
+    """Of pairs in the wrong order these are out of range: 2^148 in a chunk as it is with bfloat16."""
+    as_in_bfloat16 = scalar.ScalarConfig(chunk=64, warps=4, stages=1, widest=64, precision="ieee")
+    monkeypatch.setattr(scalar, "scalar_config", lambda *_: as_in_bfloat16)
+    tensors, cu_seqlens = draw(gen, "scalar", "documents", torch.float32)
+    tensors["decay"] = torch.full_like(tensors["decay"], -1.6)
+    do = torch.randn(tensors["v"].shape, generator=gen).to(DEVICE)
+    d_final = torch.randn(tensors["initial_state"].shape, generator=gen).to(DEVICE)
+    options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
+    got = run(linear_attention, tensors, do, d_final, **options, backend="triton")
+    wanted = run(
+        recurrent,
+        {name: x.double() for name, x in tensors.items()},
+        do.double(),
+        d_final.double(),
+        cu_seqlens=cu_seqlens,
+    )
+    for name in wanted:
+        assert error(got[name].detach().double(), wanted[name].detach()) < 1e-4, name
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
@@ -192,3 +215,24 @@ def test_offsets_on_the_device_are_not_waited_for(gen):
 def test_offsets_are_looked_at_when_the_host_reads_them(offsets):
     with pytest.raises(ValueError, match="cu_seqlens"):
         _ = Segments(1, 4, torch.tensor(offsets)).offsets
+
+
+def test_a_gates_gradient_from_every_chunk(gen):
+    """What tokens read and write within the chunk, and what passes it, shut gates apart."""
+    from lasp.kernels.triton.scalar.gates import chunk_gate_grads
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen).to(DEVICE)
+
+    chunks = Segments(1, 75, torch.tensor([0, 5, 75])).tiles(64, torch.device(DEVICE))
+    reads, writes, products = normal(2, 1, 75, 3), normal(1, 1, 75, 3), normal(2, chunks.count, 3, 32)
+    decay = -normal(1, 75, 3).abs() / 16
+    decay[0, 70, 1] = -torch.inf
+    got = chunk_gate_grads(chunks, decay, reads, writes, products)
+    r, u, passed = reads.sum(0)[0], writes.sum(0)[0], products.sum((0, 3))
+    for n, (start, length) in enumerate(zip(chunks.start.tolist(), chunks.length.tolist(), strict=True)):
+        own = slice(start, start + length)
+        wanted = r[own].flip(0).cumsum(0).flip(0) + u[own].cumsum(0) - u[own]
+        wanted += passed[n] * decay[0, own].sum(0).exp()
+        wanted[decay[0, own] == -torch.inf] = 0.0
+        torch.testing.assert_close(got[0, own], wanted, rtol=1e-4, atol=1e-4)

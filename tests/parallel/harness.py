@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug
 
 
 class WrongOnSomeRank(AssertionError):
@@ -61,6 +62,17 @@ class Ranks:
         dist.destroy_process_group()
         self.generation += 1
         self.open_groups()
+
+    def end_groups(self, but: set[dist.ProcessGroup]) -> None:
+        """All others, if they are gloo's, each of which has threads that wake a hundred times a second."""
+        if self.device or not (others := self.made_groups() - but):
+            return
+        torch.distributed.tensor.debug._clear_sharding_prop_cache()  # it knows meshes of these groups
+        for group in others:
+            dist.destroy_process_group(group)
+
+    def made_groups(self) -> set[dist.ProcessGroup]:
+        return set(dist.distributed_c10d._world.pg_map)
 
     def broadcast(self, key: str, value: str) -> str:
         """Rank 0's value; `key` is used once."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lasp.kernels.inputs import DeltaInputs, LinearInputs
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
+from lasp.parallel import Sequence
 
 F64 = torch.float64
 KINDS = ("none", "constant", "scalar", "diagonal", "not causal", "delta", "gated delta", "diagonal delta")
@@ -139,6 +140,13 @@ def _recurrent(case: Case, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         initial_state=tensors.get("initial_state", case.initial_state),
         cu_seqlens=case.cu_seqlens,
     )
+
+
+def unsharded(sequence: Sequence, local: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of tensors [B, T, ...] of one dtype, in one message."""
+    rows = torch.cat([x.flatten(2) for x in local.values()], dim=2)
+    parts = sequence.unshard(rows).split([x.shape[2:].numel() for x in local.values()], dim=2)
+    return {name: part.unflatten(2, x.shape[2:]) for (name, x), part in zip(local.items(), parts, strict=True)}
 
 
 def error(got: Tensor, wanted: Tensor) -> float:

@@ -59,8 +59,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "group" in metafunc.fixturenames:
-        ranks = _ranks(metafunc.config)
-        metafunc.parametrize("group", list(ranks.groups) if ranks else ["world"], indirect=True)
+        ranks, config = _ranks(metafunc.config), metafunc.config
+        world = ranks is None or (metafunc.definition.get_closest_marker("world") and not config.getoption("full"))
+        metafunc.parametrize("group", ["world"] if world else list(ranks.groups), indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +117,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         raise
     if ranks:
         ranks.settle(pyfuncitem.nodeid, None)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The groups that a test here has made end with it; Megatron's meshes, elsewhere, are kept for other tests."""
+    ranks = _ranks_of(item) if item.path.is_relative_to(Path(__file__).parent) else None
+    before = ranks.made_groups() if ranks else set()
+    result = yield
+    if ranks:
+        ranks.end_groups(but=before | {group for group in ranks.groups.values() if group})
     return result
 
 

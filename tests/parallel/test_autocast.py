@@ -127,6 +127,8 @@ def test_functions_of_one_device(gen: torch.Generator, name: str):
 
 
 @pytest.mark.mpi
+@pytest.mark.world
+@pytest.mark.ranks(2, 3)
 @pytest.mark.cpu_only("autocast is a CPU's here")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("layout", "exchange", "softmax"), WAYS)

@@ -226,3 +226,10 @@ def test_steps_in_segments_are_timed(benchmark, two):
     for row in told:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
         assert row["mfu"] is row["peak_gpu_bytes"] is None and row["host_bytes"] >= 0
+
+
+def test_preparing_is_timed(benchmark):
+    output = benchmark("preparing", "--megabytes 0.1 --vocab-size 300 --cores 1")
+    row = json.loads(output.splitlines()[-1])
+    assert row["megabytes"] >= 0.1 and row["tokens"] > 0 and row["megabytes_per_second"] > 0
+    assert 2**20 < row["peak_bytes"] < 2**31

@@ -17,8 +17,9 @@ from lasp.parallel import comm
 from lasp.training import checkpoint
 from lasp.training.deepspeed import DeepSpeedEngine
 from lasp.training.metrics import read_metrics
+from lasp.training.stop import Stopped
 from lasp.training.train import train
-from tests.parallel import test_training
+from tests.parallel import test_stopping, test_training
 from tests.parallel.test_training import alone, splits
 from tests.patience import PATIENCE
 from tests.training.test_unpickling import Payload, seal
@@ -27,7 +28,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed reads it when import
 deepspeed = pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("it trains on CPUs")]
 
-native_config = test_training.config
+native_config, tell_one_rank = test_training.config, test_stopping.tell_one_rank
 
 
 @pytest.fixture(autouse=True)
@@ -175,12 +176,13 @@ def test_a_run_goes_on_bit_for_bit(stage, ranks, config):
 
 
 @pytest.mark.no_exchange
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("stage", [0, 3])
 def test_what_is_not_finite_is_not_saved(stage, ranks, config, monkeypatch):
     step = DeepSpeedEngine.step
 
-    def overflow(self, lr):
-        norm = step(self, lr)
+    def overflow(self, lr, loss):
+        norm = step(self, lr, loss)
         weight = self.model.module.norm.weight
         if ranks.rank == ranks.size - 1:
             getattr(weight, "ds_tensor", weight).data[0] = float("nan")
@@ -193,3 +195,17 @@ def test_what_is_not_finite_is_not_saved(stage, ranks, config, monkeypatch):
     with pytest.raises(FloatingPointError, match=rf"^rank {ranks.size - 1}: norm\.weight: got values from nan"):
         train(config)
     assert checkpoint.latest(config.run_dir) is None
+
+
+@pytest.mark.no_exchange
+@pytest.mark.ranks(2)
+def test_a_run_that_one_rank_is_told_to_stop_goes_on(ranks, native_config, tell_one_rank):
+    parallel, zero = replace(native_config.parallel, sequence_parallel=ranks.size), DeepSpeedConfig(stage=1)
+    config = replace(native_config, engine="deepspeed", deepspeed=zero, dtype="float32", parallel=parallel)
+    tell_one_rank(2)
+    with pytest.raises(Stopped):
+        train(config)
+    ranks.barrier("it has stopped")
+    assert train(config) > 0
+    ranks.barrier("it is finished")
+    assert [row["step"] for row in read_metrics(config.run_dir) if "loss" in row] == [1, 2, 3]

@@ -16,7 +16,7 @@ from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
 from lasp.parallel.exchange.scan import Scan
 from lasp.parallel.exchange.symmetric_memory import SymmetricMemory
-from tests.parallel.inputs import KINDS, Case, draw, error, expected, generator, share_of_the_past
+from tests.parallel.inputs import KINDS, Case, draw, error, expected, generator, share_of_the_past, unsharded
 
 TOLERANCE = 1e-10
 SHAPES = {  # tokens, document offsets, batch, whether there is an initial state
@@ -62,12 +62,9 @@ def run(parallel: SequenceParallel, case: Case) -> dict[str, Tensor]:
     )
     wanted = list(leaves.values()) + ([] if initial_state is None else [initial_state])
     grads = torch.autograd.grad([o, final_state], wanted, [sequence.shard(case.do), case.d_final])
-    whole = {"o": sequence.unshard(o.detach()), "final_state": final_state.detach()}
-    for name, grad in zip(leaves, grads, strict=False):
-        whole[f"d{name}"] = sequence.unshard(grad)
-    if initial_state is not None:
-        whole["dinitial_state"] = grads[-1]
-    return whole
+    local = {"o": o.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=False)}
+    whole = unsharded(sequence, local) | {"final_state": final_state.detach()}
+    return whole if initial_state is None else whole | {"dinitial_state": grads[-1]}
 
 
 def made(group: dist.ProcessGroup, layout: str, exchange: str) -> SequenceParallel:
@@ -94,6 +91,7 @@ def errors(parallel: SequenceParallel, seed: int, kind: str) -> dict[str, float]
 
 
 @pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "exchange",  # of three ranks' subgroups some have two
@@ -106,6 +104,17 @@ def test_equals_the_definition(group: dist.ProcessGroup, run_seed: int, layout: 
 
 
 @pytest.mark.mpi
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_subgroups_equal_the_definition(ranks, run_seed: int, exchange: str, layout: str):
+    """Rank and group rank differ there, which is nothing to any kind."""
+    found = errors(made(ranks.groups["subgroup"], layout, exchange), run_seed, "gated delta")
+    assert max(found.values()) < TOLERANCE, {name: e for name, e in found.items() if e >= TOLERANCE}
+
+
+@pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_gates_that_are_shut(group: dist.ProcessGroup, gen: torch.Generator, exchange: str):
@@ -218,7 +227,7 @@ def test_auto_takes_the_cheapest_for_each_size(group: dist.ProcessGroup, run_see
 @pytest.mark.mpi
 @pytest.mark.ranks(2)
 def test_compiled_models_may_contain_it(group: dist.ProcessGroup, run_seed: int):
-    """The graph breaks around the op, and is compiled once, for all batches."""
+    """One graph with the op as a node of it, compiled once, for all batches."""
     case, wanted = _case(run_seed, "gated delta", "divisible")
     parallel = made(group, "zigzag", "all_gather")
     torch._dynamo.reset()
@@ -226,7 +235,7 @@ def test_compiled_models_may_contain_it(group: dist.ProcessGroup, run_seed: int)
     def layer(sequence, v: Tensor, **others: Tensor) -> Tensor:
         return 2 * sequence.delta_rule(v=3 * v, initial_state=3 * case.initial_state, **others)[0]
 
-    compiled, graphs = torch.compile(layer, backend="aot_eager"), []
+    compiled, graphs = torch.compile(layer, backend="aot_eager", fullgraph=True), []
     for _ in range(3):
         sequence = parallel.sequence(case.v.shape[1])
         local = {name: sequence.shard(x).requires_grad_() for name, x in case.per_token.items()}

@@ -10,7 +10,7 @@ from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.parallel import SequenceParallel
 from tests.kernels.log_linear import Drawn, draw, results
-from tests.parallel.inputs import error, generator
+from tests.parallel.inputs import error, generator, unsharded
 
 SHAPES = {  # tokens, and what else `draw` takes
     "divisible": (64, {"batch": 2, "seen": [5, 5]}),
@@ -45,8 +45,8 @@ def run(sequence, drawn: Drawn, upstream: dict) -> dict:
     attend = sequence.log_linear_delta_rule if "beta" in leaves else sequence.log_linear_attention
     o, final = attend(**leaves, initial_state=state, output_final_state=True)
     grads = torch.autograd.grad([o, final.slots], inputs, [sequence.shard(upstream["o"]), upstream["final"]])
-    whole = {"o": sequence.unshard(o.detach()), "final": final.slots.detach()}
-    whole |= {f"d{name}": sequence.unshard(grad) for name, grad in zip(leaves, grads, strict=False)}
+    local = {"o": o.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=False)}
+    whole = unsharded(sequence, local) | {"final": final.slots.detach()}
     return whole if state is None else whole | {"dslots": grads[-1]}
 
 

@@ -5,13 +5,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import lasp.training.train as loop
-from lasp.config import DeepSpeedConfig
 from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 from lasp.training.stop import Stopped
@@ -96,18 +94,3 @@ def test_a_run_goes_on_over_fewer_ranks_and_over_more(ranks, config, tell_one_ra
     assert train(config) == pytest.approx(valid_loss, rel=1e-9)
     ranks.barrier("it is finished")
     require_curve(config, losses, norms)
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="wants DeepSpeed")
-def test_deepspeed_stops_alike(ranks, config, tell_one_rank, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    parallel = replace(config.parallel, sequence_parallel=ranks.size)
-    config = replace(config, engine="deepspeed", deepspeed=DeepSpeedConfig(stage=1), dtype="float32", parallel=parallel)
-    tell_one_rank(2)
-    with pytest.raises(Stopped):
-        train(config)
-    ranks.barrier("it has stopped")
-    assert train(config) > 0
-    ranks.barrier("it is finished")
-    assert [r["step"] for r in read_metrics(config.run_dir) if "loss" in r] == [1, 2, 3]

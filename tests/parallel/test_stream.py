@@ -34,15 +34,16 @@ def build(mixer: str, **changes) -> Decoder:
 
 def gradients(model: Decoder, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
     """Summed over the ranks."""
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    together = torch.cat([x.flatten() for x in found.values()])
     if group is not None:
-        for gradient in found.values():
-            dist.all_reduce(gradient, group=group)
-    return found
+        dist.all_reduce(together, group=group)
+    parts = together.split([x.numel() for x in found.values()])
+    return {name: part.view_as(x) for (name, x), part in zip(found.items(), parts, strict=True)}
 
 
 def check(
-    gen, group, make, documents=None, segment=SEGMENT, recompute=False, batch=1, **options
+    gen, group, make, documents=None, segment=SEGMENT, recompute=False, batch=1, graphs=1, **options
 ) -> tuple[Decoder, Decoder]:
     """Returns the model that one rank has trained without segments, and this rank's, which was trained in segments."""
     tokens, labels = (torch.randint(31, (batch, TOKENS), generator=gen) for _ in range(2))
@@ -59,7 +60,7 @@ def check(
     if model.config.aligned:
         options |= {"state_exchange": "all_gather", "aligned": True}
     stream = Stream(SequenceParallel(group, **options), TOKENS, segment, offsets)
-    streamed = StreamedBatch.of(stream, tokens, labels)
+    streamed = StreamedBatch.of(stream, tokens, labels, graphs=graphs)
     total = streamed.backward(model, count)
     sums = [total, *streamed.loss(model.eval())]
     for x in sums:
@@ -74,12 +75,13 @@ def check(
 
 
 WAYS = {
-    "whole": {"layout": "contiguous", "state_exchange": "ring", "recompute": True, "batch": 2},
+    "whole": {"layout": "contiguous", "state_exchange": "ring", "recompute": True, "batch": 2, "graphs": 2},
     "packed": {"layout": "zigzag", "state_exchange": "all_gather", "documents": DOCUMENTS},
 }
 
 
 @pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -118,6 +120,7 @@ def test_mixtures_balance_over_the_whole_stream(gen, group):
 
 
 @pytest.mark.mpi
+@pytest.mark.world
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize(("layout", "documents"), [("contiguous", DOCUMENTS), ("zigzag", None)])
 def test_segments_shorter_than_the_convolutions_reach(gen, group, layout, documents):

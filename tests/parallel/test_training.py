@@ -61,8 +61,9 @@ def splits(size, full):
 
 
 def ways_to_share(size, full):
-    """(sequence_parallel, layout) of meshes that fill the world."""
-    return [(n, layout) for n in splits(size, full) for layout in ("contiguous", "zigzag")]
+    """(sequence_parallel, layout) of meshes that fill the world; one layout will do where sequences are not split."""
+    layouts = ("contiguous", "zigzag")
+    return [(n, layout) for n in splits(size, full) for layout in layouts[n == 1 and not full :]]
 
 
 def alone(config):

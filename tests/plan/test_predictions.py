@@ -8,7 +8,7 @@ from lasp.models import linear_llama3_1b, linear_llama3_8b, linear_moe_a0_3b_2b,
 from lasp.plan import GPUS, Job, Setting, advice, best, named, plan, recomputation
 from lasp.plan.gpus import GIB, of_name
 from lasp.plan.memory import predict
-from lasp.plan.search import options, smaller
+from lasp.plan.search import options, smaller, with_graphs
 from lasp.plan.setting import sizes
 
 ONE_B = Job(model=linear_llama3_1b(pattern="L"), context=65_536, gpu=GPUS["H200"])
@@ -186,3 +186,21 @@ def test_a_gpu_that_is_not_there_cannot_be_measured(monkeypatch):
 def test_tiny_models_have_plans_too():
     for mixer in ("mamba2", "hgrn2", "gla", "kda"):
         assert plan(Job(model=tiny(mixer), context=64, gpu=GPUS["H100"]), Setting()).fits
+
+
+def test_segments_that_are_computed_once_save_time_and_take_memory():
+    stream = Setting(recompute="full", segment_tokens=2**16)
+    long = replace(ONE_B, context=2**20)
+    steps = [plan(long, replace(stream, segment_graphs=n)) for n in (1, 4, 16, 99)]
+    assert [step.seconds for step in steps] == sorted((step.seconds for step in steps), reverse=True)
+    inputs = 16 * 2048 * 2 * 2**16  # of a segment's layers
+    assert steps[1].memory.total > steps[0].memory.total + 2 * inputs  # when gradients are there one is gone
+    assert steps[2].memory == steps[3].memory  # there are 16
+    found = with_graphs(long, stream)
+    assert found.segment_graphs > 4 and plan(long, found).surely_fits
+    assert (
+        found.segment_graphs == 16
+        or not plan(long, replace(found, segment_graphs=found.segment_graphs + 1)).surely_fits
+    )
+    with pytest.raises(ValueError, match="segment_graphs: got 2, expected 1 without segment_tokens"):
+        plan(long, replace(FULL, segment_graphs=2))

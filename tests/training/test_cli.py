@@ -160,8 +160,8 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lasp {__version__}\n"
 
 
-def test_prepare_train_generate_report_from_a_shell(tmp_path):
-    """The whole path in processes of their own, as a user would run it."""
+def test_prepare_train_generate_report_from_a_shell(tmp_path, monkeypatch, capsys):
+    """The whole path as a user would run it: in processes of their own, but for two that would show nothing new."""
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"line {number}\n" * 40)
 
@@ -178,8 +178,11 @@ def test_prepare_train_generate_report_from_a_shell(tmp_path):
     failed = shell(elsewhere, "generate", "run", status=1)
     assert failed.stderr == "lasp: run_dir: got 'run', expected a directory with a checkpoint in it\n"
     assert failed.stdout == ""
-    assert shell(elsewhere, "generate", "../run", "--tokens", 5).stdout.startswith("The")
-    reported = shell(elsewhere, "report", "../run").stdout
+    monkeypatch.chdir(elsewhere)
+    cli.main(["generate", "../run", "--tokens", "5"])
+    assert capsys.readouterr().out.startswith("The")
+    cli.main(["report", "../run"])
+    reported = capsys.readouterr().out
     assert "held-out loss after 3 steps" in reported
     assert "a bigram model's on the same tokens" in reported
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")

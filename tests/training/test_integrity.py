@@ -82,8 +82,8 @@ def test_a_run_that_went_nan_keeps_its_last_good_checkpoint(config, eval_every, 
     step = NativeEngine.step
     taken = []
 
-    def overflow(self, lr):
-        norm = step(self, lr)
+    def overflow(self, lr, loss):
+        norm = step(self, lr, loss)
         taken.append(lr)
         if len(taken) == 2:
             self.model.norm.weight.data[0] = float("nan")

@@ -76,7 +76,7 @@ def test_clipping_scales_to_the_norm_over_all_parameters():
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     before = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert clip_gradients(model, 0.5) == pytest.approx(before.norm().item())
+    assert clip_gradients(model, 0.5).item() == pytest.approx(before.norm().item())
     after = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(after, before * 0.5 / before.norm(), rtol=1e-5, atol=0)
 

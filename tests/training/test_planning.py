@@ -38,7 +38,7 @@ def test_a_setting_can_be_asked_for(capsys):
     found = planned(capsys, options)
     assert found["job"]["gpu"]["name"] == "H100" and found["job"]["model"]["mixer"] == "kda"
     wanted = {"sequence_parallel": 4, "recompute": "full", "recompute_layers": None, "offload_activations": False}
-    wanted |= {"segment_tokens": 32768, "segment_offload": False}
+    wanted |= {"segment_tokens": 32768, "segment_offload": False, "segment_graphs": 1}
     assert found["plan"]["setting"] == wanted
     assert "boundary states" in found["plan"]["memory"]["moments"]["loss"]
 
@@ -121,6 +121,19 @@ def test_auto_is_the_least_recomputation_that_fits_the_gpu(config, monkeypatch, 
         settled = planning.settled(config, world)
         assert settled == replace(config, recompute=policy[0], recompute_layers=policy[1])
         assert planning.settled(settled, world) is settled
+
+
+@pytest.mark.parametrize(("tokens", "policy", "graphs"), [(2**20, "full", 16), (2**23, "selective", 1)])
+def test_auto_computes_segments_once_where_that_fits(config, monkeypatch, tokens, policy, graphs):
+    config = large(config, parallel=ParallelConfig(), dtype="bfloat16", segment_tokens=2**16)
+    config = replace(config, context_length=tokens)
+    with join_world(config) as world:
+        assert planning.settled(config, world).segment_graphs is None  # on a CPU
+        monkeypatch.setattr(planning, "of_device", lambda device: GPUS["H200"])
+        world.device = torch.device("cuda", 0)
+        settled = planning.settled(config, world)
+        assert (settled.recompute, settled.segment_graphs) == (policy, graphs)
+        assert planning.settled(replace(config, segment_graphs=2), world).segment_graphs == 2
 
 
 def test_auto_knows_deepspeed(config, monkeypatch):

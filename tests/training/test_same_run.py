@@ -96,6 +96,7 @@ def test_what_does_not_determine_them_may_change(config):
         "offload_activations": True,
         "segment_tokens": 8,
         "segment_offload": True,
+        "segment_graphs": 2,
         "eval_every": 1,
         "checkpoint_every": 1,
         "checkpoint_keep": 1,

@@ -21,21 +21,22 @@ from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
 from tests.models.helpers import MODELS, decoder, random_tokens
 from tests.models.helpers import config as config_of
+from tests.patience import PATIENCE
 
 TOKENS, DOCUMENTS = 29, (0, 3, 3, 20, 24, 29)
 
 
-def streamed(tokens, segment_tokens, documents=None, rows=1):
+def streamed(tokens, segment_tokens, documents=None, rows=1, graphs=1):
     offsets = None if documents is None else torch.tensor(documents)
     stream = Stream(SequenceParallel(None), tokens, segment_tokens, offsets)
-    return StreamedBatch.of(stream, random_tokens(rows, tokens), random_tokens(rows, tokens))
+    return StreamedBatch.of(stream, random_tokens(rows, tokens), random_tokens(rows, tokens), graphs=graphs)
 
 
-@pytest.mark.parametrize(("segment_tokens", "documents"), [(8, DOCUMENTS), (5, None)])
+@pytest.mark.parametrize(("segment_tokens", "documents", "graphs"), [(8, DOCUMENTS, 1), (5, None, 3)])
 @pytest.mark.parametrize(("mixer", "pattern"), MODELS)
-def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, documents):
+def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, documents, graphs):
     model = decoder(mixer, pattern)
-    batch = streamed(TOKENS, segment_tokens, documents)
+    batch = streamed(TOKENS, segment_tokens, documents, graphs=graphs)
     tokens, labels = (torch.cat(whole, dim=1) for whole in zip(*batch.parts, strict=True))
     seq = SequenceParallel(None).sequence(TOKENS, None if documents is None else torch.tensor(documents))
     loss, _ = model(tokens, seq, labels=labels)
@@ -45,6 +46,31 @@ def test_gradients_are_those_of_one_segment(mixer, pattern, segment_tokens, docu
     assert batch.backward(model, 1).item() == pytest.approx(loss.item(), rel=1e-12)
     for name, parameter in model.named_parameters():
         assert (parameter.grad - wanted[name]).norm() <= 1e-10 * wanted[name].norm(), name
+
+
+def test_the_head_sees_labelled_tokens_alone(monkeypatch):
+    model, (tokens, labels) = decoder("gla", "LN"), (random_tokens(1, TOKENS) for _ in "tl")
+    labels[:, 9:] = -100
+    labels[0, 20] = 5
+    sp, rows = SequenceParallel(None), []
+    loss, count = model(tokens, sp.sequence(TOKENS), labels=labels)
+    loss.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    real = model._loss
+
+    def spying(x, labels):
+        rows.append(labels.numel())
+        return real(x, labels)
+
+    monkeypatch.setattr(model, "_loss", spying)
+    batch = StreamedBatch.of(Stream(sp, TOKENS, 8), tokens, labels)
+    assert batch.backward(model, 1).item() == pytest.approx(loss.item(), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-10 * gradient.norm()
+    assert rows == [0, 1, 1, 8]  # from the last segment to the first
+    assert torch.stack(batch.loss(model)).tolist() == pytest.approx([loss.item(), count.item()])
+    assert rows[4:] == [8, 1, 1, 0]
 
 
 def test_frozen_layers_hand_on_no_gradients():
@@ -70,7 +96,7 @@ def test_a_stream_serves_many_steps():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    again = StreamedBatch(Stream(SequenceParallel(None), TOKENS, 8), batch.parts)
+    again = StreamedBatch(Stream(SequenceParallel(None), TOKENS, 8), batch.parts, graphs=9)
     assert batch.backward(model, 1) == again.backward(model, 1)
 
 
@@ -181,7 +207,14 @@ def test_what_is_parked_keeps_no_larger_tensor_alive():
     assert Parked(whole, on_host=False).fetch().wait().data_ptr() == whole.data_ptr()
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True, "segment_offload": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recompute": True, "segment_offload": True},
+        {"parallel": ParallelConfig(timeout=PATIENCE, fsdp=True), "segment_graphs": 2},
+    ],
+)
 def test_a_run_in_segments_is_the_run_without(config, tmp_path, changes):
     config = replace(config, steps=3)
     in_segments = replace(config, run_dir=str(tmp_path / "segments"), segment_tokens=25, **changes)

@@ -1,7 +1,7 @@
 """The sweeps of `lasp train`: models, learning rates and seeds on one recall task."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from lasp.config import (
@@ -52,12 +52,12 @@ class RecallSweep:
     seeds: tuple[Seed, ...] = (0, 1, 2)
     widths: tuple[Count, ...] = (64,)
     layers: Count = 2
-    init_std: NotNegative | None = None  # of the weights' start; width ** -0.5 if None
+    init_std: NotNegative = 0.02  # of the weights' start
     weight_decay: NotNegative = 0.1
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, fsdp=False))
-    workers: Count = 1  # processes that train at the same time, on the same device
+    workers: Count | None = None  # runs at the same time: of one GPU, 12 if None; elsewhere processes, 1 if None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -94,7 +94,7 @@ class RecallSweep:
                 intermediate_size=4 * width,
                 mixer=mixer,
                 pattern=pattern,
-                init_std=width**-0.5 if self.init_std is None else self.init_std,
+                init_std=self.init_std,
             ),
             data=DataConfig(
                 train=self.train_data,
@@ -107,7 +107,7 @@ class RecallSweep:
             optimizer=OptimizerConfig(
                 lr=lr, weight_decay=self.weight_decay, warmup_steps=steps // 10, min_ratio=0.0, betas=(0.9, 0.98)
             ),
-            parallel=self.parallel,
+            parallel=replace(self.parallel, fsdp=self.parallel.fsdp or self.dtype == "bfloat16"),
             dtype=self.dtype,
             device=self.device,
             eval_every=max(1, steps // self.epochs),
@@ -123,7 +123,7 @@ BYTES = 257  # what every run's vocabulary has at least: that of the tokenizer w
 def mqar() -> RecallSweep:
     """Multi-query associative recall (Zoology, arXiv:2312.04927): all mixers, 4 to 64 pairs, 8,192 words; for a GPU."""
     hybrids = tuple(f"{mixer}:LN" for mixer in ("linear", "gla", "mamba2"))
-    return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids))
+    return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids), dtype="bfloat16")
 
 
 def mqar_small() -> RecallSweep:
@@ -135,6 +135,7 @@ def mqar_small() -> RecallSweep:
         sequences=10_000,
         held_out=300,
         epochs=1,
+        init_std=0.125,
         learning_rates=(5e-3,),
         seeds=(0,),
         device="cpu",

@@ -12,7 +12,10 @@ from lasp.evaluation.results import aligned
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: accuracy by number of pairs, in [0, 1]; state: numbers kept of a sequence to go on from its end."""
+    """One run: accuracy by number of pairs, in [0, 1]; state: numbers kept of a sequence to go on from its end.
+
+    loss: held out; None if the run ended since its loss was not finite: it has found nothing then.
+    """
 
     model: str
     width: int
@@ -20,7 +23,7 @@ class Cell:
     seed: int
     parameters: int
     state: int
-    loss: float
+    loss: float | None
     accuracy: dict[str, float]
 
     @property

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lasp.evaluation.tasks.choice import distinct
+from lasp.evaluation.tasks.choice import distinct, distinct_uniform
 from lasp.fields import Count, Positive, check_fields, require
 
 
@@ -45,8 +45,8 @@ class MQAR:
         self, rng: np.random.Generator, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray, pairs: int
     ) -> None:
         half = self.vocab_size // 2
-        keys = 1 + distinct(rng, np.ones(half - 1), len(rows), pairs)
-        values = half + distinct(rng, np.ones(self.vocab_size - half), len(rows), pairs)
+        keys = 1 + distinct_uniform(rng, half - 1, len(rows), pairs)
+        values = half + distinct_uniform(rng, self.vocab_size - half, len(rows), pairs)
         places = np.arange(1, (self.length - 2 * pairs) // 2 + 1, dtype=np.float64)
         asked = 2 * pairs + 2 * distinct(rng, places ** (self.power - 1), len(rows), pairs)
         both = np.stack([keys, values], axis=2).reshape(len(rows), 2 * pairs)

@@ -5,7 +5,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -36,12 +36,13 @@ from lasp.integrations.megatron_weights import require_same_shape, write_shape
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
+from lasp.training import integrity
 from lasp.training.optimizer import require_finite
 from lasp.training.runtime import end_with_launcher
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.storage import only_data, read_metadata
-from lasp.training.together import together
+from lasp.training.together import on_rank_0, together
 
 RUN_FILE = "run.json"  # in a checkpoint: the run's options, and what it was trained on
 MAY_CHANGE = (  # when a run goes on: see lasp.training.same_run
@@ -69,6 +70,7 @@ def train(run: Run) -> list[float]:
         ValueError: on every rank, before the model is built, if the run does not fit the ranks, or ranks were given
             different settings or data; then, if the checkpoint to go on from is another run's, or for a token that is
             not in the vocabulary.
+        FloatingPointError: on every rank, for a loss, a gradient or what is to be saved that is not finite.
         Stopped: on every rank, after the step that is at work and its checkpoint, if SIGTERM or SIGINT came to one.
     """
     spread = run.distributed_optimizer
@@ -230,27 +232,38 @@ class Training:
         return require_finite(total / count, f"{where}: loss")
 
     def save(self, step: int) -> None:
-        """Another mesh may go on from this."""
+        """Another mesh may go on from this. Raises FloatingPointError on every rank, and saves nothing, if a weight or
+        a state is not finite."""
+        integrity.require_finite(self._tensors(), dist.group.WORLD)
         folder = self._folder / f"step_{step}"
         folder.mkdir(parents=True, exist_ok=True)
         dist_checkpointing.save(self._parts(is_loading=False) | {"step": step}, str(folder))
-        if dist.get_rank() == 0:
+
+        def describe() -> None:
             if self.shape is not None:
                 write_shape(folder, self.shape)
             seen = step * self.run.global_batch * self.run.sequence_length
             saved = asdict(self.run) | record(seen, dict(self.fingerprints))
             (folder / RUN_FILE).write_text(json.dumps(saved, indent=2))
-            (self._folder / "latest").write_text(folder.name)
+
+        def name_latest() -> None:
+            (self._folder / "latest.new").write_text(folder.name)
+            (self._folder / "latest.new").rename(self._folder / "latest")
+
+        on_rank_0(dist.group.WORLD, describe)
+        integrity.seal(folder, dist.group.WORLD)
+        on_rank_0(dist.group.WORLD, name_latest)
 
     def restore(self) -> int:
         """Loads the last checkpoint, if there is one; the number of steps that have been taken.
 
-        Raises ValueError on every rank if it is another run's.
+        Raises ValueError on every rank if it is another run's, or damaged.
         """
         latest = self._folder / "latest"
         if not latest.exists():
             return 0
         folder = self._folder / latest.read_text()
+        integrity.verify(folder, dist.group.WORLD)
         together(dist.group.WORLD, lambda: self._require_same_run(folder))
         parts = _load(self._parts(is_loading=True), folder)
         self.model.module.load_state_dict(parts["model"], strict=False)  # local norms have no _extra_state
@@ -263,6 +276,12 @@ class Training:
         require(file.is_file(), f"checkpoint {folder}", f"no {RUN_FILE}", "one")
         current = settings(self.run, self.fingerprints)
         tokens_seen(folder, json.loads(file.read_text()), current, may_change=MAY_CHANGE, fixed=PART_OF_A_CHECKPOINT)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is saved of this rank."""
+        yield from self.model.module.named_parameters()
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            yield from integrity.pieces(part.optimizer)
 
     @property
     def _folder(self) -> Path:

@@ -5,10 +5,10 @@
     da = r (dy - y Σ dy y), r = 1 / sqrt(Σ a² + eps)      dz = da σ(z) (1 + z (1 - σ(z)))
     dw_s = Σ_t dz_t x_{t-s}      db = Σ_t dz_t      dx_t = Σ_s w_s dz_{t+s}
 
-One kernel forward. Nothing but the inputs is kept: backward forms z again, and writes dz where dx will be. A second
-kernel turns the one into the other in place; what tiles need of the next, its first width - 1 rows, is put aside for
-that. A program scans a tile for the channels of one head's part. Its share of dw and db goes to a row of its own: sums
-are in fp32 and in a fixed order.
+One kernel in each direction, and nothing but the inputs is kept. A warp walks along a tile, for some channels of one
+part, and holds what the next token needs of the last ones: forward x_t … x_{t-W+1}; backward, from the tile's end to
+its begin, dz_t … dz_{t+W-1} as well, of which it forms those behind the tile again. Its share of dw and db goes to a
+row of its own: sums are in fp32 and in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -26,59 +26,95 @@ from lasp.kernels.segments import Segments, Tiles
 from lasp.kernels.triton.device import cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
 
-TILE = 256  # tokens that a program scans, and so many rows of sums of dw there are
-WIDEST = 128  # block of channels, where no sum over all of a head is needed
-ELEMENTS = 1024  # of a block: 8 for each thread of 4 warps, 16 bytes of them in half precision
+TILE = 128  # tokens that a program walks along, and so many rows of sums of dw there are
+BLOCK = 128  # channels of a program, but of a part that is divided by its length all: 4 for each thread of a warp
+AHEAD = 4  # tokens that are fetched at once
 
 
 @triton.jit
-def _load_rows(
-    x, tail, begin, position, low, BT: tl.constexpr, end, n, channels, inside, D, X_ROW, W: tl.constexpr
-):  # fmt: skip
-    """x at BT rows of a tile from `low` on, counted from its begin, which has that position in its segment; those
-    before the segment come from its tail, those from `end` on are zero."""
-    row = low + tl.arange(0, BT)
-    mask = (row < end) & (position + row >= 0)
-    value = tl.load((x + begin * X_ROW) + (row[:, None] * X_ROW + channels), mask=mask[:, None] & inside, other=0.0)
-    if tail is not None:  # noqa: SIM102  # asked when it is compiled
-        if position + low < 0:
-            place = (position + row + (W - 1)).to(tl.int32)
-            before = ((place >= 0) & (place < W - 1))[:, None] & inside
-            value += tl.load((tail + n * (W - 1) * D) + (place[:, None] * D + channels), mask=before, other=0.0)
-    return value.to(tl.float32)
+def _load(x, begin, row, end, channels, inside, ROW):
+    """A row of a tile that begins there; zeros from `end` on. Rows lie ROW apart."""
+    return tl.load((x + (begin + row) * ROW) + channels, mask=inside & (row < end), other=0.0)
+
+
+@triton.jit
+def _load_before(x, tail, begin, position, row, n, channels, inside, D, X_ROW, W: tl.constexpr):
+    """x at a row < 0 of a tile, whose begin has that position in its segment; what is before that is in the tail."""
+    x_mask = inside & (position + row >= 0)
+    value = tl.load((x + (begin + row) * X_ROW) + channels, mask=x_mask, other=0.0).to(tl.float32)
+    if tail is not None:
+        place = position + row + (W - 1)
+        mask = inside & (position + row < 0) & (place >= 0)
+        value += tl.load((tail + (n * (W - 1) + place) * D) + channels, mask=mask, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
 def _load_weights(weight, channels, inside, W: tl.constexpr):
-    """w_0 … w_{W-1}, a row [1, BP] each."""
-    rows = ()
+    """w_0 … w_{W-1} of the channels."""
+    weights = ()
     for shift in tl.static_range(W):
-        row = tl.load(weight + channels * W + (W - 1 - shift), mask=inside, other=0.0).to(tl.float32)
-        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005  # Triton unpacks no tuples
-    return rows
+        w = tl.load(weight + channels * W + (W - 1 - shift), mask=inside, other=0.0).to(tl.float32)
+        weights = weights + (w,)  # type: ignore[assignment]  # noqa: RUF005  # Triton unpacks no tuples
+    return weights
 
 
 @triton.jit
-def _load_shifted(
-    x, tail, begin, position, low, BT: tl.constexpr, end, n, channels, inside, D, X_ROW, W: tl.constexpr
-):  # fmt: skip
-    """x_t, x_{t-1} … x_{t-W+1} at the BT rows t from `low` on, as in `_load_rows`."""
-    rows = ()
-    for shift in tl.static_range(W):
-        row = _load_rows(x, tail, begin, position, low - shift, BT, end, n, channels, inside, D, X_ROW, W)
-        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
-    return rows
+def _behind(newest, window, W: tl.constexpr):
+    """The newest, and all but the oldest of a window of W."""
+    moved = (newest,)
+    for shift in tl.static_range(W - 1):
+        moved = moved + (window[shift],)  # type: ignore[assignment]  # noqa: RUF005
+    return moved
 
 
 @triton.jit
-def _convolved(rows, weights, bias, channels, inside, W: tl.constexpr):
-    """z of shifted rows."""
-    z = rows[0] * weights[0]
+def _before(window, oldest, W: tl.constexpr):
+    """All but the newest of a window of W, and the oldest."""
+    moved = ()
     for shift in tl.static_range(1, W):
-        z += rows[shift] * weights[shift]
+        moved = moved + (window[shift],)  # type: ignore[assignment]  # noqa: RUF005
+    return moved + (oldest,)  # noqa: RUF005
+
+
+@triton.jit
+def _dot(window, weights, W: tl.constexpr):
+    """Σ_s w_s window_s."""
+    total = window[0] * weights[0]
+    for shift in tl.static_range(1, W):
+        total += window[shift] * weights[shift]
+    return total
+
+
+@triton.jit
+def _load_bias(bias, channels, inside):
+    """None, if there is none."""
+    b = None
     if bias is not None:
-        z += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    return b
+
+
+@triton.jit
+def _convolved(rows, weights, bias, W: tl.constexpr):
+    """z, from x_t … x_{t-W+1}."""
+    z = _dot(rows, weights, W)
+    if bias is not None:
+        z += bias
     return z
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
+def _channels(H, HEAD, OFFSET, P: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr):
+    """Of this program [BH, BP]: in x, in a part's own tensor, and which there are."""
+    h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]
+    cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
+    return h * HEAD + OFFSET + cols, h * P + cols, (h < H) & (cols < P)
 
 
 @triton.jit
@@ -109,41 +145,59 @@ def _forward(
     OFFSET,  # of the part among them
     P: tl.constexpr,
     BP: tl.constexpr,
-    BT: tl.constexpr,
+    BH: tl.constexpr,
     W: tl.constexpr,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, begin, count, position, after = _where(start, length, owner, first, tile)
-    cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
-    inside, channels = cols < P, h * HEAD + OFFSET + cols
+    n, begin, count, position, _ = _where(start, length, owner, first, tl.program_id(0).to(tl.int64))
+    channels, at, inside = _channels(H, HEAD, OFFSET, P, BP, BH)
     weights = _load_weights(weight, channels, inside, W)
-    for i in range(tl.cdiv(count, BT)):
-        row = i * BT + tl.arange(0, BT)
-        rows = _load_shifted(x, tail, begin, position, i * BT, BT, after, n, channels, inside, D, X_ROW, W)
-        z = _convolved(rows, weights, bias, channels, inside, W)
-        if SILU:
-            z *= tl.sigmoid(z)
-        if UNIT:
-            z *= tl.rsqrt(tl.sum(z * z, axis=1) + EPS)[:, None]
-        tl.store(
-            (y + (begin * H + h) * P) + (row[:, None] * (H * P) + cols),
-            z.to(y.dtype.element_ty),
-            mask=(row < count)[:, None] & inside,
-        )
+    b = _load_bias(bias, channels, inside)
+    rows = ()  # x_t … x_{t-W+1}, here of t = -1; the last is not asked for
+    for shift in tl.static_range(W):
+        row = _load_before(x, tail, begin, position, -1 - shift, n, channels, inside & (shift < W - 1), D, X_ROW, W)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
+    for i in range(0, count, AHEAD):
+        fetched = ()
+        for j in tl.static_range(AHEAD):
+            newest = _load(x, begin, i + j, count, channels, inside, X_ROW)
+            fetched = fetched + (newest,)  # type: ignore[assignment]  # noqa: RUF005
+        for j in tl.static_range(AHEAD):
+            rows = _behind(fetched[j].to(tl.float32), rows, W)
+            a = _convolved(rows, weights, b, W)
+            if SILU:
+                a *= _sigmoid(a)
+            if UNIT:
+                a *= tl.rsqrt(tl.sum(a * a, axis=1) + EPS)[:, None]
+            tl.store((y + (begin + i + j) * (H * P)) + at, a.to(y.dtype.element_ty), mask=inside & (i + j < count))
 
 
 @triton.jit
-def _dz(
+def _dz(d, z, EPS: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr):
+    """dz of d = dy."""
+    gate = _sigmoid(z)
+    if UNIT:
+        a = z * gate if SILU else z
+        inverse = tl.rsqrt(tl.sum(a * a, axis=1) + EPS)[:, None]
+        y = a * inverse
+        d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
+    if SILU:
+        d *= gate * (1.0 + z * (1.0 - gate))
+    return d
+
+
+@triton.jit
+def _backward(
     x,  # as in _forward
     tail,
     weight,
     bias,
     dy,  # [tokens, H, P]
-    dz,  # [tokens, D]
-    heads_of_tiles,  # [M, W - 1, D]: dz of each tile's first tokens; None if W is 1
+    dx,  # [tokens, D]
+    d_tail,  # [N, W - 1, D], or None
     dw,  # [M, W, D] fp32: a tile's part of the sum
     db,  # [M, D] fp32, likewise, or None
     start,
@@ -157,107 +211,75 @@ def _dz(
     OFFSET,
     P: tl.constexpr,
     BP: tl.constexpr,
-    BT: tl.constexpr,
+    BH: tl.constexpr,
     W: tl.constexpr,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, begin, count, position, _ = _where(start, length, owner, first, tile)
-    cols = tl.program_id(2) * BP + tl.arange(0, BP)[None, :]
-    inside, channels = cols < P, h * HEAD + OFFSET + cols
-    weights = _load_weights(weight, channels, inside, W)
-    total, sums = tl.zeros([BT, BP], tl.float32), ()  # of rows i, BT + i, 2 BT + i …: threads add up what is their own
-    for _ in tl.static_range(W):
-        sums = sums + (tl.zeros([BT, BP], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-    for i in range(tl.cdiv(count, BT)):
-        row = i * BT + tl.arange(0, BT)
-        here = (row < count)[:, None] & inside
-        d = tl.load((dy + (begin * H + h) * P) + (row[:, None] * (H * P) + cols), mask=here, other=0.0).to(tl.float32)
-        rows = _load_shifted(x, tail, begin, position, i * BT, BT, count, n, channels, inside, D, X_ROW, W)
-        if SILU or UNIT:
-            z = _convolved(rows, weights, bias, channels, inside, W)
-            gate = tl.sigmoid(z)
-            if UNIT:
-                a = z * gate if SILU else z
-                inverse = tl.rsqrt(tl.sum(a * a, axis=1) + EPS)[:, None]
-                y = a * inverse
-                d = inverse * (d - y * tl.sum(d * y, axis=1)[:, None])
-            if SILU:
-                d *= gate * (1.0 + z * (1.0 - gate))
-        total += d
-        more = ()
-        for shift in tl.static_range(W):
-            more = more + (sums[shift] + d * rows[shift],)  # type: ignore[assignment]  # noqa: RUF005
-        sums = more
-        d = d.to(dz.dtype.element_ty)
-        at = row[:, None] * D + channels
-        tl.store((dz + begin * D) + at, d, mask=here)
-        if heads_of_tiles is not None:
-            tl.store((heads_of_tiles + tile * (W - 1) * D) + at, d, mask=here & (row < W - 1)[:, None])
-    for shift in tl.static_range(W):
-        tl.store(dw + (tile * W + (W - 1 - shift)) * D + channels, tl.sum(sums[shift], axis=0)[None, :], mask=inside)
-    if db is not None:
-        tl.store(db + tile * D + channels, tl.sum(total, axis=0)[None, :], mask=inside)
-
-
-@triton.jit
-def _load_dz(dz, heads_of_tiles, tile, begin, row, count, after, channels, inside, D, W: tl.constexpr):
-    """dz at rows of a tile and of those behind it in its segment, zero elsewhere."""
-    mask = (row >= 0) & (row < count)
-    d = tl.load((dz + begin * D) + (row[:, None] * D + channels), mask=mask[:, None] & inside, other=0.0)
-    if heads_of_tiles is not None:
-        behind, at = (row >= count) & (row < after), (row - count)[:, None] * D + channels
-        d += tl.load((heads_of_tiles + (tile + 1) * (W - 1) * D) + at, mask=behind[:, None] & inside, other=0.0)
-    return d.to(tl.float32)
-
-
-@triton.jit
-def _load_dx(dz, heads_of_tiles, weights, tile, begin, row, count, after, channels, inside, D, W: tl.constexpr):
-    total = tl.zeros([row.shape[0], channels.shape[1]], tl.float32)
-    for shift in tl.static_range(W):
-        d = _load_dz(dz, heads_of_tiles, tile, begin, row + shift, count, after, channels, inside, D, W)
-        total += d * weights[shift]
-    return total
-
-
-@triton.jit
-def _dx(
-    dx,  # [tokens, D]: dz, then dx
-    heads_of_tiles,  # [M, W - 1, D], or None
-    weight,  # [D, W]
-    d_tail,  # [N, W - 1, D], or None
-    start,
-    length,
-    owner,
-    first,
-    D,
-    BP: tl.constexpr,
-    BT: tl.constexpr,
-    W: tl.constexpr,
-):
+    """From the last token to the first. With x_r comes dz_t, t = r + W - 1, which is the last that needs it."""
     tile = tl.program_id(0).to(tl.int64)
     n, begin, count, position, after = _where(start, length, owner, first, tile)
-    channels = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]
-    inside = channels < D
+    channels, at, inside = _channels(H, HEAD, OFFSET, P, BP, BH)
     weights = _load_weights(weight, channels, inside, W)
-    if d_tail is not None:  # noqa: SIM102  # asked when it is compiled
-        if (position == 0) & (count > 0):
-            row = tl.arange(0, BT) - (W - 1)
-            d = _load_dx(dx, heads_of_tiles, weights, tile, begin, row, count, after, channels, inside, D, W)
-            at = (row + (W - 1))[:, None] * D + channels
-            tl.store((d_tail + n * (W - 1) * D) + at, d.to(d_tail.dtype.element_ty), mask=(row < 0)[:, None] & inside)
-            tl.debug_barrier()
-    for i in range(tl.cdiv(count, BT)):
-        row = i * BT + tl.arange(0, BT)
-        d = _load_dx(dx, heads_of_tiles, weights, tile, begin, row, count, after, channels, inside, D, W)
-        tl.debug_barrier()  # all have read before one writes
-        tl.store(
-            (dx + begin * D) + (row[:, None] * D + channels),
-            d.to(dx.dtype.element_ty),
-            mask=(row < count)[:, None] & inside,
-        )
+    nothing = tl.zeros([BH, BP], tl.float32)
+    b = _load_bias(bias, channels, inside)
+    blocks = tl.cdiv(count, AHEAD)
+    rows, dzs, sums = (), (), ()  # x_t … x_{t-W+1}, dz_t … dz_{t+W-1}, Σ dz_t x_t … Σ dz_t x_{t-W+1}
+    for shift in tl.static_range(W):  # rows of the token behind the first t; the first is not asked for
+        row = _load(x, begin, blocks * AHEAD + W - 1 - shift, after, channels, inside & (shift > 0), X_ROW)
+        rows = rows + (row.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        dzs, sums = dzs + (nothing,), sums + (nothing,)  # type: ignore[assignment]  # noqa: RUF005
+    total = nothing
+    for i in range(blocks):
+        top = (blocks - i) * AHEAD - 1
+        xs, ds = (), ()
+        for j in tl.static_range(AHEAD):
+            oldest = _load(x, begin, top - j, after, channels, inside, X_ROW)
+            d = _load(dy, begin, top - j + (W - 1), after, at, inside, H * P)
+            xs, ds = xs + (oldest,), ds + (d,)  # type: ignore[assignment]  # noqa: RUF005
+        for j in tl.static_range(AHEAD):
+            t = top - j + (W - 1)
+            rows = _before(rows, xs[j].to(tl.float32), W)
+            d = _dz(ds[j].to(tl.float32), _convolved(rows, weights, b, W), EPS, SILU, UNIT)
+            dzs = _behind(d, dzs, W)
+            own = tl.where(t < count, d, 0.0)
+            if db is not None:
+                total += own
+            sums = _add(sums, own, rows, W)
+            here = inside & (t < count)
+            tl.store((dx + (begin + t) * D) + channels, _dot(dzs, weights, W).to(dx.dtype.element_ty), mask=here)
+    for j in tl.static_range(W - 1):  # with what came before the tile
+        t = W - 2 - j
+        here = inside & (t < count)
+        row = _load_before(x, tail, begin, position, -1 - j, n, channels, inside, D, X_ROW, W)
+        d = _load(dy, begin, t, count, at, inside, H * P).to(tl.float32)
+        rows = _before(rows, row, W)
+        d = _dz(d, _convolved(rows, weights, b, W), EPS, SILU, UNIT)
+        dzs = _behind(d, dzs, W)
+        total += d
+        sums = _add(sums, d, rows, W)
+        tl.store((dx + (begin + t) * D) + channels, _dot(dzs, weights, W).to(dx.dtype.element_ty), mask=here)
+    if d_tail is not None:
+        for j in tl.static_range(W - 1):
+            dzs = _behind(nothing, dzs, W)
+            place = (d_tail + (n * (W - 1) + (W - 2 - j)) * D) + channels
+            here = inside & (position == 0) & (count > 0)
+            tl.store(place, _dot(dzs, weights, W).to(d_tail.dtype.element_ty), mask=here)
+    for shift in tl.static_range(W):
+        tl.store((dw + (tile * W + (W - 1 - shift)) * D) + channels, sums[shift], mask=inside)
+    if db is not None:
+        tl.store((db + tile * D) + channels, total, mask=inside)
+
+
+@triton.jit
+def _add(sums, d, rows, W: tl.constexpr):
+    """sums_s + d x_{t-s}."""
+    more = ()
+    for shift in tl.static_range(W):
+        more = more + (sums[shift] + d * rows[shift],)  # type: ignore[assignment]  # noqa: RUF005
+    return more
 
 
 class Convolution(Function):
@@ -283,24 +305,14 @@ class Convolution(Function):
         tiles, (channels, width) = segments.tiles(TILE, rows.device), weight.shape
         dx = rows.new_empty(ctx.shape)
         d_tail = None if tail is None else torch.zeros_like(tail)
-        heads_of_tiles = rows.new_zeros(tiles.count + 1, width - 1, channels) if width > 1 else None
         dw = rows.new_empty(tiles.count, width, channels, dtype=torch.float32)
         db = None if bias is None else rows.new_empty(tiles.count, channels, dtype=torch.float32)
         for (grid, tensors, constants), dy in zip(_launches(rows, weight, tiles, silu, parts), dys, strict=True):
             launch(
-                _dz, grid, rows, tail, weight, bias, dy.contiguous(), dx, heads_of_tiles, dw, db, *tensors, **constants,
+                _backward, grid, rows, tail, weight, bias, dy.contiguous(), dx, d_tail, dw, db, *tensors, **constants,
             )  # fmt: skip
-        launch(
-            _dx, (tiles.count, cdiv(channels, WIDEST)),
-            dx, heads_of_tiles, weight, d_tail, tiles.start, tiles.length, tiles.owner, tiles.first, channels,
-            BP=WIDEST, BT=tokens_at_once(WIDEST, width), W=width, num_warps=4,
-        )  # fmt: skip
         dw = dw.sum(0).mT.to(weight.dtype)
         return dx, dw, None if db is None else db.sum(0).to(bias.dtype), d_tail, None, None, None
-
-
-def tokens_at_once(block: int, width: int) -> int:
-    return max(next_power_of_2(width), ELEMENTS // block)
 
 
 def _launches(rows: Tensor, weight: Tensor, tiles: Tiles, silu: bool, parts: Parts) -> Iterator[tuple]:
@@ -308,10 +320,11 @@ def _launches(rows: Tensor, weight: Tensor, tiles: Tiles, silu: bool, parts: Par
     (channels, width), offset = weight.shape, 0
     for part in parts.parts:
         block = next_power_of_2(part.size)
-        block = max(16, block if part.unit_length else min(block, WIDEST))
-        grid = tiles.count, parts.heads, cdiv(part.size, block)
+        block = block if part.unit_length else min(block, BLOCK)
+        heads = max(1, min(BLOCK // block, next_power_of_2(parts.heads)))
+        grid = tiles.count, cdiv(parts.heads, heads), cdiv(part.size, block)
         numbers = parts.heads, channels, rows.stride(0), channels // parts.heads, offset
-        constants = {"P": part.size, "BP": block, "BT": tokens_at_once(block, width), "W": width, "EPS": EPS,
-                     "SILU": silu, "UNIT": part.unit_length, "num_warps": 4}  # fmt: skip
+        constants = {"P": part.size, "BP": block, "BH": heads, "W": width, "EPS": EPS, "SILU": silu,
+                     "UNIT": part.unit_length, "AHEAD": AHEAD, "num_warps": 1}  # fmt: skip
         yield grid, (tiles.start, tiles.length, tiles.owner, tiles.first, *numbers), constants
         offset += part.size

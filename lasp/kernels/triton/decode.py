@@ -29,16 +29,9 @@ def _decode(
     state,  # [B, H, K, V] fp32; None is zero
     o,  # [B, H, V]
     after,  # [B, H, K, V] fp32
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
-):
+    scale, H, G,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at, at_q = row * H + h, row * (H // G) + h // G
     rows, cols = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)

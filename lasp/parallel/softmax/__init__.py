@@ -9,7 +9,6 @@ is left to visit. Outputs, log-sum-exps, dQ and the travelling dK, dV are summed
 from functools import partial
 from typing import NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from lasp.kernels import checks
@@ -67,7 +66,6 @@ class SoftmaxStrategy:
             expected = f"a number with a factor in common with the {ranks} ranks, for softmax='ulysses_ring'"
             checks.require(ranks == 1 or inner_size(k.shape[2], ranks) > 1, "k", f"{k.shape[2]} heads", expected)
 
-    @torch.compiler.disable  # messages have no place in a graph
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, partition: Partition, before: Before | None = None
     ) -> Tensor:

@@ -20,6 +20,7 @@ from lasp.kernels.lasting import lasting
 from lasp.kernels.parts import Parts, undivided, whole
 from lasp.kernels.recurrence import Alone, Boundary
 from lasp.kernels.softmax import Mask
+from lasp.kernels.traced import apart
 from lasp.parallel.agreement import agree, gradients, signature
 from lasp.parallel.boundary import AcrossUnits
 from lasp.parallel.layout import Partition
@@ -120,17 +121,11 @@ class Segment(Sequence):
         self._identity += f", segment {number} after {self.past} tokens"
         self._tails: dict[int, TailPlan] = {}
 
+    @apart
     def softmax_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        causal: bool = True,
-        window: int | None = None,
-        keys: KeyStore | None = None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = True,
+        window: int | None = None, keys: KeyStore | None = None,
+    ) -> Tensor:  # fmt: skip
         """As in `Sequence`, causal, over all that the first document had before, too.
 
         keys: what earlier segments left in this layer, and where this one leaves its own; one for all segments.
@@ -150,14 +145,17 @@ class Segment(Sequence):
             before = Before(keys, self.number, self.continues, self._seen(window), self.stream.partitions)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition, before)
 
+    @apart
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As in `Sequence`, where no document goes on from before."""
         return self.convolve(x, weight, bias)[0]
 
+    @apart
     def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, ...]:
         """As in `Sequence`, where no document goes on from before."""
         return self.convolve(x, weight, bias, parts=parts)[0]
 
+    @apart
     def convolve(
         self,
         x: Tensor,

@@ -1,4 +1,4 @@
-"""The scan over a tile's chunks, forward or reverse (see scalar.chunk_scan), by two groups of warps.
+"""The forward scan over a tile's chunks (see scalar.chunk_scan), for o and dq, by two groups of warps.
 
     y_i = scale · (w_i a_iᵀ X + Σ_j w_ij (a_i·b_j) c_j)          X <- w X + Σ_j w_j b_j c_jᵀ
 
@@ -7,7 +7,7 @@ as the first operand of what is summed over them. What the groups share out amon
 
     SPLIT     the columns of one head
     APART     two heads, one each: for columns too few to be split
-    SUMMED    the columns of two heads, whose y is summed, since they share what `c` is: gradients of q and k
+    SUMMED    the columns of two heads, whose y is summed, since they share what `c` is: gradients of q
 """
 
 from torch import Tensor
@@ -28,9 +28,9 @@ from lasp.kernels.triton.hopper.chunk_step import (
     SPLIT,
     SUMMED,
     Work,
-    head_room,
+    give_product,
     open_chunk,
-    write_copies,
+    write_copy,
 )
 from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
 from lasp.kernels.triton.hopper.ring import make_ring
@@ -38,6 +38,7 @@ from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
     REGISTERS,
+    Behind,
     C,
     barrier,
     clear_tail,
@@ -53,22 +54,17 @@ from lasp.kernels.triton.shared.state_passing import InitialStates
 
 
 @gluon.jit
-def _place(step, chunks, REVERSE: gl.constexpr):
-    return chunks - 1 - step if REVERSE else step
-
-
-@gluon.jit
 def _fetch(
-    a, b, c, partner, buffers, ring, begin, count, h, col, GA, GB, GC, GP,
-    WORK: gl.constexpr, REVERSE: gl.constexpr, SUMS: gl.constexpr, DC: gl.constexpr,
+    a, b, c, partner, behind, buffers, ring, behind_ring, begin, count, chunk, h, col, H, GA, GB, GC, GP,
+    WORK: gl.constexpr, SUMS: gl.constexpr, DC: gl.constexpr,
 ):  # fmt: skip
-    a_rows, b_rows, c_rows, partner_rows = buffers
+    a_rows, b_rows, c_rows, partner_rows, behind_rows = buffers
     DA: gl.constexpr = a_rows.shape[2]
     W: gl.constexpr = c_rows.shape[2]
     OWN: gl.constexpr = a_rows.shape[0] // ring.stages  # heads whose a and b are not the same
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
-        row = begin.to(gl.int32) + _place(step, chunks, REVERSE) * C
+        row = begin.to(gl.int32) + step * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * (2 * OWN * DA + (4 if SUMS else 2) * W))
         for n in gl.static_range(OWN):
@@ -80,6 +76,14 @@ def _fetch(
             tma.async_copy_global_to_shared(c, [row, head // GC * DC + at], filled, c_rows.index(rows))
             if SUMS:
                 tma.async_copy_global_to_shared(partner, [row, head // GP * DC + at], filled, partner_rows.index(rows))
+        if SUMS:
+            states: gl.constexpr = behind_rows.shape[0]
+            filled = behind_ring.acquire(step)
+            mbarrier.expect(filled, 2 * states * W * DA)
+            for n in gl.static_range(states):
+                head, part = (h, n) if WORK == SPLIT else (h + n, 0) if WORK == APART else (h + n % 2, n // 2)
+                at = ((chunk + step) * H + head) * DC + col + part * W
+                tma.async_copy_global_to_shared(behind, [at.to(gl.int32), 0], filled, behind_rows.index(n))
 
 
 @gluon.jit
@@ -97,27 +101,24 @@ def _state_places(col, DA: gl.constexpr, DC: gl.constexpr, W: gl.constexpr, TRAN
 def _compute(
     shared, tensors, numbers,
     PART: gl.constexpr,  # the group of warps
-    WORK: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr, SUMS: gl.constexpr,
-    DC: gl.constexpr,
+    WORK: gl.constexpr, DECAY: gl.constexpr, TRANSPOSED: gl.constexpr, SUMS: gl.constexpr, DC: gl.constexpr,
 ):  # fmt: skip
-    buffers, x_copies, outputs, gates_copies, ring = shared
-    gates, initial, y, y_rows, products, ends, at_end = tensors
-    begin, count, h, col, scale, state_scale, TOKENS, H = numbers
-    a_rows, b_rows, c_rows, partner_rows = buffers
+    buffers, x_copies, outputs, gates_copies, ring, behind_ring = shared
+    gates, initial, y, y_rows, products, behind_ups, at_end = tensors
+    begin, count, chunk, h, col, scale, TOKENS, CHUNKS, H = numbers
+    a_rows, b_rows, c_rows, partner_rows, behind_rows = buffers
     DA: gl.constexpr = a_rows.shape[2]
     W: gl.constexpr = c_rows.shape[2]
     OWN: gl.constexpr = a_rows.shape[0] // ring.stages
     HEADS: gl.constexpr = 2 if WORK == SUMMED else 1  # of this group
     OUTPUTS: gl.constexpr = outputs.shape[0] // 2  # that may be on their way
-    COPY: gl.constexpr = PART * HEADS * (2 if SUMS else 1)  # of a state, and of the other
-    OTHER_COPY: gl.constexpr = COPY + (2 if SUMS else 1)
     MMA: gl.constexpr = mma_layout(W)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROWS: gl.constexpr = rows_layout(W)
     TOKEN: gl.constexpr = gl.SliceLayout(1, mma_layout(C))
     AREA: gl.constexpr = DA * DC
     dtype: gl.constexpr = c_rows.dtype
-    first: gl.constexpr = TRANSPOSED and not REVERSE  # see pdl
+    first: gl.constexpr = TRANSPOSED and not SUMS  # see pdl
     if WORK == APART:
         h += PART
         block, y_col, stride = 0, h * DC, H * DC
@@ -128,47 +129,55 @@ def _compute(
         col += PART * W
         block, y_col, stride = col // W, h * DC + col, H * DC
     tile = gl.program_id(0).to(gl.int64) // (DC // (2 * W) if WORK == SPLIT else 1)
-    tiles = gl.num_programs(0) // (DC // (2 * W) if WORK == SPLIT else 1)
     y += begin * stride + y_col
     state_at = _state_places(col, DA, DC, W, TRANSPOSED)
+    copy, other_copy = x_copies.index(PART * HEADS), x_copies.index(PART * HEADS + HEADS - 1)
     gs, other_gs = gates_copies.index(PART * HEADS), gates_copies.index(PART * HEADS + HEADS - 1)
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
     if not first:
         griddepcontrol_wait()
     x = load_initial_state(initial, state_at, tile, h, H, AREA)
-    if SUMS and REVERSE:
-        end_product = gl.sum(gl.sum(x * gl.load(ends + (tile * H + h) * AREA + state_at), axis=1), axis=0)
-        gl.store(at_end + (block * tiles + tile) * H + h, end_product)
-    x *= state_scale
-    up = write_copies(x, x_copies, COPY, SUMS)
+    up = write_copy(x, copy)
     other, other_up = x, up
     if WORK == SUMMED:
-        other = load_initial_state(initial, state_at, tile, h + 1, H, AREA) * state_scale
-        other_up = write_copies(other, x_copies, OTHER_COPY, SUMS)
-    before = gl.zeros([1], gl.float32, gl.SliceLayout(1, MMA))
-    other_before = before
+        other = load_initial_state(initial, state_at, tile, h + 1, H, AREA)
+        other_up = write_copy(other, other_copy)
     if DECAY != NONE:
-        g, _ = load_gates(gates, begin, _place(0, last + 1, REVERSE), count, h, H, DECAY)
+        g, _ = load_gates(gates, begin, 0, count, h, H, DECAY)
         gs.store(g)
         if WORK == SUMMED:
-            g, _ = load_gates(gates, begin, _place(0, last + 1, REVERSE), count, h + 1, H, DECAY)
+            g, _ = load_gates(gates, begin, 0, count, h + 1, H, DECAY)
             other_gs.store(g)
+    ups, other_ups = up, up
+    if SUMS and dtype == gl.float16:
+        at = gl.minimum(chunk, CHUNKS - 1) * H + h
+        ups, other_ups = _ups(behind_ups, at, DA, W), _ups(behind_ups, at + HEADS - 1, DA, W)
+    if SUMS and count > 0:
+        behind_ring.wait(0)
+        at = (block * CHUNKS + chunk) * H + h
+        give_product(at_end, at, x, behind_rows.index(PART * HEADS), ups, scale)
+        if WORK == SUMMED:
+            give_product(at_end, at + 1, other, behind_rows.index(PART * HEADS + 1), other_ups, scale)
     fence_async_shared()
     barrier()
-    for step in range(chunks):
-        i = _place(step, chunks, REVERSE)
-        stage = step % ring.stages
+    if SUMS:
+        behind_ring.release(0, pred=count > 0)
+    for i in range(chunks):
+        stage = i % ring.stages
         own = OWN * stage + (PART if WORK == APART and OWN == 2 else 0)
         ac, bc = a_rows.index(own), b_rows.index(own)
         cc, pc = c_rows.index(2 * stage + PART), partner_rows.index(2 * stage + PART)
         if DECAY != NONE:
-            ahead = _place(gl.minimum(step + 1, last), chunks, REVERSE)
+            ahead = gl.minimum(i + 1, last)
             g, _ = load_gates(gates, begin, ahead, count, h, H, DECAY)
             other_g = g
             if WORK == SUMMED:
                 other_g, _ = load_gates(gates, begin, ahead, count, h + 1, H, DECAY)
-        ring.wait(step)
+        if SUMS and dtype == gl.float16:
+            at = (chunk + gl.minimum(i + 1, last)) * H + h
+            ups, other_ups = _ups(behind_ups, at, DA, W), _ups(behind_ups, at + HEADS - 1, DA, W)
+        ring.wait(i)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(ac, i, count, rows_layout(DA))
             clear_tail(bc, i, count, rows_layout(DA))
@@ -181,9 +190,7 @@ def _compute(
             fence_async_shared()
             barrier()
         yc = gl.zeros([C, W], gl.float32, MMA)
-        scores, yc, x, sums = open_chunk(
-            ac, bc, cc, pc, x_copies, COPY, gs, x, yc, up, before, WORK, DECAY, REVERSE, TRANSPOSED, SUMS
-        )
+        scores, yc, x, sums = open_chunk(ac, bc, cc, pc, copy, gs, x, yc, up, WORK, DECAY, SUMS)
         place = i * C + gl.arange(0, C, layout=TOKEN)
         if SUMS:
             gl.store(products + (block * TOKENS + begin + place) * H + h, sums * scale, mask=place < count)
@@ -192,28 +199,31 @@ def _compute(
             x, yc = warpgroup_mma_wait(0, deps=(x, yc))  # to have its registers back
             ac, bc = a_rows.index(own + 1), b_rows.index(own + 1)
             scores, yc, other, sums = open_chunk(
-                ac, bc, cc, pc, x_copies, OTHER_COPY, other_gs, other, yc, other_up, other_before,
-                WORK, DECAY, REVERSE, TRANSPOSED, SUMS,
-            )  # fmt: skip
+                ac, bc, cc, pc, other_copy, other_gs, other, yc, other_up, WORK, DECAY, SUMS
+            )
             if SUMS:
                 gl.store(products + (block * TOKENS + begin + place) * H + h + 1, sums * scale, mask=place < count)
-        if DECAY != NONE and REVERSE:
-            before = head_room(gs, gl.SliceLayout(1, MMA), dtype)
-            if WORK == SUMMED:
-                other_before = head_room(other_gs, gl.SliceLayout(1, MMA), dtype)
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
         if WORK == SUMMED:
             other = warpgroup_mma_wait(1, deps=(other,))
-            other_up = write_copies(other, x_copies, OTHER_COPY, SUMS)
+            other_up = write_copy(other, other_copy)
         else:
             x = warpgroup_mma_wait(1, deps=(x,))
-        up = write_copies(x, x_copies, COPY, SUMS)
+        up = write_copy(x, copy)
+        if SUMS and i + 1 < chunks:
+            behind_ring.wait(i + 1)
+            at = (block * CHUNKS + chunk + i + 1) * H + h
+            give_product(at_end, at, x, behind_rows.index(PART * HEADS), ups, scale)
+            if WORK == SUMMED:
+                give_product(at_end, at + 1, other, behind_rows.index(PART * HEADS + 1), other_ups, scale)
+            barrier()
+            behind_ring.release(i + 1)
         if DECAY != NONE:
             gs.store(g)
             if WORK == SUMMED:
                 other_gs.store(other_g)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
-        out = outputs.index(2 * (step % OUTPUTS) + PART)
+        out = outputs.index(2 * (i % OUTPUTS) + PART)
         if OUTPUTS == 1:
             tma.store_wait(0)
             barrier()
@@ -222,15 +232,18 @@ def _compute(
         if OUTPUTS == 2:
             tma.store_wait(0)  # of the chunk before, whose buffer is the next one's
         barrier()
-        ring.release(step)
+        ring.release(i)
         send_rows(y, y_rows, out, begin, i, count, y_col, stride, ROWS)
     tma.store_wait(0)
     if first:
         griddepcontrol_wait()
-    if SUMS and not REVERSE:
-        gl.store(ends + (tile * H + h) * AREA + state_at, x)
-        if WORK == SUMMED:
-            gl.store(ends + (tile * H + h + 1) * AREA + state_at, other)
+
+
+@gluon.jit
+def _ups(ups, at, DA: gl.constexpr, W: gl.constexpr):
+    """The factors of the rows of a state's gradient, [DA], which came in blocks of so many."""
+    row = gl.arange(0, DA, layout=gl.SliceLayout(1, mma_layout(W)))
+    return gl.load(ups + at * (DA // HALF) + row // HALF)
 
 
 @gluon.jit
@@ -246,14 +259,16 @@ def _chunk_scan(
     y,  # [tokens, H, DC], or of pairs of heads if they are summed
     y_rows,  # rows of W columns of it
     products,  # [DC // W, tokens, H]: those sums
-    ends,  # like local: the state at the tiles' ends, written forward and read in reverse, if SUMS
-    at_end,  # [DC // W, M, H]: its product with the state's gradient there, written in reverse, if SUMS
+    behind,  # [chunks, H, DC, DA] by rows: the gradient of the state behind every chunk / scale, rounded, if SUMS
+    behind_ups,  # [chunks, H, DA // 64]: the factors of its columns, if it is fp16
+    at_end,  # [DC // W, chunks, H, DA]: its products with X before the chunk, by columns
     owner,
     start,
     length,
+    first_chunk,  # [M]
     scale,
-    state_scale,
     TOKENS,
+    CHUNKS,
     H,
     GA,
     GB,
@@ -265,7 +280,6 @@ def _chunk_scan(
     OWN: gl.constexpr,  # heads of a program whose a and b are not the same
     WORK: gl.constexpr,
     DECAY: gl.constexpr,
-    REVERSE: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     SUMS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -274,30 +288,33 @@ def _chunk_scan(
     tile, col = gl.program_id(0) // blocks, gl.program_id(0) % blocks * (2 * W)
     h = gl.program_id(1) * (1 if WORK == SPLIT else 2)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    chunk = gl.load(first_chunk + tile) if SUMS else begin
     dtype: gl.constexpr = a.dtype
     states: gl.constexpr = 4 if WORK == SUMMED else 2
     a_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, DA], shared_layout(DA))
     b_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, DA], shared_layout(DA))
     c_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, W], shared_layout(W))
     partner_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, W], shared_layout(W)) if SUMS else c_rows
-    x_copies = gl.allocate_shared_memory(dtype, [states * (2 if SUMS else 1), DA, W], shared_layout(W))
+    x_copies = gl.allocate_shared_memory(dtype, [states, DA, W], shared_layout(W))
+    behind_rows = gl.allocate_shared_memory(dtype, [states, W, DA], shared_layout(DA)) if SUMS else x_copies
     on_way: gl.constexpr = 1 if WORK == SUMMED and SUMS else 2  # as many as there is room for
     outputs = gl.allocate_shared_memory(dtype, [2 * on_way, C, W], shared_layout(W))
     gates_copies = gl.allocate_shared_memory(gl.float32, [states, C], GATES_SHARED)
     ring = make_ring(STAGES)
-    buffers = (a_rows, b_rows, c_rows, partner_rows)
-    shared = (buffers, x_copies, outputs, gates_copies, ring)
-    tensors = (gates, (local, incoming, passed, owner), y, y_rows, products, ends, at_end)
-    numbers = (begin, count, h, col, scale, state_scale, TOKENS, H)
+    behind_ring = make_ring(1) if SUMS else ring
+    buffers = (a_rows, b_rows, c_rows, partner_rows, behind_rows)
+    shared = (buffers, x_copies, outputs, gates_copies, ring, behind_ring)
+    tensors = (gates, (local, incoming, passed, owner), y, y_rows, products, behind_ups, at_end)
+    numbers = (begin, count, chunk, h, col, scale, TOKENS, CHUNKS, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, numbers, 0, WORK, DECAY, REVERSE, TRANSPOSED, SUMS, DC)),
-            (_compute, (shared, tensors, numbers, 1, WORK, DECAY, REVERSE, TRANSPOSED, SUMS, DC)),
+            (_compute, (shared, tensors, numbers, 0, WORK, DECAY, TRANSPOSED, SUMS, DC)),
+            (_compute, (shared, tensors, numbers, 1, WORK, DECAY, TRANSPOSED, SUMS, DC)),
             (
                 _fetch,
                 (
-                    a, b, c, partner if SUMS else c, buffers, ring, begin, count, h, col, GA, GB, GC, GP,
-                    WORK, REVERSE, SUMS, DC,
+                    a, b, c, partner if SUMS else c, behind if SUMS else c, buffers, ring, behind_ring,
+                    begin, count, chunk, h, col, H, GA, GB, GC, GP, WORK, SUMS, DC,
                 ),
             ),
         ],
@@ -315,13 +332,13 @@ def chunk_scan(
     initial: InitialStates,
     scale: float,
     *,
-    reverse: bool = False,
     transposed: bool = False,
     partner: Tensor | None = None,
-    ends: Tensor | None = None,
+    behind: Behind | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [B, T, H, DC], for as many heads as the states have, or for half as many, each the sum of two neighbours that
-    share c; with a partner also what a gate's gradient needs: see scalar.chunk_scan."""
+    share c; with a partner also the sums of chunk_step, for which it reads `behind`: [blocks, B, T, H] and, of its
+    products with the states before the chunks, by their columns of V, [blocks, chunks, H, V]."""
     (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), initial.local.shape[1]
     own, width, work = 1, HALF.value, Work.SPLIT
     if size_c == width:
@@ -329,18 +346,21 @@ def chunk_scan(
     elif size_a == width:
         work, own = Work.SUMMED, 2
     y = c.new_empty(batch, tokens, heads // 2 if work == Work.SUMMED else heads, size_c)
-    products = at_end = None
-    if partner is not None:
+    products = at_end = states = ups = first_chunk = None
+    chunks = 0
+    if behind is not None:
+        chunks, ups, first_chunk = len(behind.states), behind.ups, behind.first_chunk
+        states = behind.rows(width, size_a)
         products = initial.local.new_empty(size_c // width, batch, tokens, heads)
-        at_end = products.new_empty(size_c // width, tiles.count, heads) if reverse else None
+        at_end = products.new_empty(size_c // width, chunks, heads, size_a)
     groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
     grid = (tiles.count * size_c // (2 * width), heads) if work == Work.SPLIT else (tiles.count, heads // 2)
     launch(
         _chunk_scan, grid,
         rows_of(a, size_a), rows_of(b, size_a), rows_of(c, width), None if partner is None else rows_of(partner, width),
-        gates, *initial, y, rows_of(y, width), products, ends, at_end,
-        tiles.owner, tiles.start, tiles.length, scale, 1 / scale if reverse else 1.0, batch * tokens, heads, *groups,
-        DA=size_a, DC=size_c, W=width, OWN=own, WORK=work.value, DECAY=Decay.of(gates).value, REVERSE=reverse,
+        gates, *initial, y, rows_of(y, width), products, states, ups, at_end,
+        tiles.owner, tiles.start, tiles.length, first_chunk, scale, batch * tokens, chunks, heads, *groups,
+        DA=size_a, DC=size_c, W=width, OWN=own, WORK=work.value, DECAY=Decay.of(gates).value,
         TRANSPOSED=transposed, SUMS=partner is not None, STAGES=2, num_warps=4, pdl=True,
     )  # fmt: skip
     return y, products, at_end

@@ -67,6 +67,14 @@ def _row_sums(tile, GROUPS: gl.constexpr):
 
 
 @gluon.jit
+def _columns(buffer, piece: gl.constexpr, PIECE: gl.constexpr):
+    if buffer.shape[1] == PIECE:
+        return buffer
+    else:
+        return buffer.slice(piece * PIECE, PIECE, dim=1)
+
+
+@gluon.jit
 def stage_gradients(
     grad,
     chunk_rows,
@@ -83,8 +91,10 @@ def stage_gradients(
 ):
     """The second part of a chunk: dq may take the place of G, and dk what is left of it; dv takes that of dr."""
     GROUPS: gl.constexpr = warp_groups(K, V)
+    PIECE: gl.constexpr = 128 if K > 128 else K  # columns of dq, w and dk that registers hold at once
+    LAST: gl.constexpr = K // PIECE - 1
     SCORES: gl.constexpr = tokens_layout(K, V, C)
-    KEYS: gl.constexpr = tokens_layout(K, V, K)  # [C, K]
+    KEYS: gl.constexpr = tokens_layout(K, V, PIECE)  # [C, PIECE]
     VALUES: gl.constexpr = tokens_layout(K, V, V)  # [C, V]
     KEYS_LEFT: gl.constexpr = left_of(KEYS)
     dq_out, dk_out = given
@@ -92,64 +102,74 @@ def stage_gradients(
     betas, passed, from_starts, to_ends = gates
     dtype: gl.constexpr = kc.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
-    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, K], gl.float32, KEYS)
+    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, PIECE], gl.float32, KEYS)
+    SUMMED: gl.constexpr = _row_sums(nothing, GROUPS).type.layout
+    from_w = gl.zeros([GROUPS, C], gl.float32, SUMMED)
+    change, carried = from_w, from_w
     near = warpgroup_mma(doc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
     erased = warpgroup_mma(drc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
-    dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
-    w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
-    near, erased, grad = warpgroup_mma_wait(2, deps=(near, erased, grad))
-    if DECAY != NONE:
-        down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
-        weights = gl.exp(gl.minimum(down, 0.0))
-        near *= weights
-        erased *= weights
-    pc.store(gl.where(row[:, None] >= col[None, :], near * scale, 0.0).to(dtype))
-    tc.store(gl.where(row[:, None] > col[None, :], erased, 0.0).to(dtype))
-    dk = warpgroup_mma(uc, g, nothing, use_acc=False, is_async=True)
-    dq, w, dk = warpgroup_mma_wait(0, deps=(dq, w, dk))
-    fence_async_shared()
-    barrier()
+    for piece in gl.static_range(LAST + 1):
+        xp, gp = _columns(x, piece, PIECE), _columns(g, piece, PIECE)
+        qp, kp = _columns(qc, piece, PIECE), _columns(kc, piece, PIECE)
+        dq = warpgroup_mma(doc, xp, nothing, use_acc=False, is_async=True)
+        w = warpgroup_mma(drc, xp, nothing, use_acc=False, is_async=True)
+        if piece == 0:
+            near, erased, grad = warpgroup_mma_wait(2, deps=(near, erased, grad))
+            if DECAY != NONE:
+                down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
+                weights = gl.exp(gl.minimum(down, 0.0))
+                near *= weights
+                erased *= weights
+            pc.store(gl.where(row[:, None] >= col[None, :], near * scale, 0.0).to(dtype))
+            tc.store(gl.where(row[:, None] > col[None, :], erased, 0.0).to(dtype))
+        dk = warpgroup_mma(uc, gp, nothing, use_acc=False, is_async=True)
+        dq, w, dk = warpgroup_mma_wait(0, deps=(dq, w, dk))
+        if piece == 0:
+            fence_async_shared()
+            barrier()
 
-    if DECAY == NONE:
-        dq *= scale
-    else:
-        from_start = from_starts.load(gl.SliceLayout(1, KEYS))
-        dq *= (scale * from_start)[:, None]
-        w *= from_start[:, None]
-        dk *= to_ends.load(gl.SliceLayout(1, KEYS))[:, None]
-    dq = warpgroup_mma(pc, kc, dq, is_async=True)
-    w = warpgroup_mma(tc, kc, w, is_async=True)
+        if DECAY == NONE:
+            dq *= scale
+        else:
+            from_start = from_starts.load(gl.SliceLayout(1, KEYS))
+            dq *= (scale * from_start)[:, None]
+            w *= from_start[:, None]
+            dk *= to_ends.load(gl.SliceLayout(1, KEYS))[:, None]
+        dq = warpgroup_mma(pc, kp, dq, is_async=True)
+        w = warpgroup_mma(tc, kp, w, is_async=True)
+        if LEARNED:
+            carried += _row_sums(kp.load(KEYS).to(gl.float32) * dk, GROUPS)
+        dk = warpgroup_mma(pc.permute((1, 0)), qp, dk, is_async=True)
+        forget = -betas.load(gl.SliceLayout(0, KEYS_LEFT))
+        forgotten = (tc.permute((1, 0)).load(KEYS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
+        dk = warpgroup_mma(forgotten, kp, dk, is_async=True)
+        if LEARNED:
+            total = whole_decay(from_starts, gl.SliceLayout(0, SUMMED))[None, :]
+            for rows in gl.static_range(V // C):
+                overlap = xp.slice(rows * C, C).load(KEYS).to(gl.float32) * gp.slice(rows * C, C).load(KEYS)
+                carried += total * _row_sums(overlap, GROUPS)
+        if piece == LAST:
+            ring.acquire(step)
+            if LEARNED:
+                sums.index(2).store(carried)
+            dr = drc.load(VALUES).to(gl.float32)
+            for_beta = _row_sums(dr * vc.load(VALUES).to(gl.float32), GROUPS)
+            drc.store((betas.load(gl.SliceLayout(1, VALUES))[:, None] * dr).to(dtype))
+        beta = betas.load(gl.SliceLayout(1, KEYS))[:, None]
+        barrier()  # this piece of G has been read
+        dq = warpgroup_mma_wait(3, deps=(dq,))
+        _columns(dq_out, piece, PIECE).store(dq.to(dtype))
+        if LEARNED:
+            change += _row_sums(qp.load(KEYS).to(gl.float32) * dq, GROUPS)
+        w = warpgroup_mma_wait(2, deps=(w,))
+        from_w += _row_sums(kp.load(KEYS).to(gl.float32) * w, GROUPS)
+        if piece == LAST:
+            sums.index(0).store(gl.convert_layout(for_beta, SUMMED) - from_w)
+        dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
+        _columns(dk_out, piece, PIECE).store(dk.to(dtype))
+        if LEARNED:
+            change -= _row_sums(kp.load(KEYS).to(gl.float32) * dk, GROUPS)
     if LEARNED:
-        carried = _row_sums(kc.load(KEYS).to(gl.float32) * dk, GROUPS)
-    dk = warpgroup_mma(pc.permute((1, 0)), qc, dk, is_async=True)
-    forget = -betas.load(gl.SliceLayout(0, KEYS_LEFT))
-    forgotten = (tc.permute((1, 0)).load(KEYS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
-    dk = warpgroup_mma(forgotten, kc, dk, is_async=True)
-    ring.acquire(step)
-    if LEARNED:
-        total = whole_decay(from_starts, gl.SliceLayout(1, KEYS))[:, None]
-        for piece in gl.static_range(V // C):
-            overlap = x.slice(piece * C, C).load(KEYS).to(gl.float32) * g.slice(piece * C, C).load(KEYS)
-            carried += _row_sums(total * overlap, GROUPS)
-        sums.index(2).store(carried)
-    dr = drc.load(VALUES).to(gl.float32)
-    for_beta = _row_sums(dr * vc.load(VALUES).to(gl.float32), GROUPS)
-    drc.store((betas.load(gl.SliceLayout(1, VALUES))[:, None] * dr).to(dtype))
-    beta = betas.load(gl.SliceLayout(1, KEYS))[:, None]
-    barrier()  # G has been read
-    dq = warpgroup_mma_wait(3, deps=(dq,))
-    dq_out.store(dq.to(dtype))
-    if LEARNED:
-        change = _row_sums(qc.load(KEYS).to(gl.float32) * dq, GROUPS)
-    w = warpgroup_mma_wait(2, deps=(w,))
-    k_w = kc.load(KEYS).to(gl.float32) * w
-    from_w = _row_sums(k_w, GROUPS)
-    sums.index(0).store(gl.convert_layout(for_beta, from_w.type.layout) - from_w)
-    if LEARNED:
-        change -= _row_sums(2 * beta * k_w, GROUPS)
-    dk = warpgroup_mma_wait(0, deps=(dk,)) - beta * w
-    dk_out.store(dk.to(dtype))
-    if LEARNED:
-        sums.index(1).store(change - _row_sums(kc.load(KEYS).to(gl.float32) * dk, GROUPS))
+        sums.index(1).store(change - 2 * betas.load(gl.SliceLayout(0, SUMMED))[None, :] * from_w)
     fence_async_shared()
     return grad

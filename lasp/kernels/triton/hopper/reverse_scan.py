@@ -3,7 +3,8 @@
     dv_i = scale · (w_i k_iᵀ X + Σ_{j>=i} w_ij (k_i·q_j) do_j)          X <- w X + Σ_j w_j q_j do_jᵀ
     dk_i = scale · (w_i X v_i  + Σ_{j>=i} w_ij (v_i·do_j) q_j)
 
-X is the gradient of the state / scale. Each group holds half of its rows, and tells the other when they are ready.
+X is the gradient of the state / scale. Each group holds half of its rows, and tells the other when they are ready. For
+the gradient of gates (see chunk_step) the second one also needs the scores of the first.
 """
 
 from torch import Tensor
@@ -19,11 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.chunk_step import LARGE
+from lasp.kernels.triton.hopper.reverse_step import head_room, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
-    LEFT,
     MMA,
     REGISTERS,
     SHARED,
@@ -31,6 +33,7 @@ from lasp.kernels.triton.hopper.shared import (
     WIDE_LEFT,
     WIDE_MMA,
     WIDE_ROWS,
+    Behind,
     C,
     barrier,
     clear_tail,
@@ -65,16 +68,24 @@ def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
 
 
 @gluon.jit
-def _of_rounding(x, kc, vc, gs, PART: gl.constexpr):
-    """w_j k_jᵀ X v_j, [C], of what rounding leaves of a group's rows of X: over a tile it would add up."""
-    PLACE: gl.constexpr = gl.SliceLayout(0, MMA)
-    left = gl.convert_layout((x - x.to(vc.dtype).to(gl.float32)).to(vc.dtype), LEFT)
-    nothing = gl.zeros([HALF, C], gl.float32, MMA)
-    read = warpgroup_mma(left, vc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    keys = kc.slice(PART * HALF, HALF, dim=1).permute((1, 0)).load(MMA)
-    weights = gl.exp2(whole_decay(gs, PLACE) - gs.load(PLACE))
-    read = warpgroup_mma_wait(0, deps=(read,))
-    return gl.sum(read * keys.to(gl.float32), axis=0) * weights
+def _write_copy(x, copies, n, peaks, PART: gl.constexpr):
+    """Writes a group's half of X, the n-th one, for products to read. Returns what undoes the scale of both halves: see
+    chunk_step."""
+    up = 1.0
+    if copies.dtype == gl.float16:
+        ONE: gl.constexpr = gl.SliceLayout(1, WIDE_MMA)
+        numbers, told = peaks
+        most = gl.max(gl.max(gl.abs(x), axis=1), axis=0)
+        numbers.index(2 * (n % 2) + PART).store(gl.full([1], most, gl.float32, ONE))
+        barrier()
+        mbarrier.arrive(told, count=1)
+        mbarrier.wait(told, n & 1)
+        mine, other = numbers.index(2 * (n % 2)).load(ONE), numbers.index(2 * (n % 2) + 1).load(ONE)
+        most = gl.maximum(gl.max(gl.maximum(mine, other), axis=0), 1e-30)
+        up = most / LARGE
+        x *= LARGE / most
+    copies.index(n % 2).slice(PART * HALF, HALF, dim=0).store(x.to(copies.dtype))
+    return up
 
 
 @gluon.jit
@@ -88,9 +99,9 @@ def _compute(
     DECAY: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    buffers, x_copies, outputs, gates_copies, ring, ready = shared
-    gates, initial, v_dv, ends, at_end = tensors
-    begin, count, h, scale, TOKENS, H = numbers
+    buffers, x_copies, outputs, gates_copies, ring, ready, exchange, peaks = shared
+    gates, initial, products, behind, behind_ups = tensors
+    begin, count, chunk, h, scale, TOKENS, H = numbers
     q_rows, k_rows, v_rows, do_rows = buffers
     out, gs = outputs.index(PART), gates_copies.index(PART)
     dtype: gl.constexpr = out.dtype
@@ -104,22 +115,21 @@ def _compute(
     griddepcontrol_wait()
     x = load_initial_state(initial, state_at, tile, h, H)
     if SUMS:
-        v_dv += (PART * TOKENS + begin) * H + h
-        end_state = gl.load(ends + (tile * H + h) * SIZE * SIZE + state_at)
-        end_product = gl.sum(gl.sum(x * end_state, axis=1), axis=0)
-        gl.store(at_end + (PART * gl.num_programs(0) + tile) * H + h, end_product)
+        products += (PART * TOKENS + begin) * H + h
     # What is written only when both groups are in the loop, for the state to change places in.
     spare = (x_copies.index(1) if PART == 0 else outputs)._reinterpret(gl.float32, [HALF, SIZE], PASSAGE)
     spare.store(x / scale)
     barrier()
     x = spare.load(WIDE_MMA)
-    x_copies.index(0).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
+    up = _write_copy(x, x_copies, 0, peaks, PART)
+    before = gl.zeros([1], gl.float32, gl.SliceLayout(1, WIDE_MMA))
     if DECAY != NONE:
         g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
         gs.store(g)
     fence_async_shared()
     barrier()
     mbarrier.arrive(ready, count=1)
+    passage = outputs.index(0)._reinterpret(gl.float32, [C, C], PASSAGE)
     for step in range(chunks):
         i = chunks - 1 - step
         stage = step % ring.stages
@@ -127,6 +137,13 @@ def _compute(
         if DECAY != NONE:
             g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         mbarrier.wait(ready, step & 1)
+        if SUMS and PART == 0:
+            at = (chunk + i) * H + h
+            tma.async_copy_shared_to_global(behind, [(at * SIZE).to(gl.int32), 0], x_copies.index(step % 2))
+            if dtype == gl.float16:
+                undone = up * gl.max(gl.exp2(before), axis=0)
+                for half in gl.static_range(2):
+                    gl.store(behind_ups + 2 * at + half, undone)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(qc, i, count, WIDE_ROWS)
@@ -135,10 +152,11 @@ def _compute(
             clear_tail(doc, i, count, WIDE_ROWS)
             fence_async_shared()
             barrier()
-        if SUMS:
-            inner = gl.convert_layout(_of_rounding(x, kc, vc, gs, PART), TOKEN)
         if DECAY != NONE:
-            x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)))[:, None]
+            end = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA))
+            if dtype == gl.float16:
+                end = end - head_room(gs, gl.SliceLayout(1, WIDE_MMA), dtype) + before
+            x *= gl.exp2(end)[:, None]
         if PART == 0:
             left, right, summed, xs = kc, qc, doc, x_copies.index(step % 2)
         else:
@@ -147,36 +165,56 @@ def _compute(
             left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
         )
         yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
-        queries = qc.slice(PART * HALF, HALF, dim=1).permute((1, 0))
+        queries = qc.slice(PART * HALF, HALF, dim=1)
         if DECAY == NONE:
-            x = warpgroup_mma(queries, doc, x, is_async=True)
+            x = warpgroup_mma(queries.permute((1, 0)), doc, x, is_async=True)
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores = gl.where(seen, scores, 0.0)
+            if dtype == gl.float16:
+                yc = warpgroup_mma_wait(1, deps=(yc,)) * up
         else:
-            written = gl.exp2(gs.load(gl.SliceLayout(0, WIDE_LEFT)))
-            x = warpgroup_mma((queries.load(WIDE_LEFT) * written[None, :]).to(dtype), doc, x, is_async=True)
+            x = warpgroup_mma(written(queries, gs, WIDE_LEFT), doc, x, is_async=True)
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
-            read = gl.exp2(whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA)))
-            scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
+            read = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA))
+            if dtype == gl.float16:
+                read = gl.exp2(read + before) * up
+                before = head_room(gs, gl.SliceLayout(1, WIDE_MMA), dtype)
+            else:
+                read = gl.exp2(read)
+            scores = warpgroup_mma_wait(2, deps=(scores,))
+            if SUMS and PART == 0:  # for the other group, where nobody writes or reads meanwhile
+                tma.store_wait(0)
+                barrier()
+                passage.store(scores)
+                barrier()
+                mbarrier.arrive(exchange.full.index(0), count=1)
+            scores *= weights
             yc = warpgroup_mma_wait(1, deps=(yc,))
-            if SUMS:
-                if PART == 0:  # v as rounded as where the forward scan writes it into its state
-                    rounded = (vc.load(WIDE_MMA) * read[:, None]).to(dtype).to(gl.float32)
-                    inner += gl.sum(rounded * yc, axis=1)
-                place = i * C + gl.arange(0, C, layout=TOKEN)
-                gl.store(v_dv + place * H, inner * scale, mask=place < count)
             yc *= read[:, None]
+            if SUMS and PART == 0:
+                place = i * C + gl.arange(0, C, layout=TOKEN)
+                sums = gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
+                gl.store(products + place * H, sums * scale, mask=place < count)
+            if SUMS and PART == 1:
+                exchange.wait(step)
+                sums = sum_of_pairs(scores, passage.load(MMA))
+                barrier()
+                exchange.release(step)
+                place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, MMA))
+                gl.store(products + place * H, sums * scale, mask=place < count)
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)
         x = warpgroup_mma_wait(1, deps=(x,))
-        x_copies.index((step + 1) % 2).slice(PART * HALF, HALF, dim=0).store(x.to(dtype))
+        up = _write_copy(x, x_copies, step + 1, peaks, PART)
         if DECAY != NONE:
             gs.store(g)
         fence_async_shared()
-        tma.store_wait(0)  # of the chunk before, so that its buffer is free
+        tma.store_wait(0)  # of the chunk before, so that its buffer is free, and of this step's copy
         barrier()
         mbarrier.arrive(ready, count=1)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
+        if SUMS and PART == 0:
+            exchange.acquire(step + 1)
         out.store(yc.to(dtype))
         fence_async_shared()
         barrier()
@@ -199,12 +237,13 @@ def _reverse_scan(
     dv,
     dk_rows,  # rows of them
     dv_rows,
-    v_dv,  # [2, tokens, H]: what of v · dv came in with the state, if SUMS
-    ends,  # like local: the state at the tiles' ends, if SUMS
-    at_end,  # [2, M, H]: the sums of its products with the gradient there, each over half of the rows, if SUMS
+    products,  # [2, tokens, H]: what of v · dv came in with the state, and pairs within chunks, if SUMS
+    behind,  # [chunks, H, SIZE, SIZE] by rows: X behind every chunk, rounded, if SUMS
+    behind_ups,  # [chunks, H, 2]: the factors of both halves of its columns, if it is fp16
     owner,
     start,
     length,
+    first_chunk,  # [M]
     scale,
     TOKENS,
     H,
@@ -215,6 +254,7 @@ def _reverse_scan(
 ):
     tile, h = gl.program_id(0), gl.program_id(1)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    chunk = gl.load(first_chunk + tile) if SUMS else begin
     dtype: gl.constexpr = q.dtype
     q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
@@ -226,10 +266,16 @@ def _reverse_scan(
     ring = make_ring(STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=2)
+    exchange = make_ring(1, 1)  # of scores
+    peaks = (
+        gl.allocate_shared_memory(gl.float32, [4, 1], GATES_SHARED),  # the largest numbers of both halves, twice
+        gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+    )
+    mbarrier.init(peaks[1], count=2)
     buffers = (q_rows, k_rows, v_rows, do_rows)
-    shared = (buffers, x_copies, outputs, gates_copies, ring, ready)
-    tensors = (gates, (local, incoming, passed, owner), v_dv, ends, at_end)
-    numbers = (begin, count, h, scale, TOKENS, H)
+    shared = (buffers, x_copies, outputs, gates_copies, ring, ready, exchange, peaks)
+    tensors = (gates, (local, incoming, passed, owner), products, behind, behind_ups)
+    numbers = (begin, count, chunk, h, scale, TOKENS, H)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY, SUMS)),
@@ -250,21 +296,21 @@ def reverse_scan(
     gates: Tensor | None,
     initial: InitialStates,
     scale: float,
-    ends: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dk and dv [B, T, H, SIZE]. With `ends`, the states at the tiles' ends, also what of v · dv came in
-    with the state, [2, B, T, H], and the products of those states with their gradients, [2, M, H]."""
+    behind: Behind | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk and dv [B, T, H, SIZE]. With `behind`, which it fills, also what gates need, [2, B, T, H]."""
     batch, tokens, heads = v.shape[:3]
     dk, dv = (v.new_empty(batch, tokens, heads, SIZE.value) for _ in range(2))
-    v_dv = at_end = None
-    if ends is not None:
-        v_dv, at_end = ends.new_empty(2, batch, tokens, heads), ends.new_empty(2, tiles.count, heads)
+    products = states = ups = first_chunk = None
+    if behind is not None:
+        products = initial.local.new_empty(2, batch, tokens, heads)
+        states, ups, first_chunk = behind.rows(SIZE.value, SIZE.value), behind.ups, behind.first_chunk
     launch(
         _reverse_scan, (tiles.count, heads),
         *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *initial,
-        dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value), v_dv, ends, at_end,
-        tiles.owner, tiles.start, tiles.length, scale, batch * tokens, heads, heads // q.shape[2],
-        DECAY=Decay.of(gates).value, SUMS=ends is not None, STAGES=2, num_warps=4,
+        dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value), products, states, ups,
+        tiles.owner, tiles.start, tiles.length, first_chunk, scale, batch * tokens, heads, heads // q.shape[2],
+        DECAY=Decay.of(gates).value, SUMS=behind is not None, STAGES=2, num_warps=4,
         pdl=True,
     )  # fmt: skip
-    return dk, dv, v_dv, at_end
+    return dk, dv, products

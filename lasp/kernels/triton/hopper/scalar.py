@@ -1,18 +1,21 @@
 """The kernels of `scalar` for Hopper."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
 from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
+from lasp.kernels.triton.hopper.pair_reverse_scan import pair_reverse_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
-from lasp.kernels.triton.hopper.shared import HALF
+from lasp.kernels.triton.hopper.shared import HALF, Behind
 from lasp.kernels.triton.hopper.tile_states import tile_states
 from lasp.kernels.triton.scalar.backend import KeyValueGrads, QueryGrads, Saved
-from lasp.kernels.triton.scalar.gates import cumulate
+from lasp.kernels.triton.scalar.gates import chunk_gate_grads, cumulate
 from lasp.kernels.triton.shared.state_passing import InitialStates
 from lasp.kernels.triton.shared.tiles import CHUNK
 
@@ -48,25 +51,33 @@ class Hopper:
     def tile_states_grad(self, q: Tensor, do: Tensor, saved: Saved) -> Tensor:
         return tile_states(self.tiles, q, do, saved[0], backward=True, scale=self.scale)[0]
 
-    def outputs(self, q: Tensor, k: Tensor, v: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
-        return chunk_scan(self.tiles, q, k, v, saved[0], initial, self.scale)[0]
+    def outputs(self, x: LinearInputs, saved: Saved, initial: InitialStates) -> Tensor:
+        return chunk_scan(self.tiles, x.q, x.k, x.v, saved[0], initial, self.scale)[0]
+
+    def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
+        behind = self._new_behind(x) if x.decay_class.learned else None
+        scan = pair_reverse_scan if x.v.shape[-1] == HALF.value else reverse_scan
+        dk, dv, writes = scan(self.tiles, x.q, x.k, x.v, do, saved[0], d_final, self.scale, behind)
+        return KeyValueGrads(dk, dv, (writes, behind))
 
     def query_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, initial: InitialStates, ends: Tensor | None
+        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, known: Any = None
     ) -> QueryGrads:
-        partner = None if ends is None else q
-        dq, q_dq, _ = chunk_scan(
-            self.tiles, do, v, k, saved[0], initial, self.scale, transposed=True, partner=partner, ends=ends
-        )
-        return QueryGrads(dq, q_dq)
+        shared = saved[0], initial, self.scale
+        if known is None:
+            return QueryGrads(chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True)[0], None)
+        writes, behind = known
+        dq, reads, products = chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True, partner=x.q, behind=behind)
+        assert x.decay is not None and reads is not None and products is not None
+        return QueryGrads(dq, chunk_gate_grads(self._chunks(x), x.decay, reads, writes, products))
 
-    def key_value_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, d_final: InitialStates, ends: Tensor | None
-    ) -> KeyValueGrads:
-        shared = saved[0], d_final, self.scale
-        if k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16:
-            return KeyValueGrads(*reverse_scan(self.tiles, q, k, v, do, *shared, ends))
-        partner = None if ends is None else v
-        dv, v_dv, at_end = chunk_scan(self.tiles, k, q, do, *shared, reverse=True, partner=partner, ends=ends)
-        dk, _, _ = chunk_scan(self.tiles, v, do, q, *shared, reverse=True, transposed=True)
-        return KeyValueGrads(dk, dv, v_dv, at_end)
+    def _chunks(self, x: LinearInputs) -> Tiles:
+        return x.segments.tiles(CHUNK, x.v.device)
+
+    def _new_behind(self, x: LinearInputs) -> Behind:
+        """For the gradients of the states behind all chunks."""
+        (heads, size_v), size_k, chunks = x.v.shape[2:], x.k.shape[3], self._chunks(x).count
+        states, ups = x.v.new_empty(chunks, heads, size_k, size_v), None
+        if x.v.dtype == torch.float16:
+            ups = x.v.new_empty(chunks, heads, size_v // HALF.value, dtype=torch.float32)
+        return Behind(states, ups, x.segments.first_chunks(self.tiles.size, CHUNK, x.v.device))

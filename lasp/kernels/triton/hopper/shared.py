@@ -1,5 +1,7 @@
 """What these scans share: sizes, layouts, and how chunks come and go."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +28,20 @@ WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # the same of fp32
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Triton 3.7, and before
+
+
+class Behind(NamedTuple):
+    """The gradients of the states behind all chunks, / scale, [chunks, H, K, V], as rounded for products; in fp16 with
+    factors [chunks, H, V / 64]. first_chunk: [M], of every tile."""
+
+    states: Tensor
+    ups: Tensor | None
+    first_chunk: Tensor
+
+    def rows(self, rows: int, columns: int) -> TensorDescriptor:
+        """How parts of so many rows and columns come and go."""
+        states = self.states.flatten(0, 2)
+        return TensorDescriptor.from_tensor(states, [rows, columns], shared_layout(columns))
 
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:

@@ -26,17 +26,10 @@ def _gate_grads(
     across,  # [SB, nodes, H]
     decay,  # [tokens, H]
     dg,  # [tokens, H]
-    start,
-    length,
-    TOKENS,
-    NODES,
-    H,
-    BH: tl.constexpr,
-    LEAF: tl.constexpr,
-    QB: tl.constexpr,
-    VB: tl.constexpr,
+    start, length, TOKENS, NODES, H,
+    BH: tl.constexpr, LEAF: tl.constexpr, QB: tl.constexpr, VB: tl.constexpr,
     SB,
-):
+):  # fmt: skip
     leaf = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)

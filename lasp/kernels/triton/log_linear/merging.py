@@ -39,14 +39,9 @@ def _merge(
     seen,  # [P, H, K, V] the left nodes' states as the queries read them
     spans,  # [P, H] fp32 the left nodes' log decays
     table,  # see tree.Pairs
-    first,
-    M,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    first, M, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     i, count, h = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1)
     place, inside = _places(K, V, BK, BV)
     griddepcontrol_wait()
@@ -89,18 +84,9 @@ def _hand_down(
     across,  # [blocks, M + P, H] fp32
     beyond,  # [M, heights, H]: what a leaf's queries read of more than a height
     table,  # see tree.Pairs
-    first,
-    height,
-    HEIGHTS,
-    M,
-    NODES,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    LEAVES: tl.constexpr,
-):
+    first, height, HEIGHTS, M, NODES, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
     i, count, h, block = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
     place, inside = _places(K, V, BK, BV)
     left, right = tl.load(table + i).to(tl.int64), tl.load(table + count + i).to(tl.int64)

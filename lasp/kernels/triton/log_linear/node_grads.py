@@ -25,22 +25,10 @@ def _node_grads(
     parts,  # [Q, H, K, V] fp32
     totals,  # [Q, H] fp32 log decays of the pieces
     leaves,  # see tree.Tree
-    pieces,
-    scale,
-    M,
-    H,
-    G,
-    L,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    LEAF: tl.constexpr,
-    LOG_LEAF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    pieces, scale, M, H, G, L,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEAF: tl.constexpr,
+    LOG_LEAF: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     count = tl.num_programs(0)
     piece, h, block = (count - 1 - tl.program_id(0)).to(tl.int64), tl.program_id(1), tl.program_id(2)  # longest first
     rows = (block % tl.cdiv(K, BK)) * BK + tl.arange(0, BK)

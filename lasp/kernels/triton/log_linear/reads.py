@@ -46,34 +46,10 @@ def _reads(
     of_heights,  # [blocks, M, chunks, heights + 1, H] fp32, zero: sums of that over a chunk, for each height of nodes,
     #              and for initial slots
     leaves,  # see tree.Tree
-    seen_pairs,
-    seen_heights,
-    slots,
-    slots_first,
-    before,
-    scale,
-    TOKENS,
-    M,
-    I,
-    H,
-    L,
-    HEIGHTS,
-    GA,
-    GB,
-    GC,
-    GP,
-    DA: tl.constexpr,
-    DC: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    LEAF: tl.constexpr,
-    LOG_LEAF: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    seen_pairs, seen_heights, slots, slots_first, before, scale, TOKENS, M, I, H, L, HEIGHTS, GA, GB, GC, GP,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    LEAF: tl.constexpr, LOG_LEAF: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     chunks: tl.constexpr = LEAF // C
     leaf, i = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     h, block = tl.program_id(1), tl.program_id(2)

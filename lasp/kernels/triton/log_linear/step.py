@@ -30,16 +30,9 @@ def _step(
     since_after,  # [N, J, H] fp32
     tokens,  # [2, N] int64: how many each row has had, and which slot the token enters
     o,  # [N, H, V]
-    scale,
-    J,
-    H,
-    G,
-    L,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    scale, J, H, G, L,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     n, h, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, cols = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_k, in_v = rows < K, cols < V

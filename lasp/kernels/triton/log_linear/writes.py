@@ -37,29 +37,10 @@ def _writes(
     within,  # [blocks, tokens, H] fp32: y · partner from queries behind the token in its leaf
     beyond,  # [blocks, tokens, H] fp32: and from those beyond the leaf
     leaves,  # see tree.Tree
-    last,
-    scale,
-    TOKENS,
-    M,
-    J,
-    H,
-    L,
-    GA,
-    GB,
-    GC,
-    GP,
-    DA: tl.constexpr,
-    DC: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    LEAF: tl.constexpr,
-    LOG_LEAF: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    last, scale, TOKENS, M, J, H, L, GA, GB, GC, GP,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    LEAF: tl.constexpr, LOG_LEAF: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     chunks: tl.constexpr = LEAF // C
     leaf, i = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     h, block = tl.program_id(1), tl.program_id(2)

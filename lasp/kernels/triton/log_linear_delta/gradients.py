@@ -18,6 +18,7 @@ from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.log_linear_delta.query_grads import QueryGrads
 from lasp.kernels.triton.log_linear_delta.reads import load_state
+from lasp.kernels.triton.log_linear_delta.terms import load_gates
 from lasp.kernels.triton.shared.decay import unless_shut
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
@@ -41,27 +42,15 @@ def _gradients(
     dv,  # [tokens, H, V]
     d_beta,  # [tokens, H]
     d_decay,  # [tokens, H]
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
     c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     here, tokens = c < count, begin + c
     work: tl.constexpr = ut.dtype.element_ty
-    gate = gates + (leaf * H + h) * 4 * C
-    beta, b = tl.load(gate + c).to(tl.float32), tl.load(gate + C + c)
-    from_start, to_end = tl.load(gate + 2 * C + c).to(tl.float32), tl.load(gate + 3 * C + c).to(tl.float32)
-    total = tl.load(gate + 3 * C - 1).to(tl.float32)
+    beta, b, from_start, to_end, total = load_gates(gates, leaf * H + h, c, C)
     t = load_rows(ut, begin, here, h, H, c, C)
     f = load_rows(scores, begin, here, h, H, c, C)
     tt, ft = tl.trans(t), tl.trans(f)

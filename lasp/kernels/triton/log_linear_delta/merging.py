@@ -43,12 +43,8 @@ def _merge(
     table,  # see tree.Pairs
     first,  # the first parent's node
     H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     i, count, h, block = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
     left, right = tl.load(table + i).to(tl.int64), tl.load(table + count + i).to(tl.int64)
     kk, nn = tl.arange(0, BK), tl.arange(0, BN)
@@ -81,15 +77,9 @@ def _hand_down(
     transition_parts,  # [pieces of pairs, H, K, K] fp32: E
     d_states,  # [M + P, H, K, V] fp32
     d_transitions,  # [M + P, H, K, K] fp32
-    table,
-    first,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    table, first, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     i, count, h, block = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
     left, right = tl.load(table + i).to(tl.int64), tl.load(table + count + i).to(tl.int64)
     piece, pieces = tl.load(table + 5 * count + i).to(tl.int64), tl.load(table + 6 * count + i)

@@ -29,19 +29,10 @@ def _node_grads(
     leaves,  # see tree.Tree
     pieces,
     OF_PAIRS,  # pieces whose queries see a node; those of initial slots come behind them
-    TOKENS,
-    M,
-    H,
-    L,
-    HEIGHTS,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
+    TOKENS, M, H, L, HEIGHTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     count = tl.num_programs(0)
     piece, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of_transition = tl.program_id(2) == 1

@@ -16,7 +16,7 @@ from lasp.kernels.triton.device import block_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import add_share, bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
-from lasp.kernels.triton.log_linear_delta.reads import level_weights, load_state
+from lasp.kernels.triton.log_linear_delta.reads import level_weights, load_state, node_at
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
@@ -39,26 +39,10 @@ def _query_grads(
     start,
     length,
     leaves,  # see tree.Tree
-    seen_pairs,
-    seen_heights,
-    lefts,
-    slots,
-    slots_first,
-    before,
-    TOKENS,
-    M,
-    I,
-    H,
-    L,
-    HEIGHTS,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
+    seen_pairs, seen_heights, lefts, slots, slots_first, before, TOKENS, M, I, H, L, HEIGHTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
     c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
@@ -81,8 +65,7 @@ def _query_grads(
     r = load_rows(rows, begin, here, h, H, kk, K).to(tl.float32)
     pairs = tl.load(leaves + 5 * M + leaf)
     for n in range(pairs):
-        pair, height = tl.load(seen_pairs + leaf * HEIGHTS + n), tl.load(seen_heights + leaf * HEIGHTS + n)
-        at = tl.load(lefts + pair).to(tl.int64) * H + h
+        at, height = node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS)
         t = tl.dot(doc, tl.trans(load_state(states, at, kk, vv, K, V).to(work)), input_precision=PRECISION)
         add_share(d_scales, LOG_C + 1 + height, tl.sum(r * t, axis=1), tokens, here, h, H, L, True)
         store_rows(kept_rows + height.to(tl.int64) * TOKENS * H * K, r.to(work), begin, here, h, H, kk, K)
@@ -102,8 +85,7 @@ def _query_grads(
             dr += t * scales_at(scales, seen_at, tokens, here, h, H, L)[:, None]
     for i in range(pairs):
         n = pairs - 1 - i
-        pair, height = tl.load(seen_pairs + leaf * HEIGHTS + n), tl.load(seen_heights + leaf * HEIGHTS + n)
-        at = tl.load(lefts + pair).to(tl.int64) * H + h
+        at, height = node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS)
         store_rows(kept_grads + height.to(tl.int64) * TOKENS * H * K, dr.to(work), begin, here, h, H, kk, K)
         t = tl.dot(doc, tl.trans(load_state(states, at, kk, vv, K, V).to(work)), input_precision=PRECISION)
         t *= scales_at(scales, LOG_C + 1 + height, tokens, here, h, H, L)[:, None]

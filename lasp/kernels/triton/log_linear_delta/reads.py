@@ -31,6 +31,13 @@ def level_weights(scales, tokens, here, levels, h, H, L, LOG_C: tl.constexpr):
 
 
 @triton.jit
+def node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS):
+    """Where the state of the n-th node that a leaf sees lies, and its height."""
+    pair, height = tl.load(seen_pairs + leaf * HEIGHTS + n), tl.load(seen_heights + leaf * HEIGHTS + n)
+    return tl.load(lefts + pair).to(tl.int64) * H + h, height
+
+
+@triton.jit
 def _reads(
     v,  # [tokens, H, V]
     rows,  # [tokens, H, K]: R
@@ -46,22 +53,10 @@ def _reads(
     seen_pairs,
     seen_heights,
     lefts,  # [P]: the pairs' left nodes
-    slots,
-    slots_first,
-    before,
-    M,
-    I,
-    H,
-    L,
-    HEIGHTS,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
+    slots, slots_first, before, M, I, H, L, HEIGHTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
     c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
@@ -73,8 +68,7 @@ def _reads(
     acc = tl.dot(p.to(work), vc, input_precision=PRECISION)
     r = load_rows(rows, begin, here, h, H, kk, K).to(tl.float32)
     for n in range(tl.load(leaves + 5 * M + leaf)):
-        pair, height = tl.load(seen_pairs + leaf * HEIGHTS + n), tl.load(seen_heights + leaf * HEIGHTS + n)
-        at = tl.load(lefts + pair).to(tl.int64) * H + h
+        at, height = node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS)
         s = load_state(states, at, kk, vv, K, V).to(work)
         scale = scales_at(scales, LOG_C + 1 + height, tokens, here, h, H, L)
         acc += tl.dot(r.to(work), s, input_precision=PRECISION) * scale[:, None]

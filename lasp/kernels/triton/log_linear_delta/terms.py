@@ -12,6 +12,15 @@ from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
 @triton.jit
+def load_gates(gates, at, c, C: tl.constexpr):
+    """A leaf's beta, b, e^b and e^{b_C - b}, [C] each, and e^{b_C}."""
+    gate = gates + at * 4 * C
+    beta, b = tl.load(gate + c).to(tl.float32), tl.load(gate + C + c)
+    from_start, to_end = tl.load(gate + 2 * C + c).to(tl.float32), tl.load(gate + 3 * C + c).to(tl.float32)
+    return beta, b, from_start, to_end, tl.load(gate + 3 * C - 1).to(tl.float32)
+
+
+@triton.jit
 def _terms(
     q,  # [tokens, Hq, K]
     k,
@@ -23,27 +32,15 @@ def _terms(
     reads,  # [tokens, H, C]: P
     states,  # [M + pairs, H, K, V] fp32
     transitions,  # [M + pairs, H, K, K] fp32
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
     c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     here = c < count
     work: tl.constexpr = ut.dtype.element_ty
-    gate = gates + (leaf * H + h) * 4 * C
-    beta = tl.load(gate + c).to(tl.float32)
-    from_start, to_end = tl.load(gate + 2 * C + c).to(tl.float32), tl.load(gate + 3 * C + c).to(tl.float32)
-    total = tl.load(gate + 3 * C - 1).to(tl.float32)
+    beta, _, from_start, to_end, total = load_gates(gates, leaf * H + h, c, C)
     kc = load_rows(k, begin, here, h // G, H // G, kk, K).to(tl.float32)
     qc = load_rows(q, begin, here, h // G, H // G, kk, K).to(tl.float32)
     t = load_rows(ut, begin, here, h, H, c, C)

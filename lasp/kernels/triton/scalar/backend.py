@@ -3,10 +3,11 @@
 Two answer: `portable` everywhere, `hopper.scalar` for the commonest heads on Hopper. Which, is chosen once a call.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
@@ -14,22 +15,19 @@ Saved = tuple[Tensor | None, ...]  # what a backend keeps of the gates
 
 
 class QueryGrads(NamedTuple):
-    """dq [B, T, H, K] for every value head, or [B, T, H / 2, K] of pairs of neighbours; with a learned gate also, of
-    q · dq, what came in with the state, and the pairs within chunks (see chunk_scan), [blocks, B, T, H] in partial
-    sums."""
+    """dq [B, T, H, K] for every value head, or [B, T, H / 2, K] of pairs of neighbours, and the decay's gradient, if it
+    is learned."""
 
     dq: Tensor
-    q_dq: Tensor | None
+    d_decay: Tensor | None
 
 
 class KeyValueGrads(NamedTuple):
-    """dk (as dq) and dv [B, T, H, V]; with a learned gate also, of v · dv, what came in with the state
-    [blocks, B, T, H], and <X, dX> at the tiles' ends [blocks, M, H], in partial sums."""
+    """dk (as dq), dv [B, T, H, V] and, if the decay is learned, what `query_grads` needs to know for its gradient."""
 
     dk: Tensor
     dv: Tensor
-    v_dv: Tensor | None
-    at_end: Tensor | None
+    known: Any
 
 
 class Backend(Protocol):
@@ -44,16 +42,13 @@ class Backend(Protocol):
     def tile_states_grad(self, q: Tensor, do: Tensor, saved: Saved) -> Tensor:
         """D [M, H, K, V] of every tile."""
 
-    def outputs(self, q: Tensor, k: Tensor, v: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
+    def outputs(self, x: LinearInputs, saved: Saved, initial: InitialStates) -> Tensor:
         """o [B, T, H, V], given the states that the tiles start from."""
 
-    def query_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, initial: InitialStates, ends: Tensor | None
-    ) -> QueryGrads:
-        """A forward scan. `ends` [M, H, K, V] asks for what a gate's gradient needs: it is filled with the states at
-        the tiles' ends."""
-
-    def key_value_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, d_final: InitialStates, ends: Tensor | None
-    ) -> KeyValueGrads:
+    def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
         """A reverse scan, given the gradients of the states that the tiles end with."""
+
+    def query_grads(
+        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, known: Any = None
+    ) -> QueryGrads:
+        """A forward scan, after the reverse one if the decay is learned."""

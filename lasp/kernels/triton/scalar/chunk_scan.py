@@ -53,9 +53,12 @@ def _read(a, x, dtype, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _pairs(p, others, own):
-    """Sums over the pairs of each token with earlier ones, less those with later ones."""
-    pairs = tl.where(own, 0.0, p * others)
+def _pairs(p, others, earlier):
+    """Sums over the pairs of each token with earlier ones, less those with later ones.
+
+    Where gates are steep, the places of `others` that are not of such a pair are out of range.
+    """
+    pairs = tl.where(earlier, p * others, 0.0)
     return tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
 
 
@@ -71,7 +74,7 @@ def _steps(
     dtype = c.dtype.element_ty
     HALF: tl.constexpr = dtype == tl.float16
     state_dtype = tl.float32 if HALF else dtype  # a state may exceed what fp16 holds
-    steep: tl.constexpr = tl.float32 if HALF else dtype  # nor has it small numbers
+    decayed_dtype: tl.constexpr = tl.float32 if HALF else dtype  # nor has it small numbers
     EXACT: tl.constexpr = "tf32x3" if HALF and SUMS else PRECISION  # of what must not add up over a tile
     PAIRS: tl.constexpr = SUMS and not REVERSE  # of a query and a key, with both of their scores
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -112,16 +115,16 @@ def _steps(
                 left, g, end = (end - g).to(tl.float32), g.to(tl.float32), end.to(tl.float32)
                 p *= tl.exp2(tl.where(seen, gap, float("-inf")))
                 if SUMS:
-                    scaled = (ac * tl.exp2(g)[:, None]).to(steep)
+                    scaled = (ac * tl.exp2(g)[:, None]).to(decayed_dtype)
                     yc = _read(scaled, x, state_dtype, EXACT)
                     inner = tl.sum(pc * yc, axis=1)
                     if PAIRS:
-                        inner += _pairs(p, tl.dot(pc, tl.trans(cc), input_precision=PRECISION), i_row == i_col)
+                        inner += _pairs(p, tl.dot(pc, tl.trans(cc), input_precision=PRECISION), i_row > i_col)
                 else:
                     yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION) * tl.exp2(g)[:, None]
                 yc = tl.dot(p.to(dtype), cc, yc, input_precision=PRECISION)
-                cc = (cc * tl.exp2(left)[:, None]).to(steep)
-                x = tl.dot(bt.to(steep), cc, x * tl.exp2(end), input_precision=EXACT)
+                cc = (cc * tl.exp2(left)[:, None]).to(decayed_dtype)
+                x = tl.dot(bt.to(decayed_dtype), cc, x * tl.exp2(end), input_precision=EXACT)
             else:
                 g, end = g.to(tl.float32), end.to(tl.float32)
                 read = tl.exp2(g - 0.5 * end)[:, None]
@@ -133,7 +136,7 @@ def _steps(
                     inner = tl.sum(pc * yc, axis=1)
                     if PAIRS:
                         others = tl.dot(pc, tl.trans(cc), input_precision=PRECISION) * read
-                        inner += _pairs(p, others, i_row == i_col)
+                        inner += _pairs(p, others, i_row > i_col)
                     yc += tl.dot(p.to(dtype), cc, input_precision=PRECISION) * read
                 else:
                     yc = tl.dot(ac.to(state_dtype), x.to(state_dtype), input_precision=PRECISION)
@@ -160,33 +163,16 @@ def _chunk_scan(
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC]: for sums, if SUMS
     products,  # [blocks, tokens, H]: those sums
-    ends,  # like local: the state at the tiles' ends, written forward and read in reverse, if SUMS
-    at_end,  # [blocks, M, H]: its product with the state's gradient there, written in reverse, if SUMS
-    owner,
-    start,
-    length,
-    scale,
-    state_scale,
-    TOKENS,
-    H,
-    GA,
-    GB,
-    GC,
-    GP,
-    DA: tl.constexpr,
-    DC: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MAX_LOG2_DECAY: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    first: tl.constexpr = TRANSPOSED and not REVERSE  # see pdl
+    d_local,  # like local and the next two: the gradient of the state at the tiles' ends, if SUMS and not REVERSE
+    d_incoming,
+    d_passed,
+    at_end,  # [blocks, M, H]: its product with the state there, likewise
+    owner, start, length, scale, state_scale, TOKENS, H, GA, GB, GC, GP,
+    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_LOG2_DECAY: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first: tl.constexpr = TRANSPOSED and not REVERSE and not SUMS  # see pdl
     if not first:
         griddepcontrol_wait()
     blocks: tl.constexpr = (DC + BC - 1) // BC  # neighbours, so that all but one find a and b in the cache
@@ -195,12 +181,8 @@ def _chunk_scan(
     rows, cols = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     state_place = cols[None, :] * DA + rows[:, None] if TRANSPOSED else rows[:, None] * DC + cols[None, :]
-    state_at = (tile * H + h) * DA * DC + state_place
     inside = (rows < DA)[:, None] & (cols < DC)[None, :]
     x = load_initial_state(local, incoming, passed, owner, tile, h, H, state_place, inside, None, DA, DC)
-    if SUMS and REVERSE:
-        end = tl.load(ends + state_at, mask=inside, other=0.0)
-        tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * end, axis=1), axis=0))
     x *= state_scale
     pairwise = False
     if DECAY != NONE:
@@ -218,7 +200,8 @@ def _chunk_scan(
     if first:
         griddepcontrol_wait()
     if SUMS and not REVERSE:
-        tl.store(ends + state_at, x, mask=inside)
+        d_end = load_initial_state(d_local, d_incoming, d_passed, owner, tile, h, H, state_place, inside, None, DA, DC)
+        tl.store(at_end + (block * tiles + tile) * H + h, tl.sum(tl.sum(x * d_end, axis=1), axis=0))
 
 
 def chunk_scan(
@@ -235,14 +218,13 @@ def chunk_scan(
     reverse: bool = False,
     transposed: bool = False,
     partner: Tensor | None = None,
-    ends: Tensor | None = None,
+    d_final: InitialStates | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [B, T, H, DC], for as many heads as the states have; with a partner (of dq it is q, of dv v) also the sums that
     gates need, [blocks, B, T, H].
 
-    initial: X before the scan, of every tile. A forward scan with a partner fills `ends` [M, H, K, V] with the states
-    at the tiles' ends, a reverse one reads them and gives their products with the states' gradients there, [blocks, M,
-    H].
+    initial: X before the scan, of every tile. With d_final, the gradients of the states that the tiles end with, a
+    forward scan also gives the products of both, [blocks, M, H].
     """
     (batch, tokens), (size_a, size_c), heads = c.shape[:2], (a.shape[3], c.shape[3]), initial.local.shape[1]
     width = min(block_of(size_c), config.widest)
@@ -251,11 +233,11 @@ def chunk_scan(
     products = at_end = None
     if partner is not None:
         products = initial.local.new_empty(blocks, batch, tokens, heads)
-        at_end = products.new_empty(blocks, tiles.count, heads) if reverse else None
+        at_end = None if reverse else products.new_empty(blocks, tiles.count, heads)
     groups = (1 if t is None else heads // t.shape[2] for t in (a, b, c, partner))
     launch(
         _chunk_scan, (tiles.count * blocks, heads),
-        a, b, c, gates, largest_decay, *initial, y, partner, products, ends, at_end,
+        a, b, c, gates, largest_decay, *initial, y, partner, products, *(d_final or (None,) * 3), at_end,
         tiles.owner, tiles.start, tiles.length, scale, 1 / scale if reverse else 1.0, batch * tokens, heads, *groups,
         DA=size_a, DC=size_c, BA=block_of(size_a), BC=width, C=config.chunk,
         DECAY=Decay.of(gates).value, REVERSE=reverse, TRANSPOSED=transposed, SUMS=partner is not None,

@@ -17,12 +17,9 @@ from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, bounded, sums_dty
 def _cumulate(
     decay,  # [tokens, H]
     cumulated,  # [tokens, H]
-    start,
-    length,
-    H,
-    BH: tl.constexpr,
-    C: tl.constexpr,
-):
+    start, length, H,
+    BH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
     griddepcontrol_wait()
@@ -80,17 +77,9 @@ def _gate_grads(
     at_end,  # [EB, M, H]
     decay,  # [tokens, H]
     dg,  # [tokens, H]
-    start,
-    length,
-    TOKENS,
-    H,
-    BH: tl.constexpr,
-    C: tl.constexpr,
-    QB: tl.constexpr,
-    VB: tl.constexpr,
-    EB: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    start, length, TOKENS, H,
+    BH: tl.constexpr, C: tl.constexpr, QB: tl.constexpr, VB: tl.constexpr, EB: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     griddepcontrol_wait()
@@ -118,6 +107,47 @@ def _gate_grads(
         g = tl.load(decay + at, mask=here, other=0.0)
         tl.store(dg + at, unless_shut(from_here + carry[None, :], g).to(dg.dtype.element_ty), mask=here)
         carry += total
+
+
+@triton.jit
+def _chunk_gate_grads(
+    reads,  # [RB, tokens, H]
+    writes,  # [WB, tokens, H]
+    products,  # [PB, M, H, D]
+    decay,  # [tokens, H]
+    dg,  # [tokens, H]
+    start,
+    length,
+    TOKENS,
+    H,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    RB: tl.constexpr,
+    WB: tl.constexpr,
+    PB: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    griddepcontrol_wait()
+    begin, count = tl.load(start + chunk), tl.load(length + chunk)
+    place = tl.arange(0, C)
+    at = (begin + place)[:, None] * H + heads[None, :]
+    here = (place < count)[:, None] & (heads < H)[None, :]
+    g = tl.load(decay + at, mask=here, other=0.0)
+    passed = tl.zeros([BH], tl.float32)
+    for block in tl.static_range(PB):
+        rows = ((block * tl.num_programs(0) + chunk) * H + heads)[:, None] * D + tl.arange(0, D)[None, :]
+        passed += tl.sum(tl.load(products + rows, mask=(heads < H)[:, None], other=0.0), axis=1)
+    passed *= tl.exp(tl.sum(bounded(g), axis=0))
+    read, written = tl.zeros([C, BH], tl.float32), tl.zeros([C, BH], tl.float32)
+    for block in tl.static_range(RB):
+        read += tl.load(reads + tl.full([], block, tl.int64) * TOKENS * H + at, mask=here, other=0.0)
+    for block in tl.static_range(WB):
+        before = writes + tl.full([], block, tl.int64) * TOKENS * H + at - H
+        written += tl.load(before, mask=here & (place > 0)[:, None], other=0.0)
+    from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read + tl.cumsum(written, axis=0)
+    tl.store(dg + at, unless_shut(from_here + passed[None, :], g).to(dg.dtype.element_ty), mask=here)
 
 
 def cumulate(tiles: Tiles, decay: Tensor | None, v: Tensor, chunk: int) -> Tensor | None:
@@ -152,5 +182,24 @@ def gate_grads(tiles: Tiles, decay: Tensor, q_dq: Tensor, v_dv: Tensor, at_end: 
         q_dq, v_dv, at_end, decay, dg, tiles.start, tiles.length, decay.numel() // heads, heads,
         BH=block, C=chunk, QB=len(q_dq), VB=len(v_dv), EB=len(at_end), STAGES=3, num_warps=8,
         pdl=True,
+    )  # fmt: skip
+    return dg
+
+
+def chunk_gate_grads(chunks: Tiles, decay: Tensor, reads: Tensor, writes: Tensor, products: Tensor) -> Tensor:
+    """The same from what is known of every chunk, with X the state before it and G its gradient behind it:
+
+        dg_t = Σ_{j>=t} r_j + Σ_{j<t} u_j + e^{Σ g} <X, G>
+
+    reads, writes: r and u (see hopper.chunk_step) [blocks, B, T, H], products: <X, G> [blocks, chunks, H, D], in
+    partial sums.
+    """
+    dg, heads = torch.empty_like(decay), decay.shape[-1]
+    block = min(16, next_power_of_2(heads))
+    launch(
+        _chunk_gate_grads, (chunks.count, cdiv(heads, block)),
+        reads, writes, products, decay, dg, chunks.start, chunks.length, decay.numel() // heads, heads,
+        BH=block, C=chunks.size, D=products.shape[-1], RB=len(reads), WB=len(writes), PB=len(products),
+        num_warps=4, pdl=True,
     )  # fmt: skip
     return dg

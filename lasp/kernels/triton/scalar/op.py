@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lasp.kernels.inputs import LinearInputs
@@ -12,7 +11,6 @@ from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.device import GLUON
 from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
-from lasp.kernels.triton.scalar.gates import gate_grads
 from lasp.kernels.triton.scalar.portable import Portable
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import InitialStates, StatePassing
@@ -37,7 +35,7 @@ class TritonLinear:
     def finish(self, x: LinearInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
         x, kernels, saved, passing = partial
         initial, final_states = passing.enter(incoming.wait())
-        o = kernels.outputs(x.q, x.k, x.v, saved, initial)
+        o = kernels.outputs(x, saved, initial)
         return o, final_states, (passing.transitions, *initial, *saved)
 
     def summarize_grad(self, x: LinearInputs, kept: Kept, do: Tensor, wanted: bool):
@@ -51,13 +49,12 @@ class TritonLinear:
 
     def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         x, kernels, do, saved, initial, passing = partial
-        gate = x.decay if x.decay_class.learned else None
-        ends = None if gate is None else torch.empty_like(initial.local)
-        dq, q_dq = kernels.query_grads(x.q, x.k, x.v, do, saved, initial, ends)
+        learned = x.decay_class.learned
+        early = None if learned else kernels.query_grads(x, do, saved, initial)  # while what comes in is on its way
         d_final, d_incoming = passing.enter(d_outgoing.wait())
-        dk, dv, v_dv, at_end = kernels.key_value_grads(x.q, x.k, x.v, do, saved, d_final, ends)
-        d_gate = None if gate is None else gate_grads(kernels.tiles, gate, q_dq, v_dv, at_end)
-        grads = {"q": per_q_head(dq, x.q), "k": per_q_head(dk, x.q), "v": dv, "decay": d_gate}
+        dk, dv, known = kernels.key_value_grads(x, do, saved, d_final)
+        dq, d_decay = early or kernels.query_grads(x, do, saved, initial, known)
+        grads = {"q": per_q_head(dq, x.q), "k": per_q_head(dk, x.q), "v": dv, "decay": d_decay}
         return Gradients(grads, d_incoming)
 
     def _backend(self, x: LinearInputs) -> Backend:

@@ -1,14 +1,16 @@
 """The kernels of `scalar` for any GPU."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.scalar.backend import KeyValueGrads, QueryGrads, Saved
 from lasp.kernels.triton.scalar.chunk_scan import chunk_scan
 from lasp.kernels.triton.scalar.config import ScalarConfig
-from lasp.kernels.triton.scalar.gates import cumulate
+from lasp.kernels.triton.scalar.gates import cumulate, gate_grads
 from lasp.kernels.triton.scalar.tile_states import tile_states
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
@@ -29,26 +31,25 @@ class Portable:
     def tile_states_grad(self, q: Tensor, do: Tensor, saved: Saved) -> Tensor:
         return tile_states(self.tiles, q, do, saved[0], self.config, backward=True, scale=self.scale)[0]
 
-    def outputs(self, q: Tensor, k: Tensor, v: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
+    def outputs(self, x: LinearInputs, saved: Saved, initial: InitialStates) -> Tensor:
         gates, largest = saved
-        return chunk_scan(self.tiles, q, k, v, gates, largest, initial, self.scale, self.config)[0]
+        return chunk_scan(self.tiles, x.q, x.k, x.v, gates, largest, initial, self.scale, self.config)[0]
+
+    def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
+        gates, largest = saved
+        shared, partner = (gates, largest, d_final, self.scale, self.config), x.v if x.decay_class.learned else None
+        dv, writes, _ = chunk_scan(self.tiles, x.k, x.q, do, *shared, reverse=True, partner=partner)
+        dk, _, _ = chunk_scan(self.tiles, x.v, do, x.q, *shared, reverse=True, transposed=True)
+        return KeyValueGrads(dk, dv, (writes, d_final))
 
     def query_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, initial: InitialStates, ends: Tensor | None
+        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, known: Any = None
     ) -> QueryGrads:
-        (gates, largest), partner = saved, None if ends is None else q
-        dq, q_dq, _ = chunk_scan(
-            self.tiles, do, v, k, gates, largest, initial, self.scale, self.config,
-            transposed=True, partner=partner, ends=ends,
-        )  # fmt: skip
-        return QueryGrads(dq, q_dq)
-
-    def key_value_grads(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Saved, d_final: InitialStates, ends: Tensor | None
-    ) -> KeyValueGrads:
         gates, largest = saved
-        shared = gates, largest, d_final, self.scale, self.config
-        partner = None if ends is None else v
-        dv, v_dv, at_end = chunk_scan(self.tiles, k, q, do, *shared, reverse=True, partner=partner, ends=ends)
-        dk, _, _ = chunk_scan(self.tiles, v, do, q, *shared, reverse=True, transposed=True)
-        return KeyValueGrads(dk, dv, v_dv, at_end)
+        shared = gates, largest, initial, self.scale, self.config
+        if known is None:
+            return QueryGrads(chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True)[0], None)
+        writes, d_final = known
+        dq, reads, at_end = chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True, partner=x.q, d_final=d_final)
+        assert x.decay is not None and reads is not None and at_end is not None
+        return QueryGrads(dq, gate_grads(self.tiles, x.decay, reads, writes, at_end))

@@ -30,20 +30,10 @@ def _states(
     states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
     largest_decay,  # [M, H] fp32: the largest log2 decay of their chunks, negated, written forward
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     block = tl.program_id(2)
     rows = (block % tl.cdiv(K, BK)) * BK + tl.arange(0, BK)

@@ -92,14 +92,9 @@ def _add_incoming(
     local,  # [M, H, K, V]: see InitialStates
     incoming,  # [N, H, K, V]
     passed,  # [M, H, K, K]
-    owner,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    owner, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     segment = tl.load(owner + tile).to(tl.int64)
     rows, cols = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)

@@ -35,13 +35,9 @@ def _pass_states(
     totals,  # [N, H] or [N, H, K] and that of all of a segment
     first,  # [N + 1] tiles of each segment
     H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    TRANSITION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TRANSITION: tl.constexpr,
     REVERSE: tl.constexpr,
-):
+):  # fmt: skip
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     block = tl.program_id(2)
     rows = (block // tl.cdiv(V, BV)) * BK + tl.arange(0, BK)

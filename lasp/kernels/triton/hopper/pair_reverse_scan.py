@@ -1,0 +1,273 @@
+"""The reverse scan of reverse_scan for two heads of 64 columns of V: each of two groups of warps has one, dv and dk.
+
+dk of two heads that share q and k is their sum: one group adds what the other one hands it in shared memory.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lasp.kernels.decay import Decay
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.hopper.chunk_step import write_copy
+from lasp.kernels.triton.hopper.layouts import rows_layout, shared_layout
+from lasp.kernels.triton.hopper.reverse_step import head_room, sum_of_pairs, written
+from lasp.kernels.triton.hopper.ring import make_ring
+from lasp.kernels.triton.hopper.shared import (
+    GATES_SHARED,
+    HALF,
+    MMA,
+    REGISTERS,
+    Behind,
+    C,
+    barrier,
+    clear_tail,
+    load_gates,
+    load_initial_state,
+    rows_of,
+    send_rows,
+    whole_decay,
+)
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import NONE
+from lasp.kernels.triton.shared.state_passing import InitialStates
+
+
+@gluon.jit
+def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
+    q_rows, k_rows, v_rows, do_rows = buffers
+    K: gl.constexpr = q_rows.shape[2]
+    OWN: gl.constexpr = q_rows.shape[0] // ring.stages  # heads whose q and k are not the same
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        row = begin.to(gl.int32) + (chunks - 1 - step) * C
+        filled, stage = ring.acquire(step), step % ring.stages
+        mbarrier.expect(filled, 4 * C * (OWN * K + 2 * HALF))
+        for n in gl.static_range(OWN):
+            tma.async_copy_global_to_shared(k, [row, (h + n) // G * K], filled, k_rows.index(OWN * stage + n))
+            tma.async_copy_global_to_shared(q, [row, (h + n) // G * K], filled, q_rows.index(OWN * stage + n))
+        for n in gl.static_range(2):
+            tma.async_copy_global_to_shared(v, [row, (h + n) * HALF], filled, v_rows.index(2 * stage + n))
+            tma.async_copy_global_to_shared(do, [row, (h + n) * HALF], filled, do_rows.index(2 * stage + n))
+
+
+@gluon.jit
+def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, SUMS: gl.constexpr):
+    buffers, x_copies, dv_outputs, dk_outputs, gates_copies, ring, joint = shared
+    gates, initial, dk, dk_rows, dv, dv_rows, products, behind, behind_ups = tensors
+    begin, count, chunk, h, scale, H = numbers
+    q_rows, k_rows, v_rows, do_rows = buffers
+    K: gl.constexpr = q_rows.shape[2]
+    OWN: gl.constexpr = q_rows.shape[0] // ring.stages
+    SHARED_KEYS: gl.constexpr = OWN == 1
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    dtype: gl.constexpr = q_rows.dtype
+    h += PART
+    copy, gs = x_copies.index(PART), gates_copies.index(PART)
+    dv_out, dk_out = dv_outputs.index(PART), dk_outputs.index(PART if OWN == 2 else 0)
+    summed: gl.constexpr = 2 if SHARED_KEYS else 1  # heads, in dk
+    dk_col, dk_stride = h // summed * K, H // summed * K
+    dk += begin * dk_stride + dk_col
+    dv += (begin * H + h) * HALF
+    row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
+    seen = row[:, None] <= col[None, :]
+    at = gl.arange(0, K, layout=ROW)[:, None] * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))[None, :]
+    chunks = gl.cdiv(count, C)
+    griddepcontrol_wait()
+    x = load_initial_state(initial, at, gl.program_id(0).to(gl.int64), h, H, K * HALF) / scale
+    up = write_copy(x, copy)
+    before = gl.zeros([1], gl.float32, ROW)
+    if DECAY != NONE:
+        g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
+        gs.store(g)
+    fence_async_shared()
+    barrier()
+    for step in range(chunks):
+        i = chunks - 1 - step
+        stage = step % ring.stages
+        own = OWN * stage + (PART if OWN == 2 else 0)
+        qc, kc, vc, doc = (
+            q_rows.index(own),
+            k_rows.index(own),
+            v_rows.index(2 * stage + PART),
+            do_rows.index(2 * stage + PART),
+        )
+        if DECAY != NONE:
+            g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
+        if SUMS:
+            place = (chunk + i) * H + h
+            tma.async_copy_shared_to_global(behind, [(place * K).to(gl.int32), 0], copy)
+            if dtype == gl.float16:
+                gl.store(behind_ups + place, up * gl.max(gl.exp2(before), axis=0))
+        ring.wait(step)
+        if count - i * C < C:  # both groups write the same zeros
+            clear_tail(qc, i, count, rows_layout(K))
+            clear_tail(kc, i, count, rows_layout(K))
+            clear_tail(vc, i, count, rows_layout(HALF))
+            clear_tail(doc, i, count, rows_layout(HALF))
+            fence_async_shared()
+            barrier()
+        if DECAY != NONE:
+            end = whole_decay(gs, ROW)
+            if dtype == gl.float16:
+                end = end - head_room(gs, ROW, dtype) + before
+            x *= gl.exp2(end)[:, None]
+        nothing = gl.zeros([C, C], gl.float32, MMA)
+        scores = warpgroup_mma(kc, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        others = warpgroup_mma(vc, doc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        dvc = warpgroup_mma(kc, copy, nothing, use_acc=False, is_async=True)
+        weights = gl.where(seen, 1.0, 0.0)
+        read = gl.full([C], 1.0, gl.float32, ROW)
+        if DECAY != NONE:
+            g_row = gs.load(ROW)
+            gap = gs.load(gl.SliceLayout(0, MMA))[None, :] - g_row[:, None]
+            weights = gl.exp2(gl.where(seen, gap, float("-inf")))
+            read = gl.exp2(whole_decay(gs, ROW) - g_row + before)
+        read *= up
+        scores, others, dvc = warpgroup_mma_wait(0, deps=(scores, others, dvc))
+        scores *= weights
+        left = gl.convert_layout(scores.to(dtype), LEFT)
+        other_left = gl.convert_layout((others * weights).to(dtype), LEFT)
+        sums = sum_of_pairs(scores, others) if SUMS else read
+        if DECAY == NONE:
+            x = warpgroup_mma(qc.permute((1, 0)), doc, x, is_async=True)
+        else:
+            x = warpgroup_mma(written(qc, gs, LEFT), doc, x, is_async=True)
+        dvc *= read[:, None]
+        if SUMS:
+            sums += gl.sum(vc.load(MMA).to(gl.float32) * dvc, axis=1)
+            gl.store(products + (begin + i * C + row) * H + h, sums * scale, mask=i * C + row < count)
+        dvc = warpgroup_mma(left, doc, dvc, is_async=True)
+        if DECAY != NONE:
+            before = head_room(gs, ROW, dtype)
+            gs.store(g)
+        x, dvc = warpgroup_mma_wait(0, deps=(x, dvc))
+        tma.store_wait(0)  # all that has been given of this step and the one before is out
+        barrier()
+        dv_out.store((dvc * scale).to(dtype))
+        if SHARED_KEYS:
+            if PART == 0:
+                joint.release(step, pred=step > 0)
+            else:
+                joint.acquire(step)
+        for piece in gl.static_range(K // HALF):
+            keys = copy.slice(piece * HALF, HALF, dim=0)
+            dkc = warpgroup_mma(vc, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dkc = warpgroup_mma_wait(0, deps=(dkc,)) * read[:, None]
+            dkc = warpgroup_mma(other_left, qc.slice(piece * HALF, HALF, dim=1), dkc, is_async=True)
+            dkc = warpgroup_mma_wait(0, deps=(dkc,)) * scale
+            out = dk_out.slice(piece * HALF, HALF, dim=1)
+            if SHARED_KEYS and PART == 0:
+                if piece == 0:
+                    joint.wait(step)
+                dkc += out.load(MMA).to(gl.float32)
+            out.store(dkc.to(dtype))
+        up = write_copy(x, copy)
+        if SHARED_KEYS and PART == 1:
+            barrier()
+            mbarrier.arrive(joint.full.index(0), count=1)
+        fence_async_shared()
+        barrier()
+        ring.release(step)
+        send_rows(dv, dv_rows, dv_out, begin, i, count, h * HALF, H * HALF, rows_layout(HALF))
+        if not SHARED_KEYS or PART == 0:
+            send_rows(dk, dk_rows, dk_out, begin, i, count, dk_col, dk_stride, rows_layout(K))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _pair_reverse_scan(
+    q,  # rows of [tokens, H // G, K]
+    k,
+    v,  # rows of [tokens, H, 64]
+    do,
+    gates,  # see gates.cumulate
+    local,  # [M, H, K, 64]: X · scale before the scan, with the next two: see InitialStates
+    incoming,  # [N, H, K, 64]
+    passed,  # [M, H]
+    dk,  # [tokens, H, K], or of pairs of heads
+    dv,  # [tokens, H, 64]
+    dk_rows,  # rows of them
+    dv_rows,
+    products,  # [tokens, H]: see chunk_step, if SUMS
+    behind,  # [chunks, H, K, 64] by rows: X behind every chunk, rounded, if SUMS
+    behind_ups,  # [chunks, H]: its factors, if it is fp16
+    owner,
+    start,
+    length,
+    first_chunk,  # [M]
+    scale,
+    H,
+    G,
+    K: gl.constexpr,
+    OWN: gl.constexpr,  # heads of a program whose q and k are not the same
+    DECAY: gl.constexpr,
+    SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    tile, h = gl.program_id(0), 2 * gl.program_id(1)
+    begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    chunk = gl.load(first_chunk + tile) if SUMS else begin
+    dtype: gl.constexpr = q.dtype
+    q_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, K], shared_layout(K))
+    k_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, K], shared_layout(K))
+    v_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], shared_layout(HALF))
+    do_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], shared_layout(HALF))
+    x_copies = gl.allocate_shared_memory(dtype, [2, K, HALF], shared_layout(HALF))
+    dv_outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], shared_layout(HALF))
+    dk_outputs = gl.allocate_shared_memory(dtype, [OWN, C, K], shared_layout(K))
+    gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
+    ring, joint = make_ring(STAGES), make_ring(1, 1)
+    buffers = (q_rows, k_rows, v_rows, do_rows)
+    shared = (buffers, x_copies, dv_outputs, dk_outputs, gates_copies, ring, joint)
+    tensors = (gates, (local, incoming, passed, owner), dk, dk_rows, dv, dv_rows, products, behind, behind_ups)
+    numbers = (begin, count, chunk, h, scale, H)
+    gl.warp_specialize(
+        [
+            (_compute, (shared, tensors, numbers, 0, DECAY, SUMS)),
+            (_compute, (shared, tensors, numbers, 1, DECAY, SUMS)),
+            (_fetch, (q, k, v, do, buffers, ring, begin, count, h, G)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+def pair_reverse_scan(
+    tiles: Tiles,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    gates: Tensor | None,
+    initial: InitialStates,
+    scale: float,
+    behind: Behind | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk [B, T, H, K], or [B, T, H / 2, K] of two heads that share q and k, and dv [B, T, H, 64]. With `behind`, which
+    it fills, also what gates need, [1, B, T, H]."""
+    (batch, tokens, heads, size_v), (q_heads, size_k) = v.shape, q.shape[2:]
+    own = 1 if heads // q_heads % 2 == 0 else 2
+    dk, dv = v.new_empty(batch, tokens, heads * own // 2, size_k), v.new_empty(v.shape)
+    products = states = ups = first_chunk = None
+    if behind is not None:
+        products = initial.local.new_empty(1, batch, tokens, heads)
+        states, ups, first_chunk = behind.rows(size_k, size_v), behind.ups, behind.first_chunk
+    launch(
+        _pair_reverse_scan, (tiles.count, heads // 2),
+        rows_of(q, size_k), rows_of(k, size_k), rows_of(v, size_v), rows_of(do, size_v), gates, *initial,
+        dk, dv, rows_of(dk, size_k), rows_of(dv, size_v), products, states, ups,
+        tiles.owner, tiles.start, tiles.length, first_chunk, scale, heads, heads // q_heads,
+        K=size_k, OWN=own, DECAY=Decay.of(gates).value, SUMS=behind is not None, STAGES=2, num_warps=4,
+        pdl=True,
+    )  # fmt: skip
+    return dk, dv, products

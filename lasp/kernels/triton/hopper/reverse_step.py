@@ -1,0 +1,33 @@
+"""What a chunk of both reverse scans has in common."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lasp.kernels.triton.hopper.shared import C
+
+
+@gluon.jit
+def head_room(gs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
+    """A power of two near the largest weight with which a chunk is written into a state, that of its first token, as a
+    logarithm, [1]: taken out of the weights, since fp16 has no small numbers."""
+    if dtype == gl.float16:
+        return gl.floor(gs.slice(0, 1).load(LAYOUT))
+    else:
+        return gl.zeros([1], gl.float32, LAYOUT)
+
+
+@gluon.jit
+def written(queries, gs, LEFT: gl.constexpr):
+    """w_j q_j, a product's first operand, from [C, K]."""
+    PLACE: gl.constexpr = gl.SliceLayout(0, LEFT)
+    weights = gl.exp2(gs.load(PLACE) - head_room(gs, PLACE, queries.dtype))
+    return (queries.permute((1, 0)).load(LEFT) * weights[None, :]).to(queries.dtype)
+
+
+@gluon.jit
+def sum_of_pairs(scores, others):
+    """Σ_{i>j} E_ij - Σ_{i<j} E_ji of every token j (see chunk_step), [C], from both scores of pairs, keys by rows."""
+    ROW: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=gl.SliceLayout(0, scores.type.layout))
+    pairs = gl.where(row[:, None] == col[None, :], 0.0, scores * others)
+    return gl.sum(pairs, axis=1) - gl.convert_layout(gl.sum(pairs, axis=0), ROW)
