@@ -7,7 +7,9 @@ those of a launch. As there, a kernel that needs more shared memory than there i
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +30,6 @@ EVERYWHERE = {  # kernels that Hopper has no others for
     "delta.secondary._secondary_scores",
     "delta.secondary._secondary_gradients",
     "diagonal.states._scan_states",
-    "diagonal.outputs._walk",  # where something comes in
     "diagonal.secondary._secondary_outputs",
     "diagonal.secondary._secondary_gradients",
 }
@@ -53,6 +54,15 @@ CASES = {  # tokens; whose decay is none, one a head, one a token or one a chann
         (64, "diagonal", False, WIDE),
     ],
 }
+
+
+def constant_operands(ptx: str) -> set[str]:
+    """Registers that are constants and with which more than one product begins: ptxas of CUDA 12.8 has set such a one
+    only after the first product that read it."""
+    operands = re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, *\{([^}]*)\}", ptx)
+    constants = re.findall(r"mov\.[bu](?:16|32)\s+(%\w+), -?\d+;", ptx)
+    read = Counter(register.strip() for four in operands for register in four.split(","))
+    return {register for register in constants if read[register] > 1}
 
 
 def name_of(kernel: JITFunction) -> str:
@@ -138,5 +148,6 @@ if __name__ == "__main__":
             "compiled": len(asm),
             "multiplies": all("wgmma" in ptx or "mma.sync" in ptx for ptx in asm),
             "waits": all("griddepcontrol.wait" in ptx for ptx in asm),
+            "constants": sum(len(constant_operands(ptx)) for ptx in asm),
         }
         print(json.dumps(facts))

@@ -48,6 +48,7 @@ def test_what_hopper_launches_is_for_it_and_compiles(kind):
     assert hopper_launches.strangers({kernel["name"] for kernel in kernels}) == set()
     for kernel in kernels:
         assert kernel["multiplies"] and kernel["waits"], kernel  # see lasp.kernels.triton.pdl
+        assert kernel["constants"] == 0, kernel
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from lasp.kernels.inputs import LinearInputs
-
 MAX_HEAD = 256
 ROOMY = 160 * 2**10  # bytes of shared memory, as on A100 and H100
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,14 +32,8 @@ def block_of(size: int) -> int:
 
 
 def for_hopper(k: Tensor, v: Tensor) -> bool:
-    """Whether scans of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
+    """Whether vector gates have kernels for Hopper, with such tensors. "meta" stands for the current GPU."""
     return on_hopper(v) and k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
-
-
-def vector_gates_for_hopper(x: LinearInputs) -> bool:
-    """Whether kernels with a vector gate for Hopper serve: in grouped heads and packed documents, where these did not
-    give the same bits twice, the others do."""
-    return for_hopper(x.k, x.v) and x.q.shape[2] == x.v.shape[2] and x.segments.cu_seqlens is None
 
 
 def on_hopper(x: Tensor) -> bool:

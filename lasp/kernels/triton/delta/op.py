@@ -22,7 +22,7 @@ from lasp.kernels.summary import Summary
 from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms, summed_in_fp32
 from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
-from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors, vector_gates_for_hopper
+from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -63,7 +63,7 @@ class Plan:
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         cut, at_once = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device)), max(some, scans // tiles.count)
         kernels: Backend = Portable(cut, config) if hopper is None else Hopper(cut, hopper)
-        if decay == Decay.DIAGONAL and vector_gates_for_hopper(x):
+        if decay == Decay.DIAGONAL and for_hopper(x.k, x.v):
             kernels = HopperDiagonal(cut, HopperLaunch.of(key_dim, value_dim), config)
         steps = (n for n in range(group, parts, -parts) if group % n == 0 and rows // n >= at_once)
         return cls(

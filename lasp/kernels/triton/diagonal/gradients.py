@@ -10,6 +10,7 @@ appears twice with the same rounding: q̃, k̃ and dP are rounded before any of 
 q̃ and k̃.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -131,10 +132,12 @@ def gate_sums(here, past, BY_PRODUCTS: tl.constexpr):
 
 
 def gradients(
-    tiles: Tiles, x: Rescaled, v: Tensor, decay: Tensor, do: Tensor, before: Tensor, after: Tensor,
-    dg: Tensor, scale: float, config: DiagonalConfig,
-) -> None:  # fmt: skip
-    """Writes dg and, into x.q and x.k, dq and dk, per value head; of secondary chunks all but what is local to them."""
+    tiles: Tiles, x: Rescaled, v: Tensor, decay: Tensor, do: Tensor, before: Tensor, after: Tensor, scale: float,
+    config: DiagonalConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq and dk, in the places of x.q and x.k, per value head, and dg; of secondary chunks all but what is local to
+    them."""
+    dg = torch.empty_like(decay)
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     chunks = cdiv(tiles.size, config.chunk)
     launch(
@@ -145,3 +148,4 @@ def gradients(
         C=config.chunk, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,
         BY_PRODUCTS=config.sums_by_products, num_stages=config.gradients.stages, num_warps=config.gradients.warps,
     )  # fmt: skip
+    return x.q, x.k, dg

@@ -7,6 +7,7 @@ gradient G for those of the values.
 (see rescale).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,19 +76,21 @@ def _walk(
         state = tl.dot(tl.trans(bc), cc, state, input_precision=PRECISION) * tl.exp(half * end)
 
 
-def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, o: Tensor, config: DiagonalConfig) -> None:
-    """Writes o [B, T, H, V], for secondary chunks without what their tokens read of each other."""
+def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, config: DiagonalConfig) -> Tensor:
+    """o [B, T, H, V], for secondary chunks without what their tokens read of each other."""
+    o = torch.empty_like(v)
     _launch(tiles, x, (x.q, x.k, v), initial, o, None, config)
+    return o
 
 
 def value_grads(
-    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, dv: Tensor, config: DiagonalConfig
-) -> Tensor:
-    """Writes dv [B, T, H, V], likewise; returns G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the
-    gradients of the states that leave the tiles."""
-    grads = x.q.new_empty(*x.ends.shape, do.shape[3])
+    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, config: DiagonalConfig
+) -> tuple[Tensor, Tensor]:
+    """dv [B, T, H, V], likewise, and G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the gradients of
+    the states that leave the tiles."""
+    dv, grads = torch.empty_like(do), x.q.new_empty(*x.ends.shape, do.shape[3])
     _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, config)
-    return grads
+    return dv, grads
 
 
 def _launch(

@@ -19,7 +19,15 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
-from lasp.kernels.triton.hopper.diagonal_shared import bounded, chunk_of, cut_in_two, load_gates, ones, sums
+from lasp.kernels.triton.hopper.diagonal_shared import (
+    bounded,
+    chunk_of,
+    cut_in_two,
+    hidden_zero,
+    load_gates,
+    ones,
+    sums,
+)
 from lasp.kernels.triton.hopper.shared import (
     MMA,
     ROWS,
@@ -95,7 +103,9 @@ def _factors(
         exponent = warpgroup_mma_wait(0, deps=(sums(ones(False, False, half, dtype, SIZE), pieces, SIZE),))
         to_end = -exponent
         if steep:  # a difference of large sums has too few digits
-            to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, 0.0, dtype, SIZE), pieces, SIZE),))
+            to_end = warpgroup_mma_wait(
+                0, deps=(sums(ones(True, True, hidden_zero(scale), dtype, SIZE), pieces, SIZE),)
+            )
         barrier()
         rest = gl.exp(half * end)[None, :] if DELTA else gl.full([1, SIZE], 1.0, gl.float32, WIDE_MMA)
         mbarrier.wait(full.index(0), 0)

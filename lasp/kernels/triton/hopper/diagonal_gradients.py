@@ -11,6 +11,7 @@ chunk is steep,
 Without the delta rule u is v, there is no N, and e^{b_C/2} is in X and G.
 """
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,7 +30,15 @@ from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.delta_shared import give_tokens
-from lasp.kernels.triton.hopper.diagonal_shared import bounded, chunk_of, cut_in_two, load_gates, ones, sums
+from lasp.kernels.triton.hopper.diagonal_shared import (
+    bounded,
+    chunk_of,
+    cut_in_two,
+    hidden_zero,
+    load_gates,
+    ones,
+    sums,
+)
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
     HALF,
@@ -166,7 +175,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), kc)
 
     cut_in_two(bounded(g), pieces)
-    half = gl.where(steep, 0.0, 0.5)
+    half, zero = gl.where(steep, 0.0, 0.5), hidden_zero(scale)
     if DELTA:
         drv = drv.to(gl.float32)
         gl.store((dv + mine) + at_v, (betas[:, None] * drv).to(dtype), mask=here)
@@ -218,7 +227,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         cut_in_two(bounded(load_gates(decay + mine, count, H, HALF)), operands)
         fence_async_shared()
         barrier()
-        to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, 0.0, dtype, HALF), operands, HALF),))
+        to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, zero, dtype, HALF), operands, HALF),))
         barrier()
     read.store((_rows(qc, there) * gl.exp(exponent)).to(dtype))
     # What does not fit into registers.
@@ -258,8 +267,8 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     cut_in_two(change, pieces)
     fence_async_shared()
     barrier()
-    dg = sums(ones(True, False, 0.0, dtype, HALF), pieces, HALF)
-    dg = warpgroup_mma(ones(False, True, 0.0, dtype, HALF), before, dg, is_async=True)
+    dg = sums(ones(True, False, zero, dtype, HALF), pieces, HALF)
+    dg = warpgroup_mma(ones(False, True, zero, dtype, HALF), before, dg, is_async=True)
     dg = warpgroup_mma_wait(0, deps=(dg,))  # before a branch, which might move its registers
     summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
     if ADD or count < C:
@@ -320,12 +329,12 @@ def linear_gradients(
     rescaled: Rescaled,
     states: Tensor,
     grads: Tensor,
-    dg: Tensor,
     max_ln_decay: float,
-) -> tuple[Tensor, Tensor]:
-    """dq and dk [B, T, H, K], in the places of q̃ and k̃; writes dg: see diagonal.gradients."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq and dk [B, T, H, K], in the places of q̃ and k̃, and dg: see diagonal.gradients."""
+    assert x.decay is not None
     heads, q_heads, half = x.v.shape[2], x.q.shape[2], HALF.value
-    chunks, dq, dk = cdiv(tiles.size, C.value), rescaled.q, rescaled.k
+    chunks, dq, dk, dg = cdiv(tiles.size, C.value), rescaled.q, rescaled.k, torch.empty_like(x.decay)
     launch(
         _diagonal_gradients, (2 * chunks * tiles.count, heads),
         rows_of(x.q, half), rows_of(x.k, half), rows_of(x.v, SIZE.value), rows_of(do, SIZE.value),
@@ -335,4 +344,4 @@ def linear_gradients(
         x.scale, chunks, heads, heads, heads // q_heads, 0, 1,
         DELTA=False, ADD=False, MAX_LN_DECAY=max_ln_decay, num_warps=4, pdl=True,
     )  # fmt: skip
-    return dq, dk
+    return dq, dk, dg

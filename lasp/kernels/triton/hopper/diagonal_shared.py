@@ -49,13 +49,20 @@ def cut_in_two(x, pieces):
 
 
 @gluon.jit
+def hidden_zero(x):
+    """Zero, which the compiler does not know (x: any number): see `ones`."""
+    return x * 0.0
+
+
+@gluon.jit
 def ones(REVERSE: gl.constexpr, STRICT: gl.constexpr, less, dtype: gl.constexpr, W: gl.constexpr):
     """[t, j], a product's first operand: 1 for tokens j up to t (in reverse from t on), if STRICT without t; minus
-    `less` throughout."""
+    `less` throughout, which must not be a constant: of operands in registers that are, ptxas of CUDA 12.8 sets some
+    only after the first product that reads them."""
     LEFT: gl.constexpr = gl.DotOperandLayout(0, mma_layout(W), 2)
     t, j = gl.arange(0, C, layout=gl.SliceLayout(1, LEFT))[:, None], gl.arange(0, C, layout=gl.SliceLayout(0, LEFT))
     gap = (j[None, :] - t) if REVERSE else (t - j[None, :])
-    return (gl.where(gap >= (1 if STRICT else 0), 1.0, 0.0) - less).to(dtype)
+    return gl.where(gap >= (1 if STRICT else 0), (1.0 - less).to(dtype), (0.0 - less).to(dtype))
 
 
 @gluon.jit

@@ -4,6 +4,7 @@ As in chunk_scan two groups of warps have half of a head's columns each. q̃ and
 rows decay, from chunk to chunk.
 """
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -185,16 +186,18 @@ def _walk(
     )
 
 
-def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, o: Tensor, max_ln_decay: float) -> None:
+def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, max_ln_decay: float) -> Tensor:
+    o = torch.empty_like(v)
     _launch(tiles, x, (x.q, x.k, v), initial, o, None, max_ln_decay)
+    return o
 
 
 def value_grads(
-    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, dv: Tensor, max_ln_decay: float
-) -> Tensor:
-    grads = x.q.new_empty(*x.ends.shape, SIZE.value)
+    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, max_ln_decay: float
+) -> tuple[Tensor, Tensor]:
+    dv, grads = torch.empty_like(do), x.q.new_empty(*x.ends.shape, SIZE.value)
     _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, max_ln_decay)
-    return grads
+    return dv, grads
 
 
 def _launch(
