@@ -27,7 +27,7 @@ ROOMS = {
     "scalar": {"", "shared"},
     "diagonal": {"", "shared"},
     "delta": {"", "shared", "diagonal"},
-    "hopper": {"", "shared", "scalar", "delta"},
+    "hopper": {"", "shared", "scalar", "diagonal", "delta"},
     "log_linear": {"", "shared", "scalar"},
     "log_linear_delta": {"", "shared", "delta", "log_linear"},
 }
@@ -35,6 +35,7 @@ KNOWS_ROOMS = {  # where one of them is chosen
     "lasp/kernels/triton/dispatch.py": {"scalar.op", "diagonal.op", "delta.op", "log_linear.op", "log_linear_delta.op"},
     "lasp/kernels/triton/decode.py": {"shared"},
     "lasp/kernels/triton/scalar/op.py": {"hopper.scalar"},
+    "lasp/kernels/triton/diagonal/op.py": {"hopper.diagonal"},
     "lasp/kernels/triton/delta/op.py": {"hopper.delta"},
 }
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet

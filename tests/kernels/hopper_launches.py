@@ -1,13 +1,15 @@
 """What ops launch on a Hopper GPU, and whether the kernels for Hopper among it compile, told without one:
 
-    python -m tests.kernels.hopper_launches linear|delta        a line of JSON for every kernel
+    python -m tests.kernels.hopper_launches KIND        a line of JSON for every kernel; KIND: see CASES
 
 An op runs as in lasp.kernels.triton.dispatch, on tensors without memory, so that kernels, arguments and constants are
 those of a launch. As there, a kernel that needs more shared memory than there is has fewer stages.
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +27,16 @@ EVERYWHERE = {  # kernels that Hopper has no others for
     "shared.matrix_passing._pass_by_matrix",
     "shared.operands._sum_heads",
     "shared.matrix_passing._add_incoming",
+    "delta.secondary._secondary_scores",
+    "delta.secondary._secondary_gradients",
+    "diagonal.states._scan_states",
+    "diagonal.secondary._secondary_outputs",
+    "diagonal.secondary._secondary_gradients",
 }
 SHARED_MEMORY = 227 * 1024
 HEADS = 16
 WIDE, SMALL = (16, 128, 128, torch.bfloat16), (8, 64, 64, torch.float16)  # q/k heads, K, V
-CASES = {  # tokens; whose decay is none, one a head or one a token; whether summaries are wanted; heads
+CASES = {  # tokens; whose decay is none, one a head, one a token or one a channel; whether summaries are wanted; heads
     "linear": [
         (65536, "none", True, WIDE),
         (65536, "constant", False, WIDE),
@@ -41,7 +48,21 @@ CASES = {  # tokens; whose decay is none, one a head or one a token; whether sum
         (64, "none", False, WIDE),  # in one tile: nothing comes in or is asked for
         (65536, "scalar", True, SMALL),
     ],
+    "diagonal": [(65536, "diagonal", wanted, WIDE) for wanted in (True, False)],
+    "diagonal delta": [
+        (65536, "diagonal", True, WIDE),
+        (64, "diagonal", False, WIDE),
+    ],
 }
+
+
+def constant_operands(ptx: str) -> set[str]:
+    """Registers that are constants and with which more than one product begins: ptxas of CUDA 12.8 has set such a one
+    only after the first product that read it."""
+    operands = re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, *\{([^}]*)\}", ptx)
+    constants = re.findall(r"mov\.[bu](?:16|32)\s+(%\w+), -?\d+;", ptx)
+    read = Counter(register.strip() for four in operands for register in four.split(","))
+    return {register for register in constants if read[register] > 1}
 
 
 def name_of(kernel: JITFunction) -> str:
@@ -89,6 +110,7 @@ def launches(kind: str) -> dict[str, list[Any]]:
     from lasp.kernels.segments import Segments
     from lasp.kernels.triton import dispatch, launch
     from lasp.kernels.triton.delta.op import TritonDelta
+    from lasp.kernels.triton.diagonal.op import TritonDiagonal
     from lasp.kernels.triton.scalar.op import TritonLinear
     from tests.parallel.inputs import inputs_of
 
@@ -105,13 +127,14 @@ def launches(kind: str) -> dict[str, list[Any]]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for tokens, decay, wanted, (q_heads, key_dim, value_dim, dtype) in CASES[kind]:
-        shape = {"none": None, "constant": (HEADS,), "scalar": (1, tokens, HEADS)}[decay]
+        rows = 1, tokens, HEADS
+        shape = {"none": None, "constant": (HEADS,), "scalar": rows, "diagonal": (*rows, key_dim)}[decay]
         gates = None if shape is None else empty(*shape, dtype=torch.float32)
         q, k = (empty(1, tokens, q_heads, key_dim, dtype=dtype) for _ in range(2))
         v = empty(1, tokens, HEADS, value_dim, dtype=dtype)
-        beta = empty(1, tokens, HEADS, dtype=dtype) if kind == "delta" else None
+        beta = empty(1, tokens, HEADS, dtype=dtype) if "delta" in kind else None
         x = inputs_of(q, k, v, gates, beta, key_dim**-0.5, Segments(1, tokens, None))
-        op = {"linear": TritonLinear, "delta": TritonDelta}[kind]()
+        op = {"linear": TritonLinear, "diagonal": TritonDiagonal}.get(kind, TritonDelta)()
         launch.run_dry(lambda op=op, x=x, wanted=wanted: dispatch.dry_run(op, x, wanted, backward=True))
     return found
 
@@ -125,5 +148,6 @@ if __name__ == "__main__":
             "compiled": len(asm),
             "multiplies": all("wgmma" in ptx or "mma.sync" in ptx for ptx in asm),
             "waits": all("griddepcontrol.wait" in ptx for ptx in asm),
+            "constants": sum(len(constant_operands(ptx)) for ptx in asm),
         }
         print(json.dumps(facts))

@@ -37,7 +37,7 @@ GATE_FLOOR = torch.finfo(torch.bfloat16).eps  # kernels sum differences of large
 DECAYS = {"none": None, "constant": 0.05, "scalar": 0.05, "open gate": 0.0, "closing gate": 50.0, "shut gates": 0.05}
 
 
-@pytest.mark.parametrize("kind", ["linear", "delta"])
+@pytest.mark.parametrize("kind", hopper_launches.CASES)
 def test_what_hopper_launches_is_for_it_and_compiles(kind):
     """Without a GPU: see hopper_launches."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -48,6 +48,7 @@ def test_what_hopper_launches_is_for_it_and_compiles(kind):
     assert hopper_launches.strangers({kernel["name"] for kernel in kernels}) == set()
     for kernel in kernels:
         assert kernel["multiplies"] and kernel["waits"], kernel  # see lasp.kernels.triton.pdl
+        assert kernel["constants"] == 0, kernel
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def block_of(size: int) -> int:
 
 
 def for_hopper(k: Tensor, v: Tensor) -> bool:
-    """Whether scans of such tensors have kernels for Hopper. On "meta", which stands for the current GPU, too."""
+    """Whether vector gates have kernels for Hopper, with such tensors. "meta" stands for the current GPU."""
     return on_hopper(v) and k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16
 
 

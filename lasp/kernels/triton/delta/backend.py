@@ -76,6 +76,7 @@ class Backend(Protocol):
     """The steps of one call. heads: some of them, or of the parts they have (see op.Plan)."""
 
     states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
+    adds_d_beta: bool  # beta's gradient is added up in fp32, from zero
 
     def terms(self, x: DeltaInputs) -> Terms:
         """What summaries need, early; `scores` may be missing."""

@@ -22,13 +22,13 @@ from lasp.kernels.summary import Summary
 from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms, summed_in_fp32
 from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
-from lasp.kernels.triton.device import GLUON, cdiv, multiprocessors
+from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 if GLUON:
-    from lasp.kernels.triton.hopper.delta import Hopper
+    from lasp.kernels.triton.hopper.delta import Hopper, HopperDiagonal
 
 ENOUGH_SCANS = 96  # scans of whole segments, if there are that many, are worth more than shorter ones with transitions
 SHORTEST_TILE = 256
@@ -62,10 +62,13 @@ class Plan:
         size = delta_tile_length(x, max(1, scans // some))
         tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
         cut, at_once = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device)), max(some, scans // tiles.count)
+        kernels: Backend = Portable(cut, config) if hopper is None else Hopper(cut, hopper)
+        if decay == Decay.DIAGONAL and for_hopper(x.k, x.v):
+            kernels = HopperDiagonal(cut, HopperLaunch.of(key_dim, value_dim), config)
         steps = (n for n in range(group, parts, -parts) if group % n == 0 and rows // n >= at_once)
         return cls(
             cut=cut,
-            kernels=Hopper(cut, hopper) if hopper is not None else Portable(cut, config),
+            kernels=kernels,
             one_tile=x.segments.cu_seqlens is None and tokens <= size,
             parts=parts,
             at_once=min(rows, at_once),
@@ -147,7 +150,7 @@ class TritonDelta:
             d_final, d_incoming = enter()
             plan.kernels.gradients(x, terms, do, room, d_final, passing.final, heads, grads)
         dq, dk = (per_q_head(d, x.q) for d in (grads.dq, grads.dk))
-        of = {"q": dq, "k": dk, "v": grads.dv, "decay": grads.d_decay, "beta": grads.d_beta}
+        of = {"q": dq, "k": dk, "v": grads.dv, "decay": grads.d_decay, "beta": grads.d_beta.to(x.beta.dtype)}
         return Gradients(of, d_incoming)
 
     @staticmethod
@@ -167,7 +170,9 @@ class TritonDelta:
         else:
             dq, dk = (x.q.new_empty(shape) for _ in range(2))
         d_decay = torch.empty_like(x.decay) if x.decay is not None and x.decay_class.learned else None
-        return Grads(dq, dk, torch.empty_like(x.v), d_decay, torch.empty_like(x.beta))
+        added = plan.kernels.adds_d_beta
+        d_beta = torch.zeros_like(x.beta, dtype=torch.float32) if added else torch.empty_like(x.beta)
+        return Grads(dq, dk, torch.empty_like(x.v), d_decay, d_beta)
 
     @staticmethod
     def _new_recomputed(x: DeltaInputs, plan: Plan, ut: Tensor) -> Recomputed:

@@ -25,6 +25,7 @@ class Portable:
     cut: Cut
     config: DeltaConfig
     states_at_once = 2
+    adds_d_beta = False
 
     def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:

@@ -1,8 +1,8 @@
 """Phase 3 backward with a diagonal decay: the gradients of one chunk, from the states before and after it.
 
-With q̃, k̃, X̃, G̃ and h of diagonal_chunk, P = tril(q̃ k̃ᵀ) and dP = tril(do vᵀ):
+With q̃, k̃, X̃, G̃ and h of rescale and dP = tril(do vᵀ):
 
-    dq̃ = do X̃ᵀ + dP k̃        dk̃ = v G̃ᵀ + dPᵀ q̃        dv = k̃ G̃ + Pᵀ do
+    dq̃ = do X̃ᵀ + dP k̃        dk̃ = v G̃ᵀ + dPᵀ q̃        (dv: see outputs)
     dg_t = Σ_{i>=t} (q̃_i ⊙ dq̃_i - k̃_i ⊙ (dPᵀ q̃)_i) + Σ_{i<t} k̃_i ⊙ (v G̃ᵀ)_i + e^{(1 - 2h) b_C} rowsum(X̃ ⊙ G̃)
 
 which is math §2 for one chunk, the boundary term rowsum(X ⊙ G) at its end written out so that little cancels. What does
@@ -10,6 +10,7 @@ appears twice with the same rounding: q̃, k̃ and dP are rounded before any of 
 q̃ and k̃.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,7 +33,6 @@ def _gradients(
     ln_chunk_decay,  # [slots, H] fp32
     before,  # [slots, H, K, V]: X̃
     after,  # [slots, H, K, V]: G̃
-    dv,  # [tokens, H, V]
     dg,  # [tokens, H, K]
     start,
     length,
@@ -57,34 +57,15 @@ def _gradients(
         here, token = i * C + tl.arange(0, C) < count, begin + i * C
         slot = (begin // C + tile + i) * H + h
         half = load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
-        dp, dpt, pt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+        dp, dpt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
         for at_v in range(0, V, BV):
             cols = at_v + tl.arange(0, BV)
             vc = load_rows(v, token, here, h, H, cols, V).to(operand)
             doc = load_rows(do, token, here, h, H, cols, V).to(operand)
             dp = tl.dot(doc, tl.trans(vc), dp, input_precision=PRECISION)
             dpt = tl.dot(vc, tl.trans(doc), dpt, input_precision=PRECISION)
-        for at_k in range(0, K, BK):
-            rows = at_k + tl.arange(0, BK)
-            qc = load_rows(q, token, here, h, H, rows, K)
-            kc = load_rows(k, token, here, h, H, rows, K)
-            pt = tl.dot(kc, tl.trans(qc), pt, input_precision=PRECISION)
         lower, upper = (first >= second) & (half > 0.0), (first <= second) & (half > 0.0)
-        dp, dpt, pt = (
-            tl.where(lower, dp, 0.0).to(operand),
-            tl.where(upper, dpt, 0.0).to(operand),
-            tl.where(upper, pt, 0.0).to(operand),
-        )
-
-        for at_v in range(0, V, BV):
-            cols = at_v + tl.arange(0, BV)
-            doc = load_rows(do, token, here, h, H, cols, V).to(operand)
-            dvc = tl.dot(pt, doc, input_precision=PRECISION)
-            for at_k in range(0, K, BK):
-                rows = at_k + tl.arange(0, BK)
-                gc = load_state(after, slot, rows, cols, K, V)
-                dvc = tl.dot(load_rows(k, token, here, h, H, rows, K), gc, dvc, input_precision=PRECISION)
-            store_rows(dv, dvc, token, here, h, H, cols, V)
+        dp, dpt = tl.where(lower, dp, 0.0).to(operand), tl.where(upper, dpt, 0.0).to(operand)
 
         for at_k in range(0, K, BK):
             rows = at_k + tl.arange(0, BK)
@@ -109,7 +90,7 @@ def _gradients(
             g = load_decays(decay, token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)
             store_rows(q, dqc * (scale * tl.exp(exponent)), token, here, h, H, rows, K)
-            exponent = tl.where(half > 0.0, between - exponent, 0.0)  # secondary chunks: see _secondary_gradients
+            exponent = tl.where(half > 0.0, -exponent, 0.0)  # secondary chunks: see _secondary_gradients
             store_rows(k, dkc * tl.exp(exponent), token, here, h, H, rows, K)
 
 
@@ -151,18 +132,20 @@ def gate_sums(here, past, BY_PRODUCTS: tl.constexpr):
 
 
 def gradients(
-    tiles: Tiles, x: Rescaled, v: Tensor, decay: Tensor, do: Tensor, before: Tensor, after: Tensor,
-    dv: Tensor, dg: Tensor, scale: float, config: DiagonalConfig,
-) -> None:  # fmt: skip
-    """Writes dv, dg and, into x.q and x.k, dq and dk, per value head; of secondary chunks all but what is local to
+    tiles: Tiles, x: Rescaled, v: Tensor, decay: Tensor, do: Tensor, before: Tensor, after: Tensor, scale: float,
+    config: DiagonalConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq and dk, in the places of x.q and x.k, per value head, and dg; of secondary chunks all but what is local to
     them."""
+    dg = torch.empty_like(decay)
     heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
     chunks = cdiv(tiles.size, config.chunk)
     launch(
         _gradients, (chunks * heads * tiles.count,),
-        x.q, x.k, v, do, decay, x.ends, x.ln_chunk_decay, before, after, dv, dg, tiles.start, tiles.length,
+        x.q, x.k, v, do, decay, x.ends, x.ln_chunk_decay, before, after, dg, tiles.start, tiles.length,
         scale, chunks, heads,
         K=key_dim, V=value_dim, BK=min(64, block_of(key_dim)), BV=min(config.gradients.columns, block_of(value_dim)),
         C=config.chunk, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,
         BY_PRODUCTS=config.sums_by_products, num_stages=config.gradients.stages, num_warps=config.gradients.warps,
     )  # fmt: skip
+    return x.q, x.k, dg

@@ -1,8 +1,13 @@
-"""Phase 3 forward with a diagonal decay: a tile's outputs, walking up with the state X in registers.
+"""Phase 3 with a diagonal decay, the walks with a state in registers: up with X for a tile's outputs, down with its
+gradient G for those of the values.
 
-o = q̃ X̃ + tril(q̃ k̃ᵀ) v        X <- e^{h b_C} (e^{(1 - 2h) b_C} X̃ + k̃ᵀ v)        (diagonal_chunk)
+    o = q̃ X̃ + tril(q̃ k̃ᵀ) v         X <- e^{h b_C} (e^{(1 - 2h) b_C} X̃ + k̃ᵀ v)        X̃ = e^{h b_C} X
+    dv = k̃ G̃ + triu(k̃ q̃ᵀ) do       G <- e^{h b_C} (e^{(1 - 2h) b_C} G̃ + q̃ᵀ do)       G̃ = e^{h b_C} G
+
+(see rescale).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,16 +21,17 @@ from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial
 
 
 @triton.jit
-def _outputs(
-    q,  # [tokens, H, K]: q̃
-    k,  # [tokens, H, K]: k̃
-    v,  # [tokens, H, V]
+def _walk(
+    a,  # [tokens, H, K]: q̃, down k̃
+    b,  # [tokens, H, K]: k̃, down q̃
+    c,  # [tokens, H, V]: v, down do
     ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     local,  # [M, H, K, V] fp32: see InitialStates
     incoming,
     passed,
-    o,  # [tokens, H, V]; without the second term in secondary chunks
+    y,  # [tokens, H, V]: o, down dv; without the second term in secondary chunks
+    chunk_states,  # [slots, H, K, V]: down, G̃ of every chunk
     owner,
     start,
     length,
@@ -35,6 +41,7 @@ def _outputs(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    DOWN: tl.constexpr,
     MAX_LN_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -45,32 +52,57 @@ def _outputs(
     inside = (rows < K)[:, None] & (cols < V)[None, :]
     at = rows[:, None] * V + cols[None, :]
     state = load_initial_state(local, incoming, passed, owner, tile, h, H, at, inside, rows, K, V)
-    operand: tl.constexpr = k.dtype.element_ty
-    for i in tl.range(0, tl.cdiv(count, C), num_stages=STAGES):
+    operand: tl.constexpr = b.dtype.element_ty
+    chunks = tl.cdiv(count, C)
+    for n in tl.range(0, chunks, num_stages=STAGES):
+        i = (chunks - 1 - n) if DOWN else n
         place = i * C + tl.arange(0, C)
         here, token = place < count, begin + i * C
         slot = (begin // C + tile + i) * H + h
-        qc = load_rows(q, token, here, h, H, rows, K)
-        kc = load_rows(k, token, here, h, H, rows, K)
-        vc = load_rows(v, token, here, h, H, cols, V).to(operand)
+        ac = load_rows(a, token, here, h, H, rows, K)
+        bc = load_rows(b, token, here, h, H, rows, K)
+        cc = load_rows(c, token, here, h, H, cols, V).to(operand)
         end, half = load_end(ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
-        p = tl.dot(qc, tl.trans(kc), input_precision=PRECISION)
-        p = tl.where((place[:, None] >= place[None, :]) & (half > 0.0), p, 0.0).to(operand)
+        p = tl.dot(ac, tl.trans(bc), input_precision=PRECISION)
+        seen = place[:, None] <= place[None, :] if DOWN else place[:, None] >= place[None, :]
+        p = tl.where(seen & (half > 0.0), p, 0.0).to(operand)
         state *= tl.exp(half * end)
-        oc = tl.dot(qc, state.to(operand), input_precision=PRECISION)
-        oc = tl.dot(p, vc, oc, input_precision=PRECISION)
-        store_rows(o, oc, token, here, h, H, cols, V)
+        if DOWN:
+            tl.store((chunk_states + slot * K * V) + at, state, mask=inside)
+        yc = tl.dot(ac, state.to(operand), input_precision=PRECISION)
+        yc = tl.dot(p, cc, yc, input_precision=PRECISION)
+        store_rows(y, yc, token, here, h, H, cols, V)
         state *= tl.exp((1.0 - 2.0 * half) * end)
-        state = tl.dot(tl.trans(kc), vc, state, input_precision=PRECISION) * tl.exp(half * end)
+        state = tl.dot(tl.trans(bc), cc, state, input_precision=PRECISION) * tl.exp(half * end)
 
 
-def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, o: Tensor, config: DiagonalConfig) -> None:
-    """Writes o [B, T, H, V], for secondary chunks without what their tokens read of each other."""
-    heads, key_dim, value_dim = *x.k.shape[2:], v.shape[3]
+def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, config: DiagonalConfig) -> Tensor:
+    """o [B, T, H, V], for secondary chunks without what their tokens read of each other."""
+    o = torch.empty_like(v)
+    _launch(tiles, x, (x.q, x.k, v), initial, o, None, config)
+    return o
+
+
+def value_grads(
+    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, config: DiagonalConfig
+) -> tuple[Tensor, Tensor]:
+    """dv [B, T, H, V], likewise, and G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the gradients of
+    the states that leave the tiles."""
+    dv, grads = torch.empty_like(do), x.q.new_empty(*x.ends.shape, do.shape[3])
+    _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, config)
+    return dv, grads
+
+
+def _launch(
+    tiles: Tiles, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
+    chunk_states: Tensor | None, config: DiagonalConfig,
+) -> None:  # fmt: skip
+    heads, key_dim, value_dim = *x.k.shape[2:], y.shape[3]
     block_v = min(block_of(value_dim), config.outputs.columns)
     launch(
-        _outputs, (tiles.count, heads, cdiv(value_dim, block_v)),
-        x.q, x.k, v, x.ends, x.ln_chunk_decay, *initial, o, tiles.owner, tiles.start, tiles.length, heads,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, MAX_LN_DECAY=config.max_ln_decay,
-        PRECISION=config.precision, STAGES=config.outputs.stages, num_warps=config.outputs.warps,
+        _walk, (tiles.count, heads, cdiv(value_dim, block_v)),
+        *rows, x.ends, x.ln_chunk_decay, *initial, y, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, DOWN=chunk_states is not None,
+        MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision, STAGES=config.outputs.stages,
+        num_warps=config.outputs.warps,
     )  # fmt: skip

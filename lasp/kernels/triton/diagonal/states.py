@@ -28,7 +28,7 @@ def _scan_states(
     incoming,
     passed,
     transitions,  # [M, H, K] fp32: the tiles' log decays, written forward
-    chunk_states,  # [slots, H, K, V]: X̃ (backward G̃) of every chunk, written if EACH_CHUNK
+    chunk_states,  # [slots, H, K, V]: X̃ of every chunk, written if EACH_CHUNK
     owner,
     start,
     length,
@@ -44,8 +44,7 @@ def _scan_states(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    first: tl.constexpr = EACH_CHUNK and not BACKWARD  # see pdl
-    if not first:
+    if not EACH_CHUNK:  # see pdl
         griddepcontrol_wait()
     tile, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, cols = tl.arange(0, BK), part * BV + tl.arange(0, BV)
@@ -72,9 +71,9 @@ def _scan_states(
         state = tl.dot(tl.trans(kc), vc, state * tl.exp((1.0 - half) * end), input_precision=PRECISION) * tl.exp(
             half * end
         )
-    if first:
+    if EACH_CHUNK:
         griddepcontrol_wait()
-    if not EACH_CHUNK:
+    else:
         tl.store((states + (tile * H + h) * K * V) + place, state, mask=inside)
     if not (EACH_CHUNK or BACKWARD):
         tl.store(transitions + (tile * H + h) * K + rows[:, None], total, mask=(rows < K)[:, None] & (part == 0))
@@ -99,13 +98,6 @@ def chunk_states(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, c
     """X̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
     states = x.k.new_empty(*x.ends.shape, v.shape[3])
     _launch(tiles, x.k, v, x, initial, None, states, config, backward=False)
-    return states
-
-
-def chunk_states_grad(tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, config: DiagonalConfig) -> Tensor:
-    """G̃ of every chunk, likewise, from the gradients of the states that leave the tiles."""
-    states = x.q.new_empty(*x.ends.shape, do.shape[3])
-    _launch(tiles, x.q, do, x, d_final, None, states, config, backward=True)
     return states
 
 

@@ -18,10 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_shared import (
+    channel_decays,
     columns_layout,
     fetch_gates,
     left_of,
@@ -45,25 +47,31 @@ from lasp.kernels.triton.hopper.shared import (
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
-from lasp.kernels.triton.shared.decay import NONE
+from lasp.kernels.triton.shared.decay import DIAGONAL, NONE
 
 
 @gluon.jit
-def _fetch(sources, buffers, ring, numbers, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr):
-    q, k, v, ut, gates = sources
-    q_rows, k_rows, v_rows, t_rows, lines = buffers
+def _fetch(sources, buffers, ring, numbers, K: gl.constexpr, V: gl.constexpr, MODE: gl.constexpr, DECAY: gl.constexpr):
+    q, k, written, v, ut, scores, gates, ends = sources
+    q_rows, k_rows, w_rows, v_rows, t_rows, p_rows, lines = buffers
     begin, count, chunk, h, v_column, H, G = numbers
-    row_bytes: gl.constexpr = 2 * (K + V + C + (K if MODE == OUTPUTS else 0))
+    APART: gl.constexpr = DECAY == DIAGONAL
+    row_bytes: gl.constexpr = 2 * (K + V + C + (K if MODE == OUTPUTS else 0) + (K if APART else 0))
+    score_bytes: gl.constexpr = 2 * C if MODE == OUTPUTS and APART else 0
     for i in range(gl.cdiv(count, C)):
         at = begin.to(gl.int32) + i * C
         filled, stage = ring.acquire(i), i % ring.stages
-        fetch_gates(gates, chunk + i, h, H, lines.index(stage), filled)
-        mbarrier.expect(filled, C * row_bytes)
+        fetch_gates(gates, ends, chunk + i, h, H, lines.index(stage), filled, K, DECAY)
+        mbarrier.expect(filled, C * (row_bytes + score_bytes))
         tma.async_copy_global_to_shared(k, [at, h // G * K], filled, k_rows.index(stage))
         tma.async_copy_global_to_shared(ut, [at, h * C], filled, t_rows.index(stage))
         tma.async_copy_global_to_shared(v, [at, v_column], filled, v_rows.index(stage))
         if MODE == OUTPUTS:
             tma.async_copy_global_to_shared(q, [at, h // G * K], filled, q_rows.index(stage))
+        if APART:
+            tma.async_copy_global_to_shared(written, [at, h // G * K], filled, w_rows.index(stage))
+            if MODE == OUTPUTS:
+                tma.async_copy_global_to_shared(scores, [at, h * C], filled, p_rows.index(stage))
 
 
 @gluon.jit
@@ -87,7 +95,9 @@ def _compute(
     V_ROWS: gl.constexpr = rows_layout(K, V, V)
     SCORE_ROWS: gl.constexpr = rows_layout(K, V, C)
     buffers, given, given_x, given_p, ring = shared
-    q_rows, k_rows, v_rows, t_rows, lines = buffers
+    q_rows, k_rows, w_rows, v_rows, t_rows, p_rows, lines = buffers
+    SCALARS: gl.constexpr = DECAY != NONE and DECAY != DIAGONAL
+    SCORING: gl.constexpr = MODE == OUTPUTS and DECAY != DIAGONAL  # else they are there
     initial, final, transitions, y, y_rows, states, scores, scores_rows = tensors
     begin, count, chunk, h, part, row, scale, H, HEADS = numbers
     dtype: gl.constexpr = k_rows.dtype
@@ -113,7 +123,8 @@ def _compute(
     nothing = gl.zeros([V, C], gl.float32, COLUMNS)
     for i in range(gl.cdiv(count, C)):
         stage = i % ring.stages
-        kc, tc = k_rows.index(stage), t_rows.index(stage)
+        kc, tc, wc = k_rows.index(stage), t_rows.index(stage), w_rows.index(stage)
+        pc = p_rows.index(stage) if MODE == OUTPUTS and DECAY == DIAGONAL else given_p
         betas, passed, from_starts, to_ends = split_gates(lines.index(stage))
         before = x.to(dtype)
         if MODE == STATES:
@@ -123,7 +134,7 @@ def _compute(
             state = ((chunk + i) * HEADS + row) * V
             tma.async_copy_shared_to_global(states, [state.to(gl.int32), 0], given_x)
         ring.wait(i)
-        if DECAY != NONE:
+        if SCALARS:
             x *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
         if count - i * C < C:
             clear_tail(kc, i, count, K_ROWS)
@@ -131,22 +142,27 @@ def _compute(
             clear_tail(v_rows.index(stage), i, count, V_ROWS)
             if MODE == OUTPUTS:
                 clear_tail(q_rows.index(stage), i, count, K_ROWS)
+            if DECAY == DIAGONAL:
+                clear_tail(wc, i, count, K_ROWS)
+                if MODE == OUTPUTS:
+                    clear_tail(pc, i, count, SCORE_ROWS)
             fence_async_shared()
             barrier()
         left = gl.convert_layout(before, COLUMNS_LEFT)
         r = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if MODE == OUTPUTS:
             qc = q_rows.index(stage)
+        if SCORING:
             p = warpgroup_mma(qc, kc.permute((1, 0)), none, use_acc=False, is_async=True)
         beta = betas.load(gl.SliceLayout(0, COLUMNS))
-        r = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(r,))
-        if DECAY != NONE:
+        r = warpgroup_mma_wait(1 if SCORING else 0, deps=(r,))
+        if SCALARS:
             read = from_starts.load(gl.SliceLayout(0, COLUMNS))
             r *= read[None, :]
         r = beta[None, :] * (v_rows.index(stage).permute((1, 0)).load(COLUMNS).to(gl.float32) - r)
         r = gl.convert_layout(r.to(dtype), COLUMNS_LEFT)
         u = warpgroup_mma(r, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if MODE == OUTPUTS:
+        if SCORING:
             p = warpgroup_mma_wait(1, deps=(p,)) * scale
             if DECAY != NONE:
                 down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
@@ -157,34 +173,39 @@ def _compute(
             barrier()
             if part == 0:
                 send_rows(scores, scores_rows, given_p, begin, i, count, h * C, H * C, SCORE_ROWS)
+        if MODE == OUTPUTS:
             yc = warpgroup_mma(left, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if DECAY == DIAGONAL:
+            x *= channel_decays(lines.index(stage), K, STATE)
         u = warpgroup_mma_wait(1 if MODE == OUTPUTS else 0, deps=(u,))
         written = u
-        if DECAY != NONE:
+        if SCALARS:
             written = u * to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
-        x = warpgroup_mma(gl.convert_layout(written.to(dtype), STATE_LEFT), kc, x, is_async=True)
+        x = warpgroup_mma(gl.convert_layout(written.to(dtype), STATE_LEFT), wc, x, is_async=True)
         if MODE == SUMMARY:
             left = gl.convert_layout(a.to(dtype), COLUMNS_LEFT)
             erased = warpgroup_mma(left, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            if DECAY != NONE:
+            if SCALARS:
                 a *= whole_decay(from_starts, gl.SliceLayout(1, STATE))[:, None]
+            if DECAY == DIAGONAL:
+                a *= channel_decays(lines.index(stage), K, STATE)
             x, erased = warpgroup_mma_wait(0, deps=(x, erased))
             forget = -betas.load(gl.SliceLayout(0, COLUMNS))
-            if DECAY != NONE:
+            if SCALARS:
                 forget *= from_starts.load(gl.SliceLayout(0, COLUMNS))
             erased = gl.convert_layout((forget[None, :] * erased).to(dtype), COLUMNS_LEFT)
             erased = warpgroup_mma(erased, tc.permute((1, 0)), nothing, use_acc=False, is_async=True)
             erased = warpgroup_mma_wait(0, deps=(erased,))
-            if DECAY != NONE:
+            if SCALARS:
                 erased *= to_ends.load(gl.SliceLayout(0, COLUMNS))[None, :]
-            a = warpgroup_mma(gl.convert_layout(erased.to(dtype), STATE_LEFT), kc, a, is_async=True)
+            a = warpgroup_mma(gl.convert_layout(erased.to(dtype), STATE_LEFT), wc, a, is_async=True)
             a = warpgroup_mma_wait(0, deps=(a,))
         if MODE == OUTPUTS:
             yc = warpgroup_mma_wait(1, deps=(yc,)) * scale
-            if DECAY != NONE:
+            if SCALARS:
                 yc *= read[None, :]
             u = gl.convert_layout(u.to(dtype), COLUMNS_LEFT)
-            yc = warpgroup_mma(u, given_p.permute((1, 0)), yc, is_async=True)
+            yc = warpgroup_mma(u, pc.permute((1, 0)), yc, is_async=True)
             x = warpgroup_mma_wait(1, deps=(x,))
             yc = warpgroup_mma_wait(0, deps=(yc,))
             out = given.index(0)
@@ -214,12 +235,14 @@ def _compute(
 
 @gluon.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _forward_scan(
-    q,  # rows of [tokens, H // G, K], for OUTPUTS
+    q,  # rows of [tokens, H // G, K], for OUTPUTS; q⁺, k⁺, k⁻ if DIAGONAL
     k,
+    written,
     v,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     ut,  # rows of [tokens, H, C]: T
-    scores,  # [tokens, H, C]: P is written to it, for OUTPUTS
+    scores,  # [tokens, H, C]: P, for OUTPUTS, written unless DIAGONAL
     scores_rows,  # rows of it
     initial,  # [M, H, K, WIDTH] fp32, for OUTPUTS and STATES, or None: zero
     final,  # likewise, the state at the tile's end, if FINAL
@@ -259,17 +282,24 @@ def _forward_scan(
     copies: gl.constexpr = 2 if MODE == STATES else 1
     given = gl.allocate_shared_memory(dtype, [copies, C, V], SHARED) if MODE >= OUTPUTS else k_rows
     given_x = gl.allocate_shared_memory(dtype, [V, K], SHARED) if MODE == STATES else k_rows
-    given_p = gl.allocate_shared_memory(dtype, [C, C], SHARED) if MODE == OUTPUTS else k_rows
+    w_rows = gl.allocate_shared_memory(dtype, [STAGES, C, K], SHARED) if DECAY == DIAGONAL else k_rows
+    p_rows, given_p = k_rows, k_rows
+    if MODE == OUTPUTS:
+        if DECAY == DIAGONAL:
+            p_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
+        else:
+            given_p = gl.allocate_shared_memory(dtype, [C, C], SHARED)
     ring = make_ring(STAGES, 1)
-    buffers = (q_rows, k_rows, v_rows, t_rows, lines)
+    buffers = (q_rows, k_rows, w_rows, v_rows, t_rows, p_rows, lines)
     shared = (buffers, given, given_x, given_p, ring)
     tensors = (initial, final, transitions, y, y_rows, states, scores, scores_rows)
     numbers = (begin, count, chunk, h, part, row, scale, H, HEADS)
-    sources, where = (q, k, v, ut, gates), (begin, count, chunk, h, h * WIDTH + part * V, H, G)
+    sources = (q, k, written, v, ut, scores_rows, gates, ends)
+    where = (begin, count, chunk, h, h * WIDTH + part * V, H, G)
     gl.warp_specialize(
         [
             (_compute, (shared, tensors, numbers, K, V, WIDTH, MODE, FINAL, DECAY)),
-            (_fetch, (sources, buffers, ring, where, K, V, MODE)),
+            (_fetch, (sources, buffers, ring, where, K, V, MODE, DECAY)),
         ],
         [1],
         [24],
@@ -293,17 +323,21 @@ def forward_scan(
 ) -> None:
     """Scans every tile and part of a head (of `rows`); `mode` says which of the tensors it fills: y is o or u. OUTPUTS
     fill terms.scores."""
-    outputs, (heads, value_dim), (q_heads, key_dim) = mode is OUTPUTS, x.v.shape[2:], x.k.shape[2:]
+    outputs, (heads, value_dim), (q_heads, key_dim) = mode is OUTPUTS, x.v.shape[2:], terms.factors.k.shape[2:]
+    diagonal = scan_decay(x.decay) == Decay.DIAGONAL
+    stages = 2 if diagonal and mode is not SUMMARY else how.stages(mode)
     scores = terms.scores if outputs else None
     parts = max(value_dim, key_dim) // how.columns if mode is SUMMARY else how.parts
     rows = rows or range(heads * parts)
     launch(
         _forward_scan, (cut.tiles.count, len(rows)),
-        rows_of(x.q, key_dim) if outputs else None, rows_of(x.k, key_dim), rows_of(x.v, how.columns),
-        terms.gates, rows_of(terms.ut, C.value), scores, None if scores is None else rows_of(scores, C.value),
-        initial, final, transitions, y, None if y is None else rows_of(y, how.columns),
-        None if states is None else states_of(states), cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,
+        rows_of(terms.factors.q, key_dim) if outputs else None, rows_of(terms.factors.k, key_dim),
+        rows_of(terms.factors.written, key_dim) if diagonal else None, rows_of(x.v, how.columns),
+        terms.gates, terms.factors.ends, rows_of(terms.ut, C.value),
+        scores, None if scores is None else rows_of(scores, C.value), initial, final, transitions,
+        y, None if y is None else rows_of(y, how.columns), None if states is None else states_of(states),
+        cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,
         heads, heads // q_heads, rows.start, rows.step,
         K=key_dim, V=how.columns, WIDTH=value_dim, PARTS=parts, MODE=mode.value, FINAL=final is not None,
-        DECAY=scan_decay(x.decay).value, STAGES=how.stages(mode), pdl=pdl, **how.options,
+        DECAY=scan_decay(x.decay).value, STAGES=stages, pdl=pdl, **how.options,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.triton.hopper.shared import SHARED, C, store_tokens
+from lasp.kernels.triton.shared.decay import DIAGONAL
 
 
 @gluon.constexpr_function
@@ -67,11 +68,18 @@ def states_of(x: Tensor) -> TensorDescriptor:
 
 
 @gluon.jit
-def fetch_gates(gates, chunk, h, H, line, filled):
-    """Has the one warp that calls it copy what ut_transform gave of a chunk, [4 C]. `filled` waits for that, too; it
-    must not be full before it is told so."""
-    place = gl.arange(0, 4 * C, layout=gl.BlockedLayout([4], [32], [1], [0]))
-    async_copy.async_copy_global_to_shared(line, gates + (chunk * H + h) * 4 * C + place)
+def fetch_gates(gates, ends, chunk, h, H, line, filled, K: gl.constexpr, DECAY: gl.constexpr):
+    """Has the one warp that calls it copy what ut_transform gave of a chunk, [4 C], or, if DIAGONAL, beta alone, and
+    b_C. `filled` waits for that, too; it must not be full before it is told so."""
+    gates += (chunk * H + h) * 4 * C
+    if DECAY == DIAGONAL:
+        place = gl.arange(0, C, layout=gl.BlockedLayout([2], [32], [1], [0]))
+        async_copy.async_copy_global_to_shared(line.slice(0, C), gates + place)
+        place = gl.arange(0, K, layout=gl.BlockedLayout([4], [32], [1], [0]))
+        async_copy.async_copy_global_to_shared(line.slice(2 * C, K), ends + (chunk * H + h) * K + place)
+    else:
+        place = gl.arange(0, 4 * C, layout=gl.BlockedLayout([4], [32], [1], [0]))
+        async_copy.async_copy_global_to_shared(line, gates + place)
     async_copy.mbarrier_arrive(filled)
 
 
@@ -79,6 +87,12 @@ def fetch_gates(gates, chunk, h, H, line, filled):
 def split_gates(line):
     """beta, b, e^b and e^{b_C - b} of a chunk, [C] each."""
     return line.slice(0, C), line.slice(C, C), line.slice(2 * C, C), line.slice(3 * C, C)
+
+
+@gluon.jit
+def channel_decays(line, K: gl.constexpr, STATE: gl.constexpr):
+    """A chunk's whole decay, if DIAGONAL, of a state's columns, [1, K]."""
+    return gl.exp(line.slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
 
 
 @gluon.jit

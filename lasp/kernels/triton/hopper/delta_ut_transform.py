@@ -16,7 +16,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.shared import GATES_SHARED, C, barrier
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
-from lasp.kernels.triton.shared.decay import NONE, scalar_decay
+from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, scalar_decay
 
 HALF = gl.constexpr(C.value // 2)
 QUARTER = gl.constexpr(C.value // 4)
@@ -60,10 +60,10 @@ def _product(a, b, work: gl.constexpr):
 
 
 @gluon.jit
-def _weights(s, lines, ROW: gl.constexpr, COL: gl.constexpr, DECAY: gl.constexpr):
+def _weights(s, lines, ROW: gl.constexpr, COL: gl.constexpr, SCALARS: gl.constexpr):
     """The block of L from a block of K Kᵀ that begins in these row and column."""
     s *= lines.slice(ROW, HALF).load(gl.SliceLayout(1, MMA))[:, None]
-    if DECAY != NONE:
+    if SCALARS:
         b_row = lines.slice(C + ROW, HALF).load(gl.SliceLayout(1, MMA))
         b_col = lines.slice(C + COL, HALF).load(gl.SliceLayout(0, MMA))
         s *= gl.exp(gl.minimum(b_row[:, None] - b_col[None, :], 0.0))
@@ -75,11 +75,11 @@ def _weights(s, lines, ROW: gl.constexpr, COL: gl.constexpr, DECAY: gl.constexpr
 
 @gluon.jit
 def _ut_transform(
-    k,  # [tokens, H // G, K]
+    k,  # [tokens, H // G, K]; if DIAGONAL [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i
     decay,  # [H] or [tokens, H]
     beta,  # [tokens, H]
     ut,  # [tokens, H, C]: the row of T that belongs to a token
-    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b and e^{b_C - b}
+    gates,  # [chunks, H, 4, C] fp32: beta, b, e^b and e^{b_C - b}; if DIAGONAL beta alone
     start,
     length,
     H,
@@ -90,31 +90,34 @@ def _ut_transform(
     griddepcontrol_wait()
     chunk, h = gl.program_id(0), gl.program_id(1)
     begin, count = gl.load(start + chunk), gl.load(length + chunk).to(gl.int32)
-    dtype: gl.constexpr = k.dtype.element_ty
-    KEY_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [2, 1], [1, 0])
-    k_rows = gl.allocate_shared_memory(dtype, [C, K], KEYS_SHARED)
+    dtype: gl.constexpr = ut.dtype.element_ty
+    SCALARS: gl.constexpr = DECAY != NONE and DECAY != DIAGONAL
     lines = gl.allocate_shared_memory(gl.float32, [2 * C], GATES_SHARED)
-    if K == C:
+    if DECAY != DIAGONAL:
+        k_rows = gl.allocate_shared_memory(dtype, [C, K], KEYS_SHARED)
+    if K == C or DECAY == DIAGONAL:
         room = gl.allocate_shared_memory(gl.float32, [2, C, HALF], FLAT)
     else:  # that of k, which has been read by then
         room = k_rows._reinterpret(gl.float32, [K // C, C, HALF], FLAT)
     weights = room.index(0)._reinterpret(gl.float32, [2, HALF, HALF], BY_COLUMNS)  # L's blocks on the diagonal
     inverses = room.index(1)
 
-    place, cols = (
-        gl.arange(0, C, layout=gl.SliceLayout(1, KEY_ROWS)),
-        gl.arange(0, K, layout=gl.SliceLayout(0, KEY_ROWS)),
-    )
-    first = k + (begin * (H // G) + h // G) * K
-    at = (place * (H // G * K))[:, None] + cols[None, :]
-    k_rows.store(gl.load(first + at, mask=(place < count)[:, None], other=0.0))
+    if DECAY != DIAGONAL:
+        KEY_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [2, 1], [1, 0])
+        place, cols = (
+            gl.arange(0, C, layout=gl.SliceLayout(1, KEY_ROWS)),
+            gl.arange(0, K, layout=gl.SliceLayout(0, KEY_ROWS)),
+        )
+        first = k + (begin * (H // G) + h // G) * K
+        at = (place * (H // G * K))[:, None] + cols[None, :]
+        k_rows.store(gl.load(first + at, mask=(place < count)[:, None], other=0.0))
 
     i = gl.arange(0, C, layout=LINE)
     here, line = i < count, gates + (chunk.to(gl.int64) * H + h) * 4 * C + i
     beta_line = gl.load(beta + (begin + i) * H + h, mask=here, other=0.0).to(gl.float32)
     lines.slice(0, C).store(beta_line)
     gl.store(line, beta_line)
-    if DECAY != NONE:
+    if SCALARS:
         g = scalar_decay(decay, begin + i, here, h, H, DECAY)
         b, total = gl.associative_scan(g, 0, _add), gl.sum(g, axis=0)
         lines.slice(C, C).store(b)
@@ -123,21 +126,29 @@ def _ut_transform(
         gl.store(line + 3 * C, gl.exp(gl.minimum(total - b, 0.0)))
     barrier()
 
-    s0 = gl.zeros([HALF, HALF], gl.float32, MMA)
-    s1, below = s0, s0
-    for piece in gl.static_range(K // HALF):
-        keys = k_rows.slice(piece * HALF, HALF, dim=1)
-        early, late = keys.slice(0, HALF), keys.slice(HALF, HALF)
-        early_t, late_t = early.permute((1, 0)).load(RIGHT), late.permute((1, 0)).load(RIGHT)
-        late = late.load(LEFT)
-        s0 = mma_v2(early.load(LEFT), early_t, s0)
-        s1 = mma_v2(late, late_t, s1)
-        below = mma_v2(late, early_t, below)
+    if DECAY == DIAGONAL:
+        row, col = gl.arange(0, HALF, layout=gl.SliceLayout(1, MMA)), gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))
+        at = k + (begin * H + h) * C + (row * (H * C))[:, None] + col[None, :]
+        early, late = (row < count)[:, None], (row + HALF < count)[:, None]
+        s0 = gl.load(at, mask=early, other=0.0)
+        s1 = gl.load(at + HALF * H * C + HALF, mask=late, other=0.0)
+        below = gl.load(at + HALF * H * C, mask=late, other=0.0)
+    else:
+        s0 = gl.zeros([HALF, HALF], gl.float32, MMA)
+        s1, below = s0, s0
+        for piece in gl.static_range(K // HALF):
+            keys = k_rows.slice(piece * HALF, HALF, dim=1)
+            early, late = keys.slice(0, HALF), keys.slice(HALF, HALF)
+            early_t, late_t = early.permute((1, 0)).load(RIGHT), late.permute((1, 0)).load(RIGHT)
+            late = late.load(LEFT)
+            s0 = mma_v2(early.load(LEFT), early_t, s0)
+            s1 = mma_v2(late, late_t, s1)
+            below = mma_v2(late, early_t, below)
     barrier()
-    s0, s1 = _weights(s0, lines, 0, 0, DECAY), _weights(s1, lines, HALF, HALF, DECAY)
+    s0, s1 = _weights(s0, lines, 0, 0, SCALARS), _weights(s1, lines, HALF, HALF, SCALARS)
     weights.slice(0, 1).store(s0.reshape([1, HALF, HALF]))
     weights.slice(1, 1).store(s1.reshape([1, HALF, HALF]))
-    below = _weights(below, lines, HALF, 0, DECAY)
+    below = _weights(below, lines, HALF, 0, SCALARS)
     barrier()
 
     row = gl.arange(0, QUARTER, layout=gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
@@ -170,14 +181,17 @@ def _ut_transform(
     gl.store(at + HALF * H * C + HALF, t1.load(OUT).to(dtype), mask=late)
 
 
-def ut_transform(chunks: Tiles, k: Tensor, decay: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
+def ut_transform(
+    chunks: Tiles, k: Tensor, decay: Tensor | None, beta: Tensor, products: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """T [B, T, H, 64] in k's dtype and gates [chunks, H, 4, 64] in fp32: see delta.ut_transform."""
     (batch, tokens, heads), (q_heads, key_dim) = beta.shape, k.shape[2:]
     ut = k.new_empty(batch, tokens, heads, C.value)
     gates = k.new_empty(chunks.count, heads, 4, C.value, dtype=torch.float32)
     launch(
         _ut_transform, (chunks.count, heads),
-        k, decay, beta, ut, gates, chunks.start, chunks.length, heads, heads // q_heads,
+        k if products is None else products, decay, beta, ut, gates, chunks.start, chunks.length,
+        heads, heads // q_heads,
         K=key_dim, DECAY=Decay.of(decay).value, num_warps=2, pdl=True,
     )  # fmt: skip
     return ut, gates

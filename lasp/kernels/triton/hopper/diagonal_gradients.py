@@ -1,0 +1,347 @@
+"""The gradients of one chunk with a vector gate, from the states before and after it, for Hopper and heads of 128.
+
+What delta.gradients and diagonal.gradients say: a program finds the gradients for half of the keys' channels, so that
+two have room on a multiprocessor, and one loads while the other multiplies. With e = e^{b_i - b_C / 2}, unless the
+chunk is steep,
+
+    dq = e (e^{b_C/2} do Xᵀ + P k̃)        w = e (e^{b_C/2} dr Xᵀ + N k̃)        P_ij = do_i·u_j, j <= i
+    dk = (e^{b_C/2} u Gᵀ + Pᵀ q̃ - Nᵀ k̂) / e - beta w                          N_ij = dr_i·u_j, j < i
+    q̃ = e q        k̃ = k / e        k̂ = beta e k
+
+Without the delta rule u is v, there is no N, and e^{b_C/2} is in X and G.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lasp.kernels.inputs import DeltaInputs, LinearInputs
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
+from lasp.kernels.triton.device import cdiv
+from lasp.kernels.triton.diagonal.rescale import Rescaled
+from lasp.kernels.triton.hopper.delta_shared import give_tokens
+from lasp.kernels.triton.hopper.diagonal_shared import (
+    bounded,
+    chunk_of,
+    cut_in_two,
+    hidden_zero,
+    load_gates,
+    ones,
+    sums,
+)
+from lasp.kernels.triton.hopper.shared import (
+    GATES_SHARED,
+    HALF,
+    MMA,
+    ROWS,
+    SHARED,
+    SIZE,
+    WIDE_ROWS,
+    C,
+    barrier,
+    clear_tail,
+    rows_of,
+)
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import SHUT
+
+ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayout(0, MMA.value))
+KEPT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
+BY_COLUMN = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0]))  # [SIZE, HALF], columns within warps
+
+
+@gluon.jit
+def _rows(buffer, there):
+    return gl.where(there, buffer.load(MMA), 0.0).to(gl.float32)
+
+
+@gluon.jit
+def _diagonal_gradients(
+    q,  # rows of 64 of [tokens, H // G, K]
+    k,
+    u,  # rows of [tokens, HEADS, V], or of v
+    do,  # rows of [tokens, H, V]
+    states,  # X one by one, 64 channels of K: of [chunks, HEADS, V, K]; or X̃, of [slots, H, K, V]
+    grads,  # G, or G̃, likewise
+    decay,  # [tokens, H, K]
+    ends,  # [chunks, H, K] fp32: b_C
+    ln_chunk_decay,  # [chunks, H] fp32
+    dq,  # [tokens, H // STEP, K]
+    dq_rows,  # rows of 64 of it
+    dk,
+    dk_rows,
+    d_decay,  # [tokens, H, K]
+    # If DELTA:
+    gates,  # [chunks, H, 4, C]: beta first
+    v,  # [tokens, H, V]
+    dr,  # [tokens, HEADS, V]
+    dr_rows,  # rows of it
+    dv,  # [tokens, H, V]
+    d_beta,  # [tokens, H] fp32, added to
+    start,
+    length,
+    scale,
+    CHUNKS,
+    HEADS,
+    H,
+    G,
+    FIRST_HEAD,
+    STEP,
+    DELTA: gl.constexpr,
+    ADD: gl.constexpr,
+    MAX_LN_DECAY: gl.constexpr,
+):
+    griddepcontrol_wait()
+    part, h = gl.program_id(0) % 2, FIRST_HEAD + gl.program_id(1) * STEP
+    slot, begin, count = chunk_of(gl.program_id(0) // 2, start, length, CHUNKS, not DELTA)
+    if count > 0:
+        _chunk(
+            (q, k, u, do, states, grads, decay, ends, ln_chunk_decay),
+            (dq, dq_rows, dk, dk_rows, d_decay),
+            (gates, v, dr, dr_rows, dv, d_beta),
+            (slot, begin, count, part, gl.program_id(1), h, scale, HEADS, H, G, STEP),
+            DELTA,
+            ADD,
+            MAX_LN_DECAY,
+        )
+
+
+@gluon.jit
+def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.constexpr, MAX_LN_DECAY: gl.constexpr):
+    q, k, u, do, states, grads, decay, ends, ln_chunk_decay = tensors
+    dq_at, dq_rows, dk_at, dk_rows, d_decay = given
+    gates, v, dr, dr_rows, dv, d_beta = of_delta
+    slot, begin, count, part, local, h, scale, HEADS, H, G, STEP = numbers
+    dtype: gl.constexpr = k.dtype
+    token, channel = begin.to(gl.int32), part * HALF
+    mine, slot_h = (begin * H + h) * SIZE + channel, slot.to(gl.int64) * H + h
+    row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
+    g = load_gates(decay + mine, count, H, HALF)
+    end = gl.load(ends + slot_h * SIZE + channel + col)
+    steep = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
+    if DELTA:
+        first = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS))
+        cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, ROWS))
+        here = (first < count)[:, None]
+        at_v = (first * (H * SIZE))[:, None] + cols[None, :]
+        at_dr = (first * (HEADS * SIZE))[:, None] + cols[None, :]
+        vc = gl.load((v + mine) + at_v, mask=here, other=0.0)
+        drv = gl.load((dr + (begin * HEADS + local) * SIZE + channel) + at_dr, mask=here, other=0.0)
+        betas = gl.load(gates + slot_h * 4 * C + first)
+
+    # What comes first makes room for operands later.
+    uc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    doc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    drc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED) if DELTA else doc
+    qc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
+    kc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
+    pieces = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    line = gl.allocate_shared_memory(gl.float32, [C], GATES_SHARED)
+    state_rows: gl.constexpr = SIZE if DELTA else HALF
+    xs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
+    gs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(3):
+        mbarrier.init(full.index(n), count=1)
+    fence_async_shared()
+    barrier()
+    mbarrier.expect(full.index(0), 2 * C * SIZE * (3 if DELTA else 2))
+    mbarrier.expect(full.index(1), 2 * 2 * SIZE * HALF)
+    mbarrier.expect(full.index(2), 2 * 2 * C * HALF)
+    tma.async_copy_global_to_shared(u, [token, local * SIZE], full.index(0), uc)
+    tma.async_copy_global_to_shared(do, [token, h * SIZE], full.index(0), doc)
+    state = (slot * HEADS + local) * SIZE
+    if DELTA:
+        tma.async_copy_global_to_shared(dr_rows, [token, local * SIZE], full.index(0), drc)
+        tma.async_copy_global_to_shared(states, [state, channel], full.index(1), xs)
+        tma.async_copy_global_to_shared(grads, [state, channel], full.index(1), gs)
+        x, g_state = xs, gs
+    else:
+        tma.async_copy_global_to_shared(states, [state + channel, 0], full.index(1), xs)
+        tma.async_copy_global_to_shared(grads, [state + channel, 0], full.index(1), gs)
+        x, g_state = xs.permute((1, 0)), gs.permute((1, 0))
+    tma.async_copy_global_to_shared(q, [token, h // G * SIZE + channel], full.index(2), qc)
+    tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), kc)
+
+    cut_in_two(bounded(g), pieces)
+    half, zero = gl.where(steep, 0.0, 0.5), hidden_zero(scale)
+    if DELTA:
+        drv = drv.to(gl.float32)
+        gl.store((dv + mine) + at_v, (betas[:, None] * drv).to(dtype), mask=here)
+        line.store(gl.sum(drv * vc.to(gl.float32), axis=1))
+    mbarrier.wait(full.index(0), 0)
+    if count < C:
+        clear_tail(uc, 0, count, WIDE_ROWS)
+        clear_tail(doc, 0, count, WIDE_ROWS)
+        if DELTA:
+            clear_tail(drc, 0, count, WIDE_ROWS)
+    fence_async_shared()
+    barrier()
+
+    nothing = gl.zeros([C, HALF], gl.float32, MMA)
+    p = warpgroup_mma(doc, uc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    n = nothing
+    if DELTA:
+        n = warpgroup_mma(drc, uc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    exponent = sums(ones(False, False, half, dtype, HALF), pieces, HALF)
+    p, n, exponent = warpgroup_mma_wait(0, deps=(p, n, exponent))
+    p = gl.where((row[:, None] >= col[None, :]) & (half > 0.0), p * scale, 0.0).to(dtype)
+    barrier()
+    pieces.index(0).store(p)
+    if DELTA:
+        n = gl.where((row[:, None] > col[None, :]) & (half > 0.0), n, 0.0).to(dtype)
+        pieces.index(1).store(n)
+        for_beta = line.load(ROW)
+        beta = gl.load(gates + slot_h * 4 * C + row).to(gl.float32)
+    mbarrier.wait(full.index(1), 0)
+    dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
+    dk = warpgroup_mma(uc, g_state, nothing, use_acc=False, is_async=True)
+    w = nothing
+    if DELTA:
+        w = warpgroup_mma(drc, x, nothing, use_acc=False, is_async=True)
+        overlap = gl.sum(xs.load(BY_COLUMN).to(gl.float32) * gs.load(BY_COLUMN), axis=0)
+    else:
+        overlap = gl.sum(xs.load(WIDE_ROWS).to(gl.float32) * gs.load(WIDE_ROWS), axis=1)
+    mbarrier.wait(full.index(2), 0)
+    dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
+    barrier()
+
+    operands, others = uc._reinterpret(dtype, [2, C, HALF], SHARED), doc._reinterpret(dtype, [2, C, HALF], SHARED)
+    pc, nc = pieces.index(0), pieces.index(1)
+    read, written, before, erased = operands.index(0), operands.index(1), others.index(0), others.index(1)
+    line.store(overlap)
+    there = (row < count)[:, None]
+    to_end = -exponent
+    if steep:  # a difference of large sums has too few digits
+        cut_in_two(bounded(load_gates(decay + mine, count, H, HALF)), operands)
+        fence_async_shared()
+        barrier()
+        to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, zero, dtype, HALF), operands, HALF),))
+        barrier()
+    read.store((_rows(qc, there) * gl.exp(exponent)).to(dtype))
+    # What does not fit into registers.
+    kept_writing, kept_past = xs._reinterpret(gl.float32, [C, HALF], KEPT), gs._reinterpret(gl.float32, [C, HALF], KEPT)
+    writing = gl.exp(to_end)
+    kept_writing.store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
+    k_written = (_rows(kc, there) * writing).to(dtype)
+    written.store(k_written)
+    between = gl.exp(half * end)[None, :] if DELTA else gl.full([1, HALF], 1.0, gl.float32, MMA)
+    dq *= between * scale
+    dk *= between
+    past = k_written.to(gl.float32) * dk
+    kept_past.store(past)
+    before.store(past.to(dtype))
+    if DELTA:
+        w *= between
+        erased.store((-beta[:, None] * (_rows(kc, there) * gl.exp(exponent))).to(dtype))
+    fence_async_shared()
+    barrier()
+    dq = warpgroup_mma(pc, written, dq, is_async=True)
+    dk = warpgroup_mma(pc.permute((1, 0)), read, dk, is_async=True)
+    if DELTA:
+        w = warpgroup_mma(nc, written, w, is_async=True)
+        dk = warpgroup_mma(nc.permute((1, 0)), erased, dk, is_async=True)
+    dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
+    change = kept_past.load(MMA) - written.load(MMA).to(gl.float32) * dk
+    dk *= kept_writing.load(MMA)
+    change += read.load(MMA).to(gl.float32) * dq
+    qc.store((dq * gl.exp(exponent)).to(dtype))
+    if DELTA:
+        change += erased.load(MMA).to(gl.float32) * w
+        w *= gl.exp(exponent)
+        for_beta -= gl.sum(_rows(kc, there) * w, axis=1)
+        dk -= beta[:, None] * w
+    kc.store(dk.to(dtype))
+    barrier()
+    cut_in_two(change, pieces)
+    fence_async_shared()
+    barrier()
+    dg = sums(ones(True, False, zero, dtype, HALF), pieces, HALF)
+    dg = warpgroup_mma(ones(False, True, zero, dtype, HALF), before, dg, is_async=True)
+    dg = warpgroup_mma_wait(0, deps=(dg,))  # before a branch, which might move its registers
+    summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
+    if ADD or count < C:
+        give_tokens(dq_at + summed, qc, 0, count, H // STEP * SIZE, ROWS, ADD)
+        give_tokens(dk_at + summed, kc, 0, count, H // STEP * SIZE, ROWS, ADD)
+    else:
+        tma.async_copy_shared_to_global(dq_rows, [token, h // STEP * SIZE + channel], qc)
+        tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], kc)
+    if DELTA:
+        gl.atomic_add(d_beta + (begin + row) * H + h, for_beta, mask=row < count, sem="relaxed")
+    overlap = line.load(COL) * gl.exp(end if DELTA else (1.0 - 2.0 * half) * end)
+    dg += overlap[None, :]
+    at = (row * (H * SIZE))[:, None] + col[None, :]
+    if steep:
+        again = gl.load((decay + mine) + at, mask=there, other=0.0).to(gl.float32)
+        dg = gl.where(again <= SHUT, 0.0, dg)
+    gl.store((d_decay + mine) + at, dg.to(d_decay.dtype.element_ty), mask=there)
+    tma.store_wait(0)
+
+
+def _states_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """How pieces of states, x [..., K or V, V or K], come."""
+    width = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, columns], SHARED.value)
+
+
+def delta_gradients(
+    chunks: Tiles,
+    x: DeltaInputs,
+    do: Tensor,
+    terms: Terms,
+    recomputed: Recomputed,
+    dr: Tensor,
+    d_states: Tensor,
+    grads: Grads,
+    max_ln_decay: float,
+    heads: range,
+) -> None:
+    """Fills `grads` for the heads of `heads`, of beta's, in fp32, which it adds to: see delta.gradients."""
+    all_heads, q_heads, half = x.v.shape[2], x.q.shape[2], HALF.value
+    add, factors = grads.are_added(heads), terms.factors
+    dq_rows, dk_rows = (None, None) if add else (rows_of(grads.dq, half), rows_of(grads.dk, half))
+    launch(
+        _diagonal_gradients, (2 * chunks.count, len(heads)),
+        rows_of(x.q, half), rows_of(x.k, half), rows_of(recomputed.u, SIZE.value), rows_of(do, SIZE.value),
+        _states_of(recomputed.states, SIZE.value, half), _states_of(d_states, SIZE.value, half),
+        x.decay, factors.ends, factors.ln_chunk_decay, grads.dq, dq_rows, grads.dk, dk_rows, grads.d_decay,
+        terms.gates, x.v, dr, rows_of(dr, SIZE.value), grads.dv, grads.d_beta, chunks.start, chunks.length,
+        x.scale, 1, len(heads), all_heads, all_heads // q_heads, heads.start, heads.step,
+        DELTA=True, ADD=add, MAX_LN_DECAY=2 * max_ln_decay, num_warps=4, pdl=True,
+    )  # fmt: skip
+
+
+def linear_gradients(
+    tiles: Tiles,
+    x: LinearInputs,
+    do: Tensor,
+    rescaled: Rescaled,
+    states: Tensor,
+    grads: Tensor,
+    max_ln_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq and dk [B, T, H, K], in the places of q̃ and k̃, and dg: see diagonal.gradients."""
+    assert x.decay is not None
+    heads, q_heads, half = x.v.shape[2], x.q.shape[2], HALF.value
+    chunks, dq, dk, dg = cdiv(tiles.size, C.value), rescaled.q, rescaled.k, torch.empty_like(x.decay)
+    launch(
+        _diagonal_gradients, (2 * chunks * tiles.count, heads),
+        rows_of(x.q, half), rows_of(x.k, half), rows_of(x.v, SIZE.value), rows_of(do, SIZE.value),
+        _states_of(states, half, SIZE.value), _states_of(grads, half, SIZE.value),
+        x.decay, rescaled.ends, rescaled.ln_chunk_decay, dq, rows_of(dq, half), dk, rows_of(dk, half), dg,
+        None, None, None, None, None, None, tiles.start, tiles.length,
+        x.scale, chunks, heads, heads, heads // q_heads, 0, 1,
+        DELTA=False, ADD=False, MAX_LN_DECAY=max_ln_decay, num_warps=4, pdl=True,
+    )  # fmt: skip
+    return dq, dk, dg

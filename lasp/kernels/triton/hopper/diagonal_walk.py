@@ -1,0 +1,218 @@
+"""Linear attention with a vector gate, outputs and gradients of values for Hopper and heads of 128: diagonal.outputs.
+
+As in chunk_scan two groups of warps have half of a head's columns each. q̃ and k̃ have the gates in them; of a state only
+rows decay, from chunk to chunk.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.diagonal.rescale import Rescaled
+from lasp.kernels.triton.hopper.ring import make_ring
+from lasp.kernels.triton.hopper.shared import (
+    HALF,
+    LEFT,
+    MMA,
+    REGISTERS,
+    ROWS,
+    SHARED,
+    SIZE,
+    WIDE_ROWS,
+    C,
+    barrier,
+    clear_tail,
+    rows_of,
+    send_rows,
+)
+from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.state_passing import InitialStates
+
+ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayout(0, MMA.value))
+
+
+@gluon.jit
+def _place(step, chunks, DOWN: gl.constexpr):
+    return chunks - 1 - step if DOWN else step
+
+
+@gluon.jit
+def _fetch(a, b, c, buffers, ring, begin, count, h, DOWN: gl.constexpr):
+    a_rows, b_rows, c_rows = buffers
+    chunks = gl.cdiv(count, C)
+    for step in range(chunks):
+        token = begin.to(gl.int32) + _place(step, chunks, DOWN) * C
+        filled, stage = ring.acquire(step), step % ring.stages
+        mbarrier.expect(filled, 2 * C * 3 * SIZE)
+        tma.async_copy_global_to_shared(a, [token, h * SIZE], filled, a_rows.index(stage))
+        tma.async_copy_global_to_shared(b, [token, h * SIZE], filled, b_rows.index(stage))
+        for part in gl.static_range(2):
+            column = h * SIZE + part * HALF
+            tma.async_copy_global_to_shared(c, [token, column], filled, c_rows.index(2 * stage + part))
+
+
+@gluon.jit
+def _initial_state(initial, tile, h, H, column):
+    """What enters the tile, [SIZE, HALF]: see state_passing.load_initial_state."""
+    local, incoming, passed, owner = initial
+    row, col = gl.arange(0, SIZE, layout=ROW), column + gl.arange(0, HALF, layout=COL)
+    at, head = row[:, None] * SIZE + col[None, :], tile * H + h
+    x = gl.load(local + head * SIZE * SIZE + at)
+    if incoming is not None:
+        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)
+        if passed is not None:
+            came *= gl.exp(gl.load(passed + head * SIZE + row))[:, None]
+        x += came
+    return x
+
+
+@gluon.jit
+def _compute(
+    shared, tensors, numbers, PART: gl.constexpr, DOWN: gl.constexpr, MAX_LN_DECAY: gl.constexpr
+):  # PART: the group of warps
+    buffers, x_copies, outputs, ring = shared
+    a_rows, b_rows, c_rows = buffers
+    ends, ln_chunk_decay, initial, y, y_rows, states = tensors
+    begin, count, tile, h, H = numbers
+    dtype: gl.constexpr = c_rows.dtype
+    column = h * SIZE + PART * HALF
+    y += begin * (H * SIZE) + column
+    chunks = gl.cdiv(count, C)
+    last = gl.maximum(chunks - 1, 0)
+    slot = (begin // C + tile) * H + h  # of the tile's first chunk
+    row = gl.arange(0, SIZE, layout=ROW)
+    token, other = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
+    seen = token[:, None] <= other[None, :] if DOWN else token[:, None] >= other[None, :]
+    at = slot + _place(0, last + 1, DOWN) * H
+    end = gl.load(ends + at * SIZE + row)
+    half = gl.where(gl.load(ln_chunk_decay + at) > MAX_LN_DECAY, 0.0, 0.5)
+    x = _initial_state(initial, tile, h, H, PART * HALF) * gl.exp(half * end)[:, None]
+    copy, out = x_copies.index(PART), outputs.index(PART)
+    copy.store(x.to(dtype))
+    fence_async_shared()
+    barrier()
+    nothing = gl.zeros([C, HALF], gl.float32, MMA)
+    for step in range(chunks):
+        i, stage = _place(step, chunks, DOWN), step % ring.stages
+        ac, bc, cc = a_rows.index(stage), b_rows.index(stage), c_rows.index(2 * stage + PART)
+        if DOWN:
+            tma.async_copy_shared_to_global(states, [((slot + i * H) * SIZE).to(gl.int32), PART * HALF], copy)
+        at = slot + _place(gl.minimum(step + 1, last), chunks, DOWN) * H
+        next_end, next_decay = gl.load(ends + at * SIZE + row), gl.load(ln_chunk_decay + at)
+        ring.wait(step)
+        if count - i * C < C:  # both groups write the same zeros
+            clear_tail(ac, i, count, WIDE_ROWS)
+            clear_tail(bc, i, count, WIDE_ROWS)
+            clear_tail(cc, i, count, ROWS)
+            fence_async_shared()
+            barrier()
+        scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        yc = warpgroup_mma(ac, copy, nothing, use_acc=False, is_async=True)
+        x *= gl.exp((1.0 - 2.0 * half) * end)[:, None]
+        x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
+        scores = warpgroup_mma_wait(2, deps=(scores,))
+        scores = gl.where(seen & (half > 0.0), scores, 0.0).to(dtype)  # see diagonal.secondary
+        yc = warpgroup_mma(gl.convert_layout(scores, LEFT), cc, yc, is_async=True)
+        next_half = gl.where(next_decay > MAX_LN_DECAY, 0.0, 0.5)
+        rows_decay = gl.exp(half * end + next_half * next_end)
+        x, yc = warpgroup_mma_wait(0, deps=(x, yc))
+        x *= rows_decay[:, None]
+        end, half = next_end, next_half
+        tma.store_wait(0)
+        barrier()
+        copy.store(x.to(dtype))
+        out.store(yc.to(dtype))
+        fence_async_shared()
+        barrier()
+        ring.release(step)
+        send_rows(y, y_rows, out, begin, i, count, column, H * SIZE, ROWS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _walk(
+    a,  # rows of [tokens, H, K]: q̃, down k̃
+    b,  # rows of [tokens, H, K]: k̃, down q̃
+    c,  # rows of 64 columns of [tokens, H, V]: v, down do
+    ends,  # [slots, H, K] fp32
+    ln_chunk_decay,  # [slots, H] fp32
+    local,  # [M, H, K, V] fp32: see InitialStates
+    incoming,
+    passed,
+    y,  # [tokens, H, V]: o, down dv; without what tokens of secondary chunks give each other
+    y_rows,  # rows of 64 columns of it
+    states,  # G̃ of every chunk, one by one, 64 columns of [slots, H, K, V], written down
+    owner,
+    start,
+    length,
+    H,
+    DOWN: gl.constexpr,
+    MAX_LN_DECAY: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    griddepcontrol_wait()
+    tile, h = gl.program_id(0).to(gl.int64), gl.program_id(1)
+    begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
+    dtype: gl.constexpr = c.dtype
+    a_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    b_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    c_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
+    x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
+    outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    ring = make_ring(STAGES)
+    buffers = (a_rows, b_rows, c_rows)
+    shared = (buffers, x_copies, outputs, ring)
+    tensors = (ends, ln_chunk_decay, (local, incoming, passed, owner), y, y_rows, states)
+    numbers = (begin, count, tile, h, H)
+    gl.warp_specialize(
+        [
+            (_compute, (shared, tensors, numbers, 0, DOWN, MAX_LN_DECAY)),
+            (_compute, (shared, tensors, numbers, 1, DOWN, MAX_LN_DECAY)),
+            (_fetch, (a, b, c, buffers, ring, begin, count, h, DOWN)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, max_ln_decay: float) -> Tensor:
+    o = torch.empty_like(v)
+    _launch(tiles, x, (x.q, x.k, v), initial, o, None, max_ln_decay)
+    return o
+
+
+def value_grads(
+    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, max_ln_decay: float
+) -> tuple[Tensor, Tensor]:
+    dv, grads = torch.empty_like(do), x.q.new_empty(*x.ends.shape, SIZE.value)
+    _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, max_ln_decay)
+    return dv, grads
+
+
+def _launch(
+    tiles: Tiles, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
+    states: Tensor | None, max_ln_decay: float,
+) -> None:  # fmt: skip
+    a, b, c = rows
+    heads, size, half = c.shape[2], SIZE.value, HALF.value
+    written = None
+    if states is not None:
+        shape = [states.numel() // size, size]
+        written = TensorDescriptor(states, shape, [size, 1], [size, half], SHARED.value)
+    launch(
+        _walk, (tiles.count, heads),
+        rows_of(a, size), rows_of(b, size), rows_of(c, half), x.ends, x.ln_chunk_decay, *initial, y, rows_of(y, half),
+        written, tiles.owner, tiles.start, tiles.length, heads,
+        DOWN=states is not None, MAX_LN_DECAY=max_ln_decay, STAGES=3, num_warps=4, pdl=True,
+    )  # fmt: skip
