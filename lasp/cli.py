@@ -3,39 +3,18 @@
 import functools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from io import StringIO
 from typing import Annotated, Any, Union
 
-import torch
 import tyro
 from tyro.conf import Positional
 
-from lasp import __version__
-from lasp.chosen import choose
-from lasp.commands import (
-    config,
-    evaluate,
-    export_weights,
-    extend,
-    generate,
-    import_weights,
-    plan,
-    plot,
-    prepare,
-    report,
-    synthesize,
-    tokenizer,
-    train,
-)
-from lasp.evaluation.evaluate import EVALUATIONS
-from lasp.evaluation.quality.config import TABLES
-from lasp.evaluation.recall.config import SWEEPS
-from lasp.evaluation.tasks import TASKS
-from lasp.training import runtime
-from lasp.training.recipes import RECIPES
+from lasp import __version__, launched
+from lasp.text_commands import prepare, tokenizer
 
+TEXT_COMMANDS: dict[str, Callable[..., None]] = {"prepare": prepare, "tokenizer": tokenizer}
 DESCRIPTION = f"lasp {__version__}: sequence-parallel training of linear-attention and hybrid language models."
 
 
@@ -68,46 +47,75 @@ def main(args: list[str] | None = None) -> None:
     if args == ["--version"]:
         print(f"lasp {__version__}")
         return
+    if args and args[0] in TEXT_COMMANDS:
+        _one_of_commands(TEXT_COMMANDS, args)()
+        return
+    from lasp import commands
+    from lasp.chosen import choose
+    from lasp.evaluation.evaluate import EVALUATIONS
+    from lasp.evaluation.quality.config import TABLES
+    from lasp.evaluation.recall.config import SWEEPS
+    from lasp.evaluation.tasks import TASKS
+    from lasp.training.recipes import RECIPES
+
     if args[:1] in (["train"], ["config"]):
         with _one_rank_speaks():
             chosen = choose(args[0], args[1:], {**RECIPES, **SWEEPS, **TABLES})
-        _deferred({"train": train, "config": config}[args[0]])(chosen)()
+        getattr(commands, args[0])(chosen)
         return
-    for command in (train, config):
+    for command in (commands.train, commands.config):
         command.__annotations__["config"] = Positional[str]  # for the list of commands; `choose` reads their words
     args, overrides = (args[:2], args[2:]) if args[:1] == ["resume"] else (args, [])
     tasks = {name.replace("_", "-"): task for name, task in TASKS.items()}
-    synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
-    training = (train, config, resume_with(overrides), plan, generate, report, plot)
-    commands = {f.__name__: _deferred(f) for f in (prepare, tokenizer, synthesize, *training)}
+    commands.synthesize.__annotations__["task"] = Annotated[_one_of(tasks), tyro.conf.arg(name="")]
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in EVALUATIONS.items())
-    evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007 (made here)
-    commands |= {"eval": _deferred(evaluate), "extend": _deferred(extend)}
-    commands |= {"export": _deferred(export_weights), "import": _deferred(import_weights)}
+    commands.evaluate.__annotations__["what"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007
+    functions: dict[str, Callable[..., None]] = {
+        **TEXT_COMMANDS,
+        "synthesize": commands.synthesize,
+        "train": commands.train,
+        "config": commands.config,
+        "resume": resume_with(overrides),
+        "plan": commands.plan,
+        "generate": commands.generate,
+        "report": commands.report,
+        "plot": commands.plot,
+        "eval": commands.evaluate,
+        "extend": commands.extend,
+        "export": commands.export_weights,
+        "import": commands.import_weights,
+    }
+    _one_of_commands(functions, args)()
+
+
+def _one_of_commands(functions: Mapping[str, Callable[..., None]], args: list[str]) -> Callable[[], None]:
+    """The command that the words say, with its arguments."""
+    commands = {name: _deferred(function) for name, function in functions.items()}
     with _one_rank_speaks():
-        run = tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
-    run()
+        return tyro.extras.subcommand_cli_from_dict(commands, prog="lasp", description=DESCRIPTION, args=args)
 
 
 def _one_rank_speaks() -> AbstractContextManager:
     """Inside it only one of the ranks says what is wrong with the command line."""
-    return nullcontext() if runtime.is_spokesman() else redirect_stderr(StringIO())
+    return nullcontext() if launched.is_spokesman() else redirect_stderr(StringIO())
 
 
 def console() -> None:
     """The shell's command: what is wrong with its input takes one line, on one rank, and gives the exit code 1."""
     try:
-        runtime.recorded(main)()
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        launched.recorded(main)()
+    except Exception as error:
         if not _explains(error):
             raise
-        if runtime.is_spokesman():
+        if launched.is_spokesman():
             print("lasp:", *" ".join([str(error), *getattr(error, "__notes__", [])]).split(), file=sys.stderr)
         sys.exit(1)
 
 
 def _explains(error: Exception) -> bool:
     """Whether it says what is wrong with the input: what lasp raises, and the system's about files. Others are bugs."""
+    if type(error).__name__ != "OutOfMemoryError" and not isinstance(error, ValueError | OSError | FloatingPointError):
+        return False  # the first is PyTorch's, which may not be loaded
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("lasp.")
 

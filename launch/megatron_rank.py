@@ -6,7 +6,7 @@ if __name__ == "__main__":
     from lasp.integrations.megatron.run import Run
     from lasp.integrations.megatron.sequence import leave_mesh
     from lasp.integrations.megatron.train import train
-    from lasp.training.runtime import recorded
+    from lasp.launched import recorded
     from lasp.training.stop import Stopped
 
     def main() -> None:

@@ -1,6 +1,9 @@
 """Who may import whom, who may communicate, who may read the environment, and how long a file may be."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,8 @@ MAY_IMPORT = {
     "models": {"kernels", "config", "own"},
     "data": {"config"},
     "plan": {"models", "config"},
-    "training": {"kernels", "parallel", "models", "data", "config", "plan"},
-    "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "training"},
+    "training": {"kernels", "parallel", "models", "data", "config", "launched", "plan"},
+    "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "launched", "training"},
     "distillation": {"parallel", "models", "data", "config", "fields", "training", "integrations"},
     "evaluation": {"parallel", "models", "data", "config", "fields", "names", "training", "integrations"},
 }
@@ -38,13 +41,16 @@ KNOWS_ROOMS = {  # where one of them is chosen
     "lasp/kernels/triton/diagonal/op.py": {"hopper.diagonal"},
     "lasp/kernels/triton/delta/op.py": {"hopper.delta"},
 }
+WITHOUT_TORCH = ("lasp.text_commands", "lasp.cli", "lasp.data.prepare", "lasp.data.bpe", "lasp.launched")
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {
     "lasp/training/runtime.py",  # a process learns its rank from its launcher
+    "lasp/launched.py",  # and whether it has one
     "lasp/training/storage.py",  # PyTorch is told by a variable to read nothing but data
 }
 # Outside lasp/parallel: process start-up, checkpoints and sharded parameters, but never a collective.
 KNOWS_DISTRIBUTED = {
+    "lasp/launched.py": {"torch.distributed.elastic"},
     "lasp/training/runtime.py": {"torch.distributed"},
     "lasp/training/checkpoint.py": {"torch.distributed"},
     "lasp/training/deepspeed.py": {"torch.distributed"},
@@ -184,3 +190,9 @@ def test_file_keeps_the_rules(path: str) -> None:
 )
 def test_rules_notice(path: str, source: str) -> None:
     assert len(broken_rules(path, source)) >= 1
+
+
+def test_texts_become_tokens_without_torch() -> None:
+    """It takes seconds to load."""
+    told = f"import sys, {', '.join(WITHOUT_TORCH)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", told], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -19,7 +19,7 @@ from lasp.config import require
 from lasp.data.compressed import BUFFER, format_suffix, open_bytes
 from lasp.data.tables import Fields, read_data_set, read_parquet
 
-PART = 1 << 16  # characters
+PART = 1 << 19  # characters
 CONVERSATION = Fields(
     (("messages",), ("prompt", "completion")), "the field messages, or prompt and completion (--chat)", ("tools",)
 )

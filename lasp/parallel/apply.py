@@ -140,6 +140,8 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
         return {"gradients": [(dtype, sum(grad.numel() for grad in grads)) for (_, dtype), grads in together.items()]}
 
     agree_on_cpus(everyone, check, call="reduce_gradients")
+    if comm.size(everyone) == 1:
+        return
     for (group, _), grads in together.items():
         total = comm.all_reduce(torch.cat([grad.flatten() for grad in grads]), group).wait()
         for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):

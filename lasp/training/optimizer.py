@@ -1,6 +1,7 @@
 """AdamW, its learning-rate schedule, and clipping by the global gradient norm."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -48,23 +49,47 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales the gradients, already summed over the ranks, so that their norm over all parameters is at most max_norm.
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm over all parameters of the gradients, already summed over the ranks: a float64 scalar.
 
-    Returns the norm before, a float64 scalar; the host does not wait for it. Sharded gradients count with all their
-    shards. Where the norm is not finite nothing is changed.
+    The host does not wait for it. Sharded gradients count with all their shards.
     """
+    totals = [nn.utils.get_total_norm(grads) for grads in _gradients(model)]
+    norms = torch.stack([(t.full_tensor() if isinstance(t, DTensor) else t).double() for t in totals])
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
+
+
+def excess(norm: Tensor, max_norm: float) -> Tensor:
+    """By what gradients of this norm are to be divided, so that it is at most max_norm; 1 where it is not finite."""
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0).where(norm.isfinite(), 1.0)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Divides the gradients by their excess; returns the norm before."""
+    norm = gradient_norm(model)
+    for grads in _gradients(model):
+        torch._foreach_div_(grads, excess(norm, max_norm))
+    return norm
+
+
+def divide_in_step(optimizer: torch.optim.AdamW, model: nn.Module, divisor: Tensor) -> None:
+    """Has the optimiser divide the gradients by a scalar as it reads them in its next step.
+
+    That takes it as a float32 number. What this leaves of it is for float64 gradients, which are divided here.
+    """
+    optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+    for grads in _gradients(model):
+        if grads[0].dtype == torch.float64:
+            torch._foreach_div_(grads, divisor / optimizer.grad_scale)  # type: ignore[attr-defined]
+
+
+def _gradients(model: nn.Module) -> Collection[list[Tensor]]:
+    """Those of parameters that are placed on one mesh together."""
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in model.parameters():
         if (grad := parameter.grad) is not None:
             by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    totals = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
-    norms = torch.stack([(t.full_tensor() if isinstance(t, DTensor) else t).double() for t in totals])
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
-    for grads in by_mesh.values():
-        torch._foreach_mul_(grads, scale)
-    return norm
+    return by_mesh.values()
 
 
 def require_finite(value: float, name: str) -> float:

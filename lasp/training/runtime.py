@@ -1,11 +1,8 @@
-"""Process start-up: which rank this is, its device, the process group, the mesh. Only this reads the environment."""
+"""Process start-up: which rank this is, its device, the process group, the mesh, from the environment."""
 
-import ctypes
 import os
-import signal
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,17 +12,13 @@ from typing import Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from lasp.config import ModelConfig, ParallelConfig, TrainConfig, require
+from lasp.launched import end_with_launcher
 from lasp.parallel import SequenceParallel
 from lasp.parallel.groups import leave, make_cpu_group, make_mesh
 from lasp.training.same_run import require_same_on_ranks, settings
 from lasp.training.together import together
-
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it
-LAUNCHER = "LASP_LAUNCHER"  # launch/elastic.py sets it: the number of its process
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Joining(Protocol):
@@ -161,25 +154,3 @@ def _record_flights(run_dir: str) -> None:
         ("TORCH_FR_DUMP_TEMP_FILE", trace),  # and the rank
     ):
         os.environ.setdefault(name, value)
-
-
-def end_with_launcher() -> None:
-    """Has the kernel kill this process as soon as the launcher that started it is dead, on Linux.
-
-    A rank that outlives its launcher would hold its run's directory, and a GPU, until it misses the others.
-    """
-    if ERROR_FILE in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = str(os.getppid())
-        if os.environ.pop(LAUNCHER, parent) != parent:  # it died before; own children have another parent
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def recorded(command: Callable[[], None]) -> Callable[[], object]:
-    """The command; under torchrun, which shows the error that came first and its traceback, one that leaves it that."""
-    return record(command) if ERROR_FILE in os.environ else command
-
-
-def is_spokesman() -> bool:
-    """Whether this process says what went wrong: every one that is alone, but rank 0 of those that torchrun watches."""
-    return ERROR_FILE not in os.environ or int(os.environ.get("RANK", 0)) == 0

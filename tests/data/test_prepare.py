@@ -166,6 +166,7 @@ def test_of_many_documents_about_that_part_is_held_out(tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("lasp.data.encode.BATCH", 1 << 16)
+    monkeypatch.setattr("lasp.data.documents.PART", 1 << 16)
 
     def peak(megabytes):
         with (tmp_path / "x.txt").open("w") as text, (tmp_path / "x.jsonl").open("w") as records:

@@ -87,7 +87,7 @@ subprocess.run([sys.executable, "-c", *sys.argv[1:]])
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from lasp.training.runtime import end_with_launcher
+from lasp.launched import end_with_launcher
 
 launcher = os.getppid()
 Path(sys.argv[1]).write_text(str(os.getpid()))

@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 import lasp.training.train
-from lasp import __version__, cli, commands
+from lasp import __version__, cli, text_commands
 from lasp.config import MIXERS, TrainConfig
 from lasp.training.recipes import RECIPES
 
@@ -150,7 +150,7 @@ def test_one_rank_speaks_and_torchrun_gets_the_traceback(tmp_path, monkeypatch, 
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_commands, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"transformers: .*pip install 'lasp-sp\[huggingface\]'"):
         cli.main(["export", "run", "out"])
 

@@ -1,11 +1,25 @@
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lasp.config import OptimizerConfig
-from lasp.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasp.training.engine import make_engine
+from lasp.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    divide_in_step,
+    excess,
+    gradient_norm,
+    learning_rate,
+    set_learning_rate,
+)
+from lasp.training.runtime import join_world
 
 STEPS = 100
 
@@ -96,3 +110,58 @@ def test_gradients_that_are_not_finite_are_left_as_they_are(bad):
     model.weight.grad[0, 0] = bad
     assert not math.isfinite(clip_gradients(model, 1.0))
     assert (model.weight.grad == 7.0).sum() == 5
+
+
+class Passes(TorchDispatchMode):
+    """The operations that read or write tensors of `numel` elements, one for each list of them."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.seen = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(x.numel() == self.numel for x in tensors) and "detach" not in str(function):
+            self.seen.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_step_reads_gradients_twice(config, fsdp, scale):
+    """For their norm, and to update the weights; whether they are clipped or not."""
+    config = replace(config, dtype="float32", parallel=replace(config.parallel, fsdp=fsdp))
+    with join_world(config) as world:
+        engine = make_engine(config, world)
+        weight = engine.model.embedding.weight
+        passes = Passes((weight.to_local() if fsdp else weight).numel())
+        for within in (nullcontext(), passes):  # the first step makes the optimiser's states
+            for parameter in engine.model.parameters():
+                parameter.grad = torch.full_like(parameter, scale)
+            with within:
+                engine.step(1e-3, torch.tensor(1.0))
+    assert passes.seen == ["_foreach_norm", "_fused_adamw_"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("max_norm", [0.1, 1e3, math.inf])
+def test_gradients_that_are_divided_in_the_step_give_what_clipped_ones_give(gen, dtype, max_norm):
+    ways = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = nn.Linear(30, 20).to(dtype)
+        ways.append((model, build_optimizer(model, OptimizerConfig(lr=0.1))))
+    (clipped, first), (divided, second) = ways
+    for _ in range(3):
+        gradients = [torch.randn(p.shape, generator=gen, dtype=dtype) for p in clipped.parameters()]
+        for model in (clipped, divided):
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+        norm = clip_gradients(clipped, max_norm)
+        assert gradient_norm(divided) == norm
+        divide_in_step(second, divided, excess(norm, max_norm))
+        first.step()
+        second.step()
+    tolerance = 0 if max_norm > norm else 1e-6 if dtype == torch.float32 else 1e-14
+    for one, other in zip(clipped.parameters(), divided.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)

@@ -13,6 +13,7 @@ from lasp.models import tiny
 from lasp.training import reading, train
 from lasp.training.metrics import read_metrics
 from lasp.training.native import NativeEngine
+from tests.cuda_waits import require_no_cuda_waits
 from tests.training.test_train import saved_tensors
 
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
@@ -79,20 +80,10 @@ def _by_expert(x, weights, counts):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
-def test_cuda_sees_no_wait_between_logged_steps(config, monkeypatch):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_cuda_sees_no_wait_between_logged_steps(config, monkeypatch, fsdp):
     config = replace(config, device="cuda", dtype="float32", steps=9, log_every=4, eval_every=9, checkpoint_every=9)
-    add = reading.Reader.add
-    monkeypatch.setattr(reading, "PERIOD", math.inf)
-
-    def added(self, step):
-        add(self, step)
-        torch.cuda.set_sync_debug_mode("error" if step.number in (5, 6) else "default")
-
-    monkeypatch.setattr(reading.Reader, "add", added)
-    try:
-        train.train(config)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    require_no_cuda_waits(replace(config, parallel=replace(config.parallel, fsdp=fsdp)), monkeypatch)
 
 
 def test_steps_after_one_that_cannot_be_taken_change_nothing(config, monkeypatch):

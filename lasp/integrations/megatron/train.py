@@ -33,12 +33,12 @@ from lasp.integrations.megatron.data import build_dataset, micro_batches, order
 from lasp.integrations.megatron.run import Run
 from lasp.integrations.megatron.sequence import shard_batch
 from lasp.integrations.megatron_weights import require_same_shape, write_shape
+from lasp.launched import end_with_launcher
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree
 from lasp.training import integrity
 from lasp.training.optimizer import require_finite
-from lasp.training.runtime import end_with_launcher
 from lasp.training.same_run import record, require_same_on_ranks, settings, tokenizer_fingerprint, tokens_seen
 from lasp.training.stop import Stopped, stop_signals
 from lasp.training.storage import only_data, read_metadata
