@@ -204,9 +204,10 @@ def test_the_state_is_what_a_layer_has_to_keep(pattern, per_layer):
 
 
 def test_names_of_models():
-    assert parse_model("gla") == ("gla", "L")
-    assert parse_model("gla:LN") == ("gla", "LN")
-    assert parse_model("softmax")[1] == "N"
+    assert parse_model("gla") == ("gla", "L", False)
+    assert parse_model("gla:LN") == ("gla", "LN", False)
+    assert parse_model("gla+conv:LN") == ("gla", "LN", True)
+    assert parse_model("softmax").pattern == "N"
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,7 @@ def test_names_of_models():
         ({"models": ()}, r"models: got \(\), expected at least one"),
         ({"models": ("lstm",)}, "models: got 'lstm', expected softmax, one of linear"),
         ({"models": ("gla:",)}, "models: got 'gla:'"),
+        ({"models": ("kda+conv",)}, r"models: got 'kda\+conv', expected .*\(\+conv behind linear, .* hgrn2"),
         ({"models": ("softmax:L",)}, "models: got 'softmax:L'"),
         ({"models": ("gla:LLN",)}, "layers: got 2, expected a multiple of gla:LLN's pattern's length"),
         ({"seeds": (1, 1)}, r"seeds: got \(1, 1\), expected each once"),
