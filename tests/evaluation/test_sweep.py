@@ -22,6 +22,7 @@ from lasp.evaluation.tasks import MQAR
 from lasp.models import Decoder
 from lasp.training.metrics import read_metrics
 from lasp.training.runtime import join_world
+from lasp.training.starts import last_config
 from tests.patience import PATIENCE
 
 
@@ -157,6 +158,7 @@ def test_runs_whose_data_lie_on_the_device_are_the_same_runs(small, model):
     assert len(losses) == config.steps == 20
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert math.isfinite(module.train(config))  # nothing is left to do
+    assert last_config(config.run_dir).steps == 20
     assert len(list(Path(config.run_dir, "checkpoints").glob("step-*"))) == 1
 
 
