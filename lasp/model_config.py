@@ -22,6 +22,7 @@ MIXERS = (
 )
 FEATURE_MAPS = ("identity", "elu", "relu", "silu", "hedgehog")
 WITH_FEATURES = ("linear", "lightning", "retention", "gla")  # mixers with a feature map of q and k
+OPTIONAL_CONV = (*WITH_FEATURES, "hgrn2")  # those that have a short convolution only if it is asked for
 LOG_LINEAR = "log_linear_"  # what mixers' names begin with whose states are of levels, which positions say
 LEVELS = 24  # of those: for contexts of up to 2^23 tokens
 Own = Annotated[str, Allowed("MODULE:NAME", lambda name: OWN.fullmatch(name) is not None)]
@@ -58,6 +59,7 @@ class ModelConfig:
     head_dim: Count | None = None  # key size of every head; hidden_size // num_heads if None
     value_head_dim: Count | None = None  # value size of the linear layers' heads; head_dim if None
     num_kv_heads: Count | None = None  # key/value heads of the softmax layers (GQA); num_heads if None
+    short_conv: bool = False  # of q, k and v, for the mixers that have none of their own
     conv_width: Count = 4  # of the mixers that have a short convolution
     feature_map: FeatureMap | None = None  # of q and k, for the mixers that have one; the mixer's own if None
     window: Count | None = None  # of softmax attention beside the linear layers' states: the last so many tokens
@@ -101,6 +103,8 @@ class ModelConfig:
         has_features = self.feature_map is None or self.mixer in WITH_FEATURES
         expected = f"None with mixer={self.mixer!r} (those with a feature map: {', '.join(WITH_FEATURES)})"
         require(has_features, "feature_map", self.feature_map, expected)
+        expected = f"False with mixer={self.mixer!r} (those without a short convolution: {', '.join(OPTIONAL_CONV)})"
+        require(not self.short_conv or self.mixer in OPTIONAL_CONV, "short_conv", True, expected)
         rotates = self.mixer == "retention" and LINEAR in self.pattern
         require(self.rope_theta is not None or not rotates, "rope_theta", None, "a number with mixer='retention'")
         if self.num_experts:

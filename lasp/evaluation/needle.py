@@ -16,7 +16,7 @@ from lasp.evaluation.prompts.needles import Needles
 from lasp.evaluation.prompts.prompt import Composer, read_haystack
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
-from lasp.evaluation.writing import answer
+from lasp.evaluation.writing import answers
 from lasp.fields import Count, FilePath, Part, Seed
 
 KINDS: dict[str, Callable[[int], Needles]] = {
@@ -48,14 +48,17 @@ class Needle(Evaluation):
             require(len(getattr(self, name)) > 0, name, getattr(self, name), "at least one")
         haystack, composer = read_haystack(self.haystack), Composer(subject.tokenizer)
         needles = KINDS[self.kind](self.several)
-        found = []
-        for length, depth in product(sorted(self.lengths), sorted(self.depths)):
-            scores = []
-            for sample in range(self.samples):
+        depths, found = sorted(self.depths), []
+        for length in sorted(self.lengths):
+            prompts = []
+            for depth, sample in product(depths, range(self.samples)):
                 rng = np.random.default_rng([self.seed, length, round(1000 * depth), sample])
-                prompt = needles.prompt(composer, haystack, length, rng, depth)
-                scores.append(prompt.score(answer(subject, prompt)))
-            found.append(Found(length=length, depth=depth, samples=self.samples, accuracy=mean(scores)))
+                prompts.append(needles.prompt(composer, haystack, length, rng, depth))
+            written = answers(subject, prompts)
+            scores = [prompt.score(text) for prompt, text in zip(prompts, written, strict=True)]
+            for place, depth in enumerate(depths):
+                accuracy = mean(scores[place * self.samples :][: self.samples])
+                found.append(Found(length=length, depth=depth, samples=self.samples, accuracy=accuracy))
         return NeedleResult(self.kind, found)
 
 

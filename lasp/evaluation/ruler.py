@@ -15,7 +15,7 @@ from lasp.evaluation.prompts.prompt import Composer, Haystack, Prompt, read_hays
 from lasp.evaluation.prompts.tracking import Tracking
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
-from lasp.evaluation.writing import answer
+from lasp.evaluation.writing import answers
 from lasp.fields import Count, FilePath, Seed
 
 
@@ -65,11 +65,12 @@ class Ruler(Evaluation):
         )
 
     def _score(self, subject: Subject, composer: Composer, haystack: Haystack, name: str, length: int) -> "TaskScore":
-        scores = []
+        prompts = []
         for sample in range(self.samples):
             rng = np.random.default_rng([self.seed, list(RULER_TASKS).index(name), length, sample])
-            prompt = RULER_TASKS[name].prompt(composer, haystack, length, rng)
-            scores.append(prompt.score(answer(subject, prompt)))
+            prompts.append(RULER_TASKS[name].prompt(composer, haystack, length, rng))
+        written = answers(subject, prompts)
+        scores = [prompt.score(text) for prompt, text in zip(prompts, written, strict=True)]
         return TaskScore(task=name, length=length, samples=self.samples, score=mean(scores))
 
 

@@ -1,6 +1,6 @@
 """Continuations of prompts, token by token: of many together on one rank, of one after the other on many."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,39 +12,57 @@ from lasp.evaluation.subject import Subject
 from lasp.models import Decoder, Memory, Rows
 from lasp.training.generate import PREFILL_TOKENS
 
+TOGETHER = 65_536  # tokens of prompts, up to which several are read at a time
 Take = Callable[[int, int], bool]
 """Gets a prompt's number and the next token of its continuation; says whether to go on with it."""
 
 
-def answer(subject: Subject, prompt: Prompt) -> str:
-    """What the model writes after the prompt, taking the likeliest token every time, until it has said all answers,
+def answers(subject: Subject, prompts: Sequence[Prompt]) -> list[str]:
+    """What the model writes after each prompt, taking the likeliest token every time, until it has said all answers,
     ended the document or used the prompt's room."""
-    tokenizer, written, text = subject.tokenizer, list[int](), ""
+    return [text for some in _together(prompts) for text in _answers(subject, some)]
 
-    def take(_: int, token: int) -> bool:
-        nonlocal text
+
+def _together(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    """Prompts that are read together: one at least, of up to TOGETHER tokens."""
+    first, tokens = 0, 0
+    for number, prompt in enumerate(prompts):
+        tokens += len(prompt.ids)
+        if number > first and tokens > TOGETHER:
+            yield prompts[first:number]
+            first, tokens = number, len(prompt.ids)
+    if prompts:
+        yield prompts[first:]
+
+
+def _answers(subject: Subject, prompts: Sequence[Prompt]) -> list[str]:
+    tokenizer, written, texts = subject.tokenizer, [list[int]() for _ in prompts], [""] * len(prompts)
+
+    def take(number: int, token: int) -> bool:
         if token == tokenizer.eod:
             return False
-        written.append(token)
-        text = tokenizer.decode(written)
-        return len(written) < prompt.room and prompt.score(text) < 1.0
+        written[number].append(token)
+        texts[number] = tokenizer.decode(written[number])
+        prompt = prompts[number]
+        return len(written[number]) < prompt.room and prompt.score(texts[number]) < 1.0
 
-    write_greedily(subject, [prompt.ids], take, guess=prompt.expected)
-    return text
+    guesses = [prompt.expected for prompt in prompts]
+    write_greedily(subject, [prompt.ids for prompt in prompts], take, guesses)
+    return texts
 
 
 def write_greedily(
-    subject: Subject, prompts: Sequence[np.ndarray], take: Take, guess: np.ndarray | None = None
+    subject: Subject, prompts: Sequence[np.ndarray], take: Take, guesses: Sequence[np.ndarray] | None = None
 ) -> None:
     """Continues the prompts, each [tokens] with at least one, by their likeliest tokens, as long as `take` says.
 
-    guess: how continuations may begin; on many ranks a right one saves time.
+    guesses: how continuations may begin; on many ranks right ones save time.
     """
     if subject.sp.size == 1:
         write(subject.model, prompts, take, lambda logits: logits.argmax(-1))
         return
     for number, ids in enumerate(prompts):
-        _write_anew(subject, ids, partial(take, number), guess)
+        _write_anew(subject, ids, partial(take, number), np.array([], np.int64) if guesses is None else guesses[number])
 
 
 @torch.inference_mode()
@@ -75,12 +93,12 @@ def _read(model: Decoder, memory: Memory, new: list[Tensor]) -> Tensor:
     return last
 
 
-def _write_anew(subject: Subject, ids: np.ndarray, take: Callable[[int], bool], guess: np.ndarray | None) -> None:
+def _write_anew(subject: Subject, ids: np.ndarray, take: Callable[[int], bool], guess: np.ndarray) -> None:
     """On many ranks, none of which holds the whole memory, everything is read anew for what comes next.
 
     As long as the guess is what the model writes, one pass gives many tokens.
     """
-    known, guessed = ids, np.array([], np.int64) if guess is None else guess
+    known, guessed = ids, guess
     while True:
         likeliest = _likeliest(subject, np.concatenate([known, guessed]), len(known) - 1)
         wrong = np.flatnonzero(likeliest[:-1] != guessed)

@@ -89,6 +89,7 @@ def save(decoder: Decoder, output: str | Path) -> None:
     ours, shape = decoder.state_dict(), decoder.config
     for field in ("feature_map", "window"):
         require(getattr(shape, field) is None, field, getattr(shape, field), "None: Megatron's layers have none")
+    require(not shape.short_conv, "short_conv", True, "False: Megatron's layers have none besides their mixers'")
     require(shape.rope_theta is not None or SOFTMAX not in shape.layers, "rope_theta", None, "a number")
     require(shape.num_shared_experts == 0, "num_shared_experts", shape.num_shared_experts, "0")
     if decoder.head is None:

@@ -204,7 +204,7 @@ def _short_conv(product: str, channels: int) -> list[Kept]:
 
 
 def _linear(config: ModelConfig) -> list[Kept]:
-    """v, and q and k before what is done to them, are views of their product."""
+    """v, and q and k before what is done to them, are views of their product, or what a convolution makes of it."""
     keys, values = config.num_heads * config.key_dim, config.num_heads * config.value_dim
     features = [Kept("q", keys), Kept("k", keys)] if config.feature_map != "identity" else []
     if config.feature_map == "hedgehog":
@@ -218,7 +218,12 @@ def _linear(config: ModelConfig) -> list[Kept]:
         "gla": [*own, *_gla_decay(config.num_heads * feature_dim(config))],
         "hgrn2": [*features, *_forget_gate(keys)],
     }[config.mixer]
-    return [Kept("qkv", 2 * keys + values), *before, *_output(config, gates.get(config.mixer))]
+    product = [Kept("qkv", 2 * keys + values)]
+    if config.short_conv:
+        rotated = config.mixer == "retention" and config.feature_map is None
+        parts = values if rotated else 2 * keys + values
+        product = [*_short_conv("qkv", 2 * keys + values), Kept("parts", parts)]
+    return [*product, *before, *_output(config, gates.get(config.mixer))]
 
 
 def _gla_decay(keys: int) -> list[Kept]:

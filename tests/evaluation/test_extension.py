@@ -48,11 +48,12 @@ def test_positions():
 def test_a_model_goes_on_at_longer_contexts(run, tmp_path, monkeypatch, positions):
     asked = []
 
-    def answer(subject, prompt):
-        asked.append((subject.model.config.rope_theta, len(prompt.ids)))
-        return prompt.answers[0] if subject.model.config.rope_theta != run.model.rope_theta else "?"
+    def answers(subject, prompts):
+        theta = subject.model.config.rope_theta
+        asked.extend((theta, len(prompt.ids)) for prompt in prompts)
+        return [prompt.answers[0] if theta != run.model.rope_theta else "?" for prompt in prompts]
 
-    monkeypatch.setattr(needle, "answer", answer)
+    monkeypatch.setattr(needle, "answers", answers)
     extension = Extension(
         model=run.run_dir,
         output=str(tmp_path / "long"),

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from lasp import cli
-from lasp.evaluation import needle, ruler
+from lasp.evaluation import needle, ruler, writing
 from lasp.evaluation.evaluate import evaluate
 from lasp.evaluation.needle import Needle
 from lasp.evaluation.prompts.prompt import Prompt
 from lasp.evaluation.ruler import Ruler
-from lasp.evaluation.writing import answer
+from lasp.evaluation.writing import answers
 from lasp.training.generate import generate
 
 
@@ -24,11 +24,25 @@ def prompt(text, room, *answers):
 def test_an_answer_is_the_greedy_continuation(subject, run):
     text = "line 3 of"
     written = "".join(generate(run.run_dir, text, 12, temperature=0))
-    assert answer(subject, prompt(text, 12, "\0")).startswith(written)  # it may end within a character
+    prompts = [prompt(text, 12, "\0"), prompt(text, 12, written[:2]), prompt(text, 3, "\0")]
+    whole, found, short = answers(subject, prompts)
+    assert whole.startswith(written)  # it may end within a character
     assert len(written) > 3
-    assert answer(subject, prompt(text, 12, written[:2])).startswith(written[:2])
-    assert len(answer(subject, prompt(text, 12, written[:2]))) < len(written)  # all that was asked for is said
-    assert len(answer(subject, prompt(text, 3, "\0"))) <= 3
+    assert found.startswith(written[:2])
+    assert len(found) < len(written)  # all that was asked for is said
+    assert len(short) <= 3
+
+
+def test_prompts_are_answered_together_and_as_alone(subject, monkeypatch):
+    prompts = [prompt("line 3 of a text\n" * n, 9, "\0") for n in (3, 1, 2, 1)]
+    (*alone,) = (text for one in prompts for text in answers(subject, [one]))
+    read, real = [], writing.write
+    monkeypatch.setattr(writing, "write", lambda model, ids, *rest: read.append(len(ids)) or real(model, ids, *rest))
+    assert answers(subject, prompts) == alone
+    monkeypatch.setattr(writing, "TOGETHER", 3 * len(prompts[1].ids))
+    assert answers(subject, prompts) == alone
+    assert read == [4, 1, 2, 1]
+    assert answers(subject, []) == []
 
 
 def right_below(depth):
@@ -38,11 +52,15 @@ def right_below(depth):
         text = subject.tokenizer.decode(prompt.ids)
         return f"It is {prompt.answers[0]}" if text.index(f"{prompt.answers[0]}.") < depth * len(text) else "?"
 
-    return write
+    return lambda subject, prompts: [write(subject, prompt) for prompt in prompts]
+
+
+def first_answers(subject, prompts):
+    return [prompt.answers[0] for prompt in prompts]
 
 
 def test_a_heat_map_by_depth_and_length(tmp_path, run, monkeypatch, capsys):
-    monkeypatch.setattr(needle, "answer", right_below(0.6))
+    monkeypatch.setattr(needle, "answers", right_below(0.6))
     options = "--lengths 4000 3000 --depths 1 0 0.4 --samples 2 --device cpu --kind keys"
     cli.main(["eval", "needle", run.run_dir, *options.split(), "--output", str(tmp_path)])
     record = json.loads((tmp_path / "needle.json").read_text())
@@ -62,7 +80,7 @@ def test_a_heat_map_by_depth_and_length(tmp_path, run, monkeypatch, capsys):
 
 
 def test_several_values_count_in_parts(run, monkeypatch):
-    monkeypatch.setattr(needle, "answer", lambda subject, prompt: prompt.answers[0])
+    monkeypatch.setattr(needle, "answers", first_answers)
     evaluation = Needle(
         model=run.run_dir, device="cpu", kind="values", several=4, lengths=(1500,), depths=(0.5,), samples=1
     )
@@ -71,7 +89,7 @@ def test_several_values_count_in_parts(run, monkeypatch):
 
 
 def test_ruler_by_task_and_length(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(ruler, "answer", lambda subject, prompt: prompt.answers[0])
+    monkeypatch.setattr(ruler, "answers", first_answers)
     options = "--tasks vt niah_single_1 --lengths 2000 1500 --samples 2 --device cpu"
     cli.main(["eval", "ruler", run.run_dir, *options.split(), "--output", str(tmp_path)])
     record = json.loads((tmp_path / "ruler.json").read_text())

@@ -22,6 +22,7 @@ from lasp.evaluation.tasks import MQAR
 from lasp.models import Decoder
 from lasp.training.metrics import read_metrics
 from lasp.training.runtime import join_world
+from lasp.training.starts import last_config
 from tests.patience import PATIENCE
 
 
@@ -157,6 +158,7 @@ def test_runs_whose_data_lie_on_the_device_are_the_same_runs(small, model):
     assert len(losses) == config.steps == 20
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert math.isfinite(module.train(config))  # nothing is left to do
+    assert last_config(config.run_dir).steps == 20
     assert len(list(Path(config.run_dir, "checkpoints").glob("step-*"))) == 1
 
 
@@ -204,9 +206,10 @@ def test_the_state_is_what_a_layer_has_to_keep(pattern, per_layer):
 
 
 def test_names_of_models():
-    assert parse_model("gla") == ("gla", "L")
-    assert parse_model("gla:LN") == ("gla", "LN")
-    assert parse_model("softmax")[1] == "N"
+    assert parse_model("gla") == ("gla", "L", False)
+    assert parse_model("gla:LN") == ("gla", "LN", False)
+    assert parse_model("gla+conv:LN") == ("gla", "LN", True)
+    assert parse_model("softmax").pattern == "N"
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,7 @@ def test_names_of_models():
         ({"models": ()}, r"models: got \(\), expected at least one"),
         ({"models": ("lstm",)}, "models: got 'lstm', expected softmax, one of linear"),
         ({"models": ("gla:",)}, "models: got 'gla:'"),
+        ({"models": ("kda+conv",)}, r"models: got 'kda\+conv', expected .*\(\+conv behind linear, .* hgrn2"),
         ({"models": ("softmax:L",)}, "models: got 'softmax:L'"),
         ({"models": ("gla:LLN",)}, "layers: got 2, expected a multiple of gla:LLN's pattern's length"),
         ({"seeds": (1, 1)}, r"seeds: got \(1, 1\), expected each once"),

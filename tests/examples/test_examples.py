@@ -64,6 +64,17 @@ def test_linearize_llama(monkeypatch, capsys, tmp_path):
     assert distilled.endswith("% at 2,048 tokens")
 
 
+def test_harness_task(monkeypatch, capsys, tmp_path):
+    """The script itself compares batches."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", ["harness_task.py", "--folder", str(tmp_path), "--steps", "2"])
+    runpy.run_path(str(EXAMPLES / "harness_task.py"), run_name="__main__")
+    chosen, _, written = capsys.readouterr().out.splitlines()[-3:]
+    assert chosen.startswith("town_chosen: acc,none ")
+    assert written.startswith("town_written: exact_match,stripped ")
+
+
 def alone(example) -> list[float]:
     """The losses of the DeepSpeed script's model on one rank, with a loop of PyTorch's own."""
     torch.manual_seed(0)

@@ -84,6 +84,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "head_dim": draw(st.none() | st.sampled_from([1, 2, 4, 6])),
         "value_head_dim": draw(st.none() | st.integers(1, 5)),
         "num_kv_heads": draw(st.none() | few),
+        "short_conv": draw(st.sampled_from([False, False, True])),
         "conv_width": draw(few),
         "tie_embeddings": draw(st.booleans()),
         "num_experts": draw(st.sampled_from([0, 0, 1, 3])),

@@ -93,6 +93,7 @@ def test_what_does_not_fit_is_refused(tmp_path, gen):
     for changes, message in (
         ({"window": 4}, "window: got 4, expected None: Megatron's layers have none"),
         ({"mixer": "gla", "feature_map": "relu"}, "feature_map: got 'relu', expected None"),
+        ({"mixer": "gla", "short_conv": True}, "short_conv: got True, expected False"),
         ({"pattern": "N", "rope_theta": None}, "rope_theta: got None, expected a number"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -15,9 +15,10 @@ VARIANTS = {
     "hedgehog": {"mixer": "gla", "feature_map": "hedgehog", "window": 5},
     "window": {"mixer": "gated_delta_net", "window": 1},
     "window of levels": {"mixer": "log_linear_mamba2", "window": 5},
+    "convolved": {"mixer": "gla", "short_conv": True},
     "no positions": {"rope_theta": None},
 }
-MODELS += [("hedgehog", "L"), ("window", "LN"), ("window of levels", "L"), ("no positions", "N")]
+MODELS += [("hedgehog", "L"), ("window", "LN"), ("window of levels", "L"), ("convolved", "L"), ("no positions", "N")]
 
 
 def config(mixer: str, pattern: str) -> ModelConfig:

@@ -210,6 +210,17 @@ def test_features_and_a_window():
     assert (layer(x[None], sequence(T))[0] - expected).abs().max() <= 1e-10
 
 
+def test_a_convolution_before_queries_keys_and_values():
+    layer = decoder("convolved", "L").get_submodule("layers.1.mixer")
+    p = {key: p.detach().normal_(std=0.4) for key, p in layer.named_parameters()}
+    x = torch.randn(T, 32, dtype=torch.float64)
+    q, k, v = _heads(F.silu(_conv(x @ p["qkv_proj.weight"].mT, p["conv.weight"])), K, K, V)
+    gate = x @ p["decay.proj.0.weight"].mT @ p["decay.proj.1.weight"].mT + p["decay.proj.1.bias"]
+    o = _recurrence(q * K**-0.5, k, v, gate.sigmoid().log().unflatten(-1, (H, K)) / 16)
+    expected = _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
+    assert (layer(x[None], sequence(T))[0] - expected).abs().max() <= 1e-10
+
+
 def test_a_softmax_layer_without_positions_sees_a_set():
     layer = decoder("no positions", "N").get_submodule("layers.1.mixer")
     x = torch.randn(1, T, 32, dtype=torch.float64)
@@ -221,6 +232,12 @@ def test_a_softmax_layer_without_positions_sees_a_set():
 def test_only_some_mixers_have_a_feature_map(mixer):
     with pytest.raises(ValueError, match="feature_map: got 'relu', expected None with mixer"):
         replace(tiny(mixer), feature_map="relu")
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "kda", "log_linear_mamba2"])
+def test_mixers_with_a_convolution_of_their_own_get_no_second(mixer):
+    with pytest.raises(ValueError, match="short_conv: got True, expected False with mixer"):
+        replace(tiny(mixer), short_conv=True)
 
 
 def test_retention_has_positions():

@@ -13,7 +13,7 @@ from lasp.evaluation.position import LossByPosition
 from lasp.evaluation.prompts.prompt import Prompt
 from lasp.evaluation.repeats import RecallInText
 from lasp.evaluation.subject import Subject, Trained
-from lasp.evaluation.writing import answer
+from lasp.evaluation.writing import answers
 from lasp.models import Decoder, tiny
 from lasp.parallel import SequenceParallel
 from lasp.parallel.groups import make_mesh
@@ -48,11 +48,11 @@ def test_answers(ranks, model, layout):
     many, one = on_all_ranks(model, evaluation), on_this_rank(model, ranks)
     ids = np.frombuffer(b"What is said about this? " * 3, np.uint8).astype(np.int64)
     nothing = Prompt(ids, ("\0",), 6, np.array([7, 7]))
-    written = answer(one, nothing)
+    (written,) = answers(one, [nothing])
     assert len(written) > 0
-    assert answer(many, nothing) == written  # a wrong guess
     bytes_written = np.frombuffer(written.encode(errors="ignore"), np.uint8).astype(np.int64)
-    assert answer(many, Prompt(ids, ("\0",), 6, bytes_written[:3])) == written
+    guessed = Prompt(ids, ("\0",), 6, bytes_written[:3])
+    assert answers(many, [nothing, guessed]) == [written] * 2  # after a wrong and a right guess
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

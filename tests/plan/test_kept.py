@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lasp.config import MIXERS, ModelConfig
+from lasp.model_config import OPTIONAL_CONV
 from lasp.models import Decoder, linear_llama3_1b
 from lasp.plan.kept import POLICIES, Dtype, ends, layer
 from tests.models.helpers import random_tokens, sequence
@@ -28,6 +29,7 @@ MODELS |= {
     "hedgehog": replace(DENSE, mixer="gla", feature_map="hedgehog"),
     "rotated hedgehog": replace(DENSE, mixer="retention", feature_map="hedgehog"),
     "identity": replace(DENSE, mixer="linear", feature_map="identity"),
+    **{f"{mixer} behind a convolution": replace(DENSE, mixer=mixer, short_conv=True) for mixer in OPTIONAL_CONV},
     "window": replace(DENSE, window=8),
     "window beside mamba2": replace(DENSE, mixer="mamba2", window=8),
     "window beside levels": replace(DENSE, mixer="log_linear_mamba2", window=8),

@@ -49,7 +49,7 @@ class QualityTable:
             fits = self.step_tokens % length == 0
             require(fits, "contexts", length, f"a divisor of step_tokens={self.step_tokens}")
         for name in self.models:
-            _, pattern = parse_model(name)
+            pattern = parse_model(name).pattern
             for size in self.sizes:
                 _, layers = SIZES[size]
                 require(
@@ -67,7 +67,6 @@ class QualityTable:
 
     def run(self, model: str, size: str, context: int, seed: int) -> TrainConfig:
         """The training run of one cell of the table."""
-        mixer, pattern = parse_model(model)
         hidden, layers = SIZES[size]
         steps = self.tokens // self.step_tokens
         return TrainConfig(
@@ -77,8 +76,7 @@ class QualityTable:
                 num_layers=layers,
                 num_heads=max(1, hidden // HEAD_DIM),
                 intermediate_size=8 * hidden // 3 // 64 * 64,
-                mixer=mixer,
-                pattern=pattern,
+                **parse_model(model)._asdict(),
             ),
             data=DataConfig(
                 train=f"{self.data}_train", valid=f"{self.data}_valid", tokenizer=self.tokenizer, eval_contexts=1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from lasp.config import (
     LINEAR,
@@ -16,19 +16,34 @@ from lasp.config import (
 )
 from lasp.evaluation.tasks.mqar import MQAR
 from lasp.fields import Allowed, Count, FilePath, NotNegative, Positive, Seed, check_fields, require
+from lasp.model_config import OPTIONAL_CONV
 
-MODEL_WORDS = f"softmax, one of {', '.join(MIXERS)}, or one of these and a pattern, as gla:LN"
+CONV = "+conv"
+MODEL_WORDS = (
+    f"softmax, one of {', '.join(MIXERS)} ({CONV} behind {', '.join(OPTIONAL_CONV)} gives them a short convolution), "
+    "or one of these and a pattern, as gla:LN"
+)
 
 
-def parse_model(name: str) -> tuple[str, str]:
-    """(mixer, pattern) of a model's name. Raises ValueError if it is none."""
-    mixer, colon, pattern = name.partition(":")
-    if mixer == "softmax":
+class NamedModel(NamedTuple):
+    """What a model's name says: fields of its configuration."""
+
+    mixer: str
+    pattern: str
+    short_conv: bool
+
+
+def parse_model(name: str) -> NamedModel:
+    """Raises ValueError if it is none."""
+    kind, colon, pattern = name.partition(":")
+    mixer, conv, rest = kind.partition(CONV)
+    if kind == "softmax":
         mixer, pattern = (MIXERS[0], SOFTMAX) if not colon else ("", pattern)
     elif not colon:
         pattern = LINEAR
-    require(mixer in MIXERS and bool(pattern) and set(pattern) <= {LINEAR, SOFTMAX}, "models", name, MODEL_WORDS)
-    return mixer, pattern
+    known = mixer in (OPTIONAL_CONV if conv else MIXERS) and not rest
+    require(known and bool(pattern) and set(pattern) <= {LINEAR, SOFTMAX}, "models", name, MODEL_WORDS)
+    return NamedModel(mixer, pattern, bool(conv))
 
 
 ModelName = Annotated[str, Allowed(MODEL_WORDS, bool)]
@@ -70,8 +85,8 @@ class RecallSweep:
         there = self.held_out * len(self.task.pairs)
         require(self.batch <= there, "held_out", self.held_out, f"a batch of {self.batch} sequences, all in all")
         for name in self.models:
-            _, pattern = parse_model(name)
-            require(self.layers % len(pattern) == 0, "layers", self.layers, f"a multiple of {name}'s pattern's length")
+            length = len(parse_model(name).pattern)
+            require(self.layers % length == 0, "layers", self.layers, f"a multiple of {name}'s pattern's length")
 
     @property
     def train_data(self) -> str:
@@ -83,7 +98,6 @@ class RecallSweep:
 
     def run(self, model: str, width: int, lr: float, seed: int) -> TrainConfig:
         """The training run of one cell of the sweep."""
-        mixer, pattern = parse_model(model)
         steps = self.epochs * self.sequences * len(self.task.pairs) // self.batch
         return TrainConfig(
             model=ModelConfig(
@@ -92,8 +106,7 @@ class RecallSweep:
                 num_layers=self.layers,
                 num_heads=1,
                 intermediate_size=4 * width,
-                mixer=mixer,
-                pattern=pattern,
+                **parse_model(model)._asdict(),
                 init_std=self.init_std,
             ),
             data=DataConfig(

@@ -34,6 +34,7 @@ from lasp.training.ownership import hold
 from lasp.training.paths import with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.same_run import record
+from lasp.training.starts import keep_start
 from lasp.training.together import on_rank_0
 from lasp.training.train import open_data, train
 
@@ -111,6 +112,7 @@ def evaluate_graphed(job: Job, documents: Documents, fingerprints: dict[str, str
         stream = torch.cuda.Stream() if world.device.type == "cuda" else None
         with torch.cuda.stream(stream), hold(config.run_dir, dist.group.WORLD) as lock:
             run = GraphedRun(config, documents, world.device)
+            keep_start(config, world.size)
             keep_losses(config.run_dir, run.train().tolist())
             seen = record(config.steps * config.context_length, fingerprints)
             with _saving:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig
+from lasp.kernels.parts import Part, Parts
 from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, retention_decay
 from lasp.models.features import elu_plus_one, feature_dim, feature_map, identity
-from lasp.models.layers import Activation, GatedOutput, at_least_float32, rotate
+from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, rotate
 from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
@@ -62,6 +63,8 @@ class LinearMixer(nn.Module):
         self.heads, self.theta = config.num_heads, config.rope_theta
         self.sizes = [config.key_dim, config.key_dim, config.value_dim]
         self.qkv_proj = nn.Linear(config.hidden_size, self.heads * sum(self.sizes), bias=False)
+        parts = Parts(self.heads, tuple(map(Part, self.sizes)))
+        self.conv = ShortConv(parts, config.conv_width) if config.short_conv else None
         self.q_features = self.k_features = self.kind.features
         if config.feature_map is not None:
             self.q_features, self.k_features = (feature_map(config.feature_map, config) for _ in "qk")
@@ -69,7 +72,11 @@ class LinearMixer(nn.Module):
         self.output = GatedOutput(config.hidden_size, self.heads, config.value_dim, self.kind.gate, config.norm_eps)
 
     def forward(self, x: Tensor, seq: SequenceOps) -> Tensor:
-        q, k, v = product(self.qkv_proj, x).unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
+        qkv = product(self.qkv_proj, x)
+        if self.conv is not None:
+            q, k, v = self.conv(qkv, seq)
+        else:
+            q, k, v = qkv.unflatten(-1, (self.heads, -1)).split(self.sizes, dim=-1)
         decay = self.decay(x) if self.decay is not None else None
         if self.kind.rotary and self.theta is not None:
             q, k = (rotate(y, seq.positions, self.theta) for y in (q, k))
