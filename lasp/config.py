@@ -17,7 +17,18 @@ from lasp.fields import (
     from_dict,
     require,
 )
-from lasp.model_config import LEVELS, LINEAR, LOG_LINEAR, MIXERS, SOFTMAX, FeatureMap, Mixer, ModelConfig, Pattern
+from lasp.model_config import (
+    LEVELS,
+    LINEAR,
+    LOG_LINEAR,
+    MIXERS,
+    OPTIONAL_CONV,
+    SOFTMAX,
+    FeatureMap,
+    Mixer,
+    ModelConfig,
+    Pattern,
+)
 from lasp.names import ExchangeName, LayoutName, SoftmaxName
 from lasp.notation import Stage, read_stage
 from lasp.settings import DataConfig, DeepSpeedConfig, OptimizerConfig
@@ -27,6 +38,7 @@ __all__ = [
     "LINEAR",
     "LOG_LINEAR",
     "MIXERS",
+    "OPTIONAL_CONV",
     "SOFTMAX",
     "DataConfig",
     "DeepSpeedConfig",

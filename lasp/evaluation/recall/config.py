@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from lasp.config import (
     LINEAR,
     MIXERS,
+    OPTIONAL_CONV,
     SOFTMAX,
     DataConfig,
     ModelConfig,
@@ -16,7 +17,6 @@ from lasp.config import (
 )
 from lasp.evaluation.tasks.mqar import MQAR
 from lasp.fields import Allowed, Count, FilePath, NotNegative, Positive, Seed, check_fields, require
-from lasp.model_config import OPTIONAL_CONV
 
 CONV = "+conv"
 MODEL_WORDS = (
