@@ -40,8 +40,10 @@ from lasp.training.stop import EXIT_CODE
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 600.0  # seconds
-MODEL = "--model.hidden-size 16 --model.num-heads 2 --model.intermediate-size 16 --context-length 64 --batch-contexts 4"
-LOOP = "--device cpu --eval-every 7 --checkpoint-every 2 --checkpoint-keep 2 --optimizer.warmup-steps 1"
+MODEL = (
+    "--model.num-layers 2 --model.pattern LN --model.hidden-size 16 --model.num-heads 2 --model.intermediate-size 16"
+)
+LOOP = "--context-length 64 --batch-contexts 4 --device cpu --eval-every 7 --checkpoint-every 2 --checkpoint-keep 2 --optimizer.warmup-steps 1"
 
 
 @dataclass(frozen=True, kw_only=True)
