@@ -53,7 +53,6 @@ def test_a_compiled_model_over_ranks_equals_one_rank(group: dist.ProcessGroup, r
 
 
 @pytest.mark.no_exchange
-@pytest.mark.world
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_models_that_are_spread_over_ranks_break_no_graph(ranks, run_seed: int, fsdp: bool):
     """With experts on other ranks the model is one graph. FSDP's hooks lie around blocks, so these are one each: with
