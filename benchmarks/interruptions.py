@@ -40,7 +40,10 @@ from lasp.training.stop import EXIT_CODE
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 600.0  # seconds
-MODEL = "--model.hidden-size 16 --model.num-heads 2 --model.intermediate-size 16 --context-length 64 --batch-contexts 4"
+MODEL = (
+    "--model.num-layers 2 --model.pattern LN --model.hidden-size 16 --model.num-heads 2 --model.intermediate-size 16"
+)
+DATA = "--context-length 64 --batch-contexts 4 --data.eval-contexts 4"
 LOOP = "--device cpu --eval-every 7 --checkpoint-every 2 --checkpoint-keep 2 --optimizer.warmup-steps 1"
 
 
@@ -67,14 +70,14 @@ class Launch:
 
     def __init__(self, run: Path, ranks: int, settings: Settings) -> None:
         self.run, self.began = run, len(records(run))
-        data = f"--data.train {run.parent}/train --data.valid {run.parent}/valid --data.eval-contexts 4 --run-dir {run}"
+        data = f"--data.train {run.parent}/train --data.valid {run.parent}/valid --run-dir {run}"
         way = f"--steps {settings.steps} --dtype {settings.dtype} --parallel.{'' if settings.fsdp else 'no-'}fsdp"
         way += f" --{'' if settings.checkpoint_async else 'no-'}checkpoint-async"
         command = [sys.executable, str(ROOT / "launch/elastic.py"), str(ranks), "-m", "lasp.cli", "train", "quickstart"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.log = open(run.with_suffix(".log"), "a")  # noqa: SIM115 (closed by wait)
         self.process = subprocess.Popen(
-            [*command, *f"{MODEL} {LOOP} {data} {way}".split()],
+            [*command, *f"{MODEL} {DATA} {LOOP} {data} {way}".split()],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdout=self.log,
             stderr=self.log,

@@ -1,17 +1,11 @@
-"""The command `lasp` (or `python -m lasp`), which needs more than the library does."""
+"""The command `lasp` (or `python -m lasp`)."""
 
-import sys
+from lasp import installed
 
 
 def main() -> None:
-    """Runs it, or says in a line what is not installed."""
-    try:
+    with installed.whole():
         from lasp.cli import console
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "lasp":
-            raise
-        print(f"lasp: got no {error.name}, expected it: pip install 'lasp-sp[train]'", file=sys.stderr)
-        sys.exit(1)
     console()
 
 

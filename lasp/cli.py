@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import Positional
 
-from lasp import __version__, launched
+from lasp import __version__, installed, launched
 from lasp.text_commands import prepare, tokenizer
 
 TEXT_COMMANDS: dict[str, Callable[..., None]] = {"prepare": prepare, "tokenizer": tokenizer}
@@ -50,13 +50,14 @@ def main(args: list[str] | None = None) -> None:
     if args and args[0] in TEXT_COMMANDS:
         _one_of_commands(TEXT_COMMANDS, args)()
         return
-    from lasp import commands
-    from lasp.chosen import choose
-    from lasp.evaluation.evaluate import EVALUATIONS
-    from lasp.evaluation.quality.config import TABLES
-    from lasp.evaluation.recall.config import SWEEPS
-    from lasp.evaluation.tasks import TASKS
-    from lasp.training.recipes import RECIPES
+    with installed.whole():
+        from lasp import commands
+        from lasp.chosen import choose
+        from lasp.evaluation.evaluate import EVALUATIONS
+        from lasp.evaluation.quality.config import TABLES
+        from lasp.evaluation.recall.config import SWEEPS
+        from lasp.evaluation.tasks import TASKS
+        from lasp.training.recipes import RECIPES
 
     if args[:1] in (["train"], ["config"]):
         with _one_rank_speaks():

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets it
 LAUNCHER = "LASP_LAUNCHER"  # launch/elastic.py sets it: the number of its process
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they stop a run
+EXIT_CODE = 75  # that of a run that was stopped; EX_TEMPFAIL of sysexits.h: the same command goes on
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 

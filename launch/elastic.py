@@ -24,8 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from lasp.launched import LAUNCHER
-from lasp.training.stop import EXIT_CODE, SIGNALS
+from lasp.launched import EXIT_CODE, LAUNCHER, SIGNALS
 
 WRONG_COMMAND_LINE = 2
 REFUSED = ("ValueError", "FileNotFoundError")

@@ -17,11 +17,11 @@ MAY_IMPORT = {
     "parallel": {"kernels", "names"},
     "models": {"kernels", "config", "own"},
     "data": {"config"},
-    "plan": {"models", "config"},
-    "training": {"kernels", "parallel", "models", "data", "config", "launched", "plan"},
+    "plan": {"models", "config", "pictures"},
+    "training": {"kernels", "parallel", "models", "data", "config", "launched", "pictures", "plan"},
     "integrations": {"kernels", "parallel", "models", "data", "config", "fields", "launched", "training"},
     "distillation": {"parallel", "models", "data", "config", "fields", "training", "integrations"},
-    "evaluation": {"parallel", "models", "data", "config", "fields", "names", "training", "integrations"},
+    "evaluation": {"parallel", "models", "data", "config", "fields", "names", "pictures", "training", "integrations"},
 }
 # And a room of lasp/kernels/triton of the others; "" are the files beside the rooms that know of none.
 ROOMS = {
@@ -193,6 +193,7 @@ def test_rules_notice(path: str, source: str) -> None:
 
 
 def test_texts_become_tokens_without_torch() -> None:
-    """It takes seconds to load."""
-    told = f"import sys, {', '.join(WITHOUT_TORCH)}; assert 'torch' not in sys.modules"
+    """It takes seconds to load. Nor is there a picture to draw when a run starts."""
+    told = f"import sys, {', '.join(WITHOUT_TORCH)}; assert 'torch' not in sys.modules\n"
+    told += "import lasp.commands, lasp.training.train; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", told], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

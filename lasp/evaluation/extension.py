@@ -4,11 +4,10 @@ before and after."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 import tyro
-from matplotlib.figure import Figure
 
 from lasp.config import SOFTMAX, TrainConfig, require
 from lasp.evaluation.needle import Needle, NeedleResult
@@ -16,12 +15,16 @@ from lasp.evaluation.results import aligned, save
 from lasp.evaluation.subject import open_subject
 from lasp.fields import Count, FilePath, Part, Positive, check_fields
 from lasp.models import make_model
+from lasp.pictures import empty_figure
 from lasp.training import checkpoint
 from lasp.training.paths import with_absolute_paths
 from lasp.training.runtime import World, join_world
 from lasp.training.starts import begin, last_config
 from lasp.training.together import on_rank_0
 from lasp.training.train import open_data, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +187,8 @@ class ExtensionResult:
             rows.append([f"{length:,}", f"{100 * was:.0f}", f"{100 * found:.0f}", loss])
         return f"{aligned(rows)}\nthe model: {self.model}"
 
-    def figure(self) -> Figure:
-        figure = Figure(figsize=(10, 3.5), layout="constrained")
+    def figure(self) -> "Figure":
+        figure = empty_figure(10, 3.5)
         for place, (name, result) in enumerate((("before", self.before), ("after", self.after)), 1):
             title = f"needles found (%), {name}"
             result.draw(figure.add_subplot(1, 2, place, xlabel="tokens", ylabel="depth", title=title))

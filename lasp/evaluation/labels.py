@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 
 from lasp.config import require
 from lasp.data import Context, TokenFile
@@ -14,7 +13,11 @@ from lasp.evaluation.contexts import whole_documents
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
 from lasp.fields import Count, FilePath
+from lasp.pictures import empty_figure
 from lasp.training.train import all_ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +69,10 @@ class LabelsResult:
         ]
         return aligned([["data", "labels", "accuracy (%)", "loss"], *rows])
 
-    def figure(self) -> Figure | None:
+    def figure(self) -> "Figure | None":
         if len(self.files) == 1:
             return None
-        figure = Figure(figsize=(7, 1.5 + 0.3 * len(self.files)), layout="constrained")
+        figure = empty_figure(7, 1.5 + 0.3 * len(self.files))
         axes = figure.add_subplot(xlabel="accuracy (%)", xlim=(0, 100))
         axes.barh(list(self.files), [100 * found.accuracy for found in self.files.values()])
         axes.invert_yaxis()

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import mean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lasp.config import require
 from lasp.evaluation.config import Evaluation
@@ -18,6 +16,11 @@ from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
 from lasp.evaluation.writing import answers
 from lasp.fields import Count, FilePath, Part, Seed
+from lasp.pictures import empty_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KINDS: dict[str, Callable[[int], Needles]] = {
     "single": lambda several: Needles(),
@@ -95,13 +98,13 @@ class NeedleResult:
         means = ["mean", *(f"{100 * x:.0f}" for x in grid.mean(0))]
         return aligned([[f"{self.kind}: depth", *(f"{length:,}" for length in lengths)], *rows, means])
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         lengths, depths, _ = self.grid()
-        figure = Figure(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
+        figure = empty_figure(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths))
         self.draw(figure.add_subplot(xlabel="tokens", ylabel="depth", title=f"needles found (%): {self.kind}"))
         return figure
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """The heat map."""
         lengths, depths, grid = self.grid()
         axes.imshow(100 * grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")

@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lasp.config import require
 from lasp.evaluation.reading import Reading
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
+from lasp.pictures import empty_figure
 from lasp.training.train import all_ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PER_OCTAVE = 4  # intervals of positions
 
@@ -91,8 +94,8 @@ class PositionResult:
         rows.append(["all", f"{total:,}", f"{self.loss:.4f}", f"{math.exp(self.loss):.3f}", f"{100 * right:.1f}"])
         return aligned(rows)
 
-    def figure(self) -> Figure:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+    def figure(self) -> "Figure":
+        figure = empty_figure(7, 4.5)
         axes = figure.add_subplot(xlabel="position in the document", ylabel="loss (nats per token)", xscale="log")
         middles = [(i.first + i.last) / 2 + 1 for i in self.intervals]
         axes.plot(middles, [i.loss for i in self.intervals], marker=".")

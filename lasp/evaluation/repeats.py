@@ -2,11 +2,10 @@
 was? Where accuracy falls with the distance, the model forgets."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lasp.config import require
@@ -14,8 +13,12 @@ from lasp.data import Context
 from lasp.evaluation.reading import Reading
 from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
+from lasp.pictures import empty_figure
 from lasp.training.batches import Batch
 from lasp.training.train import all_ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NEAREST = 16  # tokens; pairs that come again sooner are counted together
 
@@ -109,8 +112,8 @@ class RecallResult:
             rows.append([where, f"{one.labels:,}", f"{one.loss:.4f}", f"{100 * one.accuracy:.1f}"])
         return aligned(rows)
 
-    def figure(self) -> Figure:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+    def figure(self) -> "Figure":
+        figure = empty_figure(7, 4.5)
         axes = figure.add_subplot(xlabel="tokens since the pair was last seen", ylabel="accuracy (%)", xscale="log")
         seen = [one for one in self.distances if one.first]
         axes.plot([one.first for one in seen], [100 * one.accuracy for one in seen], marker=".")

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Result(Protocol):
@@ -15,7 +16,7 @@ class Result(Protocol):
 
     def table(self) -> str: ...
 
-    def figure(self) -> Figure | None: ...
+    def figure(self) -> "Figure | None": ...
 
 
 def save(result: Result, folder: str | Path, name: str) -> str:

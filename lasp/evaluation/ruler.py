@@ -2,10 +2,9 @@
 
 from dataclasses import asdict, dataclass
 from statistics import mean
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lasp.config import require
 from lasp.evaluation.config import Evaluation
@@ -17,6 +16,10 @@ from lasp.evaluation.results import aligned
 from lasp.evaluation.subject import Subject
 from lasp.evaluation.writing import answers
 from lasp.fields import Count, FilePath, Seed
+from lasp.pictures import empty_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class RulerTask(Protocol):
@@ -111,8 +114,8 @@ class RulerResult:
         head = ["task", *(f"{length:,}" for length in self.means())]
         return aligned([head, *([name, *(f"{100 * x:.1f}" for x in row.values())] for name, row in lines.items())])
 
-    def figure(self) -> Figure:
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+    def figure(self) -> "Figure":
+        figure = empty_figure(8, 4.5)
         axes = figure.add_subplot(xlabel="tokens", ylabel="score (%)", xscale="log", ylim=(-3, 103))
         for number, (name, row) in enumerate(self.by_task().items()):
             axes.plot(list(row), [100 * x for x in row.values()], marker="osD^vP*X"[number % 8], label=name)

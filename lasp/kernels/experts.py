@@ -13,6 +13,7 @@ from torch import Tensor
 from lasp.kernels.autocast import Function
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.swiglu import swiglu
+from lasp.kernels.traced import traced
 
 # torch 2.13 documents the first name; older versions have only the second.
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -27,6 +28,11 @@ def swiglu_experts(x: Tensor, counts: Tensor, gate_up: Tensor, out: Tensor) -> T
     return grouped_matmul(swiglu(grouped_matmul(x, gate_up, counts)), out, counts)
 
 
+def _like_products(x: Tensor, weights: Tensor, counts: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weights.shape[2])]
+
+
+@traced(_like_products)
 def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """x [N, D] in the experts' order, weights [E, D, M] -> [N, M]: each row times its expert's matrix.
 

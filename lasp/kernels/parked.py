@@ -68,6 +68,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
+def index_tensor(places: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Integers on a device, for which the host does not wait."""
+    return to_device(torch.tensor(places, dtype=dtype, device="cpu"), device)
+
+
 @cache
 def _stream(device: torch.device, direction: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -55,6 +55,10 @@ class Handle(OpaqueBase):
         raise NotImplementedError
 
 
+class Opaque(OpaqueBase):
+    """What nodes may be given that graphs do not look into."""
+
+
 def real(handle: Any) -> Any:
     """The handle that stands behind its stand-in, for shapes."""
     return getattr(handle, "real_obj", handle)
@@ -162,6 +166,7 @@ _KINDS: dict[Any, _Kind] = {
     int: _Kind("int"),
     bool: _Kind("bool"),
     str: _Kind("str"),
+    list[Tensor]: _Kind("Tensor[]"),
     Parts: _Kind("int[]", _write_parts, _read_parts),
     FenwickState | None: _Kind(
         "Tensor[]", lambda x: [] if x is None else list(x), lambda x: FenwickState(*x) if x else None
@@ -172,7 +177,8 @@ _KINDS: dict[Any, _Kind] = {
 def traced(
     fake: Fake, *, reads: tuple[int, ...] = (), lasting: bool = False, casts: Callable[..., Any] | None = None
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Makes a function, or a method of a `Handle`, a node of graphs; elsewhere it is what it was.
+    """Makes a function, or a method of a `Handle`, a node of graphs; elsewhere it is what it was. Arguments may be
+    tensors, numbers, strings, `Handle`s and what is `Opaque`, by their annotations.
 
     fake: takes the same arguments by name, and returns a list of empty tensors like the results that there are.
     reads: which results its backward reads, to be kept for it in the place they have.
@@ -227,6 +233,9 @@ def _kind(annotation: Any, function: Callable[..., Any]) -> _Kind:
         return _Kind(_HANDLE)
     if get_origin(annotation) is Literal:
         return _KINDS[str]
+    for opaque, name in ((Handle, _HANDLE), (Opaque, _OPAQUE)):
+        if isinstance(annotation, type) and issubclass(annotation, opaque):
+            return _Kind(name)
     if annotation not in _KINDS:
         raise TypeError(f"{function.__qualname__} has an argument of {annotation}, which no node takes")
     return _KINDS[annotation]
@@ -251,7 +260,7 @@ def _define(
     reads: tuple[int, ...],
     lasting: bool,
 ) -> Callable[..., Any]:
-    *owner, name = function.__qualname__.split(".")
+    *owner, name = (each for each in function.__qualname__.split(".") if each != "<locals>")
     full = f"lasp::{'_'.join([*(each.lower() for each in owner), name])}"
     arguments = ", ".join(f"{kind.name} {'handle' if n == 'self' else n}" for n, kind in zip(names, kinds, strict=True))
 
@@ -370,7 +379,8 @@ if AVAILABLE:
     _MEMBERS = {"traced_facts": MemberType.INLINED}  # to which classes add theirs
     register_opaque_type(Call, typ="reference")
     register_opaque_type(Handle, typ="reference", guard_fn=lambda handle: handle.traced_facts, members=_MEMBERS)
-    _CALL, _HANDLE = get_opaque_type_name(Call), get_opaque_type_name(Handle)
+    register_opaque_type(Opaque, typ="reference")
+    _CALL, _HANDLE, _OPAQUE = (get_opaque_type_name(each) for each in (Call, Handle, Opaque))
     _run_backward = torch.library.custom_op(
         "lasp::backward",
         _backward,

@@ -25,6 +25,7 @@ from lasp.models.offload import HostMemory
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)  # each keeps less than the one before
+_AGAIN = ("conv", "grouped_matmul", "experts")  # in the names of nodes
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
@@ -67,8 +68,8 @@ def _in_graphs(policy: Policy) -> Callable[..., Any]:
 
 
 def _keeps_dear(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Matrix products, and operations over the sequence but for convolutions."""
-    kept = op in _PRODUCTS or (op.namespace == "lasp" and "conv" not in op.name())
+    """Matrix products, and operations over the sequence but for convolutions and experts."""
+    kept = op in _PRODUCTS or (op.namespace == "lasp" and not any(again in op.name() for again in _AGAIN))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.lasting import lasting
+from lasp.kernels.parked import index_tensor
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Kept
 from lasp.kernels.segments import Segments
@@ -75,12 +76,6 @@ class Places:
         if device not in self._on:
             self._on[device] = index_tensor(self._places, device)
         return self._on[device]
-
-
-def index_tensor(places: list[int], device: torch.device) -> Tensor:
-    """On a GPU through pinned memory, so that the host does not wait."""
-    index = torch.tensor(places, dtype=torch.long, device="cpu")
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.autocast import Function
+from lasp.kernels.parked import index_tensor
 from lasp.kernels.traced import traced
 from lasp.parallel import comm, shapes
 from lasp.parallel.agreement import agree
@@ -91,7 +92,7 @@ class DocumentSequence(Sequence):
         shortest = min(len(fragment) for fragment in self.partition.local)
         expected = f"at least {width - 1}, for a convolution of width {width}"
         checks.require(shortest >= width - 1, "a document's tokens per unit", shortest, expected)
-        stops = torch.tensor(list(accumulate(map(len, self.partition.local))), device=x.device)
+        stops = index_tensor(list(accumulate(map(len, self.partition.local))), x.device)
         ends = stops[:, None] - torch.arange(width - 1, 0, -1, device=x.device)
         units = len(self.partition.owned)
         last = x[0, ends.view(-1)].unflatten(0, (-1, units * (width - 1)))  # [documents, units · (width - 1), D]

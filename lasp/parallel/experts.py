@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.experts import RowOrder
+from lasp.kernels.traced import Opaque, traced
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree_on_cpus, gradients
 from lasp.parallel.comm import Group
@@ -26,27 +27,43 @@ class ExpertParallel:
     """
 
     def __init__(self, group: Group, run: Callable[..., Tensor]):
-        self.group, self.run = group, run
+        self._spread = _Spread(group, run)
 
     def __call__(self, x: Tensor, counts: Tensor, *matrices: Tensor) -> Tensor:
         """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] or [E / R, …] -> [N, D]."""
+        own = [matrix.to_local() if isinstance(matrix, DTensor) else matrix for matrix in matrices]
+        return experts_over_ranks(self._spread, x, counts, own)
 
-        def check() -> dict:
-            facts = gradients(x, of="x") | gradients(*matrices, of="the matrices")
-            return {"x": (x.dtype, x.shape[1]), "experts": len(counts)} | facts
 
-        agree_on_cpus(self.group, check, call="experts")
-        ranks = comm.size(self.group)
-        here = len(counts) // ranks
-        leaving = counts.view(ranks, here)
-        arriving = comm.all_to_all(counts, [here] * ranks, [here] * ranks, self.group).wait().view(ranks, here)
-        send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
-        rows = _Exchange.apply(x, send, receive, self.group)
-        experts = torch.arange(here, device=x.device).repeat(ranks)  # of the rows: by rank, then by expert
-        by_expert = RowOrder.sorting(experts.repeat_interleave(arriving.flatten(), output_size=sum(receive)))
-        own = (matrix.to_local() if isinstance(matrix, DTensor) else matrix for matrix in matrices)
-        y = self.run(by_expert.apply(rows), arriving.sum(0), *own)
-        return _Exchange.apply(by_expert.undo(y), receive, send, self.group)
+class _Spread(Opaque):
+    def __init__(self, group: Group, run: Callable[..., Tensor]):
+        self.group, self.run = group, run
+
+
+def _like_rows(x: Tensor, **others: object) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
+
+
+@traced(_like_rows)
+def experts_over_ranks(spread: _Spread, x: Tensor, counts: Tensor, own: list[Tensor]) -> Tensor:
+    """`ExpertParallel` of matrices [E / R, …]."""
+    group = spread.group
+
+    def check() -> dict:
+        facts = gradients(x, of="x") | gradients(*own, of="the matrices")
+        return {"x": (x.dtype, x.shape[1]), "experts": len(counts)} | facts
+
+    agree_on_cpus(group, check, call="experts")
+    ranks = comm.size(group)
+    here = len(counts) // ranks
+    leaving = counts.view(ranks, here)
+    arriving = comm.all_to_all(counts, [here] * ranks, [here] * ranks, group).wait().view(ranks, here)
+    send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
+    rows = _Exchange.apply(x, send, receive, group)
+    experts = torch.arange(here, device=x.device).repeat(ranks)  # of the rows: by rank, then by expert
+    by_expert = RowOrder.sorting(experts.repeat_interleave(arriving.flatten(), output_size=sum(receive)))
+    y = spread.run(by_expert.apply(rows), arriving.sum(0), *own)
+    return _Exchange.apply(by_expert.undo(y), receive, send, group)
 
 
 class _Exchange(Function):

@@ -10,10 +10,10 @@ position; backward those of the tokens before it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import moved, moved_back, routes
+from lasp.kernels.parked import index_tensor
 from lasp.kernels.summary import apply, apply_transposed
 from lasp.parallel.layout import PADDING, Fragment, Partition
 
@@ -98,7 +98,7 @@ class Fenwick:
     def extend(self, state: Tensor, transition: Tensor | None, start: Tensor, units: Sequence[int]) -> Tensor:
         """[len(units), B, J, ...]: what leaves each unit's fragment (backward: the gradient of what enters it) where
         `start` enters instead of nothing, its own contribution being `state`."""
-        p, e = (torch.tensor([edge[unit] for unit in units], device=state.device) for edge in (self.before, self.after))
+        p, e = (index_tensor([edge[unit] for unit in units], state.device) for edge in (self.before, self.after))
         route = routes(p, e, state.shape[2]).repeat_interleave(state.shape[1], 0)
         if self.backward:
             passed = moved_back(apply_transposed(transition, start).flatten(0, 1), route)

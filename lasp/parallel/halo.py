@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.once import once
+from lasp.kernels.parked import index_tensor
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Partition
@@ -47,10 +48,10 @@ class HaloPlan:
                     if source is not None and target == partition.rank:
                         slots[source].append(index * (width - 1) + place)
         return cls(
-            send=torch.tensor(list(chain(*sends)), dtype=torch.long, device=device),
+            send=index_tensor(list(chain(*sends)), device),
             send_counts=[len(tokens) for tokens in sends],
             receive_counts=[len(places) for places in slots],
-            slots=torch.tensor(list(chain(*slots)), dtype=torch.long, device=device),
+            slots=index_tensor(list(chain(*slots)), device),
             group=group,
         )
 

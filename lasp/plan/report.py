@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 
+from lasp.pictures import empty_figure
 from lasp.plan import search
 from lasp.plan.gpus import GIB
 from lasp.plan.search import Plan
@@ -70,7 +70,7 @@ def plot(made: Plan, path: str | Path) -> None:
     first, last = 2**14, max(2 * job.context, 2**20)
     contexts = [first * 2**i for i in range(40) if first * 2**i <= last]
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = empty_figure(7, 4.5)
     axes = figure.add_subplot(xlabel="tokens of a context", ylabel="GiB on each GPU", xscale="log", yscale="log")
     for name, setting in curves.items():
         sizes_there = [search.plan(replace(job, context=n), setting).memory.total / GIB for n in contexts]

@@ -5,9 +5,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lasp.config import require
+from lasp.pictures import empty_figure
 from lasp.training.metrics import read_metrics
 
 PANELS = {
@@ -24,7 +23,7 @@ def plot(run_dirs: Sequence[str], output: str | None = None) -> Path:
     Raises FileNotFoundError for a directory without metrics, ValueError for none, or for runs of which one has no step.
     """
     require(bool(run_dirs), "run_dirs", run_dirs, "at least one run's directory")
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = empty_figure(11, 7)
     axes = dict(zip(PANELS, figure.subplots(2, 2).flat, strict=True))
     for run_dir in run_dirs:
         records = read_metrics(run_dir)

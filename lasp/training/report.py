@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lasp.data import PackedContexts, bigram_loss
 from lasp.data.bigram import MAX_VOCAB
+from lasp.pictures import empty_figure
 from lasp.training import checkpoint
 from lasp.training.metrics import read_metrics
 
@@ -50,7 +49,7 @@ def draw(
     training: list[tuple[int, float]], evaluations: list[tuple[int, float]], bigram: float | None, picture: Path
 ) -> None:
     """Writes the curves of (step, loss) pairs to a PNG, with a line at the bigram model's loss if that is known."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = empty_figure(7, 4.5)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     axes.plot(*zip(*training, strict=True), linewidth=0.8, alpha=0.6, label="training")
     axes.plot(*zip(*evaluations, strict=True), marker=".", label="held-out")

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from lasp.launched import EXIT_CODE, SIGNALS
 from lasp.parallel.comm import Group
 from lasp.training.together import any_of
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = 1.0  # seconds after which another SIGINT is the user's, and not the launcher's copy of the first
 
 

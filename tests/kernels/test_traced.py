@@ -22,7 +22,8 @@ from lasp.kernels import (
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.parts import Part, Parts
 from lasp.models import Decoder, tiny
-from lasp.parallel import SequenceParallel
+from lasp.parallel import Sequence, SequenceParallel
+from tests.parallel.test_new_op import MovingAverages, Tokens
 
 pytestmark = pytest.mark.skipif(not traced.AVAILABLE, reason="wants a PyTorch whose nodes take handles")
 HEADS, SIZE, TOKENS = 2, 4, 12
@@ -133,6 +134,52 @@ def test_graphs_leave_open_how_many_states_there_are(calls):
     assert torch.equal(*values)
     for a, b in zip(*(torch.autograd.grad(value, inputs) for value in values), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_operations_of_ones_own_over_the_sequence_are_nodes(draw):
+    """Other than by themselves, where `Sequence.run` breaks the graph: then in one with what is around them."""
+    x = draw(1, TOKENS, HEADS, SIZE)
+
+    @traced.traced(lambda seq, x: [x.new_empty(x.shape)])
+    def differences(seq: Sequence, x: torch.Tensor) -> torch.Tensor:
+        return seq.run(MovingAverages(), Tokens(x, states=2))[0]
+
+    torch._dynamo.reset()
+    compiled, graphs = (
+        torch.compile(lambda seq, x: differences(seq, x.sin()).cos(), backend="aot_eager", fullgraph=True),
+        [],
+    )
+    for offsets in ([0, 5, TOKENS], [0, 2, 9, TOKENS]):
+        seq = SequenceParallel(None).sequence(TOKENS, torch.tensor(offsets))
+        wanted, got = differences(seq, x.sin()).cos(), compiled(seq, x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), x) for y in (got, wanted)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_mixture_of_experts_is_in_its_models_graph(gen, recompute):
+    torch.manual_seed(0)
+    experts = {"num_experts": 3, "expert_intermediate_size": 4, "num_shared_experts": 1, "expert_bias_rate": 0.1}
+    model = Decoder(replace(tiny(), vocab_size=61, num_layers=1, pattern="N", **experts)).double()
+    model.recompute = recompute
+
+    def loss(seq, tokens, labels):
+        return seq.mean(*model(tokens, seq, labels=labels))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for offsets in ([0, 9, 30], [0, 2, 5, 30]):
+        tokens, labels = torch.randint(61, (2, 1, 30), generator=gen, device="cpu")
+        seq, found = SequenceParallel(None).sequence(30, torch.tensor(offsets)), []
+        for function in (loss, compiled):
+            model.zero_grad()
+            value = function(seq, tokens, labels)
+            value.backward()
+            found.append([value.detach(), *(p.grad.clone() for p in model.parameters()), *model.balance.take()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

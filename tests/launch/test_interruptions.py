@@ -4,7 +4,7 @@ from tests.parallel.test_benchmarks import run
 
 
 def test_killed_and_stopped_runs_end_as_if_nothing_had_been():
-    options = "--trials rank+launcher+term --times 1 --ranks 2 --steps 8"
+    options = "--trials rank+all+launcher+rank+term --times 1 --ranks 2 --steps 8"
     done = run("benchmarks/interruptions.py", *options.split())
     assert done.returncode == 0, done.stdout
     assert "1 of 1 end with the bits of the uninterrupted run" in done.stdout

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from lasp.evaluation.results import aligned
+from lasp.pictures import empty_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PARTS = ((0, 16), (16, 4), (4, 1))  # of the context: from 1/a (0: its beginning) to 1/b
 FAR = (64, 16, 4)  # recall of what was last seen at least 1/a of the context back
@@ -78,12 +80,12 @@ class QualityResult:
             rows.append([first.model, f"{first.parameters:,}", overall, *numbers])
         return "\n\n".join(aligned(rows) for rows in parts.values())
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """Loss by position and recall by distance, a row of both for each size and context."""
         groups: dict[tuple[str, int], list[Cell]] = {}
         for seeds in self.rows():
             groups.setdefault((seeds[0].size, seeds[0].context), []).append(seeds[0])
-        figure = Figure(figsize=(12, 4.5 * len(groups)), layout="constrained")
+        figure = empty_figure(12, 4.5 * len(groups))
         for number, ((size, context), cells) in enumerate(groups.items()):
             places = 2 * number + 1, 2 * number + 2
             title = f"{size}, {context:,} tokens"
@@ -93,7 +95,7 @@ class QualityResult:
         return figure
 
 
-def _draw(axes: Axes, cells: list[Cell], across: str, up: str) -> None:
+def _draw(axes: "Axes", cells: list[Cell], across: str, up: str) -> None:
     losses = up.startswith("loss")
     for number, cell in enumerate(cells):
         records = [one for one in (cell.positions if losses else cell.distances) if losses or one["first"]]

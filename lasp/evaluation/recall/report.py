@@ -3,11 +3,13 @@
 import math
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from lasp.evaluation.results import aligned
+from lasp.pictures import empty_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,8 @@ class SweepResult:
             lines.append([*about, f"{100 * overall:.1f} ± {100 * error:.1f}", *each])
         return aligned(lines)
 
-    def figure(self) -> Figure:
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+    def figure(self) -> "Figure":
+        figure = empty_figure(11, 4.5)
         by_pairs = figure.add_subplot(1, 2, 1, xlabel="pairs", ylabel="accuracy (%)", xscale="log")
         by_state = figure.add_subplot(
             1, 2, 2, xlabel="state (numbers per sequence)", ylabel="mean accuracy (%)", xscale="log"

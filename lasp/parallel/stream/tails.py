@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.parked import to_device
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Partition
@@ -50,7 +51,7 @@ class TailPlan:
         again = [start <= token < 0 and partition.rank == 0 for token in last]
 
         def tensor(rows: Any) -> Tensor:
-            return torch.tensor(rows, device=device)
+            return to_device(torch.tensor(rows, device="cpu"), device)
 
         def place(token: int) -> int:
             """In the entering tail, which ends where the segment begins; any place for a token that is not there."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from lasp.kernels.fenwick import fitted
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.parked import index_tensor
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.segments import Tiles
@@ -158,12 +159,12 @@ class Call:
         tiles = Tiles(
             leaf,
             len(found),
-            torch.tensor(start, device=device),
-            torch.tensor(length, device=device, dtype=torch.int32),
-            torch.tensor(segment, device=device, dtype=torch.int32),
+            index_tensor(start, device),
+            index_tensor(length, device, torch.int32),
+            index_tensor(segment, device, torch.int32),
             torch.arange(len(found) + 1, device=device, dtype=torch.int32),
         )
-        return tiles, torch.tensor(segment, device=device), torch.tensor(slot, device=device), later
+        return tiles, index_tensor(segment, device), index_tensor(slot, device), later
 
     def _left(self, states: Tensor) -> Tensor:
         """Of states [I, H, K, V] of the initial slots, what is left of them behind the segments."""
