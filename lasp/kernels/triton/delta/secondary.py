@@ -50,6 +50,12 @@ def advance_weights(past, g, down, n):
 
 
 @triton.jit
+def _any_secondary(ln_chunk_decay, first, COUNT, h, H, N: tl.constexpr, MAX_LN_DECAY: tl.constexpr):
+    chunk = first + tl.arange(0, N)
+    return tl.max(tl.load(ln_chunk_decay + chunk * H + h, mask=chunk < COUNT, other=0.0)) > 2 * MAX_LN_DECAY
+
+
+@triton.jit
 def _secondary_scores(
     q,  # [tokens, Hq, K]
     k,
@@ -62,9 +68,7 @@ def _secondary_scores(
     WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, h, row = tl.program_id(0).to(tl.int64) * N, tl.program_id(1), tl.arange(0, C)
-    looked = first + tl.arange(0, N)
-    spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
-    if tl.max(spreads) > 2 * MAX_LN_DECAY:
+    if _any_secondary(ln_chunk_decay, first, COUNT, h, H, N, MAX_LN_DECAY):
         for chunk in range(first, tl.minimum(first + N, COUNT)):
             if tl.load(ln_chunk_decay + chunk * H + h) > 2 * MAX_LN_DECAY:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)
@@ -182,9 +186,7 @@ def _secondary_gradients(
 ):  # fmt: skip
     first, heads, row = tl.program_id(0).to(tl.int64) * N, tl.num_programs(1), tl.arange(0, C)
     h = FIRST_HEAD + tl.program_id(1) * STEP
-    looked = first + tl.arange(0, N)
-    spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
-    if tl.max(spreads) > 2 * MAX_LN_DECAY:
+    if _any_secondary(ln_chunk_decay, first, COUNT, h, H, N, MAX_LN_DECAY):
         for chunk in range(first, tl.minimum(first + N, COUNT)):
             if tl.load(ln_chunk_decay + chunk * H + h) > 2 * MAX_LN_DECAY:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)
