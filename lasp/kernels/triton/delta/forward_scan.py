@@ -40,22 +40,10 @@ def _forward_scan(
     start,
     length,
     first_chunk,  # [M]
-    scale,
-    H,
-    G,
-    FIRST_HEAD,
-    STEP,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    MODE: tl.constexpr,
-    FINAL: tl.constexpr,
-    DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    scale, H, G, FIRST_HEAD, STEP,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr,
+    FINAL: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)

@@ -63,11 +63,8 @@ def _gradients(
     DECAY: tl.constexpr,
     LEARNED: tl.constexpr,
     ADD: tl.constexpr,  # to the dq and dk of heads before
-    MAX_LN_DECAY: tl.constexpr,
-    BY_PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    MAX_LN_DECAY: tl.constexpr, BY_PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     chunk, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = FIRST_HEAD + row * STEP
     begin, count = tl.load(start + chunk), tl.load(length + chunk)
@@ -206,17 +203,9 @@ def _values(u, do, dr, i, here, rows, u_stride, v_stride, V: tl.constexpr):
 
 
 def gradients(
-    chunks: Tiles,
-    x: DeltaInputs,
-    do: Tensor,
-    terms: Terms,
-    recomputed: Recomputed,
-    dr: Tensor,
-    d_states: Tensor,
-    grads: Grads,
-    config: DeltaConfig,
-    heads: range,
-) -> None:
+    chunks: Tiles, x: DeltaInputs, do: Tensor, terms: Terms, recomputed: Recomputed, dr: Tensor, d_states: Tensor,
+    grads: Grads, config: DeltaConfig, heads: range,
+) -> None:  # fmt: skip
     """Fills `grads` for the heads of `heads`."""
     (all_heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], x.k.shape[2:]
     how = config.gradients

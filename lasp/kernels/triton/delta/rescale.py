@@ -48,19 +48,10 @@ def _factors(
     ln_chunk_decay,  # [chunks, H] fp32
     scores,  # [tokens, H, C]: P, if SCORES
     products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, if SCORES
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SCORES: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    BY_PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SCORES: tl.constexpr, MAX_LN_DECAY: tl.constexpr,
+    BY_PRODUCTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + chunk), tl.load(length + chunk)
     row = tl.arange(0, C)

@@ -32,25 +32,10 @@ def _reverse_scan(
     d_initial,  # [M, H, K, V] fp32, if FINAL: the gradient of the state at the tile's start
     dr,  # [tokens, HEADS, V], for STATES: the gradient of r
     d_states,  # [chunks, HEADS, V, K], for STATES: the gradient of the state that leaves each chunk, transposed
-    start,
-    length,
-    first_chunk,
-    scale,
-    H,
-    G,
-    FIRST_HEAD,
-    STEP,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    MODE: tl.constexpr,
-    FINAL: tl.constexpr,
-    DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    start, length, first_chunk, scale, H, G, FIRST_HEAD, STEP,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr,
+    FINAL: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = FIRST_HEAD + row * STEP
     begin, count = tl.load(start + tile), tl.load(length + tile)

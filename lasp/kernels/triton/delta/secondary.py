@@ -50,6 +50,12 @@ def advance_weights(past, g, down, n):
 
 
 @triton.jit
+def _any_secondary(ln_chunk_decay, first, COUNT, h, H, N: tl.constexpr, MAX_LN_DECAY: tl.constexpr):
+    chunk = first + tl.arange(0, N)
+    return tl.max(tl.load(ln_chunk_decay + chunk * H + h, mask=chunk < COUNT, other=0.0)) > 2 * MAX_LN_DECAY
+
+
+@triton.jit
 def _secondary_scores(
     q,  # [tokens, Hq, K]
     k,
@@ -57,24 +63,12 @@ def _secondary_scores(
     ln_chunk_decay,  # [chunks, H] fp32
     scores,  # [tokens, H, C]
     products,  # [tokens, H, C] fp32
-    start,
-    length,
-    scale,
-    COUNT,
-    H,
-    G,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    WORK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, COUNT, H, G,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, N: tl.constexpr, MAX_LN_DECAY: tl.constexpr,
+    WORK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     first, h, row = tl.program_id(0).to(tl.int64) * N, tl.program_id(1), tl.arange(0, C)
-    looked = first + tl.arange(0, N)
-    spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
-    if tl.max(spreads) > 2 * MAX_LN_DECAY:
+    if _any_secondary(ln_chunk_decay, first, COUNT, h, H, N, MAX_LN_DECAY):
         for chunk in range(first, tl.minimum(first + N, COUNT)):
             if tl.load(ln_chunk_decay + chunk * H + h) > 2 * MAX_LN_DECAY:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)
@@ -120,18 +114,9 @@ def _within_chunk(
     n,  # [i, j]: dr_i·u_j for j < i
     pt,  # [j, i]: the first transposed
     nt,  # [j, i]: the second transposed, times -beta_i
-    betas,
-    begin,
-    here,
-    count,
-    h,
-    cols,
-    H,
-    G,
-    K: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    betas, begin, here, count, h, cols, H, G,
+    K: tl.constexpr, MAX_LN_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """What a chunk's tokens give each other: of dq_i, of w_i, of dk_j as far as it is written, and of db.
 
     What cancels in db is the same rounded numbers, whether it comes from the query's or the key's side.
@@ -195,28 +180,13 @@ def _secondary_gradients(
     dk,
     d_decay,  # [tokens, H, K]
     d_beta,  # [tokens, H]
-    start,
-    length,
-    scale,
-    COUNT,
-    H,
-    G,
-    FIRST_HEAD,
-    STEP,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, COUNT, H, G, FIRST_HEAD, STEP,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     first, heads, row = tl.program_id(0).to(tl.int64) * N, tl.num_programs(1), tl.arange(0, C)
     h = FIRST_HEAD + tl.program_id(1) * STEP
-    looked = first + tl.arange(0, N)
-    spreads = tl.load(ln_chunk_decay + looked * H + h, mask=looked < COUNT, other=0.0)
-    if tl.max(spreads) > 2 * MAX_LN_DECAY:
+    if _any_secondary(ln_chunk_decay, first, COUNT, h, H, N, MAX_LN_DECAY):
         for chunk in range(first, tl.minimum(first + N, COUNT)):
             if tl.load(ln_chunk_decay + chunk * H + h) > 2 * MAX_LN_DECAY:
                 begin, count = tl.load(start + chunk), tl.load(length + chunk)

@@ -46,16 +46,9 @@ def _ut_transform(
     products,  # [tokens, H, 64] fp32: k_i·(e^{b_i - b_j} k_j), if DIAGONAL; else they are computed here
     ut,  # [tokens, H, 64]: the row of T that belongs to a token
     gates,  # [chunks, H, 4, 64]: beta, b, e^b and e^{b_C - b}
-    start,
-    length,
-    H,
-    G,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FINE: tl.constexpr,
-):
+    start, length, H, G,
+    K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
     SCALARS: tl.constexpr = DECAY != NONE and DECAY != DIAGONAL
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + chunk), tl.load(length + chunk)
@@ -220,17 +213,9 @@ def _scores(
     k,
     gates,
     scores,  # [tokens, H, 64]
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + chunk), tl.load(length + chunk)
     i = tl.arange(0, C)

@@ -34,20 +34,10 @@ def _gradients(
     before,  # [slots, H, K, V]: X̃
     after,  # [slots, H, K, V]: G̃
     dg,  # [tokens, H, K]
-    start,
-    length,
-    scale,
-    CHUNKS,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BY_PRODUCTS: tl.constexpr,
-):
+    start, length, scale, CHUNKS, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, MAX_LN_DECAY: tl.constexpr,
+    PRECISION: tl.constexpr, BY_PRODUCTS: tl.constexpr,
+):  # fmt: skip
     i, h, tile = chunk_of_program(CHUNKS, H)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     operand: tl.constexpr = k.dtype.element_ty

@@ -7,7 +7,6 @@ gradient G for those of the values.
 (see rescale).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,20 +31,10 @@ def _walk(
     passed,
     y,  # [tokens, H, V]: o, down dv; without the second term in secondary chunks
     chunk_states,  # [slots, H, K, V]: down, G̃ of every chunk
-    owner,
-    start,
-    length,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    DOWN: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    owner, start, length, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOWN: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, cols = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     begin, count = tl.load(start + tile), tl.load(length + tile)
@@ -76,27 +65,11 @@ def _walk(
         state = tl.dot(tl.trans(bc), cc, state, input_precision=PRECISION) * tl.exp(half * end)
 
 
-def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, config: DiagonalConfig) -> Tensor:
-    """o [B, T, H, V], for secondary chunks without what their tokens read of each other."""
-    o = torch.empty_like(v)
-    _launch(tiles, x, (x.q, x.k, v), initial, o, None, config)
-    return o
-
-
-def value_grads(
-    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, config: DiagonalConfig
-) -> tuple[Tensor, Tensor]:
-    """dv [B, T, H, V], likewise, and G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the gradients of
-    the states that leave the tiles."""
-    dv, grads = torch.empty_like(do), x.q.new_empty(*x.ends.shape, do.shape[3])
-    _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, config)
-    return dv, grads
-
-
-def _launch(
+def walk(
     tiles: Tiles, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
     chunk_states: Tensor | None, config: DiagonalConfig,
 ) -> None:  # fmt: skip
+    """Writes y, walking up, or down if there are `chunk_states` to be written, too; rows: a, b and c of `_walk`."""
     heads, key_dim, value_dim = *x.k.shape[2:], y.shape[3]
     block_v = min(block_of(value_dim), config.outputs.columns)
     launch(

@@ -130,17 +130,9 @@ def _rescale(
     k_out,
     ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
-    start,
-    length,
-    scale,
-    CHUNKS,
-    H,
-    G,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-):
+    start, length, scale, CHUNKS, H, G,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, MAX_LN_DECAY: tl.constexpr,
+):  # fmt: skip
     i, h, tile = chunk_of_program(CHUNKS, H)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     if i * C < count:

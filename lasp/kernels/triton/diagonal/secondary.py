@@ -55,21 +55,10 @@ def _secondary_outputs(
     decay,  # [tokens, H, K]
     ln_chunk_decay,  # [slots, H] fp32
     o,  # [tokens, H, V]
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(2)
     first = tl.program_id(1) * N
     begin, count = tl.load(start + tile), tl.load(length + tile)
@@ -127,21 +116,10 @@ def _secondary_gradients(
     dk,
     dv,  # [tokens, H, V]
     dg,  # [tokens, H, K]
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    start, length, scale, H, G,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    MAX_LN_DECAY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(2)
     first = tl.program_id(1) * N
     begin, count = tl.load(start + tile), tl.load(length + tile)

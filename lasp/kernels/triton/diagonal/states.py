@@ -29,21 +29,10 @@ def _scan_states(
     passed,
     transitions,  # [M, H, K] fp32: the tiles' log decays, written forward
     chunk_states,  # [slots, H, K, V]: X̃ of every chunk, written if EACH_CHUNK
-    owner,
-    start,
-    length,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    EACH_CHUNK: tl.constexpr,
-    MAX_LN_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    owner, start, length, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BACKWARD: tl.constexpr,
+    EACH_CHUNK: tl.constexpr, MAX_LN_DECAY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     if not EACH_CHUNK:  # see pdl
         griddepcontrol_wait()
     tile, h, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)

@@ -76,16 +76,10 @@ def _fetch(sources, buffers, ring, numbers, K: gl.constexpr, V: gl.constexpr, MO
 
 @gluon.jit
 def _compute(
-    shared,
-    tensors,
-    numbers,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    WIDTH: gl.constexpr,
-    MODE: gl.constexpr,
-    FINAL: gl.constexpr,
+    shared, tensors, numbers,
+    K: gl.constexpr, V: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr, FINAL: gl.constexpr,
     DECAY: gl.constexpr,
-):
+):  # fmt: skip
     STATE: gl.constexpr = state_layout(K, V)
     COLUMNS: gl.constexpr = columns_layout(K, V)
     SCORES: gl.constexpr = tokens_layout(K, V, C)
@@ -253,20 +247,10 @@ def _forward_scan(
     start,
     length,
     first_chunk,  # [M]
-    scale,
-    H,
-    G,
-    FIRST_HEAD,
-    STEP,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    WIDTH: gl.constexpr,
-    PARTS: gl.constexpr,
-    MODE: gl.constexpr,
-    FINAL: gl.constexpr,
-    DECAY: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    scale, H, G, FIRST_HEAD, STEP,
+    K: gl.constexpr, V: gl.constexpr, WIDTH: gl.constexpr, PARTS: gl.constexpr, MODE: gl.constexpr,
+    FINAL: gl.constexpr, DECAY: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     if MODE != STATES:  # see pdl
         griddepcontrol_wait()
     tile, row, HEADS = gl.program_id(0), gl.program_id(1), gl.num_programs(1)

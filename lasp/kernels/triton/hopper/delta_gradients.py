@@ -76,19 +76,9 @@ def _columns(buffer, piece: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def stage_gradients(
-    grad,
-    chunk_rows,
-    gates,
-    given,
-    sums,
-    ring,
-    step,
-    scale,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    LEARNED: gl.constexpr,
-    DECAY: gl.constexpr,
-):
+    grad, chunk_rows, gates, given, sums, ring, step, scale,
+    K: gl.constexpr, V: gl.constexpr, LEARNED: gl.constexpr, DECAY: gl.constexpr,
+):  # fmt: skip
     """The second part of a chunk: dq may take the place of G, and dk what is left of it; dv takes that of dr."""
     GROUPS: gl.constexpr = warp_groups(K, V)
     PIECE: gl.constexpr = 128 if K > 128 else K  # columns of dq, w and dk that registers hold at once

@@ -93,19 +93,10 @@ def _fetch(
 
 @gluon.jit
 def _compute(
-    shared,
-    tensors,
-    scanned,
-    numbers,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    WIDTH: gl.constexpr,
-    GRADIENTS: gl.constexpr,
-    EACH: gl.constexpr,
-    ADD: gl.constexpr,
-    FINAL: gl.constexpr,
-    DECAY: gl.constexpr,
-):
+    shared, tensors, scanned, numbers,
+    K: gl.constexpr, V: gl.constexpr, WIDTH: gl.constexpr, GRADIENTS: gl.constexpr, EACH: gl.constexpr,
+    ADD: gl.constexpr, FINAL: gl.constexpr, DECAY: gl.constexpr,
+):  # fmt: skip
     STATE: gl.constexpr = state_layout(K, V)
     COLUMNS: gl.constexpr = columns_layout(K, V)
     STATE_LEFT: gl.constexpr = left_of(STATE)

@@ -4,7 +4,6 @@ As in chunk_scan two groups of warps have half of a head's columns each. q̃ and
 rows decay, from chunk to chunk.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -153,14 +152,9 @@ def _walk(
     y,  # [tokens, H, V]: o, down dv; without what tokens of secondary chunks give each other
     y_rows,  # rows of 64 columns of it
     states,  # G̃ of every chunk, one by one, 64 columns of [slots, H, K, V], written down
-    owner,
-    start,
-    length,
-    H,
-    DOWN: gl.constexpr,
-    MAX_LN_DECAY: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    owner, start, length, H,
+    DOWN: gl.constexpr, MAX_LN_DECAY: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     griddepcontrol_wait()
     tile, h = gl.program_id(0).to(gl.int64), gl.program_id(1)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
@@ -186,24 +180,11 @@ def _walk(
     )
 
 
-def outputs(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, max_ln_decay: float) -> Tensor:
-    o = torch.empty_like(v)
-    _launch(tiles, x, (x.q, x.k, v), initial, o, None, max_ln_decay)
-    return o
-
-
-def value_grads(
-    tiles: Tiles, x: Rescaled, do: Tensor, d_final: InitialStates, max_ln_decay: float
-) -> tuple[Tensor, Tensor]:
-    dv, grads = torch.empty_like(do), x.q.new_empty(*x.ends.shape, SIZE.value)
-    _launch(tiles, x, (x.k, x.q, do), d_final, dv, grads, max_ln_decay)
-    return dv, grads
-
-
-def _launch(
+def walk(
     tiles: Tiles, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
     states: Tensor | None, max_ln_decay: float,
 ) -> None:  # fmt: skip
+    """See diagonal.outputs.walk."""
     a, b, c = rows
     heads, size, half = c.shape[2], SIZE.value, HALF.value
     written = None
