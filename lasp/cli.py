@@ -62,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
     if args[:1] in (["train"], ["config"]):
         with _one_rank_speaks():
             chosen = choose(args[0], args[1:], {**RECIPES, **SWEEPS, **TABLES})
-        getattr(commands, args[0])(chosen)
+        _deferred(getattr(commands, args[0]))(chosen)()
         return
     for command in (commands.train, commands.config):
         command.__annotations__["config"] = Positional[str]  # for the list of commands; `choose` reads their words
