@@ -15,7 +15,7 @@ from lasp.kernels.triton.shared.decay import LOG2_E
 from lasp.kernels.triton.shared.rows import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "L"])
 def _node_grads(
     q,  # [tokens, Hq, K]
     do,  # [tokens, H, V]

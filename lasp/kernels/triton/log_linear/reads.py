@@ -29,7 +29,7 @@ from lasp.kernels.triton.shared.decay import LOG2_E
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "M", "I", "L", "HEIGHTS"])
 def _reads(
     a,  # [tokens, H // GA, DA]
     b,  # [tokens, H // GB, DA]
