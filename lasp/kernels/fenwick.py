@@ -88,7 +88,7 @@ def resized(slots: Tensor, count: int) -> Tensor:
 
 def fitted(slots: Tensor, tokens: Tensor, count: int) -> Tensor:
     """The slots [N, J, ...] of so many tokens [N] as [N, count, ...]; zero where they hold none."""
-    full = occupied(tokens.to(slots.device), slots.shape[1])
+    full = occupied(tokens.to(slots.device, non_blocking=True), slots.shape[1])
     return resized(slots.where(full.view(*full.shape, *(1,) * (slots.ndim - 2)), 0), count)
 
 

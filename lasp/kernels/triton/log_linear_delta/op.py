@@ -1,6 +1,6 @@
 """Log-linear attention with the delta rule: the halves of an op (lasp.kernels.recurrence)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,24 +56,24 @@ def parts_of(x: LogLinearInputs) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class TritonLogLinearDelta:
-    """Heads come in parts, one after the other, since nodes take many times the memory of their tokens. Kept are the
-    initial slots alone."""
+    """Heads come in parts, one after the other, since nodes take many times the memory of their tokens; where a summary
+    is wanted, all parts stay until the other half. Kept are the initial slots alone."""
 
     def summarize(self, x: LogLinearInputs, wanted: bool):
         if not wanted:
             return None, None
-        found = [(call.own_slots(), call.transition) for call in (Call(part.x) for part in parts_of(x))]
-        slots, transitions = (torch.cat(of, 2) for of in zip(*found, strict=True))
-        return Summary(slots, transitions), None
+        calls = [Call(part.x) for part in parts_of(x)]
+        slots = torch.cat([call.own_slots() for call in calls], 2)
+        return Summary(slots, torch.cat([call.transition for call in calls], 2)), calls
 
     def finish(self, x: LogLinearInputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending, Kept]:
         slots = incoming.wait()
 
-        def outgoing() -> Tensor:
-            return torch.cat([Call(part.x).outgoing(part.of(slots)) for part in parts_of(x)], 2)
+        def of_parts(wanted: Callable[["Call", Tensor | None], Tensor]) -> Tensor:
+            calls = partial or (Call(part.x) for part in parts_of(x))
+            return torch.cat([wanted(call, part.of(slots)) for part, call in zip(parts_of(x), calls, strict=True)], 2)
 
-        o = torch.cat([Call(part.x).outputs(part.of(slots)) for part in parts_of(x)], 2)
-        return o, Pending(outgoing), (slots,)
+        return of_parts(Call.outputs), Pending(lambda: of_parts(Call.outgoing)), (slots,)
 
     def summarize_grad(self, x: LogLinearInputs, kept: Kept, do: Tensor, wanted: bool):
         do, (slots,) = laid_out(do), kept
@@ -137,7 +137,7 @@ class Call:
 
     def route(self) -> Tensor:
         x = self.x
-        return routes(x.tokens, x.tokens_after, x.state_shape[1]).to(x.v.device)
+        return routes(x.tokens, x.tokens_after, x.state_shape[1]).to(x.v.device, non_blocking=True)
 
     def entered(self, slots: Tensor) -> Tensor:
         """The initial slots as parts of the final ones, [N, J, H, K, V]."""
