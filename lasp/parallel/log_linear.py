@@ -133,8 +133,8 @@ class Between:
     def finish_grad(self, x: LogLinearInputs, kept: Kept, partial: Any, d_outgoing: Pending[Any]) -> Gradients:
         gates: list[Pending[Tensor]] = []
 
-        def arrive(found: Arriving | Tensor) -> Tensor:
-            if isinstance(found, Tensor):
+        def arrive(found: Arriving | Tensor | None) -> Tensor | None:
+            if not isinstance(found, Arriving):
                 return found
             gates.append(found.gates)
             return found.slots
