@@ -48,22 +48,26 @@ def ready(seed: int, family: str) -> None:
     made_ready(rounded(seed, *case) for case in CASES if case[0] == family)
 
 
-@pytest.mark.parametrize(("family", "size", "shape", "dtype"), CASES)
+of_all = pytest.mark.parametrize(
+    ("family", "size", "shape", "dtype"), CASES, ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x)
+)
+
+
+@of_all
 def test_equals_the_reference(gen, run_seed, family, size, shape, dtype):
     ready(run_seed, family)
     given, upstream = rounded(run_seed, family, size, shape, dtype), {}
     function = {"gated": log_linear_attention, "delta": log_linear_delta_rule}[family]
-    exact = given.to(torch.float64, torch.float64, "cuda")
     asked = {"final": True, "output_final_state": True}
-    wanted = results(gen, function, exact, upstream, backend="reference", **asked)
-    upstream = {name: x.to(dtype if name == "o" else torch.float32) for name, x in upstream.items()}
     got = results(gen, function, given, upstream, backend="triton", **asked)
+    upstream = {name: x.to(got[name]) for name, x in upstream.items()}
+    exact = given.to(torch.float64, torch.float64, "cuda")
+    wanted = results(gen, function, exact, upstream, backend="reference", **asked)
     found = {name: error(got[name].double(), wanted[name]) for name in wanted}
-    print(family, size, shape, dtype, {name: f"{x:.1e}" for name, x in found.items()})
     assert max(found.values()) < DTYPES[dtype], found
 
 
-@pytest.mark.parametrize(("family", "size", "shape", "dtype"), CASES)
+@of_all
 def test_auto_is_triton(run_seed, family, size, shape, dtype):
     x = inputs(rounded(run_seed, family, size, shape, dtype))
     assert not isinstance(choose_op(x, "auto", wants_summary=False), LogLinearOp)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.log_linear_delta.query_grads import QueryGrads
@@ -138,6 +138,7 @@ def gradients(
         _gradients, (tiles.count, heads),
         q, k, v, decay, ut, scores, gates, grads.d_rows, grads.d_reads, grads.d_values, d_states, d_transitions, *made,
         tiles.start, tiles.length, scale, heads, heads // q_heads, K=key_dim, V=value_dim, BK=block_of(key_dim),
-        BV=columns_of(value_dim, ut), C=ut.shape[-1], PRECISION=precision, num_warps=8, num_stages=1,
+        BV=columns_of(value_dim, ut), C=ut.shape[-1], PRECISION=precision,
+        num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return made

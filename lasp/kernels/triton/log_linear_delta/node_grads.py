@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.triton.device import block_of, cdiv, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
@@ -81,6 +81,6 @@ def node_grads(tree: Tree, do: Tensor, scales: Tensor, kept: KeptRows, precision
             do, scales, kept.rows, kept.grads, parts, transition_parts, tiles.start, tiles.length,
             tree.leaves, tree.pieces, tree.pair_pieces, do.shape[0] * do.shape[1], tiles.count, heads, scales.shape[3],
             tree.seen_pairs.shape[1], K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns, C=size,
-            LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=8, num_stages=2,
+            LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=2,
         )  # fmt: skip
     return parts, transition_parts

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import add_share, bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
@@ -150,6 +150,6 @@ def query_grads(
         tree.leaves, tree.seen_pairs, tree.seen_heights, tree.lefts, tree.incoming, tree.incoming_first, tree.before,
         v.shape[0] * v.shape[1], tiles.count, tree.incoming.shape[1], heads, scales.shape[3], heights,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns_of(value_dim, rows), C=size,
-        LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=8, num_stages=1,
+        LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return grads, kept

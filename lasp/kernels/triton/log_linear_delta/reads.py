@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.triton.device import block_of, cdiv, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
@@ -100,6 +100,6 @@ def outputs(
         tree.seen_pairs, tree.seen_heights, tree.lefts, tree.incoming, tree.incoming_first, tree.before,
         tiles.count, tree.incoming.shape[1], heads, scales.shape[3], tree.seen_pairs.shape[1],
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns, C=size, LOG_C=size.bit_length() - 1,
-        PRECISION=precision, num_warps=8, num_stages=1,
+        PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return o

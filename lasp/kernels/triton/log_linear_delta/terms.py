@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
@@ -79,6 +79,6 @@ def leaf_terms(
         _terms, (tiles.count, heads),
         q, k, v, ut, scores, gates, rows, reads, states, transitions, tiles.start, tiles.length, scale,
         heads, heads // q_heads, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns_of(value_dim, ut),
-        C=ut.shape[-1], PRECISION=precision, num_warps=8, num_stages=1,
+        C=ut.shape[-1], PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return rows, reads
