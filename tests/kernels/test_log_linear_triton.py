@@ -1,6 +1,11 @@
 """Triton's log-linear attention, in the interpreter where there is no GPU, against the definition in float64."""
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ config = pytest.importorskip("lasp.kernels.triton.log_linear.config")
 op = pytest.importorskip("lasp.kernels.triton.log_linear.op")
 delta_op = pytest.importorskip("lasp.kernels.triton.log_linear_delta.op")
 GPU = DEVICE == "cuda"
+ROOT = Path(__file__).parents[2]
 CASES = {
     "grouped heads": {"tokens": 45, "batch": 2, "heads": (1, 2)},
     "whole leaves": {"tokens": 128, "heads": (1, 1)},
@@ -172,3 +178,14 @@ def test_refuses_a_delta_rule_with_wide_keys(gen):
     )
     with pytest.raises(ValueError, match=expected):
         log_linear_delta_rule(**drawn.tensors, backend="triton")
+
+
+def test_other_lengths_and_documents_compile_nothing_anew():
+    """Once there have been initial slots, and none: see log_linear_launches."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.log_linear_launches"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in done.stdout.splitlines()]
+    for without, with_slots, *others in (calls[: len(calls) // 2], calls[len(calls) // 2 :]):
+        assert without and with_slots and not any(others), others
