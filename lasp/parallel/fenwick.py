@@ -76,20 +76,27 @@ class Fenwick:
         """Of the messages, which are equally long."""
         return max(map(len, self.places))
 
-    def pack(self, states: Tensor, rank: int) -> Tensor:
-        """[units of the rank, B, J, H, K, V] -> [size, B, H, K, V]."""
-        packed = states.new_zeros(self.size, states.shape[1], *states.shape[3:])
+    def pack(self, states: Sequence[Tensor], rank: int) -> Tensor:
+        """[size, B, H, K, V], given [B, J, H, K, V] of each of the rank's units."""
+        like = states[0]
+        packed = like.new_zeros(self.size, like.shape[0], *like.shape[2:])
         for row, (unit, j) in zip(packed, self.places[rank], strict=False):
-            row.copy_(states[self.owned[rank].index(unit), :, j])
+            row.copy_(states[self.owned[rank].index(unit)][:, j])
         return packed
 
-    def combine(self, messages: Tensor, factors: Tensor, units: Sequence[int]) -> Tensor:
-        """[len(units), B, J, H, K, V]: what enters (backward: the gradient of what leaves) the given units, out of what
-        all ranks have packed [R, size, ...] and all units' transitions [U, B, H] or [U, B, H, K, K]."""
-        sent: dict[int, Slots] = {unit: {} for unit in range(len(factors))}
-        for places, rows in zip(self.places, messages, strict=True):
-            for (unit, j), state in zip(places, rows, strict=False):
-                sent[unit][j] = state
+    def unpacked(self, message: Tensor, rank: int) -> list[Slots]:
+        """The inverse: of each of the rank's units what a message holds."""
+        slots: dict[int, Slots] = {unit: {} for unit in self.owned[rank]}
+        for state, (unit, j) in zip(message, self.places[rank], strict=False):
+            slots[unit][j] = state
+        return list(slots.values())
+
+    def combine(self, messages: Tensor, factors: Tensor, units: Sequence[int]) -> list[Slots]:
+        """What enters (backward: the gradient of what leaves) each of some units, out of what all ranks have packed
+        [R, size, ...] and all units' transitions [U, B, H] or [U, B, H, K, K]."""
+        sent: dict[int, Slots] = {}
+        for rank, message in enumerate(messages):
+            sent |= zip(self.owned[rank], self.unpacked(message, rank), strict=True)
         slots: Slots = {}
         found: dict[int, Slots] = {}
         for unit in range(len(factors))[:: -1 if self.backward else 1]:
@@ -98,23 +105,16 @@ class Fenwick:
             slots = self._passed(slots, factors[unit], unit)
             for j, state in sent[unit].items():
                 slots[j] = slots[j] + state if j in slots else state
-        most = max((j + 1 for unit in units for j in found[unit]), default=0)
-        result = messages.new_zeros(len(units), messages.shape[2], most, *messages.shape[3:])
-        for row, unit in zip(result, units, strict=True):
-            for j, state in found[unit].items():
-                row[:, j] = state
-        return result
+        return [found[unit] for unit in units]
 
-    def extend(self, state: Tensor, transition: Tensor | None, start: Tensor, units: Sequence[int]) -> Tensor:
-        """[len(units), B, J, ...]: what leaves each unit's fragment (backward: the gradient of what enters it) where
-        `start` enters instead of nothing, its own contribution being `state`."""
-        p, e = (torch.tensor([edge[unit] for unit in units], device=state.device) for edge in (self.before, self.after))
-        route = routes(p, e, state.shape[2]).repeat_interleave(state.shape[1], 0)
+    def extend(self, state: Tensor, transition: Tensor, start: Tensor, unit: int) -> Tensor:
+        """[B, J, H, K, V]: what leaves a unit's fragment (backward: the gradient of what enters it) where `start`
+        enters instead of nothing, its own contribution being `state`."""
+        p, e = (torch.tensor([edge[unit]], device="cpu") for edge in (self.before, self.after))
+        route = routes(p, e, state.shape[1]).to(state.device, non_blocking=True).expand(len(state), -1, -1)
         if self.backward:
-            passed = moved_back(apply_transposed(transition, start).flatten(0, 1), route)
-        else:
-            passed = apply(transition, moved(start.flatten(0, 1), route).view(start.shape)).flatten(0, 1)
-        return state + passed.view(state.shape)
+            return state + moved_back(apply_transposed(transition, start), route)
+        return state + apply(transition, moved(start, route))
 
     def _passed(self, slots: Slots, factor: Tensor, unit: int) -> Slots:
         """A route(X), or routeᵀ(Aᵀ G)."""

@@ -24,7 +24,7 @@ from lasp.parallel.agreement import gradients, signature
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
-from lasp.parallel.fenwick import Fenwick, position
+from lasp.parallel.fenwick import Fenwick, Slots, position
 from lasp.parallel.layout import PADDING, Partition
 from lasp.parallel.spread import spread
 
@@ -144,8 +144,8 @@ class Between:
             of_units, decay = pending.wait(), grads.of["decay"]
             assert decay is not None
             units, batch, heads = of_units.shape
-            by_unit = decay.view(batch, units, -1, heads) + of_units.transpose(0, 1)[:, :, None]
-            grads.of["decay"] = by_unit.view(decay.shape).to(decay.dtype)
+            by_unit = decay.reshape(batch, units, -1, heads) + of_units.transpose(0, 1)[:, :, None]
+            grads.of["decay"] = by_unit.reshape(decay.shape).to(decay.dtype)
         return grads
 
 
@@ -171,8 +171,8 @@ class AcrossSlots:
         """Kept are the fragments' transitions and those of all units, and of scalars the slots before the units."""
         assert summary is not None and summary.transition is not None
         a = summary.transition
-        exits = self._of_units(a, self.partition.last)
-        own = self._packed(self.forward, summary.state, exits, initial_state)
+        exits = torch.stack(self._of_units(a, self.partition.last))
+        own = self._packed(self.forward, summary.state, a, initial_state)
         message = torch.cat([own.flatten(), exits.flatten()])
 
         def arrive(gathered: Tensor) -> tuple[Tensor, Kept]:
@@ -180,10 +180,10 @@ class AcrossSlots:
             units = of_transitions.unflatten(1, exits.shape).flatten(0, 1)[:, :, 0]
             factors = torch.stack([units[place] for place in self.partition.layout.rank_order])
             combined = self.forward.combine(of_states.unflatten(1, own.shape), factors, self.partition.owned)
-            states = self._entering(self.forward, combined, initial_state)
+            states = self._entering(self.forward, combined, own, initial_state)
             if _are_matrices(factors):
                 return states, (a, factors)
-            before = self._of_units(resized(states, self.slots), self.partition.first)
+            before = self._of_units(states, self.partition.first)
             return states, (a, factors, self.backward.pack(before, self.partition.rank))
 
         return comm.all_gather(message, self.group).then(arrive)
@@ -193,27 +193,25 @@ class AcrossSlots:
         assert d_summary is not None
         a, factors, *rest = kept
         assert a is not None and factors is not None
-        own = self._packed(self.backward, d_summary, self._of_units(a, self.partition.first), d_final)
+        own = self._packed(self.backward, d_summary, a, d_final)
         if _are_matrices(factors):
 
             def arrive(rows: Tensor) -> Tensor:
                 combined = self.backward.combine(rows, factors, self.partition.owned)
-                return self._entering(self.backward, combined, d_final)
+                return self._entering(self.backward, combined, own, d_final)
 
             return comm.all_gather(own, self.group).then(arrive)
         (before,) = rest
         assert before is not None
-        between = spread(self.forward, self.backward, self.partition.rank, own.device)
+        plan = spread(self.forward, self.backward, self.partition.rank, own.device)
 
         def arrive_own(found: Tensor) -> Arriving:
-            told = between.through(own, found, before, factors)
-            slots = found.new_zeros(len(self.partition.owned), self.batch, self.slots, *found.shape[2:])
-            for row, (unit, j) in zip(found, self.forward.places[self.partition.rank], strict=False):
-                slots[self.partition.owned.index(unit), :, j] = row
-            gates = comm.all_gather(told, self.group).then(between.gates)
-            return Arriving(self._entering(self.backward, slots, d_final), gates)
+            told = plan.through(own, found, before, factors)
+            gates = comm.all_gather(told, self.group).then(plan.gates)
+            slots = self.forward.unpacked(found, self.partition.rank)
+            return Arriving(self._entering(self.backward, slots, own, d_final), gates)
 
-        return comm.reduce_scatter(between.wanted(own, factors), self.group).then(arrive_own)
+        return comm.reduce_scatter(plan.wanted(own, factors), self.group).then(arrive_own)
 
     def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
         return self._of_documents(self.backward, outgoing)
@@ -221,28 +219,30 @@ class AcrossSlots:
     def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
         return self._of_documents(self.forward, d_incoming)
 
-    def _of_units(self, x: Tensor, fragments: list[int]) -> Tensor:
-        """[N, ...] -> [units of this rank, B, ...]: those of some fragments."""
-        return x.unflatten(0, (self.batch, -1))[:, fragments].transpose(0, 1).contiguous()
+    def _of_units(self, x: Tensor, fragments: list[int]) -> list[Tensor]:
+        """[N, ...] -> [B, ...] of some fragments, one of each of this rank's units."""
+        rows = x.unflatten(0, (self.batch, -1))
+        return [rows[:, fragment] for fragment in fragments]
 
-    def _packed(self, side: Fenwick, states: Tensor, transition: Tensor, documents: Tensor | None) -> Tensor:
-        """[slots sent, B, H, K, V]: what leaves this rank's units. transition: [units of this rank, B, 1, H, ...]."""
+    def _packed(self, side: Fenwick, states: Tensor, transitions: Tensor, documents: Tensor | None) -> Tensor:
+        """[slots sent, B, H, K, V]: what leaves this rank's units. states, transitions: of the fragments."""
         exits = self.partition.first if side.backward else self.partition.last
-        own = self._of_units(resized(states, self.slots), exits)
+        own, through = self._of_units(states, exits), self._of_units(transitions, exits)
         if documents is not None:
-            for j, (unit, exit) in enumerate(zip(self.partition.owned, exits, strict=True)):
+            for place, (unit, exit) in enumerate(zip(self.partition.owned, exits, strict=True)):
                 if self._has_state(side, exit):
-                    start = self._of_document(side, documents, exit)[None]
-                    own[j : j + 1] = side.extend(own[j : j + 1], transition[j : j + 1], start, [unit])
+                    start = self._of_document(side, documents, exit)
+                    own[place] = side.extend(resized(own[place], self.slots), through[place], start, unit)
         return side.pack(own, self.partition.rank)
 
-    def _entering(self, side: Fenwick, units: Tensor, documents: Tensor | None) -> Tensor:
-        """[N, J, H, K, V]: what enters every fragment, given what enters this rank's units [units, B, J, H, K, V]."""
+    def _entering(self, side: Fenwick, units: list[Slots], like: Tensor, documents: Tensor | None) -> Tensor:
+        """[N, J, H, K, V]: what enters every fragment, given what enters this rank's units. like: [..., B, H, K, V]."""
         entries = self.partition.last if side.backward else self.partition.first
-        states = units.new_zeros(self.batch, len(self.partition.local), self.slots, *units.shape[3:])
-        for entry, unit in zip(entries, units, strict=True):
+        states = like.new_zeros(self.batch, len(self.partition.local), self.slots, *like.shape[-3:])
+        for entry, slots in zip(entries, units, strict=True):
             if not self._is_closed(side, entry):
-                states[:, entry, : unit.shape[1]] = unit
+                for j, state in slots.items():
+                    states[:, entry, j] = state
         if documents is not None:
             for fragment in range(len(self.partition.local)):
                 if self._has_state(side, fragment):
