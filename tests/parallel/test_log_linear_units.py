@@ -16,7 +16,6 @@ from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
 from lasp.parallel import log_linear
-from lasp.parallel.fenwick import Fenwick
 from lasp.parallel.layout import PADDING, Layout, Partition
 from tests.kernels.log_linear import Drawn, draw, results
 from tests.parallel.inputs import error
