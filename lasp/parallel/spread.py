@@ -31,7 +31,7 @@ class Spread:
     """
 
     def __init__(self, forward: Fenwick, backward: Fenwick, rank: int, device: torch.device):
-        self.forward, self.backward = forward, backward
+        self.forward, self.backward, self.first = forward, backward, _first(forward)
         own, wanting = forward.owned[rank], backward.places[rank]
         sent = [_padded(places, forward.size) for places in forward.places]
         of_all = [place for places in sent for place in places]
@@ -69,7 +69,7 @@ class Spread:
 
     def _seen(self, place: Place | None, unit: int) -> Place | None:
         """The slot of a unit's past that an S is part of, if it is in its past."""
-        if place is None or not self._reaches(place[0], unit):
+        if place is None or not self.first[unit] <= place[0] < unit:
             return None
         return unit, slot_of(self.backward.before[unit], start(self.forward.after[place[0]], place[1]))
 
@@ -87,17 +87,22 @@ class Spread:
         reader, slot = place
         ends = start(self.backward.before[reader], slot) + (1 << slot)
         through = not (self.forward.breaks[unit] or self.backward.breaks[unit])
-        return through and self._reaches(unit, reader) and ends <= self.forward.before[unit]
-
-    def _reaches(self, unit: int, later: int) -> bool:
-        """Whether a later unit goes on with the document that a unit ends in."""
-        return unit < later and self.forward.open[later] and not any(self.forward.breaks[unit + 1 : later])
+        return through and self.first[reader] <= unit < reader and ends <= self.forward.before[unit]
 
 
 @lru_cache(maxsize=16)
 @lasting
 def spread(forward: Fenwick, backward: Fenwick, rank: int, device: torch.device) -> Spread:
     return Spread(forward, backward, rank, device)
+
+
+def _first(forward: Fenwick) -> list[int]:
+    """Of every unit the first of those whose document it goes on with, which are the units up to it; itself if none."""
+    first: list[int] = []
+    for unit, is_open in enumerate(forward.open):
+        before = unit - 1
+        first.append(unit if not is_open else before if forward.breaks[before] else first[before])
+    return first
 
 
 def _padded(places: list[Place], size: int) -> list[Place | None]:
