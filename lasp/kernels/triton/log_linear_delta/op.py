@@ -174,7 +174,8 @@ class Backward:
         x, tree = call.x, call.tree
         assert x.decay is not None and x.beta is not None
         d_states, d_transitions = (torch.empty_like(t) for t in (call.states, call.transitions))
-        d_states[tree.roots], d_transitions[tree.roots] = 0.0, 0.0
+        for nodes in (d_states, d_transitions):
+            nodes.index_fill_(0, tree.roots, 0.0)
         of_last: dict[str, Tensor] = {}
         if final is not None:
             final = fitted(final, x.tokens_after, tree.slots)
