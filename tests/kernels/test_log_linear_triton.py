@@ -16,12 +16,14 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
-from tests.kernels.log_linear import Drawn, draw, made_ready, results
+from tests.kernels import log_linear
+from tests.kernels.log_linear import Drawn, made_ready, results
 from tests.kernels.test_triton_linear import DEVICE, DTYPES, poisoned_memory  # noqa: F401  a fixture
 from tests.parallel.inputs import error
 
 config = pytest.importorskip("lasp.kernels.triton.log_linear.config")
 op = pytest.importorskip("lasp.kernels.triton.log_linear.op")
+block_of = pytest.importorskip("lasp.kernels.triton.device").block_of
 delta_op = pytest.importorskip("lasp.kernels.triton.log_linear_delta.op")
 GPU = DEVICE == "cuda"
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,11 @@ CASES = {
     "wide heads": {"tokens": 40, "seen": [5], "heads": (1, 1), "sizes": (40, 72)},
     "one token": {"tokens": 1, "heads": (1, 1), "levels": 1},
 }
+
+
+def draw(gen, tokens, *, sizes=(6, 4), **options) -> Drawn:
+    """On a GPU the kernels take powers of two."""
+    return log_linear.draw(gen, tokens, sizes=tuple(map(block_of, sizes)) if GPU else sizes, **options)
 
 
 _ready: list[int] = []
@@ -172,9 +179,9 @@ def test_delta_rule_without_gates(gen):
 
 
 def test_refuses_a_delta_rule_with_wide_keys(gen):
-    drawn = draw(gen, 3, delta=True, sizes=(136, 8)).to(torch.float32, torch.float32, DEVICE)
+    drawn = draw(gen, 3, delta=True, sizes=(256, 8)).to(torch.float32, torch.float32, DEVICE)
     expected = (
-        "backend: got 'triton', expected 'auto' or 'reference' for a delta rule with keys of 136: Triton takes at"
+        "backend: got 'triton', expected 'auto' or 'reference' for a delta rule with keys of 256: Triton takes at"
     )
     with pytest.raises(ValueError, match=expected):
         log_linear_delta_rule(**drawn.tensors, backend="triton")

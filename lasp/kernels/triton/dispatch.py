@@ -14,7 +14,7 @@ from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.decode import decode
 from lasp.kernels.triton.delta.op import TritonDelta
-from lasp.kernels.triton.device import MAX_HEAD, is_roomy, unsupported
+from lasp.kernels.triton.device import MAX_HEAD, block_of, is_roomy, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.log_linear.op import TritonLogLinear
@@ -51,13 +51,16 @@ def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -
     """The same for log-linear attention."""
     if refusal := unsupported(x.k, x.v):
         return None, refusal
+    sizes = x.k.shape[-1], x.v.shape[-1]
+    if x.v.is_cuda and any(size != block_of(size) for size in sizes):  # they read beside their tensors there
+        return None, f"heads of {sizes[0]} and {sizes[1]}: Triton takes powers of two, from 32 on"
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
     if x.beta is not None:
         op = TritonLogLinearDelta()
-        if x.k.shape[-1] > MAX_DELTA_KEY:
-            return None, f"a delta rule with keys of {x.k.shape[-1]}: Triton takes at most {MAX_DELTA_KEY}"
+        if sizes[0] > MAX_DELTA_KEY:
+            return None, f"a delta rule with keys of {sizes[0]}: Triton takes at most {MAX_DELTA_KEY}"
     if x.v.is_cuda and (lack := _make_ready(op, x, wants_summary)):
         return None, lack
     return op, ""
