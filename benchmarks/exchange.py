@@ -9,7 +9,7 @@ Runs are interleaved; of every run the slower rank counts, and the median of the
 row: as the host starts them ("eager"), and replayed from CUDA graphs, where only the GPU's time counts ("graph").
 Exchanges: microseconds, combining included, beside the bare all-gather of as many bytes. Ops: milliseconds, forward and
 backward, zigzag; "without" is the same op on the same local tokens. Log-linear attention has one q/k head, as in
-Mamba-2, and exchanges by all-gather and reduce-scatter alone, as the host starts them.
+Mamba-2, and exchanges by all-gather and reduce-scatter alone.
 """
 
 import functools
@@ -177,7 +177,7 @@ def ops(settings: Settings, clock: Clock) -> None:
             if op == "gated delta" and settings.peer and clock.device.type == "cuda" and (function := peer(tokens)):
                 calls["flash-linear-attention"] = forward_backward(function, tensors)
             title = f"{op}, {tokens} tokens a rank, forward and backward: milliseconds"
-            capturable = set() if op == "softmax" or log_linear else {"without", *settings.graphs}
+            capturable = set() if op == "softmax" else {"without", *settings.graphs}
             compare(title, calls, capturable, clock, 1e-3, settings.times)
 
 
