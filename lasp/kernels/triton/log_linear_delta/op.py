@@ -91,7 +91,7 @@ class TritonLogLinearDelta:
             d_incoming.append(each.d_incoming())
         of: dict[str, Tensor | None] = {}
         for name in x.tensors:
-            of[name] = whole = torch.cat([each[name] for each in found], 2)
+            of[name] = whole = torch.cat([each.pop(name) for each in found], 2)
             if name in "qk":
                 of[name] = per_q_head(whole, x.q)
         return Gradients(of, Pending(lambda: torch.cat(d_incoming, 2)))
