@@ -102,8 +102,9 @@ def test_gates_that_do_nothing_or_close(gen, strength):
 
 @pytest.mark.parametrize("seen", [None, [77]], ids=["from the start", "behind others"])
 @pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
-def test_summaries(gen, seen, delta):
+def test_summaries(gen, seen, delta, monkeypatch):
     """What others are told of a segment: the same as the reference tells them."""
+    monkeypatch.setattr(delta_op, "KEPT", 0 if seen else 2**21)
     drawn = draw(gen, 45, seen=seen, heads=(1, 1), delta=delta).to(torch.float32, torch.float32, DEVICE)
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
 
