@@ -53,7 +53,10 @@ def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -
         return None, refusal
     sizes = x.k.shape[-1], x.v.shape[-1]
     if x.v.is_cuda and any(size != block_of(size) for size in sizes):  # they read beside their tensors there
-        return None, f"heads of {sizes[0]} and {sizes[1]}: Triton takes powers of two, from 32 on"
+        refusal = f"heads of {sizes[0]} and {sizes[1]}: Triton takes powers of two, from 32 on"
+        if not asked:
+            warnings.warn(f"log-linear attention runs in plain PyTorch for {refusal}", stacklevel=2)
+        return None, refusal
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
