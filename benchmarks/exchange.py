@@ -8,7 +8,8 @@
 Runs are interleaved; of every run the slower rank counts, and the median of the runs is told, for several calls in a
 row: as the host starts them ("eager"), and replayed from CUDA graphs, where only the GPU's time counts ("graph").
 Exchanges: microseconds, combining included, beside the bare all-gather of as many bytes. Ops: milliseconds, forward and
-backward, zigzag; "without" is the same op on the same local tokens.
+backward, zigzag; "without" is the same op on the same local tokens. Log-linear attention has one q/k head, as in
+Mamba-2, and exchanges by all-gather and reduce-scatter alone.
 """
 
 import functools
@@ -28,12 +29,22 @@ from peers import allow_wrong_gradients
 from ranks import join, machine, say
 from torch import Tensor
 
-from lasp.kernels import delta_rule, linear_attention
+from lasp.kernels import delta_rule, linear_attention, log_linear_attention, log_linear_delta_rule
 from lasp.parallel import SequenceParallel, comm, leave
 from lasp.parallel.combine import Affine
 from lasp.parallel.cost import CALIBRATION, Costs, Link, Links
 
-Op = Literal["none", "constant", "scalar", "diagonal", "delta", "gated delta", "softmax"]
+Op = Literal[
+    "none",
+    "constant",
+    "scalar",
+    "diagonal",
+    "delta",
+    "gated delta",
+    "log-linear",
+    "log-linear gated delta",
+    "softmax",
+]
 Exchange = Literal["all_gather", "ring", "scan", "symmetric_memory", "auto"]
 
 
@@ -99,13 +110,19 @@ def draw(op: Op, tokens: int, settings: Settings, device: torch.device) -> dict[
     """Local tensors in bf16 (fp32 on a CPU); decay in fp32, keys of unit length."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (1, tokens, settings.heads, settings.head_dim)
-    q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    q_shape = (1, tokens, 1, settings.head_dim) if op == "log-linear" else shape
+    q, k, v = (torch.randn(of, device=device).to(dtype) for of in (q_shape, q_shape, shape))
     tensors = {"q": q, "k": F.normalize(k.float(), dim=-1).to(dtype), "v": v}
     if "delta" in op:
         tensors["beta"] = torch.rand(shape[:3], device=device).to(dtype)
-    gates = {"constant": shape[2:3], "scalar": shape[:3], "gated delta": shape[:3], "diagonal": shape}
+    gates = {"constant": shape[2:3], "diagonal": shape} | dict.fromkeys(
+        ("scalar", "gated delta", "log-linear", "log-linear gated delta"), shape[:3]
+    )
     if op in gates:
         tensors["decay"] = -0.1 * torch.rand(gates[op], device=device)
+    if "log-linear" in op:
+        levels = (tokens * dist.get_world_size() - 1).bit_length() + 1
+        tensors["level_scales"] = torch.rand(*shape[:3], levels, device=device)
     return tensors
 
 
@@ -135,16 +152,24 @@ def peer(tokens: int) -> Callable[..., Tensor] | None:
 
 
 def ops(settings: Settings, clock: Clock) -> None:
+    alone: dict[Op, Callable[..., tuple[Tensor, object]]] = {
+        "delta": delta_rule,
+        "gated delta": delta_rule,
+        "log-linear": log_linear_attention,
+        "log-linear gated delta": log_linear_delta_rule,
+    }
     for tokens in settings.tokens:
         for op in settings.ops:
+            log_linear = "log-linear" in op
             tensors = draw(op, tokens, settings, clock.device)
-            method = {"softmax": "softmax_attention"}.get(op, "delta_rule" if "delta" in op else "linear_attention")
+            function = alone.get(op, linear_attention)
+            method = "softmax_attention" if op == "softmax" else function.__name__
             calls: dict[str, Callable[[], object]] = {}
             if op != "softmax":
-                alone = delta_rule if "delta" in op else linear_attention
-                calls["without"] = forward_backward(lambda alone=alone, **x: alone(**x)[0], tensors)
-            for name in ("ring",) if op == "softmax" else settings.exchanges:
-                sequence = parallel("all_gather" if op == "softmax" else name).sequence(tokens * dist.get_world_size())
+                calls["without"] = forward_backward(lambda function=function, **x: function(**x)[0], tensors)
+            for name in ("ring",) if op == "softmax" else ("auto",) if log_linear else settings.exchanges:
+                sequences = parallel("all_gather" if op == "softmax" else name)
+                sequence = sequences.sequence(tokens * dist.get_world_size(), aligned=log_linear)
                 function = getattr(sequence, method)
                 calls[name] = forward_backward(
                     function if op == "softmax" else lambda function=function, **x: function(**x)[0], tensors

@@ -8,6 +8,8 @@ llama    Linear-Llama3-1B, pure: one sequence over all ranks (SP) beside one on 
 hybrid   the same with softmax attention in every fourth layer beside pure, one sequence over all ranks
 moe      Linear-MoE A0.3B-2B, pure, its experts on every rank or spread over them, beside a dense model with as many
          active parameters, one sequence over all ranks
+log_linear   24 layers of 8 heads of 128 (0.4 billion parameters), pure, of Mamba-2 and Gated DeltaNet, each beside its
+         log-linear form, one sequence over all ranks
 
 Of every run the slowest rank counts; the median of the runs is told. MFU counts the model's own FLOPs, forward and
 backward, against the dense bf16 peak that the GPU's vendor states. On a CPU models are tiny, and in fp32.
@@ -25,12 +27,12 @@ from clock import Clock
 from ranks import join, machine, say
 from steps import Trainer, Way
 
-from lasp.config import ModelConfig
+from lasp.config import LOG_LINEAR, ModelConfig
 from lasp.models import count_active_parameters, linear_llama3_1b, linear_moe_a0_3b_2b, tiny
 from lasp.parallel import leave
 from lasp.training.metrics import model_flop_utilisation, peak_flops
 
-Case = Literal["llama", "hybrid", "moe"]
+Case = Literal["llama", "hybrid", "moe", "log_linear"]
 COLUMNS = ("model", "active parameters", "tokens a rank", "ms", "tokens/s", "MFU", "peak GiB", "softmax layers")
 
 
@@ -40,6 +42,7 @@ class Settings:
     llama_tokens: int = 262144  # of each rank
     hybrid_tokens: int = 262144  # of all ranks
     moe_tokens: int = 131072  # of all ranks
+    log_linear_tokens: int = 65536  # of each rank
     runs: int = 3
     profile: int = 0  # so many kernels of each model's first step are listed
 
@@ -77,6 +80,15 @@ class Benchmark:
         self.measure(mixture, {"mixture, experts on every rank": "SP"}, tokens)
         if ranks > 1:
             self.measure(mixture, {f"mixture, experts over {ranks} ranks": "SP"}, tokens, expert_parallel=ranks)
+
+    def log_linear(self) -> None:
+        small = linear_llama3_1b(pattern="L") if self.cuda else tiny(pattern="L")
+        if self.cuda:
+            small = replace(small, vocab_size=32_000, hidden_size=1024, num_layers=24, num_heads=8)
+            small = replace(small, intermediate_size=2816)
+        for plain in ("mamba2", "gated_delta_net"):
+            for mixer in (plain, f"{LOG_LINEAR}{plain}"):
+                self.measure(replace(small, mixer=mixer), {mixer: "SP"}, self.settings.log_linear_tokens)
 
     def measure(self, model: ModelConfig, ways: dict[str, Way], tokens: int, expert_parallel: int = 1):
         """Seconds of a step on so many tokens of each rank, by the names of `ways`; prints a row for each."""

@@ -11,10 +11,13 @@ where A is the same for all slots, `route` moves each slot to the one that it be
 the run's own tokens.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lasp.kernels.lasting import lasting
 
 
 class FenwickState(NamedTuple):
@@ -88,8 +91,24 @@ def resized(slots: Tensor, count: int) -> Tensor:
 
 def fitted(slots: Tensor, tokens: Tensor, count: int) -> Tensor:
     """The slots [N, J, ...] of so many tokens [N] as [N, count, ...]; zero where they hold none."""
-    full = occupied(tokens.to(slots.device), slots.shape[1])
+    full = _occupied(tuple(tokens.tolist()), slots.shape[1], slots.device)
     return resized(slots.where(full.view(*full.shape, *(1,) * (slots.ndim - 2)), 0), count)
+
+
+@lru_cache(maxsize=64)
+@lasting
+def _occupied(tokens: tuple[int, ...], slots: int, device: torch.device) -> Tensor:
+    return occupied(torch.tensor(tokens, dtype=torch.long, device="cpu"), slots).to(device)
+
+
+@lru_cache(maxsize=64)
+@lasting
+def routes_on(
+    before: tuple[int, ...], after: tuple[int, ...], slots: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`routes` as `moved` takes them, copied to a device once."""
+    had, has = (torch.tensor(tokens, dtype=torch.long, device="cpu") for tokens in (before, after))
+    return routes(had, has, slots).to(device, dtype)
 
 
 def moved(slots: Tensor, route: Tensor) -> Tensor:

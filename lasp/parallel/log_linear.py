@@ -6,7 +6,8 @@ enters it, for its first. But they are slots, and where these go depends on the 
 
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +17,16 @@ from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.log_linear import check_levels, check_state, choose_op, seen_by
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Kept, run
+from lasp.kernels.recurrence import Finished, Gradients, Kept, Op, run
 from lasp.kernels.summary import Summary
 from lasp.parallel import comm
 from lasp.parallel.agreement import gradients, signature
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
-from lasp.parallel.fenwick import Fenwick, position
+from lasp.parallel.fenwick import Fenwick, Slots, position
 from lasp.parallel.layout import PADDING, Partition
+from lasp.parallel.spread import spread
 
 if TYPE_CHECKING:
     from lasp.parallel.sequence import Sequence
@@ -68,7 +70,7 @@ def _exchanged(
     entered, left = sequence._documents_with_states()
     boundary = sequence._alone() or AcrossSlots(partition, batch, sequence.parallel.group, seen, entered, left)
     slots = None if initial_state is None else resized(initial_state.slots, max(totals).bit_length())
-    o, final = run(choose_op(x, "auto", boundary.wants_summary), boundary, x, slots, output_final_state)
+    o, final = run(Between(choose_op(x, "auto", boundary.wants_summary)), boundary, x, slots, output_final_state)
     tokens = torch.tensor([totals[document] for document in left] * batch, device="cpu")
     return local.unfold(o), None if final is None else FenwickState(final, tokens)
 
@@ -105,6 +107,48 @@ def _totals(partition: Partition, seen: tuple[int, ...]) -> list[int]:
     return [had + stop - start for had, start, stop in zip(seen, edges, edges[1:], strict=False)]
 
 
+class Arriving(NamedTuple):
+    """slots: [N, J, H, K, V], the gradients of what left the fragments. gates: once these are used, more of those of
+    units' log decays, [units of this rank, B, H]."""
+
+    slots: Tensor
+    gates: Pending[Tensor]
+
+
+@dataclass(frozen=True)
+class Between:
+    """An op over units: where gates are scalars, they get what others tell of them."""
+
+    op: Op[Any]
+
+    def summarize(self, x: LogLinearInputs, wanted: bool) -> tuple[Summary | None, Any]:
+        return self.op.summarize(x, wanted)
+
+    def finish(self, x: LogLinearInputs, partial: Any, incoming: Pending[Tensor | None]) -> Finished:
+        return self.op.finish(x, partial, incoming)
+
+    def summarize_grad(self, x: LogLinearInputs, kept: Kept, do: Tensor, wanted: bool) -> tuple[Tensor | None, Any]:
+        return self.op.summarize_grad(x, kept, do, wanted)
+
+    def finish_grad(self, x: LogLinearInputs, kept: Kept, partial: Any, d_outgoing: Pending[Any]) -> Gradients:
+        gates: list[Pending[Tensor]] = []
+
+        def arrive(found: Arriving | Tensor | None) -> Tensor | None:
+            if not isinstance(found, Arriving):
+                return found
+            gates.append(found.gates)
+            return found.slots
+
+        grads = self.op.finish_grad(x, kept, partial, d_outgoing.then(arrive))
+        for pending in gates:
+            of_units, decay = pending.wait(), grads.of["decay"]
+            assert decay is not None
+            units, batch, heads = of_units.shape
+            by_unit = decay.reshape(batch, units, -1, heads) + of_units.transpose(0, 1)[:, :, None]
+            grads.of["decay"] = by_unit.reshape(decay.shape).to(decay.dtype)
+        return grads
+
+
 class AcrossSlots:
     """A `Boundary` (see lasp.kernels.recurrence) for slots, whose segments are the fragments of one rank.
 
@@ -124,29 +168,50 @@ class AcrossSlots:
         self.slots = max(_totals(partition, seen)).bit_length()
 
     def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor, Kept]]:
-        assert summary is not None
+        """Kept are the fragments' transitions and those of all units, and of scalars the slots before the units."""
+        assert summary is not None and summary.transition is not None
         a = summary.transition
-        exits = None if a is None else self._of_units(a, self.partition.last)
-        own = self._packed(self.forward, summary.state, exits, initial_state)
-        message = own if exits is None else torch.cat([own.flatten(1), exits.flatten(1)], 1)
+        exits = torch.stack(self._of_units(a, self.partition.last))
+        own = self._packed(self.forward, summary.state, a, initial_state)
+        message = torch.cat([own.flatten(), exits.flatten()])
 
         def arrive(gathered: Tensor) -> tuple[Tensor, Kept]:
-            rows, factors = gathered.flatten(0, 1), None
-            if exits is not None:
-                of_states, of_transitions = rows.split([own[0].numel(), exits[0].numel()], 1)
-                rows = of_states.unflatten(1, own.shape[1:])
-                factors = Fenwick.factors_of(of_transitions.unflatten(1, exits.shape[1:]), rows)
-            return self._entering(self.forward, rows, factors, initial_state), (a, factors)
+            of_states, of_transitions = gathered.split([own.numel(), exits.numel()], 1)
+            units = of_transitions.unflatten(1, exits.shape).flatten(0, 1)[:, :, 0]
+            factors = torch.stack([units[place] for place in self.partition.layout.rank_order])
+            combined = self.forward.combine(of_states.unflatten(1, own.shape), factors, self.partition.owned)
+            states = self._entering(self.forward, combined, own, initial_state)
+            if _are_matrices(factors):
+                return states, (a, factors)
+            before = self._of_units(states, self.partition.first)
+            return states, (a, factors, self.backward.pack(before, self.partition.rank))
 
         return comm.all_gather(message, self.group).then(arrive)
 
-    def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor]:
+    def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Any]:
+        """Of `Arriving` where gates are scalars, else of its slots."""
         assert d_summary is not None
-        a, factors = kept
-        exits = None if a is None else self._of_units(a, self.partition.first)
-        own = self._packed(self.backward, d_summary, exits, d_final)
-        gathered = comm.all_gather(own, self.group)
-        return gathered.then(lambda rows: self._entering(self.backward, rows.flatten(0, 1), factors, d_final))
+        a, factors, *rest = kept
+        assert a is not None and factors is not None
+        own = self._packed(self.backward, d_summary, a, d_final)
+        if _are_matrices(factors):
+
+            def arrive(rows: Tensor) -> Tensor:
+                combined = self.backward.combine(rows, factors, self.partition.owned)
+                return self._entering(self.backward, combined, own, d_final)
+
+            return comm.all_gather(own, self.group).then(arrive)
+        (before,) = rest
+        assert before is not None
+        plan = spread(self.forward, self.backward, self.partition.rank, own.device)
+
+        def arrive_own(found: Tensor) -> Arriving:
+            told = plan.through(own, found, before, factors)
+            gates = comm.all_gather(told, self.group).then(plan.gates)
+            slots = self.forward.unpacked(found, self.partition.rank)
+            return Arriving(self._entering(self.backward, slots, own, d_final), gates)
+
+        return comm.reduce_scatter(plan.wanted(own, factors), self.group).then(arrive_own)
 
     def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
         return self._of_documents(self.backward, outgoing)
@@ -154,33 +219,30 @@ class AcrossSlots:
     def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
         return self._of_documents(self.forward, d_incoming)
 
-    def _of_units(self, x: Tensor, fragments: list[int]) -> Tensor:
-        """[N, ...] -> [units of this rank, B, ...]: those of some fragments."""
-        return x.unflatten(0, (self.batch, -1))[:, fragments].transpose(0, 1).contiguous()
+    def _of_units(self, x: Tensor, fragments: list[int]) -> list[Tensor]:
+        """[N, ...] -> [B, ...] of some fragments, one of each of this rank's units."""
+        rows = x.unflatten(0, (self.batch, -1))
+        return [rows[:, fragment] for fragment in fragments]
 
-    def _packed(self, side: Fenwick, states: Tensor, transition: Tensor | None, documents: Tensor | None) -> Tensor:
-        """[units of this rank, B, slots sent, H, K, V]: what leaves every unit."""
+    def _packed(self, side: Fenwick, states: Tensor, transitions: Tensor, documents: Tensor | None) -> Tensor:
+        """[slots sent, B, H, K, V]: what leaves this rank's units. states, transitions: of the fragments."""
         exits = self.partition.first if side.backward else self.partition.last
-        own = self._of_units(resized(states, self.slots), exits)
+        own, through = self._of_units(states, exits), self._of_units(transitions, exits)
         if documents is not None:
-            for j, (unit, exit) in enumerate(zip(self.partition.owned, exits, strict=True)):
+            for place, (unit, exit) in enumerate(zip(self.partition.owned, exits, strict=True)):
                 if self._has_state(side, exit):
-                    start = self._of_document(side, documents, exit)[None]
-                    a = None if transition is None else transition[j : j + 1]
-                    own[j : j + 1] = side.extend(own[j : j + 1], a, start, [unit])
-        return side.pack(own, self.partition.owned)
+                    start = self._of_document(side, documents, exit)
+                    own[place] = side.extend(resized(own[place], self.slots), through[place], start, unit)
+        return side.pack(own, self.partition.rank)
 
-    def _entering(self, side: Fenwick, gathered: Tensor, factors: Tensor | None, documents: Tensor | None) -> Tensor:
-        """[N, J, H, K, V]: what enters every fragment, given what leaves every unit, in the order of ranks."""
-        order = self.partition.layout.rank_order
-        by_unit = [gathered[place] for place in order]
-        of_units = None if factors is None else [factors[place] for place in order]
-        units = side.combine(by_unit, of_units, self.partition.owned)
+    def _entering(self, side: Fenwick, units: list[Slots], like: Tensor, documents: Tensor | None) -> Tensor:
+        """[N, J, H, K, V]: what enters every fragment, given what enters this rank's units. like: [..., B, H, K, V]."""
         entries = self.partition.last if side.backward else self.partition.first
-        states = units.new_zeros(self.batch, len(self.partition.local), self.slots, *units.shape[3:])
-        for entry, unit in zip(entries, units, strict=True):
+        states = like.new_zeros(self.batch, len(self.partition.local), self.slots, *like.shape[-3:])
+        for entry, slots in zip(entries, units, strict=True):
             if not self._is_closed(side, entry):
-                states[:, entry, : unit.shape[1]] = unit
+                for j, state in slots.items():
+                    states[:, entry, j] = state
         if documents is not None:
             for fragment in range(len(self.partition.local)):
                 if self._has_state(side, fragment):
@@ -217,3 +279,8 @@ class AcrossSlots:
             if self._has_state(side, i):
                 result[:, documents.index(fragment.document)] = states[:, i]
         return comm.all_reduce(result.flatten(0, 1), self.group).wait()
+
+
+def _are_matrices(factors: Tensor) -> bool:
+    """Of transitions [U, B, H] or [U, B, H, K, K]."""
+    return factors.ndim > 3

@@ -38,8 +38,8 @@ OPERATIONS = {
     "delta_net": 35.0,
     "gated_delta_net": 35.5,
     "kda": 138.0,
-    "log_linear_mamba2": 145.0,
-    "log_linear_gated_delta_net": 380.0,  # counted, not measured
+    "log_linear_mamba2": 132.0,
+    "log_linear_gated_delta_net": 752.0,
 }
 
 

@@ -1,11 +1,14 @@
 """Log-linear attention for tests: the dense definition, and inputs that show all of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import FenwickState, level
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.segments import Segments
 
 F64 = torch.float64
 
@@ -55,6 +58,29 @@ class Drawn:
         tensors = {n: x.to(device, gates if n in wide else dtype) for n, x in self.tensors.items()}
         state = self.state and FenwickState(self.state.slots.to(device, gates), self.state.tokens)
         return Drawn(tensors, self.cu_seqlens, state)
+
+
+def inputs(drawn: Drawn) -> LogLinearInputs:
+    batch, tokens = drawn.tensors["v"].shape[:2]
+    seen = () if drawn.state is None else tuple(drawn.state.tokens.tolist())
+    tensors = {"beta": None, "decay": None} | drawn.tensors
+    return LogLinearInputs(**tensors, scale=1.0, segments=Segments(batch, tokens, drawn.cu_seqlens), seen=seen)
+
+
+def made_ready(calls: Iterable[Drawn]) -> None:
+    """Compiles side by side what such calls need on the GPU where they are, with states and gradients."""
+    from lasp.kernels.triton.dispatch import dry_run
+    from lasp.kernels.triton.launch import compile_ahead
+    from lasp.kernels.triton.log_linear.op import TritonLogLinear
+    from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
+
+    def work() -> None:
+        for x in map(inputs, calls):
+            op = TritonLogLinear() if x.beta is None else TritonLogLinearDelta()
+            for wants_summary in (False, True):
+                dry_run(op, x, wants_summary, backward=True)
+
+    assert compile_ahead(work) is None
 
 
 def results(gen, function, drawn: Drawn, upstream: dict, *, final: bool, **options) -> dict[str, Tensor]:

@@ -51,13 +51,14 @@ def ended_well(done: subprocess.CompletedProcess[str]) -> bool:
 
 @in_this_launch
 def test_exchanges_and_ops_are_timed(benchmark, two):
-    options = "--heads 2 --head-dim 8 --runs 1 --tokens 16 --ops scalar delta softmax --exchanges all_gather scan auto"
+    options = "--heads 2 --head-dim 8 --runs 1 --tokens 16 --ops scalar delta log-linear softmax --exchanges"
+    options += " all_gather scan auto"
     output = benchmark("exchange", options)
     if two.rank > 0:
         return
     rows = re.findall(r"^  \S.*\S +eager +[\d.]+ +[\d.]+ x$", output, re.MULTILINE)
-    assert len(rows) == 2 * 4 * 4 + 2 * 4 + 1
-    assert output.count("x bare all-gather") == 2 * 4 and output.count("x without") == 2
+    assert len(rows) == 2 * 4 * 4 + 2 * 4 + 2 + 1
+    assert output.count("x bare all-gather") == 2 * 4 and output.count("x without") == 3
     assert "softmax, 16 tokens a rank" in output
 
 
@@ -197,12 +198,14 @@ def test_memory_and_time_are_told_beside_the_plan(benchmark, two):
 
 @in_this_launch
 def test_training_steps_of_all_models_are_timed(benchmark, two):
-    options = "--llama-tokens 64 --hybrid-tokens 128 --moe-tokens 128 --runs 1"
+    options = "--llama-tokens 64 --hybrid-tokens 128 --moe-tokens 128 --log-linear-tokens 64 --runs 1"
     output = benchmark("training", options)
     if two.rank > 0:
         return
     table = rows(output)
-    assert [row["model"].split(",")[0] for row in table] == 2 * ["pure"] + ["pure", "hybrid", "dense"] + 2 * ["mixture"]
+    mixers = ["mamba2", "log_linear_mamba2", "gated_delta_net", "log_linear_gated_delta_net"]
+    names = 2 * ["pure"] + ["pure", "hybrid", "dense"] + 2 * ["mixture"] + mixers
+    assert [row["model"].split(",")[0] for row in table] == names
     for row in table:
         assert int(row["tokens a rank"]) == 64
         assert float(row["tokens/s"].replace(",", "")) == pytest.approx(2 * 64e3 / float(row["ms"]), rel=0.01)

@@ -16,7 +16,6 @@ from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
 from lasp.parallel import log_linear
-from lasp.parallel.fenwick import Fenwick
 from lasp.parallel.layout import PADDING, Layout, Partition
 from tests.kernels.log_linear import Drawn, draw, results
 from tests.parallel.inputs import error
@@ -30,6 +29,8 @@ CASES = [
     (9, (0, 3, 6, 9), None),
     (77, None, [13]),
     (150, PACKED, [5, 64, 0, 9, 40, 1]),
+    (64, None, None),
+    (64, (0, 62, 64), [19, 0]),
 ]
 
 
@@ -38,13 +39,19 @@ class Threads:
 
     def __init__(self, ranks: int):
         self.ranks, self.barrier, self.sent = ranks, threading.Barrier(ranks, timeout=PATIENCE), {}
+        self.sizes: list[int] = []  # of rank 0's messages
 
     def all_gather(self, x: Tensor, rank: int) -> Pending[Tensor]:
         self.sent[rank] = x
+        if rank == 0:
+            self.sizes.append(x.numel())
         self.barrier.wait()
         gathered = torch.stack([self.sent[r] for r in range(self.ranks)])
         self.barrier.wait()
         return Pending(lambda: gathered)
+
+    def reduce_scatter(self, x: Tensor, rank: int) -> Pending[Tensor]:
+        return self.all_gather(x, rank).then(lambda gathered: gathered[:, rank].sum(0))
 
     def all_reduce(self, x: Tensor, rank: int) -> Pending[Tensor]:
         return self.all_gather(x, rank).then(lambda gathered: gathered.sum(0))
@@ -68,18 +75,17 @@ def of_rank(partition: Partition, drawn: Drawn, upstream: dict, seen: tuple[int,
     x = LogLinearInputs(**({"beta": None} | leaves), scale=0.4, segments=segments, seen=before)
     boundary = log_linear.AcrossSlots(partition, 1, partition.rank, seen, *(range(partition.documents),) * 2)
     as_many = None if slots is None else resized(slots, boundary.slots)
-    o, final = run(LogLinearOp(), boundary, x, as_many, True)
+    o, final = run(log_linear.Between(LogLinearOp()), boundary, x, as_many, True)
     grads = torch.autograd.grad([o, final], inputs, [shard(upstream["o"]), upstream["final"]])
     found = {"o": o, "final": final} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=False)}
     return found if slots is None else found | {"dslots": grads[-1]}
 
 
-def of_all(layout: Layout, offsets, drawn: Drawn, upstream: dict, monkeypatch) -> dict[str, Tensor]:
+def of_all(layout: Layout, offsets, drawn: Drawn, upstream: dict, monkeypatch, messages=None) -> dict[str, Tensor]:
     """The same of all ranks, made whole."""
-    messages = Threads(layout.ranks)
-    monkeypatch.setattr(
-        log_linear, "comm", SimpleNamespace(all_gather=messages.all_gather, all_reduce=messages.all_reduce)
-    )
+    messages = messages or Threads(layout.ranks)
+    functions = {name: getattr(messages, name) for name in ("all_gather", "all_reduce", "reduce_scatter")}
+    monkeypatch.setattr(log_linear, "comm", SimpleNamespace(**functions))
     seen = (0,) * (len(offsets) - 1) if drawn.state is None else tuple(drawn.state.tokens.tolist())
     partitions = [Partition(layout, rank, list(offsets), aligned=True) for rank in range(layout.ranks)]
     with ThreadPoolExecutor(layout.ranks) as threads:
@@ -108,10 +114,19 @@ def test_units_equal_the_whole(gen, layout, delta, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_an_aligned_unit_sends_one_state_and_gets_one_gradient_for_each_bit_of_its_number(layout):
-    partition = Partition(Layout(layout, 4), 0, [0, 1000], aligned=True)
-    units = partition.layout.units
-    forward, backward = (Fenwick.of(partition, [0], backward=back) for back in (False, True))
-    real = range(1000 // partition.unit_length)
-    assert [len(forward.sent(unit)) for unit in real] == [1] * len(real)
-    assert [len(backward.sent(unit)) for unit in range(units)] == [unit.bit_count() for unit in range(units)]
+@pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
+def test_what_is_sent_for_aligned_units(gen, layout, delta, monkeypatch):
+    """Forward one state a unit. Backward one for each bit of a unit's number that is 1, or for scalar gates one for
+    every unit of all, of which each rank gets its own, and numbers that are few."""
+    ranks, heads, key_dim, value_dim = 4, 2, 6, 4
+    drawn, upstream = draw(gen, 64, delta=delta, levels=9), {}
+    results(gen, log_linear_recurrent, drawn, upstream, final=True)
+    messages, made = Threads(ranks), Layout(layout, ranks)
+    of_all(made, (0, 64), drawn, upstream, monkeypatch, messages)
+    units, state = made.units_per_rank, heads * key_dim * value_dim
+    transition = heads * key_dim**2 if delta else heads
+    bits = max(sum(unit.bit_count() for unit in made.owned(rank)) for rank in range(ranks))
+    assert bits == {"contiguous": 2, "zigzag": 3}[layout]
+    backward = [bits * state] if delta else [ranks * units * state, bits * heads]
+    final = 7 * state
+    assert messages.sizes == [units * (state + transition), final, *backward]

@@ -31,6 +31,12 @@ def block_of(size: int) -> int:
     return max(32, next_power_of_2(size))
 
 
+def warps_of(*sizes: int) -> int:
+    """Of a program whose products have 64 rows and a block of columns for each of these head sizes: two groups of four
+    warps halve the columns, which must not leave 16 (see block_of)."""
+    return 8 if min(map(block_of, sizes)) >= 64 else 4
+
+
 def for_hopper(k: Tensor, v: Tensor) -> bool:
     """Whether vector gates have kernels for Hopper, with such tensors. "meta" stands for the current GPU."""
     return on_hopper(v) and k.shape[-1] == v.shape[-1] == HOPPER_HEAD and v.dtype == torch.bfloat16

@@ -14,13 +14,14 @@ from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton.decode import decode
 from lasp.kernels.triton.delta.op import TritonDelta
-from lasp.kernels.triton.device import MAX_HEAD, is_roomy, unsupported
+from lasp.kernels.triton.device import MAX_HEAD, block_of, is_roomy, unsupported
 from lasp.kernels.triton.diagonal.op import TritonDiagonal
 from lasp.kernels.triton.launch import compile_ahead
 from lasp.kernels.triton.log_linear.op import TritonLogLinear
 from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
 from lasp.kernels.triton.scalar.op import TritonLinear
 
+MAX_DELTA_KEY = 128  # of the log-linear one, whose programs hold a K x K transition
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
 _ready: dict[tuple, str] = {}  # for each kind of inputs what the GPU lacks
 
@@ -50,15 +51,19 @@ def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -
     """The same for log-linear attention."""
     if refusal := unsupported(x.k, x.v):
         return None, refusal
+    sizes = x.k.shape[-1], x.v.shape[-1]
+    if x.v.is_cuda and any(size != block_of(size) for size in sizes):  # they read beside their tensors there
+        refusal = f"heads of {sizes[0]} and {sizes[1]}: Triton takes powers of two, from 32 on"
+        if not asked:
+            warnings.warn(f"log-linear attention runs in plain PyTorch for {refusal}", stacklevel=2)
+        return None, refusal
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
     if x.beta is not None:
-        op, sizes, is_bf16 = TritonLogLinearDelta(), (x.k.shape[-1], x.v.shape[-1]), x.v.dtype == torch.bfloat16
-        if max(sizes) > (128 if is_bf16 else 64):
-            return None, f"a delta rule with heads of {sizes[0]} and {sizes[1]} in {x.v.dtype}"
-        if not asked and not (is_bf16 and min(sizes) > 64):
-            return None, "a delta rule that has not been checked with such heads"
+        op = TritonLogLinearDelta()
+        if sizes[0] > MAX_DELTA_KEY:
+            return None, f"a delta rule with keys of {sizes[0]}: Triton takes at most {MAX_DELTA_KEY}"
     if x.v.is_cuda and (lack := _make_ready(op, x, wants_summary)):
         return None, lack
     return op, ""

@@ -18,7 +18,7 @@ from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.shared.decay import unless_shut
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "NODES", "SB"])
 def _gate_grads(
     through,  # [QB, tokens, H]
     within,  # [VB, tokens, H]

@@ -31,7 +31,7 @@ def _places(K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
     return rows[:, None] * V + cols[None, :], (rows < K)[:, None] & (cols < V)[None, :]
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "M"])
 def _merge(
     leaves,  # [M, H, K, V] fp32 states of the leaves
     parents,  # [P, H, K, V] fp32 those of the other nodes
@@ -73,7 +73,7 @@ def add_pieces(x, parts, totals, piece, pieces, h, H, place, inside, K: tl.const
     return x, passed
 
 
-@triton.jit(do_not_specialize=["first", "height"])
+@triton.jit(do_not_specialize=["first", "height", "HEIGHTS", "M", "NODES"])
 def _hand_down(
     parts,  # [Q, H, K, V] fp32, with the decays of the pieces [Q, H]: see node_grads
     totals,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.triton.device import block_of, cdiv, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.config import LogLinearConfig
 from lasp.kernels.triton.log_linear.levels import level_of, scales_at
@@ -15,7 +15,7 @@ from lasp.kernels.triton.shared.decay import LOG2_E
 from lasp.kernels.triton.shared.rows import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "L"])
 def _node_grads(
     q,  # [tokens, Hq, K]
     do,  # [tokens, H, V]
@@ -82,6 +82,7 @@ def node_grads(
             q, do, gates, scales, decays, parts, totals, tree.leaves, tree.pieces, scale,
             tree.tiles.count, heads, heads // q_heads, scales.shape[-1],
             K=key_dim, V=value_dim, BK=block_k, BV=block_v, C=config.chunk, LEAF=tree.leaf,
-            LOG_LEAF=tree.leaf.bit_length() - 1, PRECISION=config.precision, STAGES=config.stages, num_warps=8,
+            LOG_LEAF=tree.leaf.bit_length() - 1, PRECISION=config.precision, STAGES=config.stages,
+            num_warps=warps_of(value_dim),
         )  # fmt: skip
     return parts, totals

@@ -103,6 +103,7 @@ class Call:
         return states, decays
 
     def reads(self, slots: Tensor | None, a: Tensor, b: Tensor, c: Tensor, partner: Tensor | None = None):
+        slots = None if slots is None else slots.to(self.states.seen.dtype)
         return reads(self.tree, self.states, slots, a, b, c, *self.shared, partner)
 
     def node_grads(self, do: Tensor) -> tuple[Tensor, Tensor]:

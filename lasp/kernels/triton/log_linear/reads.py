@@ -29,7 +29,7 @@ from lasp.kernels.triton.shared.decay import LOG2_E
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "M", "I", "L", "HEIGHTS"])
 def _reads(
     a,  # [tokens, H // GA, DA]
     b,  # [tokens, H // GB, DA]
@@ -38,7 +38,7 @@ def _reads(
     scales,  # [tokens, H, L]
     seen,  # [P, H, DA, DC], or [P, H, DC, DA] if TRANSPOSED, and the log decays [P, H] of those nodes
     spans,
-    incoming,  # [I, H, DA, DC] fp32, likewise, or None
+    incoming,  # [I, H, DA, DC], likewise, or None
     y,  # [tokens, H, DC]
     partner,  # [tokens, H // GP, DC], if SUMS, and then
     d_scales,  # [blocks, tokens, H, L] fp32, zero
@@ -143,7 +143,7 @@ def _reads(
         for j in range(tl.load(slots_first + n + 1) - tl.load(slots_first + n)):
             slot = tl.load(slots + I + first + j)
             at = incoming + ((first + j) * H + h) * DA * DC
-            state = tl.load(at + state_place, mask=inside, other=0.0).to(state_dtype)
+            state = tl.load(at + state_place, mask=inside, other=0.0)
             seen_at = level_of(position, (had >> (slot + 1)) << (slot + 1), LEAF, LOG_LEAF)
             scale_i = scales_at(scales, seen_at, tokens, here, h, H, L)
             read = tl.dot(ac, state, input_precision=PRECISION) * tl.exp2(bi + passed)[:, None]
@@ -185,7 +185,7 @@ def reads(
 ) -> tuple[Tensor, Shares | None]:
     """y [B, T, H, DC], from transposed states with a partner, and then what it has to do with that.
 
-    incoming: [I, H, K, V] fp32.
+    incoming: [I, H, K, V], as `states.seen`.
     """
     (batch, tokens, heads, _), size_a, size_c = scales.shape, a.shape[3], c.shape[3]
     width = min(block_of(size_c), config.widest)

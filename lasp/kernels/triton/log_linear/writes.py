@@ -23,7 +23,7 @@ from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "M", "J", "L"])
 def _writes(
     a,  # [tokens, H // GA, DA]
     b,  # [tokens, H // GB, DA]

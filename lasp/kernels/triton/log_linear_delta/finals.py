@@ -21,8 +21,9 @@ LOG_CHUNK = CHUNK.bit_length() - 1
 
 
 class Sight(NamedTuple):
-    """Of one height: the segments whose end sees a node there, that node, and its pair."""
+    """Of one height: its slot, the segments whose end sees a node there, that node, and its pair."""
 
+    slot: int
     segment: Tensor
     node: Tensor
     pair: Tensor
@@ -30,11 +31,12 @@ class Sight(NamedTuple):
 
 @dataclass(frozen=True)
 class Finals:
-    """token, mask: [N, C] the last leaves' places. held: those of N · C that hold a token. own: [N, C, LOG_CHUNK] the
-    slot that each belongs to."""
+    """token, mask: [N, C] the last leaves' places. held: those of N · C that hold a token. has_tokens: whether there
+    are any. own: [N, C, LOG_CHUNK] the slot that each belongs to."""
 
     token: Tensor
     mask: Tensor
+    has_tokens: bool
     held: Tensor
     own: Tensor
     sights: tuple[Sight, ...]
@@ -61,13 +63,15 @@ class Finals:
         k, v = tokens["k"], tokens["v"]
         k = k.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
         eye = torch.eye(CHUNK, dtype=v.dtype, device=v.device).expand(*v.shape[:3], CHUNK)
-        b = tokens["decay"].clamp(min=SHUT[torch.float32]).double().cumsum(2)
-        end, written, _, _ = write(k, eye, b, tokens["beta"])
-        slots = [(written * mask[:, None, None]) @ v for mask in self.own.unbind(-1)]
-        slots += [torch.zeros_like(slots[0])] * (count - len(slots))
-        for slot, (segment, _, _), state, transition in zip(
-            range(LOG_CHUNK, count), self.sights, states, transitions, strict=False
-        ):
+        nothing = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+        slots = [nothing] * max(count, LOG_CHUNK)
+        if self.has_tokens:
+            b = tokens["decay"].clamp(min=SHUT[torch.float32]).double().cumsum(2)
+            end, written, _, _ = write(k, eye, b, tokens["beta"])
+            slots[:LOG_CHUNK] = [(written * mask[:, None, None]) @ v for mask in self.own.unbind(-1)]
+        else:
+            end = torch.eye(k.shape[-1], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+        for (slot, segment, _, _), state, transition in zip(self.sights, states, transitions, strict=True):
             before = end[segment]
             slots[slot] = slots[slot].index_copy(0, segment, before @ state)
             end = end.index_copy(0, segment, before @ transition)
@@ -88,13 +92,14 @@ def _finals(offsets: tuple[int, ...], seen: tuple[int, ...], device: torch.devic
     own = own_slots(leaves.number[last][:, None] * CHUNK + place, before + offset.diff(), LOG_CHUNK)
     lefts = torch.cat([height.left for height in found]) if found else last[:0]
     sights = []
-    for height in found:
+    for slot, height in enumerate(found, LOG_CHUNK):
         pair = height.seen[last]
-        segment = (pair != NONE).nonzero()[:, 0]
-        sights.append(Sight(*(part.to(device) for part in (segment, lefts[pair[segment]], pair[segment]))))
+        if len(segment := (pair != NONE).nonzero()[:, 0]):
+            sights.append(Sight(slot, *(part.to(device) for part in (segment, lefts[pair[segment]], pair[segment]))))
     return Finals(
         token=(leaves.start[last][:, None] + place).where(mask, 0).to(device),
         mask=mask.to(device),
+        has_tokens=bool(mask.any()),
         held=mask.flatten().nonzero()[:, 0].to(device),
         own=(own & mask[..., None]).to(device),
         sights=tuple(sights),

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.log_linear_delta.query_grads import QueryGrads
 from lasp.kernels.triton.log_linear_delta.reads import load_state
-from lasp.kernels.triton.log_linear_delta.terms import load_gates
+from lasp.kernels.triton.log_linear_delta.terms import columns_of, load_gates
 from lasp.kernels.triton.shared.decay import unless_shut
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
@@ -47,7 +47,7 @@ def _gradients(
 ):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
-    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    c, kk = tl.arange(0, C), tl.arange(0, BK)
     here, tokens = c < count, begin + c
     work: tl.constexpr = ut.dtype.element_ty
     beta, b, from_start, to_end, total = load_gates(gates, leaf * H + h, c, C)
@@ -76,17 +76,19 @@ def _gradients(
     dt += through * beta[None, :]
 
     # through S
-    vc = load_rows(v, begin, here, h, H, vv, V).to(tl.float32)
-    ds = load_state(d_states, leaf * H + h, kk, vv, K, V).to(work)
-    values = (vc * beta[:, None]).to(work)
-    u = tl.dot(t, values, input_precision=PRECISION).to(work)
-    du = tl.dot(written, ds, input_precision=PRECISION).to(work)
-    d_written = tl.dot(u, tl.trans(ds), d_written, input_precision=PRECISION)
-    dt = tl.dot(du, tl.trans(values), dt, input_precision=PRECISION)
-    d_scaled = tl.dot(tt, du, input_precision=PRECISION)
-    d_betas += tl.sum(vc * d_scaled, axis=1)
-    dvc = d_scaled * beta[:, None] + load_rows(d_values, begin, here, h, H, vv, V)
-    store_rows(dv, dvc.to(dv.dtype.element_ty), begin, here, h, H, vv, V)
+    for block in tl.static_range((V + BV - 1) // BV):
+        vv = block * BV + tl.arange(0, BV)
+        vc = load_rows(v, begin, here, h, H, vv, V).to(tl.float32)
+        ds = load_state(d_states, leaf * H + h, kk, vv, K, V).to(work)
+        values = (vc * beta[:, None]).to(work)
+        u = tl.dot(t, values, input_precision=PRECISION).to(work)
+        du = tl.dot(written, ds, input_precision=PRECISION).to(work)
+        d_written = tl.dot(u, tl.trans(ds), d_written, input_precision=PRECISION)
+        dt = tl.dot(du, tl.trans(values), dt, input_precision=PRECISION)
+        d_scaled = tl.dot(tt, du, input_precision=PRECISION)
+        d_betas += tl.sum(vc * d_scaled, axis=1)
+        dvc = d_scaled * beta[:, None] + load_rows(d_values, begin, here, h, H, vv, V)
+        store_rows(dv, dvc.to(dv.dtype.element_ty), begin, here, h, H, vv, V)
 
     # through the scores and T
     gap = (b[:, None] - b[None, :]).to(tl.float32)
@@ -136,6 +138,7 @@ def gradients(
         _gradients, (tiles.count, heads),
         q, k, v, decay, ut, scores, gates, grads.d_rows, grads.d_reads, grads.d_values, d_states, d_transitions, *made,
         tiles.start, tiles.length, scale, heads, heads // q_heads, K=key_dim, V=value_dim, BK=block_of(key_dim),
-        BV=block_of(value_dim), C=ut.shape[-1], PRECISION=precision, num_warps=8, num_stages=1,
+        BV=columns_of(value_dim, ut), C=ut.shape[-1], PRECISION=precision,
+        num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return made

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, cdiv, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
@@ -16,7 +16,7 @@ from lasp.kernels.triton.log_linear_delta.query_grads import KeptRows
 from lasp.kernels.triton.shared.rows import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OF_PAIRS", "TOKENS", "M", "L", "HEIGHTS"])
 def _node_grads(
     do,  # [tokens, H, V]
     scales,  # [tokens, H, L]
@@ -35,10 +35,10 @@ def _node_grads(
 ):  # fmt: skip
     count = tl.num_programs(0)
     piece, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    of_transition = tl.program_id(2) == 1
+    of_transition = tl.program_id(2) == 0
     if of_transition & (piece >= OF_PAIRS):
         return
-    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), (tl.program_id(2) - 1) * BV + tl.arange(0, BV)
     first, number = tl.load(pieces + piece).to(tl.int64), tl.load(pieces + count + piece)
     origin = tl.load(pieces + 2 * count + piece)
     of_pair = bit_length(tl.load(leaves + 3 * M + first) ^ (origin // C)) - 1
@@ -72,15 +72,15 @@ def _node_grads(
 def node_grads(tree: Tree, do: Tensor, scales: Tensor, kept: KeptRows, precision: str) -> tuple[Tensor, Tensor]:
     """D [Q, H, K, V] of all pieces and E [pieces of pairs, H, K, K], in fp32."""
     (heads, value_dim), key_dim, tiles = do.shape[2:], kept.rows.shape[-1], tree.tiles
-    count, size = tree.pieces.shape[1], tree.leaf
+    count, size, columns = tree.pieces.shape[1], tree.leaf, min(block_of(value_dim), 128)
     parts = do.new_empty(count, heads, key_dim, value_dim, dtype=torch.float32)
     transition_parts = parts.new_empty(tree.pair_pieces, heads, key_dim, key_dim)
     if count:
         launch(
-            _node_grads, (count, heads, 2),
+            _node_grads, (count, heads, 1 + cdiv(value_dim, columns)),
             do, scales, kept.rows, kept.grads, parts, transition_parts, tiles.start, tiles.length,
             tree.leaves, tree.pieces, tree.pair_pieces, do.shape[0] * do.shape[1], tiles.count, heads, scales.shape[3],
-            tree.seen_pairs.shape[1], K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_of(value_dim), C=size,
-            LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=8, num_stages=2,
+            tree.seen_pairs.shape[1], K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns, C=size,
+            LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=2,
         )  # fmt: skip
     return parts, transition_parts

@@ -1,14 +1,14 @@
 """Log-linear attention with the delta rule: the halves of an op (lasp.kernels.recurrence)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.fenwick import fitted, moved, moved_back, routes
+from lasp.kernels.fenwick import fitted, moved, moved_back, routes_on
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
@@ -29,6 +29,7 @@ from lasp.kernels.triton.shared.tiles import CHUNK
 
 PIECE = 16  # leaves whose queries one program sums up
 AT_ONCE = 2**18  # tokens x heads: backward takes some 20 KiB for each, with heads of 128
+KEPT = 2**21  # of which what was made for a summary is not made again
 
 
 class Part(NamedTuple):
@@ -56,29 +57,31 @@ def parts_of(x: LogLinearInputs) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class TritonLogLinearDelta:
-    """Heads come in parts, one after the other, since nodes take many times the memory of their tokens. Kept are the
-    initial slots alone."""
+    """Heads come in parts, one after the other, since nodes take many times the memory of their tokens; where a summary
+    is wanted, and these are few, all parts stay until the other half. Kept are the initial slots alone."""
 
     def summarize(self, x: LogLinearInputs, wanted: bool):
         if not wanted:
             return None, None
-        found = [(call.own_slots(), call.transition) for call in (Call(part.x) for part in parts_of(x))]
-        slots, transitions = (torch.cat(of, 2) for of in zip(*found, strict=True))
-        return Summary(slots, transitions), None
+        calls = _all(x, (Call(part.x) for part in parts_of(x)))
+        slots, transitions = zip(*((call.own_slots(), call.transition) for call in calls), strict=True)
+        return Summary(torch.cat(slots, 2), torch.cat(transitions, 2)), _if_kept(calls)
 
     def finish(self, x: LogLinearInputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending, Kept]:
         slots = incoming.wait()
 
-        def outgoing() -> Tensor:
-            return torch.cat([Call(part.x).outgoing(part.of(slots)) for part in parts_of(x)], 2)
+        def of_parts(wanted: Callable[["Call", Tensor | None], Tensor]) -> Tensor:
+            calls = partial or (Call(part.x) for part in parts_of(x))
+            return torch.cat([wanted(call, part.of(slots)) for part, call in zip(parts_of(x), calls, strict=True)], 2)
 
-        o = torch.cat([Call(part.x).outputs(part.of(slots)) for part in parts_of(x)], 2)
-        return o, Pending(outgoing), (slots,)
+        return of_parts(Call.outputs), Pending(lambda: of_parts(Call.outgoing)), (slots,)
 
     def summarize_grad(self, x: LogLinearInputs, kept: Kept, do: Tensor, wanted: bool):
         do, (slots,) = laid_out(do), kept
-        made = [Backward(part, do, slots) for part in parts_of(x)] if wanted else None
-        return torch.cat([each.d_incoming() for each in made], 2) if made else None, (do, slots, made)
+        if not wanted:
+            return None, (do, slots, None)
+        made = _all(x, (Backward(part, do, slots) for part in parts_of(x)))
+        return torch.cat([each.d_incoming() for each in made], 2), (do, slots, _if_kept(made))
 
     def finish_grad(self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         do, slots, made = partial
@@ -88,10 +91,22 @@ class TritonLogLinearDelta:
             d_incoming.append(each.d_incoming())
         of: dict[str, Tensor | None] = {}
         for name in x.tensors:
-            of[name] = whole = torch.cat([each[name] for each in found], 2)
+            of[name] = whole = torch.cat([each.pop(name) for each in found], 2)
             if name in "qk":
                 of[name] = per_q_head(whole, x.q)
         return Gradients(of, Pending(lambda: torch.cat(d_incoming, 2)))
+
+
+Made = TypeVar("Made")
+
+
+def _all(x: LogLinearInputs, parts: Iterator[Made]) -> Iterable[Made]:
+    """All parts at once if they are few, else one after the other."""
+    return list(parts) if x.v.shape[:3].numel() <= KEPT else parts
+
+
+def _if_kept(parts: Iterable[Made]) -> list[Made] | None:
+    return parts if isinstance(parts, list) else None
 
 
 class Call:
@@ -137,7 +152,7 @@ class Call:
 
     def route(self) -> Tensor:
         x = self.x
-        return routes(x.tokens, x.tokens_after, x.state_shape[1]).to(x.v.device)
+        return routes_on(x.seen, tuple(x.tokens_after.tolist()), x.state_shape[1], torch.float32, x.v.device)
 
     def entered(self, slots: Tensor) -> Tensor:
         """The initial slots as parts of the final ones, [N, J, H, K, V]."""
@@ -174,7 +189,8 @@ class Backward:
         x, tree = call.x, call.tree
         assert x.decay is not None and x.beta is not None
         d_states, d_transitions = (torch.empty_like(t) for t in (call.states, call.transitions))
-        d_states[tree.roots], d_transitions[tree.roots] = 0.0, 0.0
+        for grads in (d_states, d_transitions):
+            grads.index_fill_(0, tree.roots, 0.0)
         of_last: dict[str, Tensor] = {}
         if final is not None:
             final = fitted(final, x.tokens_after, tree.slots)
@@ -185,8 +201,8 @@ class Backward:
         nodes = call.states, call.transitions, self.parts, self.transition_parts, d_states, d_transitions
         hand_down(tree, *nodes, call.precision)
         given = x.q, x.k, x.v, x.decay, x.beta, call.ut, call.scores, call.gates
-        made = gradients(tree, *given, self.queries, d_states, d_transitions, x.scale, call.precision)
-        of = dict(zip(("q", "k", "v", "beta", "decay"), made, strict=True))
+        found = gradients(tree, *given, self.queries, d_states, d_transitions, x.scale, call.precision)
+        of = dict(zip(("q", "k", "v", "beta", "decay"), found, strict=True))
         of |= {name: finals_of(x).add_tokens(of[name], grad) for name, grad in of_last.items()}
         return of | {"level_scales": self.queries.d_scales.to(x.level_scales.dtype)}
 
@@ -207,4 +223,4 @@ class Backward:
         for parts in (self.parts, self.transition_parts):
             for sight in finals.sights:
                 parts[call.tree.first_pieces[sight.pair]] += next(of_nodes)
-        return dict(zip(leaves, grads, strict=False))
+        return dict(zip(leaves, grads, strict=False)) if finals.has_tokens else {}

@@ -12,15 +12,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import add_share, bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
 from lasp.kernels.triton.log_linear_delta.reads import level_weights, load_state, node_at
+from lasp.kernels.triton.log_linear_delta.terms import columns_of
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
 
 @triton.jit
+def _through_state(
+    doc, do, states, begin, here, h, H, at, kk, vv, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """do Sᵀ [C, BK] of the state that lies there. doc: the first columns of do."""
+    t = tl.dot(doc, tl.trans(load_state(states, at, kk, vv, K, V).to(doc.dtype)), input_precision=PRECISION)
+    for block in tl.static_range(1, (V + BV - 1) // BV):
+        cols = block * BV + vv
+        part = load_rows(do, begin, here, h, H, cols, V).to(doc.dtype)
+        s = load_state(states, at, kk, cols, K, V).to(doc.dtype)
+        t = tl.dot(part, tl.trans(s), t, input_precision=PRECISION)
+    return t
+
+
+@triton.jit(do_not_specialize=["TOKENS", "M", "I", "L", "HEIGHTS"])
 def _query_grads(
     v,  # [tokens, H, V]
     do,  # [tokens, H, V]
@@ -53,10 +69,15 @@ def _query_grads(
     levels = bit_length(place[:, None] ^ place[None, :])
     weights = level_weights(scales, tokens, here, levels, h, H, L, LOG_C)
     p = load_rows(reads, begin, here, h, H, c, C).to(tl.float32)
-    products = tl.dot(doc, tl.trans(load_rows(v, begin, here, h, H, vv, V).to(work)), input_precision=PRECISION)
+    weighted = tl.trans((p * weights).to(work))
+    products = tl.zeros([C, C], tl.float32)
+    for block in tl.static_range((V + BV - 1) // BV):
+        cols = block * BV + vv
+        part = load_rows(do, begin, here, h, H, cols, V).to(work)
+        vc = load_rows(v, begin, here, h, H, cols, V).to(work)
+        products = tl.dot(part, tl.trans(vc), products, input_precision=PRECISION)
+        store_rows(d_values, tl.dot(weighted, part, input_precision=PRECISION), begin, here, h, H, cols, V)
     store_rows(d_reads, (products * weights).to(work), begin, here, h, H, c, C)
-    d_values_here = tl.dot(tl.trans((p * weights).to(work)), doc, input_precision=PRECISION)
-    store_rows(d_values, d_values_here, begin, here, h, H, vv, V)
     products *= p
     for level in tl.static_range(LOG_C + 1):
         share = tl.sum(tl.where(levels == level, products, 0.0), axis=1)
@@ -66,7 +87,7 @@ def _query_grads(
     pairs = tl.load(leaves + 5 * M + leaf)
     for n in range(pairs):
         at, height = node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS)
-        t = tl.dot(doc, tl.trans(load_state(states, at, kk, vv, K, V).to(work)), input_precision=PRECISION)
+        t = _through_state(doc, do, states, begin, here, h, H, at, kk, vv, K, V, BV, PRECISION)
         add_share(d_scales, LOG_C + 1 + height, tl.sum(r * t, axis=1), tokens, here, h, H, L, True)
         store_rows(kept_rows + height.to(tl.int64) * TOKENS * H * K, r.to(work), begin, here, h, H, kk, K)
         r = tl.dot(r, load_state(transitions, at, kk, kk, K, K), input_precision=PRECISION)
@@ -78,16 +99,16 @@ def _query_grads(
         first = tl.load(slots_first + segment).to(tl.int64)
         for j in range(tl.load(slots_first + segment + 1) - tl.load(slots_first + segment)):
             slot = tl.load(slots + I + first + j)
-            s = load_state(incoming, (first + j) * H + h, kk, vv, K, V).to(work)
+            at = (first + j) * H + h
             seen_at = level_of(position, (had >> (slot + 1)) << (slot + 1), C, LOG_C)
-            t = tl.dot(doc, tl.trans(s), input_precision=PRECISION)
+            t = _through_state(doc, do, incoming, begin, here, h, H, at, kk, vv, K, V, BV, PRECISION)
             add_share(d_scales, seen_at, tl.sum(r * t, axis=1), tokens, here, h, H, L, False)
             dr += t * scales_at(scales, seen_at, tokens, here, h, H, L)[:, None]
     for i in range(pairs):
         n = pairs - 1 - i
         at, height = node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS)
         store_rows(kept_grads + height.to(tl.int64) * TOKENS * H * K, dr.to(work), begin, here, h, H, kk, K)
-        t = tl.dot(doc, tl.trans(load_state(states, at, kk, vv, K, V).to(work)), input_precision=PRECISION)
+        t = _through_state(doc, do, states, begin, here, h, H, at, kk, vv, K, V, BV, PRECISION)
         t *= scales_at(scales, LOG_C + 1 + height, tokens, here, h, H, L)[:, None]
         dr = tl.dot(dr, tl.trans(load_state(transitions, at, kk, kk, K, K)), t, input_precision=PRECISION)
     store_rows(d_rows, dr.to(work), begin, here, h, H, kk, K)
@@ -128,7 +149,7 @@ def query_grads(
         v, do, rows, reads, scales, states, transitions, incoming, *kept, *grads, tiles.start, tiles.length,
         tree.leaves, tree.seen_pairs, tree.seen_heights, tree.lefts, tree.incoming, tree.incoming_first, tree.before,
         v.shape[0] * v.shape[1], tiles.count, tree.incoming.shape[1], heads, scales.shape[3], heights,
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_of(value_dim), C=size, LOG_C=size.bit_length() - 1,
-        PRECISION=precision, num_warps=8, num_stages=1,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns_of(value_dim, rows), C=size,
+        LOG_C=size.bit_length() - 1, PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return grads, kept

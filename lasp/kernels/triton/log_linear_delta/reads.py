@@ -1,12 +1,13 @@
-"""Outputs, a program for every leaf: o = (P ⊙ Λ) V + Σ_h λ_h R_h S_h, with the rows R_h and the left siblings' states
-S_h at the heights h where the leaf lies in a right one; R_{h+1} = R_h A_h. Initial slots are read likewise."""
+"""Outputs, a program for every leaf and some columns: o = (P ⊙ Λ) V + Σ_h λ_h R_h S_h, with the rows R_h and the left
+siblings' states S_h at the heights h where the leaf lies in a right one; R_{h+1} = R_h A_h. Initial slots are read
+likewise."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, cdiv, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.log_linear.levels import bit_length, level_of, scales_at
 from lasp.kernels.triton.log_linear.tree import Tree
@@ -37,7 +38,7 @@ def node_at(seen_pairs, seen_heights, lefts, leaf, n, h, H, HEIGHTS):
     return tl.load(lefts + pair).to(tl.int64) * H + h, height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "I", "L", "HEIGHTS"])
 def _reads(
     v,  # [tokens, H, V]
     rows,  # [tokens, H, K]: R
@@ -59,7 +60,7 @@ def _reads(
 ):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
-    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     here, tokens, place = c < count, begin + c, c + tl.load(leaves + M + leaf)
     work: tl.constexpr = rows.dtype.element_ty
     weights = level_weights(scales, tokens, here, bit_length(place[:, None] ^ place[None, :]), h, H, L, LOG_C)
@@ -92,13 +93,13 @@ def outputs(
 ) -> Tensor:  # fmt: skip
     """o [B, T, H, V]. incoming: [I, H, K, V] fp32."""
     (heads, value_dim), key_dim, tiles, size = v.shape[2:], rows.shape[-1], tree.tiles, reads.shape[-1]
-    o = torch.empty_like(v)
+    o, columns = torch.empty_like(v), min(block_of(value_dim), 128)
     launch(
-        _reads, (tiles.count, heads),
+        _reads, (tiles.count, heads, cdiv(value_dim, columns)),
         v, rows, reads, scales, states, transitions, incoming, o, tiles.start, tiles.length, tree.leaves,
         tree.seen_pairs, tree.seen_heights, tree.lefts, tree.incoming, tree.incoming_first, tree.before,
         tiles.count, tree.incoming.shape[1], heads, scales.shape[3], tree.seen_pairs.shape[1],
-        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_of(value_dim), C=size, LOG_C=size.bit_length() - 1,
-        PRECISION=precision, num_warps=8, num_stages=1,
+        K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns, C=size, LOG_C=size.bit_length() - 1,
+        PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return o

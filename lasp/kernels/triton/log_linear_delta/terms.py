@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp.kernels.triton.device import block_of
+from lasp.kernels.triton.device import block_of, warps_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_rows, store_rows
 
@@ -37,7 +37,7 @@ def _terms(
 ):  # fmt: skip
     leaf, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, count = tl.load(start + leaf), tl.load(length + leaf)
-    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    c, kk = tl.arange(0, C), tl.arange(0, BK)
     here = c < count
     work: tl.constexpr = ut.dtype.element_ty
     beta, _, from_start, to_end, total = load_gates(gates, leaf * H + h, c, C)
@@ -55,10 +55,17 @@ def _terms(
     a = tl.where(kk[:, None] == kk[None, :], total, 0.0) - tl.dot(written, w, input_precision=PRECISION)
     at_a = transitions + (leaf * H + h) * K * K + kk[:, None] * K + kk[None, :]
     tl.store(at_a, a, mask=(kk < K)[:, None] & (kk < K)[None, :])
-    vc = load_rows(v, begin, here, h, H, vv, V).to(tl.float32) * beta[:, None]
-    u = tl.dot(t, vc.to(work), input_precision=PRECISION).to(work)
-    at_s = states + (leaf * H + h) * K * V + kk[:, None] * V + vv[None, :]
-    tl.store(at_s, tl.dot(written, u, input_precision=PRECISION), mask=(kk < K)[:, None] & (vv < V)[None, :])
+    for block in tl.static_range((V + BV - 1) // BV):
+        vv = block * BV + tl.arange(0, BV)
+        vc = load_rows(v, begin, here, h, H, vv, V).to(tl.float32) * beta[:, None]
+        u = tl.dot(t, vc.to(work), input_precision=PRECISION).to(work)
+        at_s = states + (leaf * H + h) * K * V + kk[:, None] * V + vv[None, :]
+        tl.store(at_s, tl.dot(written, u, input_precision=PRECISION), mask=(kk < K)[:, None] & (vv < V)[None, :])
+
+
+def columns_of(size: int, rows: Tensor) -> int:
+    """How many columns of values, which are `size`, a program holds at a time beside such rows."""
+    return min(block_of(size), 64 if rows.dtype == torch.float32 else 128)
 
 
 def leaf_terms(
@@ -71,7 +78,7 @@ def leaf_terms(
     launch(
         _terms, (tiles.count, heads),
         q, k, v, ut, scores, gates, rows, reads, states, transitions, tiles.start, tiles.length, scale,
-        heads, heads // q_heads, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_of(value_dim),
-        C=ut.shape[-1], PRECISION=precision, num_warps=8, num_stages=1,
+        heads, heads // q_heads, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=columns_of(value_dim, ut),
+        C=ut.shape[-1], PRECISION=precision, num_warps=warps_of(key_dim, value_dim), num_stages=1,
     )  # fmt: skip
     return rows, reads

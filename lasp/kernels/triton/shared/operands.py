@@ -23,7 +23,7 @@ def contiguous(x: Call) -> Call:
     return x.having({name: laid_out(t) if name in "qkv" else t.contiguous() for name, t in x.tensors.items()})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _sum_heads(
     d,  # [rows, G, K]
     y,  # [rows, K]
