@@ -61,7 +61,7 @@ def test_linearize_llama(monkeypatch, capsys, tmp_path):
     *_, teacher, distilled = capsys.readouterr().out.splitlines()
     assert teacher.startswith("teacher: held-out loss ")
     assert distilled.startswith("distilled: held-out loss ")
-    assert distilled.endswith("% at 2,048 tokens")
+    assert distilled.endswith("% at 1,024 tokens")
 
 
 def test_harness_task(monkeypatch, capsys, tmp_path):

@@ -57,7 +57,7 @@ class RecallSweep:
     """
 
     run_dir: FilePath  # results, data, and a directory for each run
-    models: tuple[ModelName, ...]  # a mixer or softmax; with a pattern of L and N, as gla:LN, a hybrid
+    models: tuple[ModelName, ...]  # a mixer or softmax; with a pattern of L and N, as gla+conv:LN, a hybrid
     task: MQAR = field(default_factory=MQAR)
     sequences: Count = 20_000  # to train on, for each number of pairs
     held_out: Count = 1_000  # sequences, for each number of pairs
@@ -135,7 +135,7 @@ BYTES = 257  # what every run's vocabulary has at least: that of the tokenizer w
 
 def mqar() -> RecallSweep:
     """Multi-query associative recall (Zoology, arXiv:2312.04927): all mixers, 4 to 64 pairs, 8,192 words; for a GPU."""
-    hybrids = tuple(f"{mixer}:LN" for mixer in ("linear", "gla", "mamba2"))
+    hybrids = tuple(f"{mixer}:LN" for mixer in ("linear+conv", "gla+conv", "mamba2"))
     return RecallSweep(run_dir="runs/mqar", models=("softmax", *MIXERS, *hybrids), dtype="bfloat16")
 
 
