@@ -134,24 +134,12 @@ def _forward(
     weight,  # [D, W]
     bias,  # [D] or None
     y,  # [tokens, H, P]
-    start,
-    length,
-    owner,
-    first,
-    H,
-    D,
-    X_ROW,
+    start, length, owner, first, H, D, X_ROW,
     HEAD,  # channels of a head, D / H
     OFFSET,  # of the part among them
-    P: tl.constexpr,
-    BP: tl.constexpr,
-    BH: tl.constexpr,
-    W: tl.constexpr,
-    EPS: tl.constexpr,
-    SILU: tl.constexpr,
-    UNIT: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
+    P: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr,
+    UNIT: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     n, begin, count, position, _ = _where(start, length, owner, first, tl.program_id(0).to(tl.int64))
     channels, at, inside = _channels(H, HEAD, OFFSET, P, BP, BH)
     weights = _load_weights(weight, channels, inside, W)
@@ -200,24 +188,10 @@ def _backward(
     d_tail,  # [N, W - 1, D], or None
     dw,  # [M, W, D] fp32: a tile's part of the sum
     db,  # [M, D] fp32, likewise, or None
-    start,
-    length,
-    owner,
-    first,
-    H,
-    D,
-    X_ROW,
-    HEAD,
-    OFFSET,
-    P: tl.constexpr,
-    BP: tl.constexpr,
-    BH: tl.constexpr,
-    W: tl.constexpr,
-    EPS: tl.constexpr,
-    SILU: tl.constexpr,
-    UNIT: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
+    start, length, owner, first, H, D, X_ROW, HEAD, OFFSET,
+    P: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr,
+    UNIT: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     """From the last token to the first. With x_r comes dz_t, t = r + W - 1, which is the last that needs it."""
     tile = tl.program_id(0).to(tl.int64)
     n, begin, count, position, after = _where(start, length, owner, first, tile)
