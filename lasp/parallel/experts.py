@@ -27,7 +27,7 @@ class ExpertParallel:
     """
 
     def __init__(self, group: Group, run: Callable[..., Tensor]):
-        self._spread = _Spread(group, run)
+        self.group, self._spread = group, _Spread(group, run)
 
     def __call__(self, x: Tensor, counts: Tensor, *matrices: Tensor) -> Tensor:
         """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] or [E / R, …] -> [N, D]."""
