@@ -31,11 +31,14 @@ step() { # step NAME COMMAND…: runs it, whatever came of the steps before
 on_ranks() { # on_ranks N PYTEST_ARGUMENT…: under mpirun; rank 0 speaks for all, the others' words are shown if one dies
     local world=$1 code
     shift
-    mpirun --oversubscribe -n "$world" bash -c \
-        '[ "$OMPI_COMM_WORLD_RANK" = 0 ] || exec >"$0/$OMPI_COMM_WORLD_RANK" 2>&1; exec python -m pytest --only-mpi "$@"' \
+    # Tests that failed are no reason for mpirun to end other ranks, which may take it for ever.
+    mpirun --oversubscribe -n "$world" bash -c '
+        [ "$OMPI_COMM_WORLD_RANK" = 0 ] || exec >"$0/$OMPI_COMM_WORLD_RANK" 2>&1
+        python -m pytest --only-mpi "$@" || { code=$?; [ $code = 1 ] && touch "$0/failed" || exit $code; }' \
         "$logs" -q --durations 10 $full "$@"
     code=$?
-    [ $code -le 1 ] || tail -n 30 "$logs"/*
+    [ $code = 0 ] || tail -n 30 "$logs"/*
+    [ ! -e "$logs/failed" ] || code=1
     rm -f "$logs"/*
     return $code
 }
