@@ -146,7 +146,8 @@ def settled(config: TrainConfig, world: World) -> TrainConfig:
     if world.device.type == "cpu":
         return replace(config, recompute="selective" if config.offload_activations else "none")
     gpus = together(dist.group.WORLD, lambda: of_device(world.device))
-    job = job_of(config, min(gpus, key=lambda gpu: gpu.memory), world.size)
+    least = replace(min(gpus, key=lambda gpu: gpu.memory), host=min(gpu.host for gpu in gpus))
+    job = job_of(config, least, world.size)
     wishes = _wishes(config, world.mesh["sp"].size())
     setting = _made(job, wishes).setting
     graphs = None if config.segment_tokens is None else setting.segment_graphs
