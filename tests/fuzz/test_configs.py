@@ -108,7 +108,7 @@ def test_a_shape_is_refused_or_trains(shape, tokens, layout, recompute):
     model = Decoder(config).double()
     model.recompute = recompute
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
-    seq = SequenceParallel(None, layout=layout).sequence(tokens)
+    seq = SequenceParallel(None, layout=layout, aligned=config.aligned).sequence(tokens)
     words = torch.randint(config.vocab_size, (2, 1, tokens))
     loss, count = model(seq.shard(words[0]), seq, labels=seq.shard(words[1]))
     assert count == tokens
