@@ -1,8 +1,10 @@
-"""Whether the host has room for what segments hand on to each other, before a run begins."""
+"""Whether the host has room for what waits there, before a run begins: what segments hand on to each other, and the
+inputs of layers."""
 
 import torch
 
 from lasp.config import LINEAR, SOFTMAX, ModelConfig, TrainConfig, require
+from lasp.models.recompute import by_layer
 from lasp.plan.host import available_bytes
 
 
@@ -20,13 +22,29 @@ def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks:
     return model.layers.count(LINEAR) * cuts * state + model.layers.count(SOFTMAX) * -(-tokens // ranks) * (keys + seen)
 
 
+def waiting_inputs_bytes(config: TrainConfig, ranks: int) -> int:
+    """What layers that are computed again leave there on each rank: their inputs, each in pinned memory, which comes in
+    powers of two; of all segments that are computed once."""
+    model, policy, number = config.model, config.recompute, 1
+    if not config.offload_activations or model.is_own:
+        return 0
+    tokens = config.context_length
+    if config.segment_tokens is not None:
+        number = min(config.segment_graphs or 1, -(-tokens // config.segment_tokens))
+        tokens = min(tokens, config.segment_tokens)
+    layers = sum(each != "none" for each in by_layer(policy, config.recompute_layers, model.layers))  # type: ignore[arg-type]
+    one = model.local_tokens(tokens, ranks) * model.hidden_size * getattr(torch, config.dtype).itemsize
+    return number * layers * 2 ** (one - 1).bit_length()
+
+
 def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks: int) -> None:
-    """Raises ValueError if this machine's memory is not enough for all of its ranks' segments, where that is known."""
-    if config.segment_tokens is None or not config.segment_offload:
-        return
-    sizes = config.context_length, config.segment_tokens, sequence_parallel
-    needed = local_ranks * handed_on_bytes(config.model, *sizes, getattr(torch, config.dtype))
-    available = available_bytes()
+    """Raises ValueError if this machine's memory is not enough for what all of its ranks leave there, where that is
+    known. recompute: settled."""
+    waiting = {"offload_activations": waiting_inputs_bytes(config, sequence_parallel), "segment_offload": 0}
+    if config.segment_tokens is not None and config.segment_offload:
+        sizes = config.context_length, config.segment_tokens, sequence_parallel
+        waiting["segment_offload"] = handed_on_bytes(config.model, *sizes, getattr(torch, config.dtype))
+    needed, available = local_ranks * sum(waiting.values()), available_bytes()
     if available is not None:
         expected = f"False, or {needed / 2**30:.1f} GiB of the host's memory; it has {available / 2**30:.1f}"
-        require(needed <= available, "segment_offload", True, expected)
+        require(needed <= available, max(waiting, key=waiting.__getitem__), True, expected)

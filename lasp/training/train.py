@@ -77,9 +77,9 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
         given = config
         config = together(dist.group.WORLD, lambda: with_vocabulary(given))[world.rank]
         together(dist.group.WORLD, lambda: require_wandb(given.wandb))
-        together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         training, held_out, fingerprints = open_data(config, world)
         config = settled(config, world)
+        together(dist.group.WORLD, lambda: require_host_memory(config, world.mesh["sp"].size(), world.local_size))
         torch.manual_seed(config.seed)
         engine = make_engine(config, world, build)
         sp = sequence_parallel(config.parallel, config.model, world)

@@ -14,7 +14,7 @@ from lasp.kernels.parked import Parked
 from lasp.models import Decoder
 from lasp.models.carried import Carried
 from lasp.parallel import SequenceParallel, Stream
-from lasp.plan import host
+from lasp.plan import GPUS, Job, Setting, host, plan
 from lasp.training import host_memory
 from lasp.training.host_memory import handed_on_bytes
 from lasp.training.metrics import read_metrics
@@ -260,6 +260,25 @@ def test_a_host_without_room_is_refused(config, monkeypatch):
     run = replace(config, segment_tokens=25, segment_offload=True)
     with pytest.raises(ValueError, match="segment_offload: got True, expected False, or .* GiB of the host's memory"):
         train(run)
+    run = replace(config, recompute="full", offload_activations=True)
+    with pytest.raises(
+        ValueError, match="offload_activations: got True, expected False, or .* GiB of the host's memory"
+    ):
+        train(run)
+
+
+def test_inputs_that_wait_on_the_host_are_counted_as_the_plan_does(config):
+    """Of 48 tokens for each of two ranks, in three layers; and of 24 in two segments."""
+    run = replace(config, recompute="full", recompute_layers=2, offload_activations=True)
+    run = replace(run, dtype="float32", model=replace(run.model, num_layers=3, pattern="L", hidden_size=32))
+    one = 2 ** (48 * 32 * 4 - 1).bit_length()
+    assert host_memory.waiting_inputs_bytes(run, 2) == 3 * one  # the third keeps more, but is recomputed, too
+    streamed = replace(run, segment_tokens=48, segment_graphs=2)
+    half = 2 ** (24 * 32 * 4 - 1).bit_length()
+    assert host_memory.waiting_inputs_bytes(streamed, 2) == 2 * 3 * half
+    setting = Setting(sequence_parallel=2, recompute="full", recompute_layers=2, offload_activations=True)
+    planned = plan(Job(model=run.model, context=run.context_length, gpu=GPUS["H200"], gpus=2, half=4), setting)
+    assert planned.memory.host == 3 * one
 
 
 def test_what_waits_on_the_host_is_counted(monkeypatch):
