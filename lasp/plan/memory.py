@@ -68,7 +68,7 @@ def predict(job: Job, setting: Setting) -> Memory:
     one_input, host = dtype.half * model.hidden_size * in_flight, 0.0
     graphs = min(setting.segment_graphs, segments(job, setting))
     if setting.offload_activations:
-        host = graphs * sum(policy != "none" for policy in policies) * _power_of_two(one_input)
+        host = inputs_on_host(one_input, policies, graphs)
     everything = [dtype.bytes(kept.POLICIES[policy](model, i)) * in_flight for i, policy in enumerate(policies)]
     inputs = [one_input * (policy == "none" or not setting.offload_activations) for policy in policies]
     of_ends = dtype.bytes([*kept.ends(model), Kept("normed hidden", model.hidden_size)]) * in_flight
@@ -110,6 +110,12 @@ def predict(job: Job, setting: Setting) -> Memory:
     if not handed_on:
         return made
     return max(made, Memory(moments(max(0, graphs - 2), True), host), key=lambda memory: memory.total)
+
+
+def inputs_on_host(one: float, policies: list[Policy], graphs: int) -> float:
+    """Bytes of the host for inputs of layers that are computed again, of so many bytes each: PyTorch's pinned memory
+    comes in powers of two."""
+    return graphs * sum(policy != "none" for policy in policies) * 2.0 ** math.ceil(math.log2(max(1.0, one)))
 
 
 def may_stay_gathered(others: int, memory: float | None) -> bool:
@@ -248,8 +254,3 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
         rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0
         return gradients + 2 * some * (state + dtype.half * values) + rescaled
     return gradients + (dtype.wide * heads * keys if model.mixer == "mamba2" else 0)  # one key for all heads: a sum
-
-
-def _power_of_two(size: float) -> float:
-    """PyTorch's pinned memory comes in pieces of such sizes."""
-    return 2.0 ** math.ceil(math.log2(max(1.0, size)))

@@ -6,6 +6,7 @@ import torch
 from lasp.config import LINEAR, SOFTMAX, ModelConfig, TrainConfig, require
 from lasp.models.recompute import by_layer
 from lasp.plan.host import available_bytes
+from lasp.plan.memory import inputs_on_host
 
 
 def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks: int, dtype: torch.dtype) -> int:
@@ -23,8 +24,8 @@ def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks:
 
 
 def waiting_inputs_bytes(config: TrainConfig, ranks: int) -> int:
-    """What layers that are computed again leave there on each rank: their inputs, each in pinned memory, which comes in
-    powers of two; of all segments that are computed once."""
+    """What layers that are computed again leave there on each rank: their inputs, of all segments that are computed
+    once."""
     model, policy, number = config.model, config.recompute, 1
     if not config.offload_activations or model.is_own:
         return 0
@@ -32,9 +33,9 @@ def waiting_inputs_bytes(config: TrainConfig, ranks: int) -> int:
     if config.segment_tokens is not None:
         number = min(config.segment_graphs or 1, -(-tokens // config.segment_tokens))
         tokens = min(tokens, config.segment_tokens)
-    layers = sum(each != "none" for each in by_layer(policy, config.recompute_layers, model.layers))  # type: ignore[arg-type]
+    policies = by_layer(policy, config.recompute_layers, model.layers)  # type: ignore[arg-type]
     one = model.local_tokens(tokens, ranks) * model.hidden_size * getattr(torch, config.dtype).itemsize
-    return number * layers * 2 ** (one - 1).bit_length()
+    return int(inputs_on_host(one, policies, number))
 
 
 def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks: int) -> None:
