@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from lasp.kernels.fenwick import moved, moved_back, routes
+from lasp.kernels.fenwick import moved, moved_back, routes_on
 from lasp.kernels.summary import apply, apply_transposed
 from lasp.parallel.layout import PADDING, Fragment, Partition
 
@@ -110,8 +109,8 @@ class Fenwick:
     def extend(self, state: Tensor, transition: Tensor, start: Tensor, unit: int) -> Tensor:
         """[B, J, H, K, V]: what leaves a unit's fragment (backward: the gradient of what enters it) where `start`
         enters instead of nothing, its own contribution being `state`."""
-        p, e = (torch.tensor([edge[unit]], device="cpu") for edge in (self.before, self.after))
-        route = routes(p, e, state.shape[1]).to(state.device, non_blocking=True).expand(len(state), -1, -1)
+        edges = (self.before[unit],), (self.after[unit],)
+        route = routes_on(*edges, state.shape[1], state.dtype, state.device).expand(len(state), -1, -1)
         if self.backward:
             return state + moved_back(apply_transposed(transition, start), route)
         return state + apply(transition, moved(start, route))
