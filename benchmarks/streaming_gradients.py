@@ -8,6 +8,7 @@ model as it is initialised sees random tokens. On a CPU it is tiny.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,8 @@ from lasp.training.streaming import StreamedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    preset: str = "linear_llama3_1b"  # on a CPU: tiny
-    mixer: str = "gated_delta_net"
+    preset: Literal[tuple(PRESETS)] = "linear_llama3_1b"  # type: ignore[valid-type]  # on a CPU: tiny
+    mixer: Literal[MIXERS] = "gated_delta_net"  # type: ignore[valid-type]
     pattern: str = "L"
     tokens: int = 1 << 16  # of the sequence, over all ranks
     segment_tokens: int = 20_000  # over all ranks
@@ -33,7 +34,6 @@ class Settings:
 
 def main(settings: Settings) -> None:
     device = join()
-    assert settings.mixer in MIXERS
     mesh = make_mesh(device.type, torch.arange(dist.get_world_size()), ("sp",))
     config = PRESETS[settings.preset if device.type == "cuda" else "tiny"](settings.mixer, settings.pattern)
     with device:

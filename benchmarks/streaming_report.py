@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from matplotlib.figure import Figure
 
 from lasp.models import PRESETS
+from lasp.pictures import empty_figure
 from lasp.plan import GPUS, Job, Plan, Setting, plan
 from lasp.plan.gpus import GIB
 
@@ -67,7 +67,7 @@ def main(file: tyro.conf.Positional[Path], picture: tyro.conf.Positional[Path]) 
     series: dict[str, list[Step]] = defaultdict(list)
     for step in read(file):
         series[step.series].append(step)
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = empty_figure(9, 5)
     axes = figure.add_subplot(xlabel="tokens of a context", ylabel="GiB on each GPU", xscale="log", ylim=(0, 150))
     for name, steps in series.items():
         contexts = [step.plan.job.context for step in steps]

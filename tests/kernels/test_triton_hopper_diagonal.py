@@ -9,6 +9,7 @@ from lasp.kernels.linear import run_op
 from lasp.kernels.recurrence import Alone
 from lasp.kernels.reference.recurrent import recurrent
 from lasp.kernels.segments import Segments
+from tests.kernels import test_triton_diagonal
 from tests.kernels.boundary import Asked
 from tests.kernels.test_triton_hopper import HOPPER, hopper_launches, launched  # noqa: F401, a fixture
 from tests.kernels.test_triton_linear import run
@@ -17,12 +18,7 @@ from tests.parallel.inputs import error, inputs_of
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and the version of Triton that they run with")
 SIZE, TOKENS, TILE = 128, 701, 192
 DOCUMENTS = (0, 5, 5, 70, 640, TOKENS)
-GATES = {
-    "open": lambda u: 0 * u,
-    "weak": lambda u: -0.1 * u,
-    "steep": lambda u: -20 * u,
-    "closed": lambda u: -50 + 0 * u,
-    "closing": lambda u: torch.where(u < 0.1, -50.0, -0.1 * u),
+GATES = test_triton_diagonal.GATES | {
     "weak, then steep": lambda u: torch.where(torch.arange(TOKENS)[:, None, None] // 200 % 2 == 0, -0.1, -5.0) * u,
 }
 HEADS = {  # q/k heads, heads, heads at a time in the delta rule's backward

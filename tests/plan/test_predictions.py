@@ -1,11 +1,11 @@
 """Memory, time and the choice of settings: against published runs, and as users read them."""
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.streaming_report import read
 from lasp.models import linear_llama3_1b, linear_llama3_8b, linear_moe_a0_3b_2b, tiny
 from lasp.plan import GPUS, Job, Setting, advice, best, named, plan, recomputation
 from lasp.plan.gpus import GIB, of_name
@@ -16,26 +16,16 @@ from lasp.plan.setting import sizes
 ONE_B = Job(model=linear_llama3_1b(pattern="L"), context=65_536, gpu=GPUS["H200"])
 FULL = Setting(recompute="full")
 
-ROOT = Path(__file__).parents[2]
-with (ROOT / "docs/streaming.csv").open() as rows:
-    STEPS = list(csv.DictReader(rows))
+STEPS = read(Path(__file__).parents[2] / "docs/streaming.csv")
 # docs/scaling.csv: GPUs that share a context, its tokens, milliseconds of a step with one softmax layer in four
 HYBRID_STEPS = [(1, 65_536, 2361), (2, 131_072, 3555), (2, 524_288, 39_028), (4, 524_288, 18_673)]
 
 
-@pytest.mark.parametrize("row", STEPS, ids=lambda row: "-".join(filter(None, row.values())))
-def test_published_steps_are_predicted_within_a_tenth(row):
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.series}, {step.plan.job.context}")
+def test_published_steps_are_predicted_within_a_tenth(step):
     """Their memory within a twentieth."""
-
-    def number(name: str) -> int | None:
-        return int(row[name]) if row[name] else None
-
-    gpus, segments = int(row["gpus"]), ("segment_tokens", "segment_graphs", "recompute_layers")
-    setting = Setting(sequence_parallel=gpus, recompute=row["recompute"], **{name: number(name) for name in segments})
-    model = {"linear_llama3_1b": linear_llama3_1b, "linear_llama3_8b": linear_llama3_8b}[row["model"]](pattern="L")
-    made = plan(replace(ONE_B, model=model, context=int(row["tokens"]), gpus=gpus), setting)
-    assert made.seconds == pytest.approx(float(row["seconds"]), rel=0.1)
-    assert made.memory.total / GIB == pytest.approx(float(row["peak_gib"]), rel=0.05)
+    assert step.plan.seconds == pytest.approx(step.seconds, rel=0.1)
+    assert step.plan.memory.total / GIB == pytest.approx(step.peak_gib, rel=0.05)
 
 
 @pytest.mark.parametrize(("ranks", "context", "milliseconds"), HYBRID_STEPS)
