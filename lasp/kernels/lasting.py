@@ -31,8 +31,8 @@ def kept(most: int) -> Callable[[Callable[Parameters, Result]], Callable[Paramet
     for last.
 
     Every stream has its own: what is made on one may not be there yet for another, and its memory, given back, is that
-    stream's. Only what is captured takes another's, for it has to be there before; and since a graph goes on reading
-    it, that is kept for good.
+    stream's. Only what is captured takes another's if it has none, for it has to be there before; and since a graph
+    goes on reading it, that is kept for good.
     """
 
     def decorate(make: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -60,7 +60,7 @@ def kept(most: int) -> Callable[[Callable[Parameters, Result]], Callable[Paramet
             if not found:
                 return make(*args, **kwargs)  # nothing is in it before the graph runs
             captured[args] = found
-            return next(iter(found.values()))
+            return found[stream if stream in found else next(iter(found))]
 
         return call
 

@@ -54,6 +54,15 @@ def test_what_a_graph_reads_was_there_before_and_stays(streams):
     assert zeros(1, CPU) is first
 
 
+def test_a_graph_reads_its_own_streams(streams):
+    zeros = make_kept(1)
+    zeros(1, CPU)
+    streams(1)
+    second = zeros(1, CPU)
+    streams(1, capturing=True)
+    assert zeros(1, CPU) is second
+
+
 def test_what_is_made_within_a_graph_is_not_kept(streams):
     zeros = make_kept(1)
     streams(1, capturing=True)
