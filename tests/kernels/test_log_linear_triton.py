@@ -99,7 +99,7 @@ def test_gates_that_do_nothing_or_close(gen, strength):
 def test_summaries(gen, seen, delta, monkeypatch):
     """What others are told of a segment: the same as the reference tells them."""
     monkeypatch.setattr(delta_op, "KEPT", 0 if seen else 2**21)
-    drawn = draw(gen, 45, seen=seen, heads=(1, 1), delta=delta, sizes=(32, 32)).to(torch.float32, torch.float32, DEVICE)
+    drawn = draw(gen, 45, seen=seen, heads=(1, 1), delta=delta, sizes=(64, 64)).to(torch.float32, torch.float32, DEVICE)
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
 
     def told(implementation, tensors):
@@ -117,7 +117,7 @@ def test_summaries(gen, seen, delta, monkeypatch):
 
 def test_padding_that_is_longer_than_levels_address_changes_nothing(gen):
     """As a rank has it: a fragment of its own, of noise, whose outputs nobody reads."""
-    drawn = draw(gen, 60, levels=4, heads=(1, 1), sizes=(32, 32)).to(torch.float32, torch.float32, DEVICE)
+    drawn = draw(gen, 60, levels=4, heads=(1, 1), sizes=(64, 64)).to(torch.float32, torch.float32, DEVICE)
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE) * (torch.arange(60) < 8)[:, None, None].to(
         DEVICE
     )
