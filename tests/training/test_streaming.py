@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lasp.config import ParallelConfig
+from lasp.kernels import softmax
 from lasp.kernels.keys import KeyStore
 from lasp.kernels.parked import Parked
 from lasp.models import Decoder
@@ -72,6 +73,26 @@ def test_the_head_sees_labelled_tokens_alone(monkeypatch):
     assert rows == [0, 1, 1, 8]  # from the last segment to the first
     assert torch.stack(batch.loss(model)).tolist() == pytest.approx([loss.item(), count.item()])
     assert rows[4:] == [8, 1, 1, 0]
+
+
+@pytest.mark.parametrize("edges", [(0, 48), (0, 21, 48)])
+def test_blocks_of_whole_segments_come_again(monkeypatch, edges):
+    """Those with a document's own edge do not, for which no kernel is to make plans."""
+    asked, real = [], softmax.calls
+
+    def spying(block, q, v, mask):
+        asked.append((block.queries, block.keys, mask.comes_again(block)))
+        return real(block, q, v, mask)
+
+    monkeypatch.setattr(softmax, "calls", spying)
+    tokens = random_tokens(1, 48)
+    stream = Stream(SequenceParallel(None), 48, 8, torch.tensor(edges))
+    StreamedBatch.of(stream, tokens, tokens).backward(decoder("gla", "N"), 1)
+    assert {(8, 8, True)} <= set(asked)
+    assert {each for each in asked if each[2]} == {(8, 8, True)}
+    assert (len(edges) > 2) == (len(set(asked)) > 1)
+    SequenceParallel(None).sequence(48, torch.tensor(edges)).softmax_attention(*[torch.ones(1, 48, 2, 4)] * 3)
+    assert asked[-1][2] == (len(edges) == 2)
 
 
 def test_frozen_layers_hand_on_no_gradients():
