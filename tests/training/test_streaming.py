@@ -95,6 +95,26 @@ def test_blocks_of_whole_segments_come_again(monkeypatch, edges):
     assert asked[-1][2] == (len(edges) == 2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_of_segments_on_a_gpu_is_that_of_the_whole():
+    """Whole segments of 2,048 tokens by cuDNN's kernels where there are any; in bf16, to 3 units of its rounding."""
+    tokens, shapes = 7000, [(1, 7000, heads, 64) for heads in (4, 2, 2, 4)]
+    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    stream = Stream(SequenceParallel(None, device=q.device), tokens, 2048, torch.tensor([0, tokens]))
+    store, outputs = KeyStore(), []
+    for segment, (start, stop) in zip(stream, stream.ranges, strict=True):
+        outputs.append(segment.softmax_attention(*(x[:, start:stop] for x in inputs), keys=store))
+    for o, (start, stop) in reversed(list(zip(outputs, stream.ranges, strict=True))):
+        o.backward(do[:, start:stop])
+    whole = [x.detach().double().requires_grad_() for x in inputs]
+    wanted, _ = softmax.softmax_attention(*whole)
+    wanted.backward(do.double())
+    pairs = [(torch.cat(outputs, dim=1), wanted), *((x.grad, y.grad) for x, y in zip(inputs, whole, strict=True))]
+    errors = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+    assert max(errors) < 3 * 2**-8, errors
+
+
 def test_frozen_layers_hand_on_no_gradients():
     model, batch = decoder("mamba2", "LN"), streamed(TOKENS, 8)
     batch.backward(model, 1)
