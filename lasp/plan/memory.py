@@ -29,6 +29,7 @@ from lasp.plan.setting import Job, Setting, sizes
 
 LEAF, NODES = 256, 18  # of log-linear attention: tokens of a leaf, and bytes of a number of its states and gradients
 DELTA_NODES = 0.625  # with the delta rule: bytes of states, transitions and rows for each token, head and K (K + V)
+DELTA_KEPT = 0.2  # of them, where those of few tokens wait for other ranks
 WHOLE_SHARE = 0.1  # of a GPU's memory may whole parameters and sums of gradients take from segment to segment
 TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
 GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
@@ -82,11 +83,11 @@ def predict(job: Job, setting: Setting) -> Memory:
             "other activations": sum(everything[:layers]) - one_input * layers + waiting * elsewhere,
         }
 
-    handed_on = _handed_on(job, setting, held)
+    left = handed_on(model, job.context, setting.sequence_parallel, setting.segment_tokens, job.half)
     if setting.segment_offload:  # but for what one segment reads
-        host += sum(handed_on.values())
-        handed_on = {name: 2 * size * in_flight / held for name, size in handed_on.items()}
-    always = fixed | {"batch": 4 * 8.0 * in_flight} | handed_on
+        host += sum(left.values())
+        left = {name: 2 * size * in_flight / held for name, size in left.items()}
+    always = fixed | {"batch": 4 * 8.0 * in_flight} | left
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
 
     def moments(waiting: int, again: bool) -> dict[str, dict[str, float]]:
@@ -102,12 +103,12 @@ def predict(job: Job, setting: Setting) -> Memory:
                 "gradients": gradients * behind,
                 "gathered weights": gathered,
                 "gathered gradients": of_gathered,
-                "one layer": _one_layer(job, policy, index, in_flight),
+                "one layer": _one_layer(job, policy, index, in_flight, setting.sequence_parallel > 1),
             }
         return {name: always | parts for name, parts in found.items()}
 
     made = Memory(moments(graphs - 1, job.accumulated > 1), host)  # of a stream at its last segment
-    if not handed_on:
+    if not left:
         return made
     return max(made, Memory(moments(max(0, graphs - 2), True), host), key=lambda memory: memory.total)
 
@@ -170,14 +171,17 @@ def _logits(job: Job) -> float:
     return dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
 
 
-def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
-    """What segments leave to each other: states; and of softmax attention keys and values, their gradients, and what
-    queries saw. States and sums are float32."""
-    if setting.segment_tokens is None:
+def handed_on(model: ModelConfig, context: int, ranks: int, segment_tokens: int | None, half: int) -> dict[str, float]:
+    """Bytes that segments leave to each other on each rank, at most: states; and of softmax attention keys and values,
+    their gradients, and what queries saw. States and sums are float32. half: bytes of the compute's numbers.
+
+    Tails of convolutions, a few percent of the states, do not count.
+    """
+    if segment_tokens is None:
         return {}
-    model, half, wide = job.model, job.half, Dtype(job.half).wide
-    cuts = segments(job, setting) - 1
-    state = model.states(job.context) * model.num_heads * feature_dim(model) * model.value_dim
+    wide, held = Dtype(half).wide, model.local_tokens(context, ranks)
+    cuts = -(-context // segment_tokens) - 1
+    state = model.states(context) * model.num_heads * feature_dim(model) * model.value_dim
     attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
     keys = 2 * model.kv_heads * model.key_dim * (half + wide)
     seen = model.num_heads * (model.key_dim * half + wide)
@@ -187,11 +191,11 @@ def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
     }
 
 
-def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
+def _one_layer(job: Job, policy: Policy, index: int, tokens: int, exchanged: bool) -> float:
     """Bytes that a layer's backward takes beside what was kept for it: what it computes again, and gradients.
 
     Its MLP comes first, when all of the mixer has been computed again; then the mixer's operation, when what lies
-    behind it has been freed.
+    behind it has been freed. exchanged: that waits for other ranks.
     """
     model, dtype = job.model, Dtype(job.half)
     width = dtype.half * model.hidden_size
@@ -206,7 +210,7 @@ def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
     mlp_inputs = [Kept("middle", model.hidden_size), Kept("normed middle", model.hidden_size)]
     in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, policy, index)
     in_operation = again([each for each in mixer if each.name not in behind]) + around
-    in_operation += _operation_gradients(model, index, dtype, tokens)
+    in_operation += _operation_gradients(model, index, dtype, tokens, exchanged)
     return max(in_mlp, in_operation) * tokens + _constants(job, policy, index, tokens)
 
 
@@ -232,7 +236,7 @@ def _constants(job: Job, policy: Policy, index: int, tokens: int) -> float:
     return states + tile + (dtype.wide + dtype.half) * 3 * model.intermediate_size * model.hidden_size
 
 
-def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int) -> float:
+def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int, exchanged: bool) -> float:
     """Bytes for each token: the gradient of o, those of q, k and v, and what the kernels of the class need besides."""
     heads, keys, values = model.num_heads, feature_dim(model), model.value_dim
     if model.layers[index] == SOFTMAX:
@@ -247,7 +251,10 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
         gradients += heads * 2 * dtype.wide * LEVELS
         if model.plain_mixer == "gated_delta_net":
             some = min(heads, max(1, 2**18 // max(1, tokens)))
-            return gradients + some * DELTA_NODES * keys * (keys + values)
+            others = (heads - some) * (exchanged and heads * tokens <= 2**21)
+            nodes = keys * (keys + values)
+            rows = dtype.half * (2 * keys + values + 4 * CHUNK)
+            return gradients + some * DELTA_NODES * nodes + others * (DELTA_KEPT * nodes + rows)
         return gradients + heads * (NODES * keys * values / LEAF + dtype.wide * keys)
     if model.mixer in ("delta_net", "gated_delta_net", "kda"):
         some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))

@@ -16,8 +16,8 @@ from lasp.models import Decoder
 from lasp.models.carried import Carried
 from lasp.parallel import SequenceParallel, Stream
 from lasp.plan import GPUS, Job, Setting, host, plan
+from lasp.plan.memory import handed_on
 from lasp.training import host_memory
-from lasp.training.host_memory import handed_on_bytes
 from lasp.training.metrics import read_metrics
 from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
@@ -336,7 +336,8 @@ def test_what_waits_on_the_host_is_counted(monkeypatch):
     streamed(64, 16).backward(model, 1)
     states = 3 * 2 * 8 * config.num_heads * config.key_dim * config.value_dim  # of 3 cuts and 2 linear layers
     kept = 2 * sum(most[0]) * 64 // 48  # of 2 softmax layers; not of the last of 4 segments, or (seen) of the first
-    assert handed_on_bytes(config, 64, 16, 1, torch.float64) == states + kept
+    counted = handed_on(config, context=64, ranks=1, segment_tokens=16, half=8)
+    assert counted == {"boundary states": states, "key/value caches": kept}
 
 
 def test_attention_to_earlier_segments_is_computed_once_forward(monkeypatch):
