@@ -253,7 +253,7 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
             some = min(heads, max(1, 2**18 // max(1, tokens)))
             others = (heads - some) * (exchanged and heads * tokens <= 2**21)
             nodes = keys * (keys + values)
-            rows = dtype.half * (2 * keys + values + 4 * CHUNK)
+            rows = dtype.half * (4 * keys + 2 * values + 4 * CHUNK) + 2 * dtype.wide * LEVELS
             return gradients + some * DELTA_NODES * nodes + others * (DELTA_KEPT * nodes + rows)
         return gradients + heads * (NODES * keys * values / LEAF + dtype.wide * keys)
     if model.mixer in ("delta_net", "gated_delta_net", "kda"):
