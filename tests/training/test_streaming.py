@@ -308,6 +308,15 @@ def test_a_host_without_room_is_refused(config, monkeypatch):
         train(run)
 
 
+def test_models_without_what_streams_and_recomputation_call_are_refused(config):
+    run = replace(config, model=replace(config.model, model_class="examples.own_model:Model"))
+    expected = "expected None with a model_class that has no remember, begin, finish"
+    with pytest.raises(ValueError, match=f"segment_tokens: got 25, {expected}"):
+        train(replace(run, segment_tokens=25))
+    with pytest.raises(ValueError, match="recompute: got 'full', expected 'none' with a model_class"):
+        train(replace(run, recompute="full"))
+
+
 def test_inputs_that_wait_on_the_host_are_counted_as_the_plan_does(config):
     """Of 48 tokens for each of two ranks, in three layers; and of 24 in two segments."""
     run = replace(config, recompute="full", recompute_layers=2, offload_activations=True)
