@@ -16,6 +16,7 @@ All gradients are there from the first moment on where a step sees several conte
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
@@ -83,9 +84,10 @@ def predict(job: Job, setting: Setting) -> Memory:
             "other activations": sum(everything[:layers]) - one_input * layers + waiting * elsewhere,
         }
 
-    left = handed_on(model, job.context, setting.sequence_parallel, setting.segment_tokens, job.half)
+    shared = job.context, setting.sequence_parallel, setting.segment_tokens, job.half
+    left = handed_on(model, *shared)
     if setting.segment_offload:  # but for what one segment reads
-        host += sum(left.values())
+        host += sum(handed_on(model, *shared, pinned).values())
         left = {name: 2 * size * in_flight / held for name, size in left.items()}
     always = fixed | {"batch": 4 * 8.0 * in_flight} | left
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
@@ -114,9 +116,13 @@ def predict(job: Job, setting: Setting) -> Memory:
 
 
 def inputs_on_host(one: float, policies: list[Policy], graphs: int) -> float:
-    """Bytes of the host for inputs of layers that are computed again, of so many bytes each: PyTorch's pinned memory
-    comes in powers of two."""
-    return graphs * sum(policy != "none" for policy in policies) * 2.0 ** math.ceil(math.log2(max(1.0, one)))
+    """Bytes of the host for inputs of layers that are computed again, of so many bytes each."""
+    return graphs * sum(policy != "none" for policy in policies) * pinned(one)
+
+
+def pinned(size: float) -> float:
+    """Bytes of the host that a tensor of so many takes: PyTorch's pinned memory comes in powers of two."""
+    return 2.0 ** math.ceil(math.log2(max(1.0, size)))
 
 
 def may_stay_gathered(others: int, memory: float | None) -> bool:
@@ -171,23 +177,33 @@ def _logits(job: Job) -> float:
     return dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
 
 
-def handed_on(model: ModelConfig, context: int, ranks: int, segment_tokens: int | None, half: int) -> dict[str, float]:
+def handed_on(
+    model: ModelConfig,
+    context: int,
+    ranks: int,
+    segment_tokens: int | None,
+    half: int,
+    taken: Callable[[float], float] = float,
+) -> dict[str, float]:
     """Bytes that segments leave to each other on each rank, at most: states; and of softmax attention keys and values,
-    their gradients, and what queries saw. States and sums are float32. half: bytes of the compute's numbers.
+    their gradients, and what queries saw. States and sums are float32. Tails of convolutions, a few percent of the
+    states, do not count.
 
-    Tails of convolutions, a few percent of the states, do not count.
+    half: bytes of the compute's numbers. taken: bytes that a tensor of so many takes.
     """
     if segment_tokens is None:
         return {}
-    wide, held = Dtype(half).wide, model.local_tokens(context, ranks)
-    cuts = -(-context // segment_tokens) - 1
+    wide, cuts = Dtype(half).wide, -(-context // segment_tokens) - 1
+    held, rows = (model.local_tokens(tokens, ranks) for tokens in (context, min(context, segment_tokens)))
     state = model.states(context) * model.num_heads * feature_dim(model) * model.value_dim
     attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
-    keys = 2 * model.kv_heads * model.key_dim * (half + wide)
-    seen = model.num_heads * (model.key_dim * half + wide)
+    keys, heads = model.kv_heads * model.key_dim * rows, model.num_heads * rows
+    of_segment = (
+        2 * (taken(keys * half) + taken(keys * wide)) + taken(heads * model.key_dim * half) + taken(heads * wide)
+    )
     return {
-        "boundary states": float(model.layers.count(LINEAR) * cuts * state * wide),
-        "key/value caches": float(attending * held * (keys + seen)),
+        "boundary states": model.layers.count(LINEAR) * cuts * taken(state * wide),
+        "key/value caches": attending * held / rows * of_segment,
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from lasp.config import TrainConfig, require
 from lasp.models.recompute import by_layer
 from lasp.plan.host import available_bytes
-from lasp.plan.memory import handed_on, inputs_on_host
+from lasp.plan.memory import handed_on, inputs_on_host, pinned
 
 
 def waiting_inputs_bytes(config: TrainConfig, ranks: int) -> int:
@@ -30,7 +30,7 @@ def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks
     waiting = {"offload_activations": waiting_inputs_bytes(config, sequence_parallel), "segment_offload": 0}
     if config.segment_offload:
         sizes = config.context_length, sequence_parallel, config.segment_tokens, getattr(torch, config.dtype).itemsize
-        waiting["segment_offload"] = int(sum(handed_on(config.model, *sizes).values()))
+        waiting["segment_offload"] = int(sum(handed_on(config.model, *sizes, pinned).values()))
     needed, available = local_ranks * sum(waiting.values()), available_bytes()
     if available is not None:
         expected = f"False, or {needed / 2**30:.1f} GiB of the host's memory; it has {available / 2**30:.1f}"

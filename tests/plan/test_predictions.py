@@ -95,6 +95,9 @@ def test_a_stream_does_not_grow_with_the_context():
     away = predict(hybrid, replace(segments, segment_offload=True))
     assert away.host == parts["key/value caches"] + parts["boundary states"]
     assert away.parts["key/value caches"] == parts["key/value caches"] / 4
+    odd = predict(hybrid, replace(segments, segment_offload=True, segment_tokens=140_000))
+    caches = away.host - parts["boundary states"]  # tensors of 140,000 tokens take the pinned memory of 262,144
+    assert odd.host - parts["boundary states"] == pytest.approx(caches * 262_144 / 140_000, rel=1e-3)
 
 
 def test_a_million_tokens_fit_on_one_gpu_without_a_stream():
