@@ -22,7 +22,7 @@ from lasp.plan.setting import Job, Setting, sizes
 
 GROUPED = 0.5  # of the dense peak, where each expert's matrix meets its own rows
 ATTENTION = 0.55  # of it: cuDNN's kernels on an H200, which serve whole units and segments of one document
-WINDOWS = 0.33  # of it: PyTorch's flash attention there
+FLASH = 0.33  # of it: PyTorch's flash attention there, which serves windows and heads of more than 128
 FORWARD_CHAINS, BACKWARD_CHAINS = 1.9, 5.5  # times what a layer keeps is read or written
 EXCHANGED = 1.02  # with sequence parallelism
 
@@ -62,11 +62,12 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     chains = sum(Dtype(job.half).bytes(kept.layer(model, index)) for index in range(model.num_layers))
     softmax = _passes(model.layers, SOFTMAX, [each and number == 1 for each in full], 1)
     linear = _passes(model.layers, LINEAR, full, forwards)
-    attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1]) / ATTENTION
+    attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1])
+    attention /= ATTENTION if model.key_dim <= 128 else FLASH
     operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * 1e-9
     if model.window is not None:
         seen = 4.0 * model.window * model.num_heads * model.key_dim
-        attention += seen * (linear[0] + 2.5 * linear[1]) / WINDOWS
+        attention += seen * (linear[0] + 2.5 * linear[1]) / FLASH
     operations *= model.num_heads * (feature_dim(model) + model.value_dim) * job.half / (16 * 256 * 2)
     held = sizes(model).total / (job.gpus if job.sharding != "none" else 1)
     seconds = {

@@ -31,7 +31,7 @@ def test_published_steps_are_predicted_within_a_tenth(step):
 
 @pytest.mark.parametrize(("ranks", "context", "milliseconds"), HYBRID_STEPS)
 def test_published_steps_of_hybrids_are_predicted_within_a_tenth(monkeypatch, ranks, context, milliseconds):
-    monkeypatch.setattr(seconds, "ATTENTION", seconds.WINDOWS)
+    monkeypatch.setattr(seconds, "ATTENTION", seconds.FLASH)
     job = replace(ONE_B, model=linear_llama3_1b(pattern="LLLN"), context=context, gpus=ranks)
     made = plan(job, replace(FULL, sequence_parallel=ranks))
     assert 1e3 * made.seconds == pytest.approx(milliseconds, rel=0.1)
