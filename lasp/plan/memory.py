@@ -222,10 +222,9 @@ def _one_layer(job: Job, policy: Policy, index: int, tokens: int, exchanged: boo
     def again(parts: list[Kept]) -> float:
         return dtype.bytes(each for each in parts if each.name not in stays)
 
-    around = 2 * width  # gradients of what comes in and of what goes out
     mlp_inputs = [Kept("middle", model.hidden_size), Kept("normed middle", model.hidden_size)]
-    in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, policy, index)
-    in_operation = again([each for each in mixer if each.name not in behind]) + around
+    in_mlp = again(mixer) + again(mlp_inputs) + 2 * width + _mlp(job, policy, index)  # gradients of both ends
+    in_operation = again([each for each in mixer if each.name not in behind]) + width  # what goes around it
     in_operation += _operation_gradients(model, index, dtype, tokens, exchanged)
     return max(in_mlp, in_operation) * tokens + _constants(job, policy, index, tokens)
 
