@@ -233,9 +233,10 @@ def _mlp(job: Job, policy: Policy, index: int) -> float:
     """Bytes for each token."""
     model, half = job.model, job.half
     if model.has_experts(index):
-        chosen, size = model.experts_per_token, model.expert_size
+        size, width = model.expert_size, model.hidden_size
         computed = 0.0 if policy == "none" else Dtype(half).bytes(kept.mlp(model, index))
-        return computed + half * chosen * (3 * size + 2 * model.hidden_size)
+        most = max(width, size, 2 * size - width)  # gradients of outputs, act, gate_up, less what is free by then
+        return computed + half * model.experts_per_token * most
     return half * 3 * model.intermediate_size if policy == "none" else 0.0
 
 

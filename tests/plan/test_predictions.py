@@ -44,6 +44,13 @@ def test_a_mixture_is_predicted_a_little_faster_than_it_was():
     assert 0.8 * 0.773 < made.seconds < 0.773
 
 
+def test_a_published_step_of_a_mixture_is_predicted():
+    """`benchmarks/training.py --cases moe --moe-tokens 65536` on one H200."""
+    made = plan(replace(ONE_B, model=linear_moe_a0_3b_2b(pattern="L")), FULL)
+    assert made.seconds == pytest.approx(0.653, rel=0.05)
+    assert made.memory.total / GIB == pytest.approx(45.2, rel=0.05)
+
+
 def memory(job: Job = ONE_B, **setting: object) -> float:
     return predict(job, Setting(**setting)).total / GIB  # type: ignore[arg-type]
 
