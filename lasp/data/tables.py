@@ -58,7 +58,7 @@ def read_data_set(folder: Path, fields: Fields) -> Iterator[tuple[int, dict[str,
                 for batch in stream:
                     yield batch.select(columns)
 
-    with damage_is_an_error(folder, pyarrow.ArrowException, UnicodeDecodeError, KeyError):
+    with damage_is_an_error(folder, pyarrow.ArrowException, ValueError, KeyError, TypeError):
         yield from _rows(batches())
 
 

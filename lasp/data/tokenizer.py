@@ -140,7 +140,12 @@ def _named_end(path: Path) -> Sequence[str]:
     beside = path.with_name("tokenizer_config.json")
     if path.name != "tokenizer.json" or not beside.is_file():
         return ()
-    named = json.loads(beside.read_text()).get("eos_token")
+    try:
+        named = json.loads(beside.read_text())["eos_token"]
+    except KeyError:
+        return ()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"tokenizer: got {beside} ({error}), expected a JSON object") from error
     named = named.get("content") if isinstance(named, dict) else named
     return (named,) if isinstance(named, str) else ()
 

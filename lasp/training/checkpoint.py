@@ -244,7 +244,7 @@ def latest(run_dir: str | Path) -> Path | None:
     root = _root(run_dir)
     for pointer in (root / "latest.new", root / "latest"):
         if pointer.exists():
-            name = pointer.read_text().strip()
+            name = pointer.read_text(errors="replace").strip()
             if name and (root / name).is_dir():
                 return root / name
             if pointer.name == "latest":
@@ -313,7 +313,7 @@ def _tidy(root: Path, path: Path | None) -> None:
     """Removes what an interrupted save has left, makes `latest` name `path`, and tells of later steps."""
     if path is not None:
         pointer = root / "latest"
-        if not pointer.exists() or pointer.read_text().strip() != path.name:
+        if not pointer.exists() or pointer.read_text(errors="replace").strip() != path.name:
             _write(root / "latest.new", path.name)
             files.move_latest(root)
         step = files.step_of(path)
