@@ -99,5 +99,7 @@ def test_if_the_number_is_left_open_few_contexts_will_do(config):
     for length, groups, count in ((config.context_length, 1, min(8, there)), (8, 3, 6), (8, 16, 16)):
         (corpus,), _ = open_held_out(replace(config, data=data, context_length=length), groups)
         assert len(corpus.contexts) == count
-    with pytest.raises(ValueError, match=f"data.valid: got '{there} contexts in .*valid', expected {there + 1}, one for"):
+    with pytest.raises(
+        ValueError, match=f"data.valid: got '{there} contexts in .*valid', expected {there + 1}, one for"
+    ):
         open_held_out(replace(config, data=data), there + 1)
