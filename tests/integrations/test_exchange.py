@@ -4,6 +4,7 @@ import shlex
 import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
