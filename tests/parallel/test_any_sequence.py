@@ -23,7 +23,12 @@ from tests.parallel.inputs import F64, KINDS, Case, draw, error, generator, unsh
 TOLERANCE = 1e-10
 EXCHANGES = ("auto", "all_gather", "ring", "scan")  # others make groups, or memory, of their own
 
-pytestmark = [pytest.mark.mpi, pytest.mark.cpu_only("NCCL groups do not make all ranks refuse bad input together")]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.ranks(3),
+    pytest.mark.world,
+    pytest.mark.cpu_only("NCCL groups do not make all ranks refuse bad input together"),
+]
 assert profiles
 
 
@@ -91,7 +96,7 @@ def for_any(group: dist.ProcessGroup, run_seed: int):
                 assert any(words in str(refused) for words in case.reasons), refused
                 return
             worst = max(error(found[name], wanted[name]) for name in wanted)
-            of_all = comm.all_reduce(torch.tensor(float(not worst < TOLERANCE)), group).wait()
+            of_all = comm.all_reduce(torch.tensor(int(not worst < TOLERANCE)), group).wait()
             assert of_all == 0, f"{worst} on this rank"
 
         property_()
