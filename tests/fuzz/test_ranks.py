@@ -1,7 +1,7 @@
 """Any sequence over any ranks: operations, layouts, exchanges, documents and streams drawn by hypothesis, whose numbers
 must be those of one rank. All ranks draw the same, since they have the same seed and all hear of each verdict.
 
-    mpirun -n 3 python -m pytest --only-mpi --hypothesis-profile long tests/parallel/test_any_sequence.py
+    mpirun -n 3 python -m pytest --only-mpi --hypothesis-profile long tests/fuzz/test_ranks.py
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from torch import Tensor
 from lasp.parallel import Sequence, SequenceParallel, Stream, comm
 from lasp.parallel.layout import LAYOUTS
 from lasp.parallel.softmax import STRATEGIES
-from tests.fuzz import conftest as profiles
 from tests.parallel.inputs import F64, KINDS, Case, draw, error, generator, unsharded
 
 TOLERANCE = 1e-10
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.world,
     pytest.mark.cpu_only("NCCL groups do not make all ranks refuse bad input together"),
 ]
-assert profiles
 
 
 @dataclass(frozen=True)
