@@ -65,6 +65,7 @@ def read_data_set(folder: Path, fields: Fields) -> Iterator[tuple[int, dict[str,
 def _rows(batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # pyarrow trusts what lengths and offsets say, and a wrong one ends the process
         for row in zip(*batch.columns, strict=True):
             number += 1
             yield number, {name: value.as_py() for name, value in zip(batch.schema.names, row, strict=True)}
