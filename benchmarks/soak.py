@@ -38,7 +38,7 @@ class Settings:
     every: float = 5.0  # seconds between looks
     most_memory: float = 4.0  # MiB a thousand steps
     options: str = "--context-length 512 --batch-contexts 2 --data.eval-contexts 2 --checkpoint-every 5 --eval-every 50"
-    run_dir: Path | None = None  # to keep it: a directory that is not there
+    folder: Path | None = None  # where data and run are to stay
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def one_start(run: Path, settings: Settings) -> tuple[list[Look], list[Look]]:
         while launch.process.poll() is None and (step := _step(run)) - first < settings.steps:
             ranks.append(Look.at(run, launch.ranks()))
             launcher.append(Look.at(run, [launch.process.pid]))
-            _tell(ranks, step)
+            _tell(ranks)
             time.sleep(settings.every)
         launch.send(signal.SIGTERM, launch.process.pid)
         if (code := launch.wait()) != EXIT_CODE:
@@ -90,10 +90,9 @@ def one_start(run: Path, settings: Settings) -> tuple[list[Look], list[Look]]:
     return ranks, launcher
 
 
-def _tell(looks: list[Look], step: int) -> None:
-    now, before = looks[-1], looks[max(0, len(looks) - 2)]
-    pace = 1000 * (now.time - before.time) / max(1, step - before.step)
-    text = f"step {now.step}: {pace:.0f} ms, {now.bytes / MIB:.1f} MiB, {now.handles} open files, {now.threads} threads"
+def _tell(looks: list[Look]) -> None:
+    now = looks[-1]
+    text = f"step {now.step}: {pace(looks[-2:]):.0f} ms, {now.bytes / MIB:.1f} MiB, {now.handles} open files, {now.threads} threads"
     print(text, flush=True)
 
 
@@ -106,10 +105,9 @@ def growth(looks: list[Look], what: str) -> float:
     return 1000 * grown / max(1, steps)
 
 
-def pace(looks: list[Look]) -> tuple[float, float]:
-    """Milliseconds a step, in the first half and in the second."""
-    parts = looks[: len(looks) // 2 + 1], looks[len(looks) // 2 :]
-    return tuple(1000 * (x[-1].time - x[0].time) / max(1, x[-1].step - x[0].step) for x in parts)  # type: ignore
+def pace(looks: list[Look]) -> float:
+    """Milliseconds a step."""
+    return 1000 * (looks[-1].time - looks[0].time) / max(1, looks[-1].step - looks[0].step)
 
 
 def inventory(run: Path) -> dict[str, int]:
@@ -120,7 +118,7 @@ def inventory(run: Path) -> dict[str, int]:
 
 def main(settings: Settings) -> None:
     with TemporaryDirectory() as name:
-        folder = Path(name) if settings.run_dir is None else settings.run_dir
+        folder = settings.folder or Path(name)
         folder.mkdir(exist_ok=True)
         write_data(folder, documents=20_000, longest=40)
         run, well = folder / "run", True
@@ -128,11 +126,11 @@ def main(settings: Settings) -> None:
             ranks, launcher = one_start(run, settings)
             memory = {who: growth(looks, "bytes") / MIB for who, looks in (("ranks", ranks), ("launcher", launcher))}
             others = {what: growth(ranks, what) + growth(launcher, what) for what in ("handles", "threads")}
-            first, second = pace(ranks)
+            half = len(ranks) // 2
             print(
                 f"start {number + 1}, {ranks[-1].step - ranks[0].step} steps: memory of a rank {memory['ranks']:+.2f} "
                 f"and of the launcher {memory['launcher']:+.2f} MiB, open files {others['handles']:+.2f}, threads "
-                f"{others['threads']:+.2f} in a thousand steps; {first:.0f} ms a step, then {second:.0f}; "
+                f"{others['threads']:+.2f} in a thousand steps; {pace(ranks[: half + 1]):.0f} ms a step, then {pace(ranks[half:]):.0f}; "
                 f"{len(files.saved(run / 'checkpoints'))} checkpoints; files or bytes: {inventory(run)}",
                 flush=True,
             )
