@@ -77,7 +77,7 @@ def one_start(run: Path, settings: Settings) -> tuple[list[Look], list[Look]]:
         launch.wait_for_step(1)
         ranks, launcher = [], []
         first = _step(run)
-        while launch.process.poll() is None and (step := _step(run)) - first < settings.steps:
+        while launch.process.poll() is None and _step(run) - first < settings.steps:
             ranks.append(Look.at(run, launch.ranks()))
             launcher.append(Look.at(run, [launch.process.pid]))
             _tell(ranks)
@@ -92,8 +92,8 @@ def one_start(run: Path, settings: Settings) -> tuple[list[Look], list[Look]]:
 
 def _tell(looks: list[Look]) -> None:
     now = looks[-1]
-    text = f"step {now.step}: {pace(looks[-2:]):.0f} ms, {now.bytes / MIB:.1f} MiB, {now.handles} open files, {now.threads} threads"
-    print(text, flush=True)
+    of_process = f"{now.bytes / MIB:.1f} MiB, {now.handles} open files, {now.threads} threads"
+    print(f"step {now.step}: {pace(looks[-2:]):.0f} ms, {of_process}", flush=True)
 
 
 def growth(looks: list[Look], what: str) -> float:
@@ -126,11 +126,11 @@ def main(settings: Settings) -> None:
             ranks, launcher = one_start(run, settings)
             memory = {who: growth(looks, "bytes") / MIB for who, looks in (("ranks", ranks), ("launcher", launcher))}
             others = {what: growth(ranks, what) + growth(launcher, what) for what in ("handles", "threads")}
-            half = len(ranks) // 2
+            paces = [pace(part) for part in (ranks[: len(ranks) // 2 + 1], ranks[len(ranks) // 2 :])]
             print(
                 f"start {number + 1}, {ranks[-1].step - ranks[0].step} steps: memory of a rank {memory['ranks']:+.2f} "
                 f"and of the launcher {memory['launcher']:+.2f} MiB, open files {others['handles']:+.2f}, threads "
-                f"{others['threads']:+.2f} in a thousand steps; {pace(ranks[: half + 1]):.0f} ms a step, then {pace(ranks[half:]):.0f}; "
+                f"{others['threads']:+.2f} in a thousand steps; {paces[0]:.0f} ms a step, then {paces[1]:.0f}; "
                 f"{len(files.saved(run / 'checkpoints'))} checkpoints; files or bytes: {inventory(run)}",
                 flush=True,
             )
