@@ -63,10 +63,8 @@ def tokenizer_of(run_dir: str, config: dict[str, Any]) -> str:
     run_dir: the run's directory, or a checkpoint in it.
     """
     folder = Path(run_dir).resolve()
-    name, kept = (
-        config["data"]["tokenizer"],
-        _kept(folder.parents[1] if folder.parent.name == "checkpoints" else run_dir),
-    )
+    in_a_run = folder.parent.name == "checkpoints"
+    name, kept = config["data"]["tokenizer"], _kept(folder.parents[1] if in_a_run else run_dir)
     return str(kept) if name != BYTE and kept.is_file() else name
 
 
