@@ -6,12 +6,11 @@ import json
 import lzma
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -41,10 +40,15 @@ def texts(path: Path) -> list[str]:
 
 
 def rows(path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "number": [1, 2, 3]}), path)
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table({"text": TEXTS, "number": [1, 2, 3]}), path)
 
 
 def data_set(path: Path) -> None:
+    import pyarrow
+
     table = pyarrow.table({"text": TEXTS})
     with pyarrow.OSFile(str(path), "wb") as raw, pyarrow.ipc.new_stream(raw, table.schema) as stream:
         stream.write_table(table)
@@ -52,6 +56,8 @@ def data_set(path: Path) -> None:
 
 
 def zstd(path: Path) -> None:
+    import pyarrow
+
     with pyarrow.CompressedOutputStream(pyarrow.OSFile(str(path), "wb"), "zstd") as file:
         file.write("".join(TEXTS).encode())
 
@@ -134,9 +140,11 @@ READERS = {
     ),
 }
 CHECKED = {"a.txt.gz", "a.txt.bz2", "a.txt.xz"}  # by the format
+ARROW = {"a.txt.zst", "a.parquet", "set/data.arrow", "set/state.json"}
+without = pytest.mark.skipif(find_spec("pyarrow") is None, reason="wants pyarrow")
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=without if name in ARROW else ()) for name in READERS])
 @given(done=damage())
 def test_a_damaged_file_is_read_or_refused(name, done):
     write, read = READERS[name]
