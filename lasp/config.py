@@ -243,7 +243,8 @@ class TrainConfig:
         self._require_heads_for(sequence)
         self._require_units_for(sequence)
         for field, contexts in (("batch_contexts", self.batch_contexts), ("eval_contexts", self.data.eval_contexts)):
-            require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
+            if contexts is not None:
+                require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
         if self.parallel.fsdp and self.parallel.expert_parallel > 1:
             holders = world_size // self.parallel.expert_parallel
             for field, size in (

@@ -157,6 +157,12 @@ def broken_rules(path: str, source: str) -> list[str]:
         ]
     if path not in READS_ENVIRONMENT and any(within(n, "os.environ") or within(n, "os.getenv") for n in names):
         found.append(f"{path} reads the environment")
+    waits_for_nothing = (
+        "lasp/kernels/parked.py",
+        "lasp/plan/gpus.py",
+    )  # from pinned memory alone: other memory may be gone
+    if "non_blocking=True" in source and path not in waits_for_nothing:
+        found.append(f"{path} copies with non_blocking: lasp.kernels.parked.to_device")
     if len(source.splitlines()) > 400:
         found.append(f"{path} has more than 400 lines")
     return found
@@ -185,6 +191,7 @@ def test_file_keeps_the_rules(path: str) -> None:
         ("lasp/kernels/triton/shared/x.py", "from lasp.kernels.triton.scalar import gates"),
         ("lasp/kernels/triton/delta/x.py", "from lasp.kernels.triton.hopper.delta import Hopper"),
         ("lasp/kernels/triton/hopper/x.py", "from lasp.kernels.triton.delta.op import Plan"),
+        ("lasp/kernels/x.py", "x.to(device, non_blocking=True)"),
         ("lasp/kernels/x.py", "import torch\nclass F(torch.autograd.Function): pass"),
     ],
 )

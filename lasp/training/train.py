@@ -172,7 +172,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[HeldOut]
 
     def read() -> dict[str, str]:
         training = Mixture(data.corpora, config.context_length, seed=config.seed, vocab_size=vocab_size)
-        held_out, of_held_out = open_held_out(config)
+        held_out, of_held_out = open_held_out(config, world.mesh["dp"].size())
         opened.append((training, held_out))
         return {
             "data.train": training.fingerprint,

@@ -24,6 +24,7 @@ from torch import Tensor
 from lasp.kernels.fenwick import fitted, level, most_slots, moved, moved_back, occupied, own_slots, routes, starts
 from lasp.kernels.leaves import NONE, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.parked import to_device
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.reference.chunk import CHUNK, read, write
@@ -86,23 +87,24 @@ class Call:
         self.x, self.slots, device = x, x.state_shape[1], x.v.device
         chunks = cut(x.segments.offsets, x.tokens, CHUNK)
         place = torch.arange(CHUNK, device="cpu")
-        self.mask = ((place >= chunks.skipped[:, None]) & (place < chunks.stop[:, None])).to(device)  # [M, C]
-        self.token = (chunks.start[:, None] + place).to(device).where(self.mask, 0)
-        self.position = (chunks.number[:, None] * CHUNK + place).to(device)
-        self.among = level(place[:, None], place[None, :]).to(device)
-        self.owner, self.last = chunks.owner.to(device), chunks.last.to(device)
-        self.before, self.after = x.tokens.to(device), x.tokens_after.to(device)
+        mask = (place >= chunks.skipped[:, None]) & (place < chunks.stop[:, None])
+        self.mask = to_device(mask, device)  # [M, C]
+        self.token = to_device((chunks.start[:, None] + place).where(mask, 0), device)
+        self.position = to_device(chunks.number[:, None] * CHUNK + place, device)
+        self.among = to_device(level(place[:, None], place[None, :]), device)
+        self.owner, self.last = to_device(chunks.owner, device), to_device(chunks.last, device)
+        self.before, self.after = to_device(x.tokens, device), to_device(x.tokens_after, device)
         self.routes = routes(self.before, self.after, self.slots)
 
         found, roots = heights(chunks)
         lefts = torch.cat([height.left for height in found]) if found else roots[:0]
-        self.roots = roots.to(device)
-        self.siblings = [(height.left.to(device), height.right.to(device)) for height in found]
+        self.roots = to_device(roots, device)
+        self.siblings = [(to_device(height.left, device), to_device(height.right, device)) for height in found]
         self.steps = []  # of every height: chunks and what they see, segments and what their last chunks see
         for seen in (height.seen for height in found):
             sights = [(of != NONE, of) for of in (seen, seen[chunks.last])]
             self.steps.append(
-                [part.to(device) for some, of in sights for part in (some.nonzero()[:, 0], lefts[of[some]])]
+                [to_device(part, device) for some, of in sights for part in (some.nonzero()[:, 0], lefts[of[some]])]
             )
 
     def split(self, x: Tensor) -> Tensor:
