@@ -5,14 +5,14 @@ A kernel takes the rows of its block: q, do, o [B, Tq, H, K or V], k, v [B, Tk, 
 returns dq, dk, dv. Called directly, PyTorch's look at no strides: they are given what lies in rows.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.blocks import Block, Mask
-from lasp.kernels.lasting import lasting
+from lasp.kernels.lasting import kept
 from lasp.kernels.layouts import in_rows
 from lasp.kernels.parked import to_device
 
@@ -158,8 +158,7 @@ class Flash:
         }
 
 
-@lru_cache(maxsize=64)
-@lasting
+@kept(64)
 def _transfer(cuts: tuple[int, ...], device: torch.device) -> Tensor:
     return to_device(torch.tensor(cuts, dtype=torch.int32, device="cpu"), device)
 

@@ -11,13 +11,12 @@ where A is the same for all slots, `route` moves each slot to the one that it be
 the run's own tokens.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lasp.kernels.lasting import lasting
+from lasp.kernels.lasting import kept
 
 
 class FenwickState(NamedTuple):
@@ -95,14 +94,12 @@ def fitted(slots: Tensor, tokens: Tensor, count: int) -> Tensor:
     return resized(slots.where(full.view(*full.shape, *(1,) * (slots.ndim - 2)), 0), count)
 
 
-@lru_cache(maxsize=64)
-@lasting
+@kept(64)
 def _occupied(tokens: tuple[int, ...], slots: int, device: torch.device) -> Tensor:
     return occupied(torch.tensor(tokens, dtype=torch.long, device="cpu"), slots).to(device)
 
 
-@lru_cache(maxsize=64)
-@lasting
+@kept(64)
 def routes_on(
     before: tuple[int, ...], after: tuple[int, ...], slots: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -5,13 +5,13 @@ Sequence parallelism needs no more than that: a rank's segments are the pieces o
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lasp.kernels import checks
-from lasp.kernels.lasting import lasting
+from lasp.kernels.lasting import kept, lasting
 
 
 class Segments:
@@ -150,14 +150,14 @@ def _first_chunks(tiles: Tiles, chunks: Tiles) -> Tensor:
 # Of rows without documents, such things are made once: short sequences take less time than making them.
 
 
-@lru_cache(maxsize=4096)
+@kept(4096)
 def _row_tiles(batch: int, tokens: int, size: int, device: torch.device) -> Tiles:
     tiles = Tiles.cut(Segments(batch, tokens), size, device)
     _settle(device)
     return tiles
 
 
-@lru_cache(maxsize=4096)
+@kept(4096)
 def _row_first_chunks(batch: int, tokens: int, size: int, chunk: int, device: torch.device) -> Tensor:
     first = _first_chunks(*(_row_tiles(batch, tokens, length, device) for length in (size, chunk)))
     _settle(device)

@@ -13,12 +13,10 @@ up to the one whose tokens it becomes one with:
 So units tell these few numbers, and nobody has to keep what arrived forward. No two large sums are subtracted.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from lasp.kernels.lasting import lasting
+from lasp.kernels.lasting import kept
 from lasp.parallel.fenwick import Fenwick, Place, slot_of, start
 
 
@@ -90,8 +88,7 @@ class Spread:
         return through and self.first[reader] <= unit < reader and ends <= self.forward.before[unit]
 
 
-@lru_cache(maxsize=16)
-@lasting
+@kept(16)
 def spread(forward: Fenwick, backward: Fenwick, rank: int, device: torch.device) -> Spread:
     return Spread(forward, backward, rank, device)
 

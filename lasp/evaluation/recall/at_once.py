@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 
 from lasp.data import TokenFile
 from lasp.evaluation.recall.graphed import Documents, GraphedRun
@@ -92,7 +91,7 @@ def find(
     given, config = job.config, with_absolute_paths(job.config)
     if (before := known(given, RESULT)) is not None:
         return Cell(**before)
-    with hold(config.run_dir, dist.group.WORLD) as lock:
+    with hold(config.run_dir, world.hosts) as lock:
         run = GraphedRun(config, documents, world.device)
         keep_start(config, world.size)
         yield run

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import level, occupied, starts
-from lasp.kernels.lasting import lasting
+from lasp.kernels.lasting import kept
 from lasp.kernels.leaves import NONE, Height, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.segments import Tiles
@@ -76,8 +75,7 @@ def tree_of(x: LogLinearInputs, leaf: int, piece: int) -> Tree:
     return _tree(offsets, seen, x.state_shape[1], leaf, piece, x.v.device)
 
 
-@lru_cache(maxsize=64)
-@lasting
+@kept(64)
 def _tree(
     offsets: tuple[int, ...], seen: tuple[int, ...], slots: int, leaf: int, piece: int, device: torch.device
 ) -> Tree:

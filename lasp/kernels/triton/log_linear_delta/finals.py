@@ -3,14 +3,13 @@ into it, or a node that this leaf's next token would see; E, the transition from
 the last leaf's and becomes E A of each node that is passed, as rows do (reads)."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import own_slots
-from lasp.kernels.lasting import lasting
+from lasp.kernels.lasting import kept
 from lasp.kernels.leaves import NONE, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.reference.chunk import write
@@ -82,8 +81,7 @@ def finals_of(x: LogLinearInputs) -> Finals:
     return _finals(tuple(x.segments.offsets.tolist()), x.seen, x.v.device)
 
 
-@lru_cache(maxsize=64)
-@lasting
+@kept(64)
 def _finals(offsets: tuple[int, ...], seen: tuple[int, ...], device: torch.device) -> Finals:
     offset, before = torch.tensor(offsets, device="cpu"), torch.tensor(seen, device="cpu")
     leaves = cut(offset, before, CHUNK)
