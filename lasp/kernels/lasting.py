@@ -25,11 +25,11 @@ def lasting(make: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 
 def kept(size: int) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """`lasting`, with the results of the last `size` kinds of arguments remembered, and for ever those with which a CUDA
+    """`lasting`, with the results of the last `size` arguments remembered, and for ever those with which a CUDA
     graph was made: it reads them in every replay."""
 
     def decorate(make: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        remembered: Callable[Parameters, Result] = lru_cache(maxsize=size)(lasting(make))
+        remembered: Callable[..., Result] = lru_cache(maxsize=size)(lasting(make))
         of_graphs: dict[int, Result] = {}
 
         @wraps(make)
