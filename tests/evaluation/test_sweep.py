@@ -183,6 +183,11 @@ def test_a_device_may_compute_in_bfloat16(small):
     assert read_model(other.first_run.run_dir).decoder.embedding.weight.dtype == torch.float32
 
 
+def test_a_gpu_has_only_so_many_streams(small):
+    with pytest.raises(ValueError, match="workers: got 33, expected at most 32 on one GPU"):
+        at_once(replace(small, workers=33))
+
+
 def test_a_run_that_diverges_on_a_device_is_a_cell(small, monkeypatch):
     def diverge(run):
         raise FloatingPointError("loss of the last step: got nan")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import torch
 
+from lasp.config import require
 from lasp.data import TokenFile
 from lasp.evaluation.recall.graphed import Documents, GraphedRun
 from lasp.evaluation.recall.measure import diverged, keep_losses, measure
@@ -25,7 +26,7 @@ from lasp.training.same_run import record
 from lasp.training.starts import keep_start
 from lasp.training.train import open_data
 
-AT_ONCE = 12  # runs
+AT_ONCE, MOST = 12, 32  # runs; PyTorch has so many streams
 PAUSE = 1e-3  # seconds between two looks at them
 
 
@@ -58,10 +59,12 @@ class Place:
 
 
 def train_at_once(search: Search, add: Callable[[Job, Cell], None], world: World) -> None:
-    """Finds all that the search asks for, and tells `add`."""
+    """Finds all that the search asks for, and tells `add`. Raises ValueError for more workers than there are streams."""
+    workers = search.sweep.workers or AT_ONCE
+    require(workers <= MOST, "workers", workers, f"at most {MOST} on one GPU")
     _, _, fingerprints = open_data(search.sweep.first_run, world)
     documents = Documents(TokenFile(search.sweep.train_data), world.device)
-    places = [Place(world.device.type == "cuda") for _ in range(search.sweep.workers or AT_ONCE)]
+    places = [Place(world.device.type == "cuda") for _ in range(workers)]
     try:
         while True:
             trained = [place for place in places if place.go_on()]
