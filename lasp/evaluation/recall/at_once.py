@@ -59,7 +59,7 @@ class Place:
 
 
 def train_at_once(search: Search, add: Callable[[Job, Cell], None], world: World) -> None:
-    """Finds all that the search asks for, and tells `add`. Raises ValueError for more workers than there are streams."""
+    """Finds all that the search asks for, and tells `add`. Raises ValueError for more workers than streams."""
     workers = search.sweep.workers or AT_ONCE
     require(workers <= MOST, "workers", workers, f"at most {MOST} on one GPU")
     _, _, fingerprints = open_data(search.sweep.first_run, world)
