@@ -1,7 +1,8 @@
 """The runs of a sweep on one GPU, several at a time, in one thread.
 
-It keeps some hundred steps waiting on the GPU for every run in training. While these are taken it builds the next run,
-or saves and evaluates one that has ended; so nothing else happens while a step becomes a graph.
+It keeps some steps waiting on the GPU for every run in training. While these are taken it builds the next run, or saves
+and evaluates one that has ended, and looks after the others in between; so nothing else happens while a step becomes a
+graph.
 """
 
 import time
@@ -65,15 +66,20 @@ def train_at_once(search: Search, add: Callable[[Job, Cell], None], world: World
     _, _, fingerprints = open_data(search.sweep.first_run, world)
     documents = Documents(TokenFile(search.sweep.train_data), world.device)
     places = [Place(world.device.type == "cuda") for _ in range(workers)]
+
+    def go_on() -> list[Place]:
+        """Those whose run is trained."""
+        return [place for place in places if place.go_on()]
+
     try:
         while True:
-            trained = [place for place in places if place.go_on()]
+            trained = go_on()
             free = [place for place in places if place.run is None]
             if trained:
                 place = trained[0]
             elif free and (job := search.next()) is not None:
                 place = free[0]
-                place.start(job, find(job, documents, fingerprints, world))
+                place.start(job, find(job, documents, fingerprints, world, go_on))
             elif len(free) < len(places):
                 time.sleep(PAUSE)
                 continue
@@ -88,22 +94,23 @@ def train_at_once(search: Search, add: Callable[[Job, Cell], None], world: World
 
 
 def find(
-    job: Job, documents: Documents, fingerprints: dict[str, str], world: World
+    job: Job, documents: Documents, fingerprints: dict[str, str], world: World, meanwhile: Callable[[], object]
 ) -> Generator[GraphedRun, None, Cell]:
     """Builds a run, if there is no result of it, and when it is trained saves and evaluates it."""
     given, config = job.config, with_absolute_paths(job.config)
     if (before := known(given, RESULT)) is not None:
         return Cell(**before)
     with hold(config.run_dir, world.hosts) as lock:
-        run = GraphedRun(config, documents, world.device)
+        run = GraphedRun(config, documents, world.device, meanwhile)
         keep_start(config, world.size)
         yield run
         try:
             keep_losses(config.run_dir, run.finish().tolist())
             seen = record(config.steps * config.context_length, fingerprints)
+            meanwhile()
             checkpoint.save(config.run_dir, config.steps, run.weights, run.optimizer, config, lock, seen, world.saves)
             origin = Trained(run.model, config.data.tokenizer, None, run.model.embedding.weight.dtype)
-            cell = measure(job, Subject(run.model.eval(), run.sp, world, origin))
+            cell = measure(job, Subject(run.model.eval(), run.sp, world, origin), meanwhile)
         except FloatingPointError:
             cell = diverged(job)
     return Cell(**keep(given, RESULT, asdict(cell)))

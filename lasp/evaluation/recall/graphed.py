@@ -26,8 +26,8 @@ from lasp.training.initial import build_model
 from lasp.training.optimizer import build_optimizer, learning_rate, require_finite
 
 WARM = 3  # steps before the graph is made: kernels are compiled, the optimiser gets its states
-STRETCH = 64  # steps, after each of which the GPU tells where it is
-AHEAD = 4  # stretches that wait on the GPU
+STRETCH, AHEAD = 4, 4  # steps after which the GPU tells where it is, and how many times as many wait there: with many
+# more the driver has the host wait, and all other runs with it
 
 
 class Documents:
@@ -49,10 +49,13 @@ class Documents:
 class GraphedRun:
     """A run of steps of one context, a batch of documents; in the current stream, which no other run is in.
 
-    weights: float32, with the optimiser's states. model: what computes, the same or a copy in bfloat16.
+    weights: float32, with the optimiser's states. model: what computes, the same or a copy in bfloat16. meanwhile: is
+    called between the parts of its making, so that other runs go on.
     """
 
-    def __init__(self, config: TrainConfig, documents: Documents, device: torch.device):
+    def __init__(
+        self, config: TrainConfig, documents: Documents, device: torch.device, meanwhile: Callable[[], object]
+    ):
         self.config, self.documents = config, documents
         rows = _batches(config, documents)
         self.most_labels = int(documents.counts[rows].sum(1).max())
@@ -77,7 +80,9 @@ class GraphedRun:
         self._started = min(WARM, config.steps)
         self._under_way: deque[torch.cuda.Event] = deque()
         for _ in range(self._started):
+            meanwhile()
             self._take()
+        meanwhile()
         self._graph = _graph(self._take) if device.type == "cuda" else None
 
     def go_on(self) -> bool:

@@ -1,6 +1,7 @@
 """What a trained run of a sweep has found: accuracies, and how much its model keeps of a sequence."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -10,7 +11,7 @@ import torch
 
 from lasp.config import ModelConfig
 from lasp.data import TokenFile
-from lasp.evaluation.labels import file_accuracy
+from lasp.evaluation.labels import Accuracy, file_accuracy
 from lasp.evaluation.recall.report import Cell
 from lasp.evaluation.recall.search import Job
 from lasp.evaluation.subject import Subject
@@ -21,10 +22,12 @@ from lasp.training.metrics import METRICS_FILE
 BATCH_TOKENS = 65_536  # are evaluated together
 
 
-def measure(job: Job, subject: Subject) -> Cell:
-    """A trained cell's accuracies and loss on what was held out."""
-    files = {str(pairs): TokenFile(job.sweep.held_out_data(pairs)) for pairs in job.sweep.task.pairs}
-    found = {pairs: file_accuracy(subject, file, BATCH_TOKENS) for pairs, file in files.items()}
+def measure(job: Job, subject: Subject, meanwhile: Callable[[], object] = lambda: None) -> Cell:
+    """A trained cell's accuracies and loss on what was held out. meanwhile: is called between the files."""
+    found: dict[str, Accuracy] = {}
+    for pairs in job.sweep.task.pairs:
+        meanwhile()
+        found[str(pairs)] = file_accuracy(subject, TokenFile(job.sweep.held_out_data(pairs)), BATCH_TOKENS)
     loss = sum(each.loss * each.labels for each in found.values()) / sum(each.labels for each in found.values())
     return _cell(job, loss, {pairs: each.accuracy for pairs, each in found.items()})
 
