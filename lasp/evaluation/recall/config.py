@@ -71,6 +71,7 @@ class RecallSweep:
     widths: tuple[Count, ...] = (64,)
     layers: Count = 2
     init_std: NotNegative = 0.02  # of the weights' start
+    decay_init: Positive = 1.0  # as of any model (lasp.model_config)
     weight_decay: NotNegative = 0.1
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -118,6 +119,7 @@ class RecallSweep:
                 intermediate_size=4 * width,
                 **parse_model(model)._asdict(),
                 init_std=self.init_std,
+                decay_init=self.decay_init,
             ),
             data=DataConfig(
                 train=self.train_data,
