@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 
 from lasp.config import TrainConfig
 from lasp.evaluation.recall.config import RecallSweep
@@ -44,7 +44,7 @@ class Search:
         ]
         self._trials = [] if sweep.rate_epochs is None else each
         self._counting = each if sweep.rate_epochs is None else [[] for _ in each]
-        self._waiting = deque(job for jobs in each for job in jobs)
+        self._waiting = deque(sorted(chain(*each), key=lambda job: sweep.seeds.index(job.seed)))
 
     def next(self) -> Job | None:
         """The next one that there is now; others may follow when more is found."""
