@@ -67,6 +67,9 @@ class ModelConfig:
     norm_eps: Positive = 1e-6  # added to the mean square in norms
     tie_embeddings: bool = True  # the head's weight is the embedding's
     init_std: NotNegative = 0.02  # of the matrices at the beginning
+    decay_init: Positive = (
+        1.0  # times Mamba-2's rates at the beginning, where gates are its: below 1 heads forget later
+    )
     num_experts: CountOrZero = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
     experts_per_token: Count = 2  # those with the highest scores
     expert_intermediate_size: Count | None = None  # of each expert; intermediate_size if None

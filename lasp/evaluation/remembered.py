@@ -14,10 +14,24 @@ from lasp.training.together import on_rank_0
 
 def remembered(config: TrainConfig, file: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `find` gives, as JSON gives it back; or what it gave before, for the run of the same settings."""
+    found = known(config, file)
+    return keep(config, file, find()) if found is None else found
+
+
+def known(config: TrainConfig, file: str) -> dict[str, Any] | None:
+    """What was kept of the run of the same settings, if anything was."""
     path = Path(config.run_dir) / file
-    settings = json.loads(json.dumps(asdict(config)))
-    if path.is_file() and (known := json.loads(path.read_text()))["config"] == settings:
-        return known["cell"]
-    text = json.dumps({"config": settings, "cell": find()})
-    on_rank_0(dist.group.WORLD, lambda: path.write_text(text))
+    if path.is_file() and (kept := json.loads(path.read_text()))["config"] == _settings(config):
+        return kept["cell"]
+    return None
+
+
+def keep(config: TrainConfig, file: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Keeps it, and returns it as JSON gives it back."""
+    text = json.dumps({"config": _settings(config), "cell": found})
+    on_rank_0(dist.group.WORLD, lambda: (Path(config.run_dir) / file).write_text(text))
     return json.loads(text)["cell"]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config)))

@@ -70,8 +70,9 @@ class SoftplusDecay(nn.Module):
 
     A_RANGE, DT_RANGE = (1.0, 16.0), (1e-3, 1e-1)
 
-    def __init__(self, hidden: int, heads: int, key_dim: int | None = None):
+    def __init__(self, hidden: int, heads: int, key_dim: int | None = None, start: float = 1.0):
         super().__init__()
+        self.start = start
         self.shape: tuple[int, ...] = (heads,)
         self.proj: nn.Module = nn.Linear(hidden, heads, bias=False)
         if key_dim is not None:
@@ -81,9 +82,9 @@ class SoftplusDecay(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(math.prod(self.shape)))
 
     def init_parameters(self, generator: torch.Generator | None) -> None:
-        """A uniform in A_RANGE; dt, where the projection gives 0, log-uniform in DT_RANGE."""
+        """A uniform in A_RANGE, times `start`; dt, where the projection gives 0, log-uniform in DT_RANGE."""
         low, high = map(math.log, self.DT_RANGE)
-        nn.init.uniform_(self.A_log, *self.A_RANGE, generator=generator).log_()
+        nn.init.uniform_(self.A_log, *self.A_RANGE, generator=generator).mul_(self.start).log_()
         nn.init.uniform_(self.dt_bias, low, high, generator=generator)
         dt = self.dt_bias.exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus

@@ -64,15 +64,19 @@ class RecallSweep:
     epochs: Count = 12
     batch: Count = 64  # sequences of a step
     learning_rates: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2)  # the best one counts, by the mean accuracy of its seeds
+    rate_epochs: Count | None = (
+        None  # so many, of the first seed, choose the rate for all seeds, by their held-out loss
+    )
     seeds: tuple[Seed, ...] = (0, 1, 2)
     widths: tuple[Count, ...] = (64,)
     layers: Count = 2
     init_std: NotNegative = 0.02  # of the weights' start
+    decay_init: Positive = 1.0  # as of any model (lasp.model_config)
     weight_decay: NotNegative = 0.1
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, fsdp=False))
-    workers: Count | None = None  # runs at the same time: of one GPU, 12 if None; elsewhere processes, 1 if None
+    workers: Count | None = None  # runs at the same time: on one GPU, 12 if None; elsewhere processes, 1 if None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,9 +100,16 @@ class RecallSweep:
         """The held-out sequences of one number of pairs, or of all."""
         return f"{self.run_dir}/data/valid" + ("" if pairs is None else f"_{pairs}")
 
-    def run(self, model: str, width: int, lr: float, seed: int) -> TrainConfig:
-        """The training run of one cell of the sweep."""
-        steps = self.epochs * self.sequences * len(self.task.pairs) // self.batch
+    @property
+    def first_run(self) -> TrainConfig:
+        """All are alike in data and ranks."""
+        return self.run(self.models[0], self.widths[0], self.learning_rates[0], self.seeds[0])
+
+    def run(self, model: str, width: int, lr: float, seed: int, epochs: int | None = None) -> TrainConfig:
+        """The training run of one cell of the sweep, or one of other epochs."""
+        epochs = epochs or self.epochs
+        shorter = "" if epochs == self.epochs else f"-{epochs}epochs"
+        steps = epochs * self.sequences * len(self.task.pairs) // self.batch
         return TrainConfig(
             model=ModelConfig(
                 vocab_size=max(self.task.vocab_size, BYTES),
@@ -108,13 +119,14 @@ class RecallSweep:
                 intermediate_size=4 * width,
                 **parse_model(model)._asdict(),
                 init_std=self.init_std,
+                decay_init=self.decay_init,
             ),
             data=DataConfig(
                 train=self.train_data,
                 valid=self.held_out_data(),
                 eval_contexts=self.held_out * len(self.task.pairs) // self.batch,
             ),
-            run_dir=f"{self.run_dir}/runs/{model.replace(':', '-')}-{width}-lr{lr:g}-seed{seed}",
+            run_dir=f"{self.run_dir}/runs/{model.replace(':', '-')}-{width}-lr{lr:g}-seed{seed}{shorter}",
             steps=steps,
             context_length=self.batch * self.task.length,
             optimizer=OptimizerConfig(
@@ -123,7 +135,7 @@ class RecallSweep:
             parallel=replace(self.parallel, fsdp=self.parallel.fsdp or self.dtype == "bfloat16"),
             dtype=self.dtype,
             device=self.device,
-            eval_every=max(1, steps // self.epochs),
+            eval_every=max(1, steps // epochs),
             checkpoint_every=steps,
             checkpoint_keep=1,
             seed=seed,

@@ -1,17 +1,19 @@
 """Runs that one GPU trains at the same time: their data lies there, and a step is one CUDA graph.
 
 A step of so small a model is some hundred kernels of a few microseconds each, which a host does not start fast enough
-and of which one does not fill a GPU. Here the host starts a whole step at once, and each run has a stream of its own.
+and of which one does not fill a GPU. Here the host starts a whole step at once, many steps ahead, and each run has a
+stream of its own (lasp.evaluation.recall.at_once).
 
 The steps are those of lasp.training.train: the same sequences in the same order, loss, clipping, learning rates and
 update. On a CPU a step is no graph.
 """
 
+import gc
 import math
+from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from threading import Lock
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from lasp.training.initial import build_model
 from lasp.training.optimizer import build_optimizer, learning_rate, require_finite
 
 WARM = 3  # steps before the graph is made: kernels are compiled, the optimiser gets its states
-AHEAD = 20  # steps that the host starts before it waits for as many before them
-_starting = Lock()  # random generators, and the making of graphs, are the process's and not a thread's
+STRETCH, AHEAD = 4, 4  # steps after which the GPU tells where it is, and how many times as many wait there: with many
+# more the driver has the host wait, and all other runs with it
 
 
 class Documents:
@@ -47,10 +49,13 @@ class Documents:
 class GraphedRun:
     """A run of steps of one context, a batch of documents; in the current stream, which no other run is in.
 
-    weights: float32, with the optimiser's states. model: what computes, the same or a copy in bfloat16.
+    weights: float32, with the optimiser's states. model: what computes, the same or a copy in bfloat16. meanwhile: is
+    called between the parts of its making, so that other runs go on.
     """
 
-    def __init__(self, config: TrainConfig, documents: Documents, device: torch.device):
+    def __init__(
+        self, config: TrainConfig, documents: Documents, device: torch.device, meanwhile: Callable[[], object]
+    ):
         self.config, self.documents = config, documents
         rows = _batches(config, documents)
         self.most_labels = int(documents.counts[rows].sum(1).max())
@@ -61,40 +66,48 @@ class GraphedRun:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.sp = SequenceParallel(None, device=device)
         self.seq = self.sp.sequence(documents.length)
-        with _starting:
-            torch.manual_seed(config.seed)
-            self.weights = build_model(replace(config, recompute="none"), device)
-            self.optimizer = build_optimizer(self.weights, config.optimizer)
-            self.lr = torch.tensor(config.optimizer.lr, device=device)
-            for group in self.optimizer.param_groups:
-                group |= {"lr": self.lr, "capturable": device.type == "cuda"}
-            self.model = self.weights
-            if config.dtype == "bfloat16":
-                self.model = deepcopy(self.weights).bfloat16()
-                for weight in self.weights.parameters():
-                    weight.grad = torch.zeros_like(weight)
-            for _ in range(min(WARM, config.steps)):
-                self._take()
-            self.graph = _graph(self._take) if device.type == "cuda" else None
+        torch.manual_seed(config.seed)
+        self.weights = build_model(replace(config, recompute="none"), device)
+        self.optimizer = build_optimizer(self.weights, config.optimizer)
+        self.lr = torch.tensor(config.optimizer.lr, device=device)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self.lr, "capturable": device.type == "cuda"}
+        self.model = self.weights
+        if config.dtype == "bfloat16":
+            self.model = deepcopy(self.weights).bfloat16()
+            for weight in self.weights.parameters():
+                weight.grad = torch.zeros_like(weight)
+        self._started = min(WARM, config.steps)
+        self._under_way: deque[torch.cuda.Event] = deque()
+        for _ in range(self._started):
+            meanwhile()
+            self._take()
+        meanwhile()
+        self._graph = _graph(self._take) if device.type == "cuda" else None
 
-    def train(self) -> Tensor:
-        """To the end; returns the losses of all steps [steps], on the host.
-
-        Raises FloatingPointError if the last of them is not finite.
-        """
-        take = self._take if self.graph is None else self.graph.replay
-        before = None
-        for first in range(min(WARM, self.config.steps), self.config.steps, AHEAD):
-            for _ in range(first, min(first + AHEAD, self.config.steps)):
+    def go_on(self) -> bool:
+        """Starts steps until AHEAD stretches are under way or no step is left; whether all are taken."""
+        while self._under_way and self._under_way[0].query():
+            self._under_way.popleft()
+        take = self._take if self._graph is None else self._graph.replay
+        for _ in range(AHEAD - len(self._under_way)):
+            stretch = min(STRETCH, self.config.steps - self._started)
+            self._started += stretch
+            for _ in range(stretch):
                 take()
-            if self.graph is not None:
-                if before is not None:
-                    before.synchronize()
-                before = torch.cuda.Event(blocking=True)
-                before.record()
+            if self._graph is not None and stretch:
+                self._under_way.append(torch.cuda.Event())
+                self._under_way[-1].record()
+        return self._started == self.config.steps and not self._under_way
+
+    def finish(self) -> Tensor:
+        """After all steps: their losses [steps], on the host, and the optimiser as other runs have it.
+
+        Raises FloatingPointError if the last loss is not finite.
+        """
         losses = self.losses.cpu()
         require_finite(losses[-1].item(), f"loss of the last step of {self.config.run_dir}")
-        for group in self.optimizer.param_groups:  # as other runs have it
+        for group in self.optimizer.param_groups:
             group |= {"lr": self.rates[-1].item(), "capturable": False}
         return losses
 
@@ -139,8 +152,13 @@ def _batches(config: TrainConfig, documents: Documents) -> np.ndarray:
 
 
 def _graph(take: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    stream.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads do go on
-        take()
+    """Other streams do go on meanwhile, unlike with torch.cuda.graph."""
+    gc.collect()  # no graph of an earlier run may go while one is made
+    if 2 * torch.cuda.memory_reserved() > torch.cuda.get_device_properties().total_memory:
+        torch.cuda.empty_cache()  # what such graphs had; the GPU's other work has to end for it
+    torch.cuda.current_stream().synchronize()  # so that also what is shared by all runs is there
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")  # NCCL has threads that look after events
+    take()
+    graph.capture_end()
     return graph

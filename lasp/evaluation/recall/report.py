@@ -1,12 +1,14 @@
 """What a sweep found: for each model and width the learning rate that is best on the mean of its seeds."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lasp.evaluation.results import aligned
 from lasp.pictures import empty_figure
+
+RESULT = "recall.json"  # a cell, in its run's directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +34,12 @@ class Cell:
     def mean(self) -> float:
         return mean(self.accuracy.values())
 
+    def __str__(self) -> str:
+        if self.loss is None:
+            return f"{100 * self.mean:.1f} % right (its loss was not finite)"
+        each = " ".join(f"{100 * value:.1f}" for value in self.accuracy.values())
+        return f"{100 * self.mean:.1f} % right ({each}), held-out loss {self.loss:.3f}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -47,7 +55,10 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepResult:
+    """cells: those that count. trials: those by which learning rates were chosen, if not by the former."""
+
     cells: list[Cell]
+    trials: list[Cell] = field(default_factory=list)
 
     def rows(self) -> list[Row]:
         """In the order of the sweep."""
@@ -67,7 +78,7 @@ class SweepResult:
             summary = {"mean": overall, "standard_error": error, "seeds": len(row.cells), "accuracy": by_pairs}
             names = ("model", "width", "lr", "parameters", "state")
             rows.append({name: getattr(first, name) for name in names} | summary)
-        return {"table": rows, "runs": [asdict(cell) for cell in self.cells]}
+        return {"table": rows, "runs": list(map(asdict, self.cells)), "trials": list(map(asdict, self.trials))}
 
     def table(self) -> str:
         """Percentages."""

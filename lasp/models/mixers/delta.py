@@ -27,9 +27,13 @@ DELTA_KINDS = {
     # arXiv:2406.06484, with the output gate of its successor
     "delta_net": DeltaKind(decay=None, gate=F.silu),
     # arXiv:2412.06464
-    "gated_delta_net": DeltaKind(decay=lambda c: SoftplusDecay(c.hidden_size, c.num_heads), gate=F.silu),
+    "gated_delta_net": DeltaKind(
+        decay=lambda c: SoftplusDecay(c.hidden_size, c.num_heads, start=c.decay_init), gate=F.silu
+    ),
     # arXiv:2510.26692; the output gate's projection has full rank here
-    "kda": DeltaKind(decay=lambda c: SoftplusDecay(c.hidden_size, c.num_heads, c.key_dim), gate=torch.sigmoid),
+    "kda": DeltaKind(
+        decay=lambda c: SoftplusDecay(c.hidden_size, c.num_heads, c.key_dim, c.decay_init), gate=torch.sigmoid
+    ),
 }
 
 

@@ -27,7 +27,7 @@ class Mamba2Mixer(nn.Module):
         self.xbc_proj = nn.Linear(config.hidden_size, parts.channels, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.conv = ShortConv(parts, config.conv_width, bias=True)
-        self.decay = SoftplusDecay(config.hidden_size, self.heads)
+        self.decay = SoftplusDecay(config.hidden_size, self.heads, start=config.decay_init)
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = RMSNorm(inner, eps=config.norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
