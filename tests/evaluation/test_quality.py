@@ -123,6 +123,8 @@ def test_what_a_table_shows():
     assert about["loss_by_part"] == {"0-16": 4.5, "16-64": None, "64-256": 65.5}
     assert about["recall"]["64"] == pytest.approx(1 / 65)
     assert math.isnan(result.cells[0].recall(65))
+    drawn = result.cells[0].loss_by_doubling()
+    assert (drawn[64], list(drawn)) == (65.0, [64, 128])
 
 
 @pytest.mark.parametrize("name", TABLES)
