@@ -2,9 +2,11 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,8 +83,9 @@ def small(tmp_path):
 
 
 def test_from_sources_to_a_table(small, capsys, monkeypatch):
-    found = module.run(small)
+    found = module.run(replace(small, workers=2))
     assert [cell.model for cell in found.cells] == ["softmax", "linear:LN"]
+    assert "step 2" in Path(small.run("softmax", "mini", 128, 0).run_dir, "log.txt").read_text()
     data, tokenizer = TokenFile(f"{small.data}_train"), load_tokenizer(small.tokenizer)
     assert (data.num_documents, tokenizer.vocab_size) == (3, 270)
     text = tokenizer.decode(data.tokens[: data.document_starts[1]])
@@ -104,6 +107,12 @@ def test_from_sources_to_a_table(small, capsys, monkeypatch):
     assert trained == [small.run("linear:NL", "mini", 128, 0).run_dir]
     with pytest.raises(ValueError, match="corpus: got .*expected .*another run_dir"):
         module.run(replace(small, vocab_size=271))
+
+
+def test_workers_and_ranks_exclude_each_other(small, monkeypatch):
+    monkeypatch.setattr(module, "join_world", lambda config: nullcontext(SimpleNamespace(rank=0, size=2)))
+    with pytest.raises(ValueError, match="workers: got 2, expected 1 on 2 ranks"):
+        module.run(replace(small, workers=2))
 
 
 def test_what_a_table_shows():
