@@ -11,6 +11,7 @@ from lasp.fields import Count, FilePath, Positive, Seed, check_fields, require
 SIZES = {"mini": (64, 8), "20m": (320, 8), "70m": (512, 16), "120m": (704, 16)}  # hidden size, layers
 Size = Literal["mini", "20m", "70m", "120m"]
 HEAD_DIM = 64
+AT_ONCE = 131_072  # tokens of short contexts that are computed together, which fill a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,6 @@ class QualityTable:
     tokens: Count = 500_000_000  # to train on
     step_tokens: Count = 262_144  # of a step
     lr: Positive = 2e-3
-    at_once: Count = 131_072  # tokens of whole contexts, but at least one, that a step computes together
     held_out: Count = 64  # contexts, at most, of the table's losses and recall
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,7 +87,7 @@ class QualityTable:
             steps=steps,
             context_length=context,
             batch_contexts=self.step_tokens // context,
-            contexts_at_once=max(1, min(self.at_once, self.step_tokens) // context),
+            contexts_at_once=max(1, min(AT_ONCE, self.step_tokens) // context),
             optimizer=OptimizerConfig(lr=self.lr, warmup_steps=steps // 20),
             parallel=self.parallel,
             dtype=self.dtype,
