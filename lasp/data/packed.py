@@ -140,6 +140,7 @@ class PackedContexts:
         self.context_length, self.seed, self.shuffle = context_length, seed, shuffle
         self.vocab_size = vocab_size
         self._epoch = lru_cache(maxsize=2)(self._order)  # a context touches at most two
+        self._places = lru_cache(maxsize=2)(self._permutation)
 
     @property
     def num_contexts(self) -> int:
@@ -158,6 +159,14 @@ class PackedContexts:
         if index < 0:
             raise IndexError(f"index: got {index}, expected at least 0")
         return self.at(index * self.context_length, self.context_length)
+
+    def shuffled(self, number: int, length: int) -> Context:
+        """Number 0, 1, 2, … of the contexts of that length in a random order: each epoch has its own, of whole ones."""
+        epoch, turn = divmod(number, self.file.num_tokens // length)
+        return self.at(epoch * self.file.num_tokens + int(self._places(epoch, length)[turn]) * length, length)
+
+    def _permutation(self, epoch: int, length: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, length]).permutation(self.file.num_tokens // length)
 
     def at(self, begin: int, length: int) -> Context:
         """The context of so many tokens from this place of the stream on."""

@@ -172,7 +172,13 @@ def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[HeldOut]
     opened: list[tuple[Mixture, list[HeldOut]]] = []
 
     def read() -> dict[str, str]:
-        training = Mixture(data.corpora, config.context_length, seed=config.seed, vocab_size=vocab_size)
+        training = Mixture(
+            data.corpora,
+            config.context_length,
+            seed=config.seed,
+            vocab_size=vocab_size,
+            shuffle_contexts=data.shuffle_contexts,
+        )
         held_out, of_held_out = open_held_out(config)
         opened.append((training, held_out))
         return {

@@ -61,6 +61,21 @@ def test_the_contexts_are_the_stream(prefix, documents, length, shuffle):
         assert context.cu_seqlens.tolist() == [*starts, length]
 
 
+def test_shuffled_contexts_are_those_of_each_epoch_in_another_order(prefix):
+    contexts = PackedContexts(prefix, 10, seed=5)
+    epochs = [[contexts.shuffled(number, 10) for number in range(6 * epoch, 6 * epoch + 6)] for epoch in range(8)]
+    orders = set()
+    for epoch, some in enumerate(epochs):
+        in_order = [contexts.at(67 * epoch + 10 * place, 10) for place in range(6)]  # 7 of the 67 tokens are left out
+        known = [(context.tokens(0, 10).tolist(), context.cu_seqlens.tolist()) for context in in_order]
+        order = [known.index((context.tokens(0, 10).tolist(), context.cu_seqlens.tolist())) for context in some]
+        assert sorted(order) == list(range(6))
+        orders.add(tuple(order))
+    assert len(orders) > 1
+    again = PackedContexts(prefix, 10, seed=5).shuffled(9, 10)
+    assert again.tokens(0, 10).tolist() == epochs[1][3].tokens(0, 10).tolist()
+
+
 def test_joined_contexts_stand_one_behind_the_other(prefix):
     """Whatever is read of them; a document that both have a part of is two."""
     contexts = PackedContexts(prefix, 10, seed=0, shuffle=False)

@@ -81,7 +81,11 @@ class QualityTable:
                 **parse_model(model)._asdict(),
             ),
             data=DataConfig(
-                train=f"{self.data}_train", valid=f"{self.data}_valid", tokenizer=self.tokenizer, eval_contexts=1
+                train=f"{self.data}_train",
+                valid=f"{self.data}_valid",
+                tokenizer=self.tokenizer,
+                eval_contexts=1,
+                shuffle_contexts=True,
             ),
             run_dir=f"{self.run_dir}/runs/{model.replace(':', '-')}-{size}-{context}-seed{seed}",
             steps=steps,
