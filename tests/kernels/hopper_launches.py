@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 EVERYWHERE = {  # kernels that Hopper has no others for
     "scalar.gates._cumulate",
     "scalar.gates._chunk_gate_grads",
+    "scalar.chunk_states._chunk_states",
     "shared.state_passing._pass_states",
     "shared.matrix_passing._pass_by_matrix",
     "shared.operands._sum_heads",

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -42,6 +43,15 @@ class Behind(NamedTuple):
         """How parts of so many rows and columns come and go."""
         states = self.states.flatten(0, 2)
         return TensorDescriptor.from_tensor(states, [rows, columns], shared_layout(columns))
+
+
+def new_behind(chunks: int, k: Tensor, v: Tensor, first_chunk: Tensor) -> Behind:
+    """With room for so many chunks."""
+    (heads, size_v), size_k = v.shape[2:], k.shape[3]
+    ups = None
+    if v.dtype == torch.float16:
+        ups = v.new_empty(chunks, heads, size_v // HALF.value, dtype=torch.float32)
+    return Behind(v.new_empty(chunks, heads, size_k, size_v), ups, first_chunk)
 
 
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
