@@ -32,10 +32,10 @@ def test_are_those_of_the_recurrence(gen, monkeypatch, dtype):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     found, ups = states.chunk_states(
-        tiles, chunks.count, first_chunk, k, v, cumulated, passing.InitialStates(initial), "ieee"
+        tiles, chunks.count, first_chunk, k, v, cumulated, passing.InitialStates(initial), precision="ieee"
     )
     assert (ups is None) == (dtype == torch.float32)
-    got = found.double() if ups is None else found.double() * ups[..., None, None]
+    got = found.double() if ups is None else found.double() * ups[..., None]
     wanted = torch.full_like(got, torch.nan)
     a, c, factor = k.double().expand(-1, -1, HEADS, -1)[0], v.double()[0], decay.double().exp()[0]
     for tile, (begin, length) in enumerate(zip(tiles.start.tolist(), tiles.length.tolist(), strict=True)):

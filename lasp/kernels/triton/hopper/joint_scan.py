@@ -5,8 +5,9 @@ see chunk_step, with G the gradient of the state behind a chunk.
     dk_j = w_j G v_j + scale · Σ_{i>=j} w_ij (do_i·v_j) q_i
     dq_i = scale · (w_i X do_i + Σ_{j<=i} w_ij (do_i·v_j) k_j)
 
-Three groups of warps, which hardly wait for each other: one holds G / scale and hands a copy to the one for dv and dk,
-which hands the scores of dq to the third.
+Three groups of warps, which hardly wait for each other: one holds G / scale, and hands copies of it to one for dv and
+one for dq and dk. Registers have no room for the addresses of all parts of buffers, so that these are found anew in
+every step, from an index `none` that is 0, which the compiler does not know.
 """
 
 from torch import Tensor
@@ -54,7 +55,7 @@ ROW = gl.constexpr(gl.SliceLayout(1, WIDE_MMA))
 @gluon.jit
 def _fetch(q, k, v, do, before, buffers, rings, begin, count, chunk, h, H, G):
     q_rows, k_rows, v_rows, do_rows, x_rows = buffers
-    ring, x_ring, _, _ = rings
+    ring, x_ring, _ = rings
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         i = chunks - 1 - step
@@ -68,7 +69,7 @@ def _fetch(q, k, v, do, before, buffers, rings, begin, count, chunk, h, H, G):
         filled = x_ring.acquire(step)
         mbarrier.expect(filled, 2 * SIZE * SIZE)
         at = ((chunk + i) * H + h) * SIZE
-        tma.async_copy_global_to_shared(before, [at.to(gl.int32), 0], filled, x_rows)
+        tma.async_copy_global_to_shared(before, [at.to(gl.int32), 0], filled, x_rows.index(0))
 
 
 @gluon.jit
@@ -83,14 +84,22 @@ def _take(rings, buffers, step, i, count):
 
 
 @gluon.jit
+def _weights(gs, scale):
+    """scale · w_ij [C, C], keys by rows."""
+    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
+    gap = gs.load(gl.SliceLayout(0, MMA))[None, :] - gs.load(gl.SliceLayout(1, MMA))[:, None]
+    return gl.exp2(gl.where(row[:, None] <= col[None, :], gap, float("-inf"))) * scale
+
+
+@gluon.jit
 def _walk(buffers, rings, gs, copied, gates, initial, before_ups, products, numbers, DECAY: gl.constexpr):
     """G / scale."""
     q_rows, _, _, do_rows, x_rows = buffers
-    ring, x_ring, copies, _ = rings
+    ring, x_ring, copies = rings
     copy, copy_up = copied
     begin, count, chunk, h, scale, H = numbers
     dtype: gl.constexpr = copy.dtype
-    chunks = gl.cdiv(count, C)
+    chunks, none = gl.cdiv(count, C), gl.maximum(-count, 0)
     row, col = gl.arange(0, SIZE, layout=ROW), gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
     at = row[:, None] * SIZE + col[None, :]
     x = load_initial_state(initial, at, gl.program_id(0).to(gl.int64), h, H) / scale
@@ -106,14 +115,14 @@ def _walk(buffers, rings, gs, copied, gates, initial, before_ups, products, numb
         if dtype == gl.float16:
             x_up = gl.load(before_ups + (chunk + i) * H + h)
         told = copies.acquire(step)
-        up = write_copy(x, copy)
+        up = write_copy(x, copy.index(gl.minimum(step, none)))
         if dtype == gl.float16:
             copy_up.store(gl.exp2(room) * up)
         fence_async_shared()
         barrier()
         mbarrier.arrive(told, count=1)
         x_ring.wait(step)
-        passed = gl.sum(x_rows.load(WIDE_MMA).to(gl.float32) * x, axis=1)
+        passed = gl.sum(x_rows.index(gl.minimum(step, none)).load(WIDE_MMA).to(gl.float32) * x, axis=1)
         gl.store(products + ((chunk + i) * H + h) * SIZE + row, passed * (gl.exp2(room) * scale * x_up))
         barrier()
         x_ring.release(step)
@@ -129,21 +138,19 @@ def _walk(buffers, rings, gs, copied, gates, initial, before_ups, products, numb
 
 
 @gluon.jit
-def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECAY: gl.constexpr):
-    """dv and dk."""
+def _values(buffers, rings, gs, copied, out, gates, outputs, numbers, DECAY: gl.constexpr):
+    """dv, and the sums of pairs."""
     q_rows, k_rows, v_rows, do_rows, _ = buffers
-    ring, _, copies, handed = rings
-    dv, dk, dv_rows, dk_rows, writes = outputs
+    ring, _, copies = rings
     copy, copy_up = copied
+    dv, dv_rows, writes = outputs
     begin, count, _, h, scale, H = numbers
     dtype: gl.constexpr = out.dtype
     within, after = scales(scale, dtype)
     TOKEN: gl.constexpr = gl.SliceLayout(1, MMA)
-    row, col = gl.arange(0, C, layout=TOKEN), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
-    seen = row[:, None] <= col[None, :]
-    chunks = gl.cdiv(count, C)
+    row = gl.arange(0, C, layout=TOKEN)
+    chunks, none = gl.cdiv(count, C), gl.maximum(-count, 0)
     dv += (begin * H + h) * SIZE
-    dk += (begin * H + h) * SIZE
     g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
     gs.store(g)
     barrier()
@@ -156,40 +163,97 @@ def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECA
         nothing = gl.zeros([C, C], gl.float32, MMA)
         scores = warpgroup_mma(kc, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
         others = warpgroup_mma(vc, doc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        gap = gs.load(gl.SliceLayout(0, MMA))[None, :] - gs.load(TOKEN)[:, None]
-        weights = gl.exp2(gl.where(seen, gap, float("-inf"))) * within
+        weights = _weights(gs, within)
         write = gl.exp2(whole_decay(gs, ROW) - gs.load(ROW)) * within
         scores, others = warpgroup_mma_wait(0, deps=(scores, others))
         scores *= weights
-        other_left = (others * weights).to(dtype)
         left = gl.convert_layout(scores.to(dtype), WIDE_LEFT)
-        told = handed.acquire(step)
-        dq_out.slice(0, C, dim=1).store(other_left)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(told, count=1)
+        pairs = pairs_of(scores, others)
         copies.wait(step)
         if dtype == gl.float16:
             write *= copy_up.load(ROW)
-        none = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
-        yc = warpgroup_mma(kc, copy, none, use_acc=False, is_async=True)
-        sums = sum_of_pairs(pairs_of(scores, others))
+        wide = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
+        yc = warpgroup_mma(kc, copy.index(gl.minimum(step, none)), wide, use_acc=False, is_async=True)
+        sums = sum_of_pairs(pairs)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
         sums += gl.convert_layout(gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1), TOKEN)
         gl.store(writes + (begin + i * C + row) * H + h, sums * after, mask=i * C + row < count)
         yc = warpgroup_mma(left, doc, yc, is_async=True)
+        gs.store(g)
         yc = warpgroup_mma_wait(0, deps=(yc,))
         tma.store_wait(0)
         barrier()
+        copies.release(step)
+        ring.release(step)
         out.store((yc * after).to(dtype))
         fence_async_shared()
         barrier()
         send_rows(dv, dv_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
-        yc = warpgroup_mma(vc, copy.permute((1, 0)), none, use_acc=False, is_async=True)
-        yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
-        yc = warpgroup_mma(gl.convert_layout(other_left, WIDE_LEFT), qc, yc, is_async=True)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _keys(buffers, rings, gs, copied, outs, gates, before_ups, outputs, numbers, DECAY: gl.constexpr):
+    """dq and dk."""
+    q_rows, k_rows, v_rows, do_rows, x_rows = buffers
+    ring, x_ring, copies = rings
+    copy, copy_up = copied
+    dq, dk, dq_rows, dk_rows, reads = outputs
+    begin, count, chunk, h, scale, H = numbers
+    dtype: gl.constexpr = outs.dtype
+    within, after = scales(scale, dtype)
+    chunks, none = gl.cdiv(count, C), gl.maximum(-count, 0)
+    dq += (begin * H + h) * SIZE
+    dk += (begin * H + h) * SIZE
+    g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
+    gs.store(g)
+    barrier()
+    for step in range(chunks):
+        i = chunks - 1 - step
+        stage = step % ring.stages
+        qc, kc, vc, doc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage), do_rows.index(stage)
+        out = outs.index(1 + gl.minimum(step, none))
+        g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
+        up = within
+        if dtype == gl.float16:
+            up = gl.load(before_ups + (chunk + i) * H + h)
+        _take(rings, buffers, step, i, count)
+        nothing = gl.zeros([C, C], gl.float32, MMA)
+        scores = warpgroup_mma(vc, doc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        weights = _weights(gs, within)
+        scores = (warpgroup_mma_wait(0, deps=(scores,)) * weights).to(dtype)
+        x_ring.wait(step)
+        wide = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
+        xc = x_rows.index(gl.minimum(step, none)).permute((1, 0))
+        yc = warpgroup_mma(doc, xc, wide, use_acc=False, is_async=True)
+        tma.store_wait(0)
+        barrier()
+        out.slice(0, C, dim=1).store(scores)  # where they can be read by columns
+        fence_async_shared()
+        read = gl.exp2(gs.load(ROW)) * up
+        yc = warpgroup_mma_wait(0, deps=(yc,)) * read[:, None]
+        barrier()
+        x_ring.release(step)
+        place = i * C + gl.arange(0, C, layout=ROW)
+        sums = gl.sum(qc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
+        gl.store(reads + (begin + place) * H + h, sums * after, mask=place < count)
+        yc = warpgroup_mma(out.slice(0, C, dim=1).permute((1, 0)), kc, yc, is_async=True)
         yc = warpgroup_mma_wait(0, deps=(yc,))
+        barrier()
+        out.store((yc * after).to(dtype))
+        fence_async_shared()
+        barrier()
+        send_rows(dq, dq_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+        copies.wait(step)
+        write = gl.exp2(whole_decay(gs, ROW) - gs.load(ROW)) * within
+        if dtype == gl.float16:
+            write *= copy_up.load(ROW)
+        states = copy.index(gl.minimum(step, none)).permute((1, 0))
+        yc = warpgroup_mma(vc, states, wide, use_acc=False, is_async=True)
+        yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
+        yc = warpgroup_mma(gl.convert_layout(scores, WIDE_LEFT), qc, yc, is_async=True)
         gs.store(g)
+        yc = warpgroup_mma_wait(0, deps=(yc,))
         tma.store_wait(0)
         barrier()
         copies.release(step)
@@ -199,53 +263,6 @@ def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECA
         barrier()
         send_rows(dk, dk_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _queries(buffers, rings, gs, out, gates, before_ups, outputs, numbers, DECAY: gl.constexpr):
-    """dq."""
-    q_rows, k_rows, _, do_rows, x_rows = buffers
-    ring, x_ring, _, handed = rings
-    dq, dq_rows, reads = outputs
-    begin, count, chunk, h, scale, H = numbers
-    within, after = scales(scale, out.dtype)
-    chunks = gl.cdiv(count, C)
-    dq += (begin * H + h) * SIZE
-    g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
-    gs.store(g)
-    barrier()
-    for step in range(chunks):
-        i = chunks - 1 - step
-        stage = step % ring.stages
-        qc, kc, doc = q_rows.index(stage), k_rows.index(stage), do_rows.index(stage)
-        g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
-        up = within
-        if out.dtype == gl.float16:
-            up = gl.load(before_ups + (chunk + i) * H + h)
-        _take(rings, buffers, step, i, count)
-        x_ring.wait(step)
-        none = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
-        yc = warpgroup_mma(doc, x_rows.permute((1, 0)), none, use_acc=False, is_async=True)
-        read = gl.exp2(gs.load(ROW)) * up
-        yc = warpgroup_mma_wait(0, deps=(yc,)) * read[:, None]
-        barrier()
-        x_ring.release(step)
-        place = i * C + gl.arange(0, C, layout=ROW)
-        sums = gl.sum(qc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
-        gl.store(reads + (begin + place) * H + h, sums * after, mask=place < count)
-        handed.wait(step)
-        yc = warpgroup_mma(out.slice(0, C, dim=1).permute((1, 0)), kc, yc, is_async=True)
-        yc = warpgroup_mma_wait(0, deps=(yc,))
-        gs.store(g)
-        barrier()
-        ring.release(step)
-        out.store((yc * after).to(out.dtype))
-        fence_async_shared()
-        barrier()
-        send_rows(dq, dq_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
-        tma.store_wait(0)
-        barrier()
-        handed.release(step)
 
 
 @gluon.jit
@@ -288,12 +305,12 @@ def _joint_scan(
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    x_rows = gl.allocate_shared_memory(dtype, [SIZE, SIZE], SHARED)
-    copy = gl.allocate_shared_memory(dtype, [SIZE, SIZE], SHARED)
+    x_rows = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED)
+    copy = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED)
     outs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [3, C], GATES_SHARED)
     copy_up = gl.allocate_shared_memory(gl.float32, [1], GATES_SHARED)
-    rings = (make_ring(STAGES, 3), make_ring(1, 2), make_ring(1, 1), make_ring(1, 1))
+    rings = (make_ring(STAGES, 3), make_ring(1, 2), make_ring(1, 2))
     buffers = (q_rows, k_rows, v_rows, do_rows, x_rows)
     numbers = (begin, count, chunk, h, scale, H)
     initial = (local, incoming, passed, owner)
@@ -301,10 +318,10 @@ def _joint_scan(
     gl.warp_specialize(
         [
             (
-                _keys,
+                _values,
                 (
-                    buffers, rings, gates_copies.index(0), copied, outs.index(0), outs.index(1), gates,
-                    (dv, dk, dv_rows, dk_rows, writes), numbers, DECAY,
+                    buffers, rings, gates_copies.index(0), copied, outs.index(0), gates, (dv, dv_rows, writes),
+                    numbers, DECAY,
                 ),
             ),
             (
@@ -312,16 +329,16 @@ def _joint_scan(
                 (buffers, rings, gates_copies.index(1), copied, gates, initial, before_ups, products, numbers, DECAY),
             ),
             (
-                _queries,
+                _keys,
                 (
-                    buffers, rings, gates_copies.index(2), outs.index(1), gates, before_ups, (dq, dq_rows, reads),
-                    numbers, DECAY,
+                    buffers, rings, gates_copies.index(2), copied, outs, gates, before_ups,
+                    (dq, dk, dq_rows, dk_rows, reads), numbers, DECAY,
                 ),
             ),
             (_fetch, (q, k, v, do, before, buffers, rings, begin, count, chunk, h, H, G)),
         ],
         [4, 4, 1],
-        [192, 104, 24],
+        [192, 144, 24],
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
             before = head_room(gs, ROW, dtype)
             gs.store(g)
         x, dvc = warpgroup_mma_wait(0, deps=(x, dvc))
-        tma.store_wait(0)  # all that has been given of this step and the one before is out
+        tma.store_wait(1 if SUMS else 0)  # all that has been given of the step before is out
         barrier()
         dv_out.store((dvc * scale).to(dtype))
         if SHARED_KEYS:
@@ -171,6 +171,9 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
                     joint.wait(step)
                 dkc += out.load(MMA).to(gl.float32)
             out.store(dkc.to(dtype))
+        if SUMS:
+            tma.store_wait(0)  # of this step's copy
+            barrier()
         up = write_copy(x, copy)
         if SHARED_KEYS and PART == 1:
             barrier()

@@ -9,6 +9,8 @@ from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
 from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
+from lasp.kernels.triton.hopper.forward_scan import forward_scan
+from lasp.kernels.triton.hopper.group_gradients import group_gradients, serves_groups
 from lasp.kernels.triton.hopper.joint_scan import joint_scan
 from lasp.kernels.triton.hopper.pair_reverse_scan import pair_reverse_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
@@ -53,6 +55,8 @@ class Hopper:
         return tile_states(self.tiles, q, do, saved[0], backward=True, scale=self.scale)[0]
 
     def outputs(self, x: LinearInputs, saved: Saved, initial: InitialStates) -> Tensor:
+        if x.v.shape[-1] == HOPPER_HEAD and saved[0] is not None:
+            return forward_scan(self.tiles, x.q, x.k, x.v, saved[0], initial, self.scale)
         return chunk_scan(self.tiles, x.q, x.k, x.v, saved[0], initial, self.scale)[0]
 
     def query_grads(self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
@@ -73,7 +77,9 @@ class Hopper:
         chunks = x.segments.tiles(CHUNK, x.v.device)
         first_chunk = x.segments.first_chunks(self.tiles.size, CHUNK, x.v.device)
         operands = self.tiles, x.q, x.k, x.v, do, saved[0]
-        if x.v.shape[-1] == HOPPER_HEAD:
+        if serves_groups(x.k, x.v):
+            dq, dk, dv, *sums = group_gradients(self.tiles, chunks, first_chunk, x, do, saved[0], initial, d_final)
+        elif x.v.shape[-1] == HOPPER_HEAD:
             before = chunk_states(self.tiles, chunks.count, first_chunk, x.k, x.v, saved[0], initial)
             dq, dk, dv, *sums = joint_scan(*operands, before, d_final, first_chunk, self.scale)
         else:

@@ -9,6 +9,7 @@ from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.device import GLUON
+from lasp.kernels.triton.scalar import chunkwise
 from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
 from lasp.kernels.triton.scalar.portable import Portable
@@ -62,4 +63,7 @@ class TritonLinear:
     def _backend(self, x: LinearInputs) -> Backend:
         if GLUON and hopper.serves(x.k, x.v):
             return hopper.Hopper(tiles_of(x, hopper.at_once(x.v)), x.scale)
-        return Portable(tiles_of(x), x.scale, self.config or scalar_config(x.k, x.v, x.decay is not None))
+        config = self.config or scalar_config(x.k, x.v, x.decay is not None)
+        if chunkwise.serves(x.k, x.v):
+            return chunkwise.Chunkwise.of(x, config)
+        return Portable(tiles_of(x), x.scale, config)
