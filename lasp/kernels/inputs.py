@@ -1,7 +1,6 @@
 """What ops with a recurrent state are given: one class for each op, which names its tensors."""
 
 from dataclasses import dataclass, field, fields
-from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,11 +8,6 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Segments
-
-
-@cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind))
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Inputs:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those given, by name."""
-        return {name: x for name in _names(type(self)) if isinstance(x := getattr(self, name), Tensor)}
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     @property
     def per_token(self) -> dict[str, Tensor]:
