@@ -1,6 +1,7 @@
 """What linear attention without gates or with scalar ones asks of its kernels (see scalar.op).
 
-Two answer: `portable` everywhere, `hopper.scalar` for the commonest heads on Hopper. Which, is chosen once a call.
+Three answer: `portable` everywhere, `chunkwise` for large heads in half precision, `hopper.scalar` for the commonest
+ones on Hopper. Which, is chosen once a call.
 """
 
 from typing import NamedTuple, Protocol

@@ -51,6 +51,7 @@ def _scan(
     chunk = tl.load(first_chunk + tile) - tl.load(first_chunk + first)
     place, inside = rows[:, None] * V + cols[None, :], (rows < K)[:, None] & (cols < V)[None, :]
     x = load_initial_state(local, incoming, passed, owner, tile, h, H, place, inside, None, K, V)
+    inside = None if K % BK == 0 and V == BV else inside  # or masks take registers that the state needs
     dtype: tl.constexpr = states.dtype.element_ty
     k += (begin * (H // G) + h // G) * K  # within a tile 32 bits are enough
     v += (begin * H + h) * V
@@ -66,9 +67,11 @@ def _scan(
         at = (chunk + i) * H + h
         up = at * ((K + BK - 1) // BK) + block
         if others is not None:
-            passed_on = x * tl.load(others + at * (K * V) + place, mask=inside, other=0.0)
+            passed_on = x * tl.load(others + at * (K * V) + place, mask=inside)
             if dtype == tl.float16:
                 passed_on *= tl.load(other_ups + up)
+            if inside is not None:
+                passed_on = tl.where(inside, passed_on, 0.0)
             tl.store(products + at * K + rows, tl.sum(passed_on, axis=1), mask=rows < K)
         if dtype == tl.float16:
             most = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-30)
