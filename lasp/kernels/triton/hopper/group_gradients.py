@@ -47,8 +47,8 @@ from lasp.kernels.triton.scalar.chunk_states import states_and_gradients
 from lasp.kernels.triton.shared.state_passing import InitialStates
 from lasp.kernels.triton.shared.tiles import CHUNK
 
-FEWEST = 2  # heads of a group
-PARTS = 2  # of the tiles, whose chunks' states are there at once
+FEWEST = 4  # heads of a group
+PARTS = 4  # of the tiles, whose chunks' states are there at once
 SCORES_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))  # without bank conflicts
 
 

@@ -28,6 +28,8 @@ from lasp.kernels.triton.scalar.gates import load_gates
 from lasp.kernels.triton.shared.decay import NONE
 
 STEP = 64  # of a state's rows, and of those of it that have a factor in fp16
+WIDTH = 128  # columns that a program finds
+STAGES = 4
 
 
 @triton.jit
@@ -198,7 +200,7 @@ def chunk_gradients(
     """dq and dk [B, T, H, K], dv [B, T, H, V], and what gates need: reads and writes [blocks, B, T, H]."""
     q, k, v = x.q, x.k, x.v
     (*rows, heads, size_v), size_k = v.shape, k.shape[3]
-    width_k, width_v = (min(block_of(size), 128) for size in (size_k, size_v))
+    width_k, width_v = (min(block_of(size), WIDTH) for size in (size_k, size_v))
     blocks_k, blocks_v = cdiv(size_k, width_k), cdiv(size_v, width_v)
     dq, dk = (v.new_empty(*rows, heads, size_k) for _ in range(2))
     dv = v.new_empty(v.shape)
@@ -211,6 +213,3 @@ def chunk_gradients(
         num_warps=8, pdl=True,
     )  # fmt: skip
     return dq, dk, dv, reads, writes
-
-
-WIDTH, STAGES = 128, 3

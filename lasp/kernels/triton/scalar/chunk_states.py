@@ -24,7 +24,6 @@ from lasp.kernels.triton.shared.decay import NONE
 from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial_state
 from lasp.kernels.triton.shared.tiles import CHUNK
 
-STAGES, WIDE_WARPS = 3, 4
 LARGE = tl.constexpr(16384.0)  # the largest number of a state in fp16
 
 
@@ -40,12 +39,13 @@ class ChunkStates(NamedTuple):
 @triton.jit
 def _scan(
     k, v, gates, local, incoming, passed, states, ups, others, other_ups, products, owner, start, length, first_chunk,
-    first, block, scale, H, G,
+    first, program, scale, H, G,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BK rows of the states of a tile and a head, from the block'th on."""
-    tile, h = first + tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Some rows of the states of a tile and a head. Neighbours have the same, and so find it in the cache."""
+    blocks: tl.constexpr = (K + BK - 1) // BK
+    tile, h, block = first + program // blocks, tl.program_id(1), program % blocks
     rows, cols = block * BK + tl.arange(0, BK), tl.arange(0, BV)
     begin, count = tl.load(start + tile), tl.load(length + tile)
     chunk = tl.load(first_chunk + tile) - tl.load(first_chunk + first)
@@ -65,7 +65,7 @@ def _scan(
         )
         vc = tl.load(v + (token * (H * V))[:, None] + cols[None, :], mask=here[:, None] & (cols < V), other=0.0)
         at = (chunk + i) * H + h
-        up = at * ((K + BK - 1) // BK) + block
+        up = at * blocks + block
         if others is not None:
             passed_on = x * tl.load(others + at * (K * V) + place, mask=inside)
             if dtype == tl.float16:
@@ -114,7 +114,8 @@ def _chunk_states(
     griddepcontrol_wait()
     _scan(
         k, v, gates, local, incoming, passed, states, ups, others, other_ups, products, owner, start, length,
-        first_chunk, first, tl.program_id(2), scale, H, G, K, V, BK, BV, C, DECAY, REVERSE, PRECISION, STAGES,
+        first_chunk, first, tl.program_id(0).to(tl.int64), scale, H, G,
+        K, V, BK, BV, C, DECAY, REVERSE, PRECISION, STAGES,
     )  # fmt: skip
 
 
@@ -130,16 +131,16 @@ def _states_and_gradients(
 ):  # fmt: skip
     """Both side by side: either alone leaves multiprocessors without work."""
     griddepcontrol_wait()
-    block = tl.program_id(2) // 2
-    if tl.program_id(2) % 2 == 0:
+    program = tl.program_id(0).to(tl.int64) // 2
+    if tl.program_id(0) % 2 == 0:
         _scan(
             k, v, gates, local, incoming, passed, before, before_ups, None, None, None, owner, start, length,
-            first_chunk, first, block, 1.0, H, G, K, V, BK, BV, C, DECAY, False, PRECISION, STAGES,
+            first_chunk, first, program, 1.0, H, G, K, V, BK, BV, C, DECAY, False, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _scan(
             q, do, gates, d_local, d_incoming, d_passed, behind, behind_ups, None, None, None, owner, start, length,
-            first_chunk, first, block, scale, H, G, K, V, BK, BV, C, DECAY, True, PRECISION, STAGES,
+            first_chunk, first, program, scale, H, G, K, V, BK, BV, C, DECAY, True, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -171,11 +172,11 @@ def chunk_states(
     found, block = _empty(chunks, k, v, block_k)
     part = range(tiles.count) if part is None else part
     launch(
-        _chunk_states, (len(part), heads, cdiv(key_dim, block)),
+        _chunk_states, (len(part) * cdiv(key_dim, block), heads),
         k, v, gates, *initial, *found, *(others or (None, None)), products, tiles.owner, tiles.start, tiles.length,
         first_chunk, part.start, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block, BV=block_of(value_dim), C=chunk, DECAY=Decay.of(gates).value, REVERSE=reverse,
-        PRECISION=precision, STAGES=STAGES if value_dim > 128 else 3, num_warps=_warps(block, value_dim), pdl=True,
+        PRECISION=precision, STAGES=3, num_warps=_warps(block, value_dim), pdl=True,
     )  # fmt: skip
     return found
 
@@ -195,7 +196,7 @@ def states_and_gradients(
     (heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], x.k.shape[2:]
     (before, block), (behind, _) = (_empty(chunks, x.k, x.v, None) for _ in range(2))
     launch(
-        _states_and_gradients, (len(part), heads, 2 * cdiv(key_dim, block)),
+        _states_and_gradients, (2 * len(part) * cdiv(key_dim, block), heads),
         x.q, x.k, x.v, do, gates, *initial, *d_final, *before, *behind, tiles.owner, tiles.start, tiles.length,
         first_chunk, part.start, x.scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block, BV=block_of(value_dim), C=CHUNK, DECAY=Decay.of(gates).value,
@@ -215,4 +216,4 @@ def _empty(chunks: int, k: Tensor, v: Tensor, block_k: int | None) -> tuple[Chun
 
 
 def _warps(block: int, value_dim: int) -> int:
-    return 8 if block > 64 or (value_dim > 128 and WIDE_WARPS == 8) else 4
+    return 8 if block > 64 or value_dim > 128 else 4
