@@ -27,7 +27,8 @@ class Inputs:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those given, by name."""
-        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        own = vars(self)
+        return {name: x for name in self.__dataclass_fields__ if isinstance(x := own.get(name), Tensor)}
 
     @property
     def per_token(self) -> dict[str, Tensor]:
@@ -43,7 +44,9 @@ class Inputs:
     def having(self, tensors: dict[str, Tensor], segments: Segments | None = None) -> Self:
         """The same call with some other tensors (and segments)."""
         made = object.__new__(type(self))  # dataclasses.replace takes 5 µs of the host
-        made.__dict__.update(self.__dict__, segments=segments or self.segments, **tensors)
+        own = vars(self)
+        made.__dict__.update({name: own[name] for name in self.__dataclass_fields__ if name in own})  # nothing cached
+        made.__dict__.update(tensors, segments=segments or self.segments)
         return made
 
     def without_tensors(self) -> Self:
