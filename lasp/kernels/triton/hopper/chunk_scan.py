@@ -81,7 +81,7 @@ def _fetch(
             filled = behind_ring.acquire(step)
             mbarrier.expect(filled, 2 * states * W * DA)
             for n in gl.static_range(states):
-                head, part = (h, n) if WORK == SPLIT else (h + n, 0) if WORK == APART else (h + n % 2, n // 2)
+                head, part = (h + n, 0) if WORK == APART else (h + n % 2, n // 2)
                 at = ((chunk + step) * H + head) * DC + col + part * W
                 tma.async_copy_global_to_shared(behind, [at.to(gl.int32), 0], filled, behind_rows.index(n))
 

@@ -6,8 +6,8 @@ For the gradient of gates (SUMS), with X the state before a chunk, G its gradien
 
     dq    r_i = q_i · w_i Xᵀ do_i, and <X, G>        dv    u_j = v_j · w_j Gᵀ k_j + Σ_{i>j} E_ij - Σ_{i<j} E_ji
 
-dv's scan gives G to dq's as it has rounded it for its own products. Nothing that is summed is the small difference of
-large numbers, so that none has to be rounded as another.
+joint_scan finds all of it; else dv's scan gives G to dq's as it has rounded it for its own products. Nothing that is
+summed is the small difference of large numbers, so that none has to be rounded as another.
 
 In fp16, which has no room for a state, its copies are scaled so that the largest number fits.
 """
@@ -41,6 +41,15 @@ def write_copy(x, copy):
         x *= LARGE / most
     copy.store(x.to(copy.dtype))
     return up
+
+
+@gluon.jit
+def scales(scale, dtype: gl.constexpr):
+    """Factors of weights and of what they give, whose product is the scale: fp16 has no room for small weights."""
+    if dtype == gl.float16:
+        return 1.0, scale
+    else:
+        return scale, 1.0
 
 
 @gluon.jit

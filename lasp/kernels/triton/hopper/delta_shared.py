@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lasp.kernels.triton.hopper.diagonal_shared import exp
 from lasp.kernels.triton.hopper.shared import SHARED, C, store_tokens
 from lasp.kernels.triton.shared.decay import DIAGONAL
 
@@ -92,7 +93,7 @@ def split_gates(line):
 @gluon.jit
 def channel_decays(line, K: gl.constexpr, STATE: gl.constexpr):
     """A chunk's whole decay, if DIAGONAL, of a state's columns, [1, K]."""
-    return gl.exp(line.slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
+    return exp(line.slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
 
 
 @gluon.jit

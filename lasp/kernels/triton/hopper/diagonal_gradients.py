@@ -31,11 +31,12 @@ from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.delta_shared import give_tokens
 from lasp.kernels.triton.hopper.diagonal_shared import (
-    bounded,
     chunk_of,
     cut_in_two,
+    exp,
     hidden_zero,
     load_gates,
+    new_barrier,
     ones,
     sums,
 )
@@ -54,16 +55,11 @@ from lasp.kernels.triton.hopper.shared import (
 )
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
-from lasp.kernels.triton.shared.decay import SHUT
+from lasp.kernels.triton.shared.decay import SHUT, bounded
 
 ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayout(0, MMA.value))
 KEPT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 BY_COLUMN = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0]))  # [SIZE, HALF], columns within warps
-
-
-@gluon.jit
-def _rows(buffer, there):
-    return gl.where(there, buffer.load(MMA), 0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -89,19 +85,9 @@ def _diagonal_gradients(
     dr_rows,  # rows of it
     dv,  # [tokens, H, V]
     d_beta,  # [tokens, H] fp32, added to
-    start,
-    length,
-    scale,
-    CHUNKS,
-    HEADS,
-    H,
-    G,
-    FIRST_HEAD,
-    STEP,
-    DELTA: gl.constexpr,
-    ADD: gl.constexpr,
-    MAX_LN_DECAY: gl.constexpr,
-):
+    start, length, scale, CHUNKS, HEADS, H, G, FIRST_HEAD, STEP,
+    DELTA: gl.constexpr, ADD: gl.constexpr, MAX_LN_DECAY: gl.constexpr,
+):  # fmt: skip
     griddepcontrol_wait()
     part, h = gl.program_id(0) % 2, FIRST_HEAD + gl.program_id(1) * STEP
     slot, begin, count = chunk_of(gl.program_id(0) // 2, start, length, CHUNKS, not DELTA)
@@ -127,6 +113,45 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     token, channel = begin.to(gl.int32), part * HALF
     mine, slot_h = (begin * H + h) * SIZE + channel, slot.to(gl.int64) * H + h
     row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
+    # What comes first makes room for operands later.
+    uc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    doc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
+    drc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED) if DELTA else doc
+    qc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
+    kc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
+    pieces = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    line = gl.allocate_shared_memory(gl.float32, [C], GATES_SHARED)
+    state_rows: gl.constexpr = SIZE if DELTA else HALF
+    xs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
+    gs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
+    u_full, do_full, dr_full, x_full, g_full = new_barrier(), new_barrier(), new_barrier(), new_barrier(), new_barrier()
+    q_full, k_full = new_barrier(), new_barrier()
+    fence_async_shared()
+    barrier()
+    mbarrier.expect(u_full, 2 * C * SIZE)
+    mbarrier.expect(do_full, 2 * C * SIZE)
+    mbarrier.expect(x_full, 2 * SIZE * HALF)
+    mbarrier.expect(g_full, 2 * SIZE * HALF)
+    mbarrier.expect(q_full, 2 * C * HALF)
+    mbarrier.expect(k_full, 2 * C * HALF)
+    if DELTA:
+        mbarrier.expect(dr_full, 2 * C * SIZE)
+    tma.async_copy_global_to_shared(u, [token, local * SIZE], u_full, uc)
+    tma.async_copy_global_to_shared(do, [token, h * SIZE], do_full, doc)
+    state = (slot * HEADS + local) * SIZE
+    if DELTA:
+        tma.async_copy_global_to_shared(dr_rows, [token, local * SIZE], dr_full, drc)
+        tma.async_copy_global_to_shared(states, [state, channel], x_full, xs)
+        tma.async_copy_global_to_shared(grads, [state, channel], g_full, gs)
+        x, g_state = xs, gs
+    else:
+        tma.async_copy_global_to_shared(states, [state + channel, 0], x_full, xs)
+        tma.async_copy_global_to_shared(grads, [state + channel, 0], g_full, gs)
+        x, g_state = xs.permute((1, 0)), gs.permute((1, 0))
+    tma.async_copy_global_to_shared(q, [token, h // G * SIZE + channel], q_full, qc)
+    tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], k_full, kc)
+    barrier()  # or what follows would come between them
+
     g = load_gates(decay + mine, count, H, HALF)
     end = gl.load(ends + slot_h * SIZE + channel + col)
     steep = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
@@ -139,48 +164,12 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         vc = gl.load((v + mine) + at_v, mask=here, other=0.0)
         drv = gl.load((dr + (begin * HEADS + local) * SIZE + channel) + at_dr, mask=here, other=0.0)
         betas = gl.load(gates + slot_h * 4 * C + first)
-
-    # What comes first makes room for operands later.
-    uc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
-    doc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
-    drc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED) if DELTA else doc
-    qc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
-    kc = gl.allocate_shared_memory(dtype, [C, HALF], SHARED)
-    pieces = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
-    line = gl.allocate_shared_memory(gl.float32, [C], GATES_SHARED)
-    state_rows: gl.constexpr = SIZE if DELTA else HALF
-    xs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
-    gs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(3):
-        mbarrier.init(full.index(n), count=1)
-    fence_async_shared()
-    barrier()
-    mbarrier.expect(full.index(0), 2 * C * SIZE * (3 if DELTA else 2))
-    mbarrier.expect(full.index(1), 2 * 2 * SIZE * HALF)
-    mbarrier.expect(full.index(2), 2 * 2 * C * HALF)
-    tma.async_copy_global_to_shared(u, [token, local * SIZE], full.index(0), uc)
-    tma.async_copy_global_to_shared(do, [token, h * SIZE], full.index(0), doc)
-    state = (slot * HEADS + local) * SIZE
-    if DELTA:
-        tma.async_copy_global_to_shared(dr_rows, [token, local * SIZE], full.index(0), drc)
-        tma.async_copy_global_to_shared(states, [state, channel], full.index(1), xs)
-        tma.async_copy_global_to_shared(grads, [state, channel], full.index(1), gs)
-        x, g_state = xs, gs
-    else:
-        tma.async_copy_global_to_shared(states, [state + channel, 0], full.index(1), xs)
-        tma.async_copy_global_to_shared(grads, [state + channel, 0], full.index(1), gs)
-        x, g_state = xs.permute((1, 0)), gs.permute((1, 0))
-    tma.async_copy_global_to_shared(q, [token, h // G * SIZE + channel], full.index(2), qc)
-    tma.async_copy_global_to_shared(k, [token, h // G * SIZE + channel], full.index(2), kc)
-
     cut_in_two(bounded(g), pieces)
     half, zero = gl.where(steep, 0.0, 0.5), hidden_zero(scale)
+    mbarrier.wait(u_full, 0)
+    mbarrier.wait(do_full, 0)
     if DELTA:
-        drv = drv.to(gl.float32)
-        gl.store((dv + mine) + at_v, (betas[:, None] * drv).to(dtype), mask=here)
-        line.store(gl.sum(drv * vc.to(gl.float32), axis=1))
-    mbarrier.wait(full.index(0), 0)
+        mbarrier.wait(dr_full, 0)
     if count < C:
         clear_tail(uc, 0, count, WIDE_ROWS)
         clear_tail(doc, 0, count, WIDE_ROWS)
@@ -195,6 +184,10 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     if DELTA:
         n = warpgroup_mma(drc, uc.permute((1, 0)), nothing, use_acc=False, is_async=True)
     exponent = sums(ones(False, False, half, dtype, HALF), pieces, HALF)
+    if DELTA:  # not before a fence, which would wait
+        drv = drv.to(gl.float32)
+        gl.store((dv + mine) + at_v, (betas[:, None] * drv).to(dtype), mask=here)
+        line.store(gl.sum(drv * vc.to(gl.float32), axis=1))
     p, n, exponent = warpgroup_mma_wait(0, deps=(p, n, exponent))
     p = gl.where((row[:, None] >= col[None, :]) & (half > 0.0), p * scale, 0.0).to(dtype)
     barrier()
@@ -204,7 +197,8 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         pieces.index(1).store(n)
         for_beta = line.load(ROW)
         beta = gl.load(gates + slot_h * 4 * C + row).to(gl.float32)
-    mbarrier.wait(full.index(1), 0)
+    mbarrier.wait(x_full, 0)
+    mbarrier.wait(g_full, 0)
     dq = warpgroup_mma(doc, x, nothing, use_acc=False, is_async=True)
     dk = warpgroup_mma(uc, g_state, nothing, use_acc=False, is_async=True)
     w = nothing
@@ -213,15 +207,18 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         overlap = gl.sum(xs.load(BY_COLUMN).to(gl.float32) * gs.load(BY_COLUMN), axis=0)
     else:
         overlap = gl.sum(xs.load(WIDE_ROWS).to(gl.float32) * gs.load(WIDE_ROWS), axis=1)
-    mbarrier.wait(full.index(2), 0)
     dq, dk, w = warpgroup_mma_wait(0, deps=(dq, dk, w))
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full, 0)
+    if count < C:
+        clear_tail(qc, 0, count, ROWS)
+        clear_tail(kc, 0, count, ROWS)
     barrier()
 
     operands, others = uc._reinterpret(dtype, [2, C, HALF], SHARED), doc._reinterpret(dtype, [2, C, HALF], SHARED)
     pc, nc = pieces.index(0), pieces.index(1)
     read, written, before, erased = operands.index(0), operands.index(1), others.index(0), others.index(1)
     line.store(overlap)
-    there = (row < count)[:, None]
     to_end = -exponent
     if steep:  # a difference of large sums has too few digits
         cut_in_two(bounded(load_gates(decay + mine, count, H, HALF)), operands)
@@ -229,14 +226,14 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         barrier()
         to_end = warpgroup_mma_wait(0, deps=(sums(ones(True, True, zero, dtype, HALF), operands, HALF),))
         barrier()
-    read.store((_rows(qc, there) * gl.exp(exponent)).to(dtype))
+    read.store((qc.load(MMA).to(gl.float32) * exp(exponent)).to(dtype))
     # What does not fit into registers.
     kept_writing, kept_past = xs._reinterpret(gl.float32, [C, HALF], KEPT), gs._reinterpret(gl.float32, [C, HALF], KEPT)
-    writing = gl.exp(to_end)
+    writing = exp(to_end)
     kept_writing.store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
-    k_written = (_rows(kc, there) * writing).to(dtype)
+    k_written = (kc.load(MMA).to(gl.float32) * writing).to(dtype)
     written.store(k_written)
-    between = gl.exp(half * end)[None, :] if DELTA else gl.full([1, HALF], 1.0, gl.float32, MMA)
+    between = exp(half * end)[None, :] if DELTA else gl.full([1, HALF], 1.0, gl.float32, MMA)
     dq *= between * scale
     dk *= between
     past = k_written.to(gl.float32) * dk
@@ -244,7 +241,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     before.store(past.to(dtype))
     if DELTA:
         w *= between
-        erased.store((-beta[:, None] * (_rows(kc, there) * gl.exp(exponent))).to(dtype))
+        erased.store((-beta[:, None] * (kc.load(MMA).to(gl.float32) * exp(exponent))).to(dtype))
     fence_async_shared()
     barrier()
     dq = warpgroup_mma(pc, written, dq, is_async=True)
@@ -256,11 +253,11 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     change = kept_past.load(MMA) - written.load(MMA).to(gl.float32) * dk
     dk *= kept_writing.load(MMA)
     change += read.load(MMA).to(gl.float32) * dq
-    qc.store((dq * gl.exp(exponent)).to(dtype))
+    qc.store((dq * exp(exponent)).to(dtype))
     if DELTA:
         change += erased.load(MMA).to(gl.float32) * w
-        w *= gl.exp(exponent)
-        for_beta -= gl.sum(_rows(kc, there) * w, axis=1)
+        w *= exp(exponent)
+        for_beta -= gl.sum(kc.load(MMA).to(gl.float32) * w, axis=1)
         dk -= beta[:, None] * w
     kc.store(dk.to(dtype))
     barrier()
@@ -279,9 +276,9 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], kc)
     if DELTA:
         gl.atomic_add(d_beta + (begin + row) * H + h, for_beta, mask=row < count, sem="relaxed")
-    overlap = line.load(COL) * gl.exp(end if DELTA else (1.0 - 2.0 * half) * end)
+    overlap = line.load(COL) * exp(end if DELTA else (1.0 - 2.0 * half) * end)
     dg += overlap[None, :]
-    at = (row * (H * SIZE))[:, None] + col[None, :]
+    at, there = (row * (H * SIZE))[:, None] + col[None, :], (row < count)[:, None]
     if steep:
         again = gl.load((decay + mine) + at, mask=there, other=0.0).to(gl.float32)
         dg = gl.where(again <= SHUT, 0.0, dg)
@@ -296,17 +293,9 @@ def _states_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def delta_gradients(
-    chunks: Tiles,
-    x: DeltaInputs,
-    do: Tensor,
-    terms: Terms,
-    recomputed: Recomputed,
-    dr: Tensor,
-    d_states: Tensor,
-    grads: Grads,
-    max_ln_decay: float,
-    heads: range,
-) -> None:
+    chunks: Tiles, x: DeltaInputs, do: Tensor, terms: Terms, recomputed: Recomputed, dr: Tensor, d_states: Tensor,
+    grads: Grads, max_ln_decay: float, heads: range,
+) -> None:  # fmt: skip
     """Fills `grads` for the heads of `heads`, of beta's, in fp32, which it adds to: see delta.gradients."""
     all_heads, q_heads, half = x.v.shape[2], x.q.shape[2], HALF.value
     add, factors = grads.are_added(heads), terms.factors
@@ -323,13 +312,7 @@ def delta_gradients(
 
 
 def linear_gradients(
-    tiles: Tiles,
-    x: LinearInputs,
-    do: Tensor,
-    rescaled: Rescaled,
-    states: Tensor,
-    grads: Tensor,
-    max_ln_decay: float,
+    tiles: Tiles, x: LinearInputs, do: Tensor, rescaled: Rescaled, states: Tensor, grads: Tensor, max_ln_decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq and dk [B, T, H, K], in the places of q̃ and k̃, and dg: see diagonal.gradients."""
     assert x.decay is not None

@@ -11,13 +11,14 @@ def shared_layout(columns):
 
 
 @gluon.constexpr_function
-def mma_layout(columns):
-    """Of a product by four warps."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+def mma_layout(columns, warps=4):
+    """Of a product of 64 rows; each four warps have their share of the columns."""
+    groups = warps // 4
+    return gl.NVMMADistributedLayout([3, 0], [4, groups], [16, columns // groups, 16])
 
 
 @gluon.constexpr_function
-def rows_layout(columns):
+def rows_layout(columns, warps=4):
     """Of rows of 16 bits, coalesced."""
     threads = min(32, columns // 8)
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [warps, 1], [1, 0])

@@ -18,7 +18,7 @@ from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import write_copy
 from lasp.kernels.triton.hopper.layouts import rows_layout, shared_layout
-from lasp.kernels.triton.hopper.reverse_step import head_room, sum_of_pairs, written
+from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
@@ -137,7 +137,7 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
         scores *= weights
         left = gl.convert_layout(scores.to(dtype), LEFT)
         other_left = gl.convert_layout((others * weights).to(dtype), LEFT)
-        sums = sum_of_pairs(scores, others) if SUMS else read
+        sums = sum_of_pairs(pairs_of(scores, others)) if SUMS else read
         if DECAY == NONE:
             x = warpgroup_mma(qc.permute((1, 0)), doc, x, is_async=True)
         else:
@@ -151,7 +151,7 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
             before = head_room(gs, ROW, dtype)
             gs.store(g)
         x, dvc = warpgroup_mma_wait(0, deps=(x, dvc))
-        tma.store_wait(0)  # all that has been given of this step and the one before is out
+        tma.store_wait(1 if SUMS else 0)  # all that has been given of the step before is out
         barrier()
         dv_out.store((dvc * scale).to(dtype))
         if SHARED_KEYS:
@@ -171,6 +171,9 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
                     joint.wait(step)
                 dkc += out.load(MMA).to(gl.float32)
             out.store(dkc.to(dtype))
+        if SUMS:
+            tma.store_wait(0)  # of this step's copy
+            barrier()
         up = write_copy(x, copy)
         if SHARED_KEYS and PART == 1:
             barrier()

@@ -3,8 +3,7 @@
     dv_i = scale · (w_i k_iᵀ X + Σ_{j>=i} w_ij (k_i·q_j) do_j)          X <- w X + Σ_j w_j q_j do_jᵀ
     dk_i = scale · (w_i X v_i  + Σ_{j>=i} w_ij (v_i·do_j) q_j)
 
-X is the gradient of the state / scale. Each group holds half of its rows, and tells the other when they are ready. For
-the gradient of gates (see chunk_step) the second one also needs the scores of the first.
+X is the gradient of the state / scale. Each group holds half of its rows, and tells the other when they are ready.
 """
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import LARGE
-from lasp.kernels.triton.hopper.reverse_step import head_room, sum_of_pairs, written
+from lasp.kernels.triton.hopper.reverse_step import head_room, written
 from lasp.kernels.triton.hopper.ring import make_ring
 from lasp.kernels.triton.hopper.shared import (
     GATES_SHARED,
@@ -33,7 +32,6 @@ from lasp.kernels.triton.hopper.shared import (
     WIDE_LEFT,
     WIDE_MMA,
     WIDE_ROWS,
-    Behind,
     C,
     barrier,
     clear_tail,
@@ -97,15 +95,13 @@ def _compute(
     numbers,
     PART: gl.constexpr,  # the group of warps: 0 for dv, 1 for dk
     DECAY: gl.constexpr,
-    SUMS: gl.constexpr,
 ):
-    buffers, x_copies, outputs, gates_copies, ring, ready, exchange, peaks = shared
-    gates, initial, products, behind, behind_ups = tensors
-    begin, count, chunk, h, scale, TOKENS, H = numbers
+    buffers, x_copies, outputs, gates_copies, ring, ready, peaks = shared
+    gates, initial = tensors
+    begin, count, h, scale, H = numbers
     q_rows, k_rows, v_rows, do_rows = buffers
     out, gs = outputs.index(PART), gates_copies.index(PART)
     dtype: gl.constexpr = out.dtype
-    TOKEN: gl.constexpr = gl.SliceLayout(1, WIDE_MMA)
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] <= col[None, :]
     tile = gl.program_id(0).to(gl.int64)
@@ -114,8 +110,6 @@ def _compute(
     chunks = gl.cdiv(count, C)
     griddepcontrol_wait()
     x = load_initial_state(initial, state_at, tile, h, H)
-    if SUMS:
-        products += (PART * TOKENS + begin) * H + h
     # What is written only when both groups are in the loop, for the state to change places in.
     spare = (x_copies.index(1) if PART == 0 else outputs)._reinterpret(gl.float32, [HALF, SIZE], PASSAGE)
     spare.store(x / scale)
@@ -129,7 +123,6 @@ def _compute(
     fence_async_shared()
     barrier()
     mbarrier.arrive(ready, count=1)
-    passage = outputs.index(0)._reinterpret(gl.float32, [C, C], PASSAGE)
     for step in range(chunks):
         i = chunks - 1 - step
         stage = step % ring.stages
@@ -137,13 +130,6 @@ def _compute(
         if DECAY != NONE:
             g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         mbarrier.wait(ready, step & 1)
-        if SUMS and PART == 0:
-            at = (chunk + i) * H + h
-            tma.async_copy_shared_to_global(behind, [(at * SIZE).to(gl.int32), 0], x_copies.index(step % 2))
-            if dtype == gl.float16:
-                undone = up * gl.max(gl.exp2(before), axis=0)
-                for half in gl.static_range(2):
-                    gl.store(behind_ups + 2 * at + half, undone)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(qc, i, count, WIDE_ROWS)
@@ -183,38 +169,18 @@ def _compute(
             else:
                 read = gl.exp2(read)
             scores = warpgroup_mma_wait(2, deps=(scores,))
-            if SUMS and PART == 0:  # for the other group, where nobody writes or reads meanwhile
-                tma.store_wait(0)
-                barrier()
-                passage.store(scores)
-                barrier()
-                mbarrier.arrive(exchange.full.index(0), count=1)
             scores *= weights
-            yc = warpgroup_mma_wait(1, deps=(yc,))
-            yc *= read[:, None]
-            if SUMS and PART == 0:
-                place = i * C + gl.arange(0, C, layout=TOKEN)
-                sums = gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
-                gl.store(products + place * H, sums * scale, mask=place < count)
-            if SUMS and PART == 1:
-                exchange.wait(step)
-                sums = sum_of_pairs(scores, passage.load(MMA))
-                barrier()
-                exchange.release(step)
-                place = i * C + gl.arange(0, C, layout=gl.SliceLayout(1, MMA))
-                gl.store(products + place * H, sums * scale, mask=place < count)
+            yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
         yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)
         x = warpgroup_mma_wait(1, deps=(x,))
         up = _write_copy(x, x_copies, step + 1, peaks, PART)
         if DECAY != NONE:
             gs.store(g)
         fence_async_shared()
-        tma.store_wait(0)  # of the chunk before, so that its buffer is free, and of this step's copy
+        tma.store_wait(0)  # of the chunk before, so that its buffer is free
         barrier()
         mbarrier.arrive(ready, count=1)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
-        if SUMS and PART == 0:
-            exchange.acquire(step + 1)
         out.store(yc.to(dtype))
         fence_async_shared()
         barrier()
@@ -237,24 +203,17 @@ def _reverse_scan(
     dv,
     dk_rows,  # rows of them
     dv_rows,
-    products,  # [2, tokens, H]: what of v · dv came in with the state, and pairs within chunks, if SUMS
-    behind,  # [chunks, H, SIZE, SIZE] by rows: X behind every chunk, rounded, if SUMS
-    behind_ups,  # [chunks, H, 2]: the factors of both halves of its columns, if it is fp16
     owner,
     start,
     length,
-    first_chunk,  # [M]
     scale,
-    TOKENS,
     H,
     G,
     DECAY: gl.constexpr,
-    SUMS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     tile, h = gl.program_id(0), gl.program_id(1)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
-    chunk = gl.load(first_chunk + tile) if SUMS else begin
     dtype: gl.constexpr = q.dtype
     q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
@@ -266,20 +225,19 @@ def _reverse_scan(
     ring = make_ring(STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=2)
-    exchange = make_ring(1, 1)  # of scores
     peaks = (
         gl.allocate_shared_memory(gl.float32, [4, 1], GATES_SHARED),  # the largest numbers of both halves, twice
         gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
     )
     mbarrier.init(peaks[1], count=2)
     buffers = (q_rows, k_rows, v_rows, do_rows)
-    shared = (buffers, x_copies, outputs, gates_copies, ring, ready, exchange, peaks)
-    tensors = (gates, (local, incoming, passed, owner), products, behind, behind_ups)
-    numbers = (begin, count, chunk, h, scale, TOKENS, H)
+    shared = (buffers, x_copies, outputs, gates_copies, ring, ready, peaks)
+    tensors = (gates, (local, incoming, passed, owner))
+    numbers = (begin, count, h, scale, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY, SUMS)),
-            (_compute, (shared, tensors, dk, dk_rows, numbers, 1, DECAY, SUMS)),
+            (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY)),
+            (_compute, (shared, tensors, dk, dk_rows, numbers, 1, DECAY)),
             (_fetch, (q, k, v, do, buffers, ring, begin, count, h, G)),
         ],
         [4, 1],
@@ -296,21 +254,15 @@ def reverse_scan(
     gates: Tensor | None,
     initial: InitialStates,
     scale: float,
-    behind: Behind | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk and dv [B, T, H, SIZE]. With `behind`, which it fills, also what gates need, [2, B, T, H]."""
+) -> tuple[Tensor, Tensor]:
+    """dk and dv [B, T, H, SIZE]."""
     batch, tokens, heads = v.shape[:3]
     dk, dv = (v.new_empty(batch, tokens, heads, SIZE.value) for _ in range(2))
-    products = states = ups = first_chunk = None
-    if behind is not None:
-        products = initial.local.new_empty(2, batch, tokens, heads)
-        states, ups, first_chunk = behind.rows(SIZE.value, SIZE.value), behind.ups, behind.first_chunk
     launch(
         _reverse_scan, (tiles.count, heads),
         *(rows_of(x, SIZE.value) for x in (q, k, v, do)), gates, *initial,
-        dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value), products, states, ups,
-        tiles.owner, tiles.start, tiles.length, first_chunk, scale, batch * tokens, heads, heads // q.shape[2],
-        DECAY=Decay.of(gates).value, SUMS=behind is not None, STAGES=2, num_warps=4,
-        pdl=True,
+        dk, dv, rows_of(dk, SIZE.value), rows_of(dv, SIZE.value),
+        tiles.owner, tiles.start, tiles.length, scale, heads, heads // q.shape[2],
+        DECAY=Decay.of(gates).value, STAGES=2, num_warps=4, pdl=True,
     )  # fmt: skip
-    return dk, dv, products
+    return dk, dv
