@@ -13,40 +13,16 @@ as the first operand of what is summed over them. What the groups share out amon
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.chunk_step import (
-    APART,
-    SPLIT,
-    SUMMED,
-    Work,
-    give_product,
-    open_chunk,
-    write_copy,
-)
-from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
+from lasp.kernels.triton.hopper.chunk_step import APART, SPLIT, SUMMED, Work, give_product, open_chunk, write_copy
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, C, mma_layout, shared_layout
+from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    HALF,
-    REGISTERS,
-    Behind,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    load_initial_state,
-    rows_of,
-    send_rows,
-)
+from lasp.kernels.triton.hopper.scalar_shared import Behind, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -114,7 +90,6 @@ def _compute(
     OUTPUTS: gl.constexpr = outputs.shape[0] // 2  # that may be on their way
     MMA: gl.constexpr = mma_layout(W)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    ROWS: gl.constexpr = rows_layout(W)
     TOKEN: gl.constexpr = gl.SliceLayout(1, mma_layout(C))
     AREA: gl.constexpr = DA * DC
     dtype: gl.constexpr = c_rows.dtype
@@ -159,8 +134,7 @@ def _compute(
         give_product(at_end, at, x, behind_rows.index(PART * HEADS), ups, scale)
         if WORK == SUMMED:
             give_product(at_end, at + 1, other, behind_rows.index(PART * HEADS + 1), other_ups, scale)
-    fence_async_shared()
-    barrier()
+    publish()
     if SUMS:
         behind_ring.release(0, pred=count > 0)
     for i in range(chunks):
@@ -179,23 +153,22 @@ def _compute(
             ups, other_ups = _ups(behind_ups, at, DA, W), _ups(behind_ups, at + HEADS - 1, DA, W)
         ring.wait(i)
         if count - i * C < C:  # both groups write the same zeros
-            clear_tail(ac, i, count, rows_layout(DA))
-            clear_tail(bc, i, count, rows_layout(DA))
+            clear_tail(ac, i, count)
+            clear_tail(bc, i, count)
             if WORK == SUMMED:
-                clear_tail(a_rows.index(own + 1), i, count, rows_layout(DA))
-                clear_tail(b_rows.index(own + 1), i, count, rows_layout(DA))
-            clear_tail(cc, i, count, ROWS)
+                clear_tail(a_rows.index(own + 1), i, count)
+                clear_tail(b_rows.index(own + 1), i, count)
+            clear_tail(cc, i, count)
             if SUMS:
-                clear_tail(pc, i, count, ROWS)
-            fence_async_shared()
-            barrier()
+                clear_tail(pc, i, count)
+            publish()
         yc = gl.zeros([C, W], gl.float32, MMA)
         scores, yc, x, sums = open_chunk(ac, bc, cc, pc, copy, gs, x, yc, up, WORK, DECAY, SUMS)
         place = i * C + gl.arange(0, C, layout=TOKEN)
         if SUMS:
             gl.store(products + (block * TOKENS + begin + place) * H + h, sums * scale, mask=place < count)
         if WORK == SUMMED:
-            yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
+            yc = add_product(yc, gl.convert_layout(scores.to(dtype), LEFT), cc)
             x, yc = warpgroup_mma_wait(0, deps=(x, yc))  # to have its registers back
             ac, bc = a_rows.index(own + 1), b_rows.index(own + 1)
             scores, yc, other, sums = open_chunk(
@@ -203,7 +176,7 @@ def _compute(
             )
             if SUMS:
                 gl.store(products + (block * TOKENS + begin + place) * H + h + 1, sums * scale, mask=place < count)
-        yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), LEFT), cc, yc, is_async=True)
+        yc = add_product(yc, gl.convert_layout(scores.to(dtype), LEFT), cc)
         if WORK == SUMMED:
             other = warpgroup_mma_wait(1, deps=(other,))
             other_up = write_copy(other, other_copy)
@@ -233,7 +206,7 @@ def _compute(
             tma.store_wait(0)  # of the chunk before, whose buffer is the next one's
         barrier()
         ring.release(i)
-        send_rows(y, y_rows, out, begin, i, count, y_col, stride, ROWS)
+        send_rows(y, y_rows, out, begin, i, count, y_col, stride)
     tma.store_wait(0)
     if first:
         griddepcontrol_wait()

@@ -29,8 +29,8 @@ from lasp.kernels.triton.hopper.diagonal_shared import (
     ones,
     sums,
 )
-from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout
-from lasp.kernels.triton.hopper.shared import SHARED, SIZE, C, barrier, rows_of, send_rows
+from lasp.kernels.triton.hopper.layouts import SHARED, SIZE, C, mma_layout
+from lasp.kernels.triton.hopper.shared import barrier, rows_of, send_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import bounded
@@ -68,8 +68,6 @@ def _factors(
     MMA: gl.constexpr = mma_layout(C, gl.num_warps())
     WIDE_MMA: gl.constexpr = mma_layout(SIZE, gl.num_warps())
     COL: gl.constexpr = gl.SliceLayout(0, WIDE_MMA)
-    ROWS: gl.constexpr = rows_layout(C, gl.num_warps())
-    WIDE_ROWS: gl.constexpr = rows_layout(SIZE, gl.num_warps())
     griddepcontrol_wait()
     h = gl.program_id(1)
     slot, begin, count = chunk_of(gl.program_id(0), start, length, CHUNKS, not DELTA)
@@ -123,17 +121,17 @@ def _factors(
             p = warpgroup_mma(operands.index(0), keys, none, use_acc=False, is_async=True)
             m = warpgroup_mma(operands.index(1), keys, none, use_acc=False, is_async=True)
             p, m = warpgroup_mma_wait(0, deps=(p, m))  # before a branch, which might move their registers
-        send_rows(written + at, written_rows, pieces.index(0), begin, 0, count, column, H * SIZE, WIDE_ROWS)
-        send_rows(read_q + at, read_q_rows, qc, begin, 0, count, column, H * SIZE, WIDE_ROWS)
+        send_rows(written + at, written_rows, pieces.index(0), begin, 0, count, column, H * SIZE)
+        send_rows(read_q + at, read_q_rows, qc, begin, 0, count, column, H * SIZE)
         if DELTA:
-            send_rows(read_k + at, read_k_rows, kc, begin, 0, count, column, H * SIZE, WIDE_ROWS)
+            send_rows(read_k + at, read_k_rows, kc, begin, 0, count, column, H * SIZE)
         if SCORES:
             row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
             out = pieces.index(1)._reinterpret(dtype, [2, C, C], SHARED).index(0)
             out.store(gl.where(row[:, None] >= col[None, :], p * scale, 0.0).to(dtype))
             fence_async_shared()
             barrier()
-            send_rows(scores + begin * (H * C) + h * C, scores_rows, out, begin, 0, count, h * C, H * C, ROWS)
+            send_rows(scores + begin * (H * C) + h * C, scores_rows, out, begin, 0, count, h * C, H * C)
             at_m = (row * (H * C))[:, None] + col[None, :]
             read = (row < count)[:, None] & (row[:, None] // 8 >= col[None, :] // 8)  # whole sectors of memory
             gl.store((products + begin * (H * C) + h * C) + at_m, m, mask=read)

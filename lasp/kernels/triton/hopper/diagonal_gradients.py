@@ -29,7 +29,6 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
-from lasp.kernels.triton.hopper.delta_shared import give_tokens
 from lasp.kernels.triton.hopper.diagonal_shared import (
     chunk_of,
     cut_in_two,
@@ -40,19 +39,8 @@ from lasp.kernels.triton.hopper.diagonal_shared import (
     ones,
     sums,
 )
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    HALF,
-    MMA,
-    ROWS,
-    SHARED,
-    SIZE,
-    WIDE_ROWS,
-    C,
-    barrier,
-    clear_tail,
-    rows_of,
-)
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, ROWS, SHARED, SIZE, WIDE_ROWS, C
+from lasp.kernels.triton.hopper.shared import barrier, clear_tail, rows_of, store_tokens
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import SHUT, bounded
@@ -171,10 +159,10 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     if DELTA:
         mbarrier.wait(dr_full, 0)
     if count < C:
-        clear_tail(uc, 0, count, WIDE_ROWS)
-        clear_tail(doc, 0, count, WIDE_ROWS)
+        clear_tail(uc, 0, count)
+        clear_tail(doc, 0, count)
         if DELTA:
-            clear_tail(drc, 0, count, WIDE_ROWS)
+            clear_tail(drc, 0, count)
     fence_async_shared()
     barrier()
 
@@ -211,8 +199,8 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full, 0)
     if count < C:
-        clear_tail(qc, 0, count, ROWS)
-        clear_tail(kc, 0, count, ROWS)
+        clear_tail(qc, 0, count)
+        clear_tail(kc, 0, count)
     barrier()
 
     operands, others = uc._reinterpret(dtype, [2, C, HALF], SHARED), doc._reinterpret(dtype, [2, C, HALF], SHARED)
@@ -269,8 +257,8 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     dg = warpgroup_mma_wait(0, deps=(dg,))  # before a branch, which might move its registers
     summed = (begin * (H // STEP) + h // STEP) * SIZE + channel
     if ADD or count < C:
-        give_tokens(dq_at + summed, qc, 0, count, H // STEP * SIZE, ROWS, ADD)
-        give_tokens(dk_at + summed, kc, 0, count, H // STEP * SIZE, ROWS, ADD)
+        store_tokens(dq_at + summed, qc, 0, count, H // STEP * SIZE, ADD)
+        store_tokens(dk_at + summed, kc, 0, count, H // STEP * SIZE, ADD)
     else:
         tma.async_copy_shared_to_global(dq_rows, [token, h // STEP * SIZE + channel], qc)
         tma.async_copy_shared_to_global(dk_rows, [token, h // STEP * SIZE + channel], kc)

@@ -7,8 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from lasp.kernels.triton.hopper.layouts import mma_layout
-from lasp.kernels.triton.hopper.shared import SIZE, C
+from lasp.kernels.triton.hopper.layouts import SIZE, C, mma_layout
 from lasp.kernels.triton.shared.decay import LOG2_E
 
 

@@ -7,33 +7,15 @@ rows decay, from chunk to chunk.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.diagonal.rescale import Rescaled
+from lasp.kernels.triton.hopper.layouts import HALF, LEFT, MMA, SHARED, SIZE, C
+from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    HALF,
-    LEFT,
-    MMA,
-    REGISTERS,
-    ROWS,
-    SHARED,
-    SIZE,
-    WIDE_ROWS,
-    C,
-    barrier,
-    clear_tail,
-    rows_of,
-    send_rows,
-)
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.state_passing import InitialStates
@@ -99,9 +81,7 @@ def _compute(
     x = _initial_state(initial, tile, h, H, PART * HALF) * gl.exp(half * end)[:, None]
     copy, out = x_copies.index(PART), outputs.index(PART)
     copy.store(x.to(dtype))
-    fence_async_shared()
-    barrier()
-    nothing = gl.zeros([C, HALF], gl.float32, MMA)
+    publish()
     for step in range(chunks):
         i, stage = _place(step, chunks, DOWN), step % ring.stages
         ac, bc, cc = a_rows.index(stage), b_rows.index(stage), c_rows.index(2 * stage + PART)
@@ -111,18 +91,17 @@ def _compute(
         next_end, next_decay = gl.load(ends + at * SIZE + row), gl.load(ln_chunk_decay + at)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
-            clear_tail(ac, i, count, WIDE_ROWS)
-            clear_tail(bc, i, count, WIDE_ROWS)
-            clear_tail(cc, i, count, ROWS)
-            fence_async_shared()
-            barrier()
-        scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        yc = warpgroup_mma(ac, copy, nothing, use_acc=False, is_async=True)
+            clear_tail(ac, i, count)
+            clear_tail(bc, i, count)
+            clear_tail(cc, i, count)
+            publish()
+        scores = product(ac, bc.permute((1, 0)), MMA)
+        yc = product(ac, copy, MMA)
         x *= gl.exp((1.0 - 2.0 * half) * end)[:, None]
-        x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
+        x = add_product(x, bc.permute((1, 0)), cc)
         scores = warpgroup_mma_wait(2, deps=(scores,))
         scores = gl.where(seen & (half > 0.0), scores, 0.0).to(dtype)  # see diagonal.secondary
-        yc = warpgroup_mma(gl.convert_layout(scores, LEFT), cc, yc, is_async=True)
+        yc = add_product(yc, gl.convert_layout(scores, LEFT), cc)
         next_half = gl.where(next_decay > MAX_LN_DECAY, 0.0, 0.5)
         rows_decay = gl.exp(half * end + next_half * next_end)
         x, yc = warpgroup_mma_wait(0, deps=(x, yc))
@@ -132,10 +111,9 @@ def _compute(
         barrier()
         copy.store(x.to(dtype))
         out.store(yc.to(dtype))
-        fence_async_shared()
-        barrier()
+        publish()
         ring.release(step)
-        send_rows(y, y_rows, out, begin, i, count, column, H * SIZE, ROWS)
+        send_rows(y, y_rows, out, begin, i, count, column, H * SIZE)
     tma.store_wait(0)
 
 

@@ -24,25 +24,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import scales, write_copy
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    MMA,
-    SHARED,
-    SIZE,
-    WIDE_LEFT,
-    WIDE_MMA,
-    WIDE_ROWS,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    load_initial_state,
-    rows_of,
-    send_rows,
-    whole_decay,
-)
+from lasp.kernels.triton.hopper.scalar_shared import load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import barrier, clear_tail, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.chunk_states import ChunkStates
@@ -77,7 +63,7 @@ def _take(rings, buffers, step, i, count):
     rings[0].wait(step)
     if count - i * C < C:
         for n in gl.static_range(4):
-            clear_tail(buffers[n].index(step % rings[0].stages), i, count, WIDE_ROWS)
+            clear_tail(buffers[n].index(step % rings[0].stages), i, count)
         fence_async_shared()
         barrier()
 
@@ -184,7 +170,7 @@ def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECA
         out.store((yc * after).to(dtype))
         fence_async_shared()
         barrier()
-        send_rows(dv, dv_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+        send_rows(dv, dv_rows, out, begin, i, count, h * SIZE, H * SIZE)
         yc = warpgroup_mma(vc, copy.permute((1, 0)), none, use_acc=False, is_async=True)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
         yc = warpgroup_mma(gl.convert_layout(other_left, WIDE_LEFT), qc, yc, is_async=True)
@@ -197,7 +183,7 @@ def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECA
         out.store((yc * after).to(dtype))
         fence_async_shared()
         barrier()
-        send_rows(dk, dk_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+        send_rows(dk, dk_rows, out, begin, i, count, h * SIZE, H * SIZE)
     tma.store_wait(0)
 
 
@@ -242,7 +228,7 @@ def _queries(buffers, rings, gs, out, gates, before_ups, outputs, numbers, DECAY
         out.store((yc * after).to(out.dtype))
         fence_async_shared()
         barrier()
-        send_rows(dq, dq_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+        send_rows(dq, dq_rows, out, begin, i, count, h * SIZE, H * SIZE)
         tma.store_wait(0)
         barrier()
         handed.release(step)

@@ -6,35 +6,17 @@ dk of two heads that share q and k is their sum: one group adds what the other o
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import write_copy
-from lasp.kernels.triton.hopper.layouts import rows_layout, shared_layout
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, C, shared_layout
+from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    HALF,
-    MMA,
-    REGISTERS,
-    Behind,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    load_initial_state,
-    rows_of,
-    send_rows,
-    whole_decay,
-)
+from lasp.kernels.triton.hopper.scalar_shared import Behind, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -89,8 +71,7 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
     if DECAY != NONE:
         g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
         gs.store(g)
-    fence_async_shared()
-    barrier()
+    publish()
     for step in range(chunks):
         i = chunks - 1 - step
         stage = step % ring.stages
@@ -110,21 +91,19 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
                 gl.store(behind_ups + place, up * gl.max(gl.exp2(before), axis=0))
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
-            clear_tail(qc, i, count, rows_layout(K))
-            clear_tail(kc, i, count, rows_layout(K))
-            clear_tail(vc, i, count, rows_layout(HALF))
-            clear_tail(doc, i, count, rows_layout(HALF))
-            fence_async_shared()
-            barrier()
+            clear_tail(qc, i, count)
+            clear_tail(kc, i, count)
+            clear_tail(vc, i, count)
+            clear_tail(doc, i, count)
+            publish()
         if DECAY != NONE:
             end = whole_decay(gs, ROW)
             if dtype == gl.float16:
                 end = end - head_room(gs, ROW, dtype) + before
             x *= gl.exp2(end)[:, None]
-        nothing = gl.zeros([C, C], gl.float32, MMA)
-        scores = warpgroup_mma(kc, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        others = warpgroup_mma(vc, doc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        dvc = warpgroup_mma(kc, copy, nothing, use_acc=False, is_async=True)
+        scores = product(kc, qc.permute((1, 0)), MMA)
+        others = product(vc, doc.permute((1, 0)), MMA)
+        dvc = product(kc, copy, MMA)
         weights = gl.where(seen, 1.0, 0.0)
         read = gl.full([C], 1.0, gl.float32, ROW)
         if DECAY != NONE:
@@ -138,15 +117,12 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
         left = gl.convert_layout(scores.to(dtype), LEFT)
         other_left = gl.convert_layout((others * weights).to(dtype), LEFT)
         sums = sum_of_pairs(pairs_of(scores, others)) if SUMS else read
-        if DECAY == NONE:
-            x = warpgroup_mma(qc.permute((1, 0)), doc, x, is_async=True)
-        else:
-            x = warpgroup_mma(written(qc, gs, LEFT), doc, x, is_async=True)
+        x = add_product(x, qc.permute((1, 0)) if DECAY == NONE else written(qc, gs, LEFT), doc)
         dvc *= read[:, None]
         if SUMS:
             sums += gl.sum(vc.load(MMA).to(gl.float32) * dvc, axis=1)
             gl.store(products + (begin + i * C + row) * H + h, sums * scale, mask=i * C + row < count)
-        dvc = warpgroup_mma(left, doc, dvc, is_async=True)
+        dvc = add_product(dvc, left, doc)
         if DECAY != NONE:
             before = head_room(gs, ROW, dtype)
             gs.store(g)
@@ -161,9 +137,9 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
                 joint.acquire(step)
         for piece in gl.static_range(K // HALF):
             keys = copy.slice(piece * HALF, HALF, dim=0)
-            dkc = warpgroup_mma(vc, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dkc = product(vc, keys.permute((1, 0)), MMA)
             dkc = warpgroup_mma_wait(0, deps=(dkc,)) * read[:, None]
-            dkc = warpgroup_mma(other_left, qc.slice(piece * HALF, HALF, dim=1), dkc, is_async=True)
+            dkc = add_product(dkc, other_left, qc.slice(piece * HALF, HALF, dim=1))
             dkc = warpgroup_mma_wait(0, deps=(dkc,)) * scale
             out = dk_out.slice(piece * HALF, HALF, dim=1)
             if SHARED_KEYS and PART == 0:
@@ -175,12 +151,11 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
         if SHARED_KEYS and PART == 1:
             barrier()
             mbarrier.arrive(joint.full.index(0), count=1)
-        fence_async_shared()
-        barrier()
+        publish()
         ring.release(step)
-        send_rows(dv, dv_rows, dv_out, begin, i, count, h * HALF, H * HALF, rows_layout(HALF))
+        send_rows(dv, dv_rows, dv_out, begin, i, count, h * HALF, H * HALF)
         if not SHARED_KEYS or PART == 0:
-            send_rows(dk, dk_rows, dk_out, begin, i, count, dk_col, dk_stride, rows_layout(K))
+            send_rows(dk, dk_rows, dk_out, begin, i, count, dk_col, dk_stride)
     tma.store_wait(0)
 
 

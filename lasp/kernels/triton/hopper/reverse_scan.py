@@ -9,39 +9,17 @@ X is the gradient of the state / scale. Each group holds half of its rows, and t
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import LARGE
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
+from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, written
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    HALF,
-    MMA,
-    REGISTERS,
-    SHARED,
-    SIZE,
-    WIDE_LEFT,
-    WIDE_MMA,
-    WIDE_ROWS,
-    C,
-    barrier,
-    clear_tail,
-    half_rows,
-    load_gates,
-    load_initial_state,
-    rows_of,
-    send_rows,
-    whole_decay,
-)
+from lasp.kernels.triton.hopper.scalar_shared import half_rows, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -120,8 +98,7 @@ def _compute(
     if DECAY != NONE:
         g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
         gs.store(g)
-    fence_async_shared()
-    barrier()
+    publish()
     mbarrier.arrive(ready, count=1)
     for step in range(chunks):
         i = chunks - 1 - step
@@ -132,12 +109,11 @@ def _compute(
         mbarrier.wait(ready, step & 1)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
-            clear_tail(qc, i, count, WIDE_ROWS)
-            clear_tail(kc, i, count, WIDE_ROWS)
-            clear_tail(vc, i, count, WIDE_ROWS)
-            clear_tail(doc, i, count, WIDE_ROWS)
-            fence_async_shared()
-            barrier()
+            clear_tail(qc, i, count)
+            clear_tail(kc, i, count)
+            clear_tail(vc, i, count)
+            clear_tail(doc, i, count)
+            publish()
         if DECAY != NONE:
             end = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA))
             if dtype == gl.float16:
@@ -147,19 +123,17 @@ def _compute(
             left, right, summed, xs = kc, qc, doc, x_copies.index(step % 2)
         else:
             left, right, summed, xs = vc, doc, qc, x_copies.index(step % 2).permute((1, 0))
-        scores = warpgroup_mma(
-            left, right.permute((1, 0)), gl.zeros([C, C], gl.float32, MMA), use_acc=False, is_async=True
-        )
-        yc = warpgroup_mma(left, xs, gl.zeros([C, SIZE], gl.float32, WIDE_MMA), use_acc=False, is_async=True)
+        scores = product(left, right.permute((1, 0)), MMA)
+        yc = product(left, xs, WIDE_MMA)
         queries = qc.slice(PART * HALF, HALF, dim=1)
         if DECAY == NONE:
-            x = warpgroup_mma(queries.permute((1, 0)), doc, x, is_async=True)
+            x = add_product(x, queries.permute((1, 0)), doc)
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores = gl.where(seen, scores, 0.0)
             if dtype == gl.float16:
                 yc = warpgroup_mma_wait(1, deps=(yc,)) * up
         else:
-            x = warpgroup_mma(written(queries, gs, WIDE_LEFT), doc, x, is_async=True)
+            x = add_product(x, written(queries, gs, WIDE_LEFT), doc)
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
             read = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA))
@@ -171,7 +145,7 @@ def _compute(
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores *= weights
             yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
-        yc = warpgroup_mma(gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed, yc, is_async=True)
+        yc = add_product(yc, gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed)
         x = warpgroup_mma_wait(1, deps=(x,))
         up = _write_copy(x, x_copies, step + 1, peaks, PART)
         if DECAY != NONE:
@@ -182,10 +156,9 @@ def _compute(
         mbarrier.arrive(ready, count=1)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
         out.store(yc.to(dtype))
-        fence_async_shared()
-        barrier()
+        publish()
         ring.release(step)
-        send_rows(y, y_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+        send_rows(y, y_rows, out, begin, i, count, h * SIZE, H * SIZE)
     tma.store_wait(0)
 
 

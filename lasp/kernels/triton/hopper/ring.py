@@ -31,6 +31,11 @@ class Ring:
         return self.full.index(step % self.stages)
 
     @gluon.jit
+    def fill(self, step):
+        """Step's buffer has been written."""
+        mbarrier.arrive(self.full.index(step % self.stages), count=1)
+
+    @gluon.jit
     def wait(self, step):
         """Waits until step's buffer may be read."""
         mbarrier.wait(self.full.index(step % self.stages), step // self.stages & 1)

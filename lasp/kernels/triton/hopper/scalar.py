@@ -10,9 +10,10 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
 from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
 from lasp.kernels.triton.hopper.joint_scan import joint_scan
+from lasp.kernels.triton.hopper.layouts import HALF
 from lasp.kernels.triton.hopper.pair_reverse_scan import pair_reverse_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
-from lasp.kernels.triton.hopper.shared import HALF, new_behind
+from lasp.kernels.triton.hopper.scalar_shared import new_behind
 from lasp.kernels.triton.hopper.tile_states import tile_states
 from lasp.kernels.triton.scalar.backend import Grads, Saved
 from lasp.kernels.triton.scalar.chunk_states import chunk_states

@@ -8,27 +8,15 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C, mma_layout, shared_layout
+from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    REGISTERS,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    rows_of,
-)
+from lasp.kernels.triton.hopper.scalar_shared import load_gates
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, rows_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import LOG2_E, NONE
@@ -114,17 +102,17 @@ def _compute(
             g, end = load_gates(gates, begin, ahead, count, h, H, DECAY)
         ring.wait(step)
         if count - i * C < C:  # if both groups read them, they write the same zeros
-            clear_tail(kc, i, count, rows_layout(ROWS))
-            clear_tail(vc, i, count, rows_layout(V))
+            clear_tail(kc, i, count)
+            clear_tail(vc, i, count)
             fence_async_shared()
         keys = kc.permute((1, 0))
         barrier()
         ring.release(step + ring.stages - 1, pred=step > 0)  # of the step before
         if DECAY == NONE:
-            state = warpgroup_mma(keys, vc, state, is_async=True)
+            state = add_product(state, keys, vc)
         else:
             scaled = keys.load(LEFT) * weights.load(gl.SliceLayout(0, LEFT))[None, :]
-            state = warpgroup_mma(scaled.to(dtype), vc, state, is_async=True)
+            state = add_product(state, scaled.to(dtype), vc)
         state = warpgroup_mma_wait(0, deps=(state,))
     tile = gl.program_id(0).to(gl.int64)
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
