@@ -4,6 +4,8 @@ As in chunk_scan two groups of warps have half of a head's columns each. q̃ and
 rows decay, from chunk to chunk.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,6 +17,7 @@ from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.layouts import HALF, LEFT, MMA, SHARED, SIZE, C
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import make_ring
+from lasp.kernels.triton.hopper.scalar_shared import Initial, Tile
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -28,65 +31,88 @@ def _place(step, chunks, DOWN: gl.constexpr):
     return chunks - 1 - step if DOWN else step
 
 
+class _Rows(NamedTuple):
+    """Of chunks: how they come, or where in shared memory they lie, by stages of the ring, c's by halves."""
+
+    a: gl.shared_memory_descriptor
+    b: gl.shared_memory_descriptor
+    c: gl.shared_memory_descriptor
+
+
+class _Inputs(NamedTuple):
+    """What a scan reads beside chunks' rows."""
+
+    ends: gl.tensor
+    ln_chunk_decay: gl.tensor
+    initial: Initial
+
+
+class _Outputs(NamedTuple):
+    """What it writes, and copies of it in shared memory, for each group of warps."""
+
+    y: gl.tensor
+    y_rows: gl.tensor
+    states: gl.tensor
+    copies_of_y: gl.shared_memory_descriptor
+    copies_of_states: gl.shared_memory_descriptor
+
+
 @gluon.jit
-def _fetch(a, b, c, buffers, ring, begin, count, h, DOWN: gl.constexpr):
-    a_rows, b_rows, c_rows = buffers
-    chunks = gl.cdiv(count, C)
+def _fetch(sources, rows, ring, tile, DOWN: gl.constexpr):
+    h = tile.h
+    chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
-        token = begin.to(gl.int32) + _place(step, chunks, DOWN) * C
+        token = tile.begin.to(gl.int32) + _place(step, chunks, DOWN) * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * 3 * SIZE)
-        tma.async_copy_global_to_shared(a, [token, h * SIZE], filled, a_rows.index(stage))
-        tma.async_copy_global_to_shared(b, [token, h * SIZE], filled, b_rows.index(stage))
+        tma.async_copy_global_to_shared(sources.a, [token, h * SIZE], filled, rows.a.index(stage))
+        tma.async_copy_global_to_shared(sources.b, [token, h * SIZE], filled, rows.b.index(stage))
         for part in gl.static_range(2):
             column = h * SIZE + part * HALF
-            tma.async_copy_global_to_shared(c, [token, column], filled, c_rows.index(2 * stage + part))
+            tma.async_copy_global_to_shared(sources.c, [token, column], filled, rows.c.index(2 * stage + part))
 
 
 @gluon.jit
 def _initial_state(initial, tile, h, H, column):
     """What enters the tile, [SIZE, HALF]: see state_passing.load_initial_state."""
-    local, incoming, passed, owner = initial
     row, col = gl.arange(0, SIZE, layout=ROW), column + gl.arange(0, HALF, layout=COL)
     at, head = row[:, None] * SIZE + col[None, :], tile * H + h
-    x = gl.load(local + head * SIZE * SIZE + at)
-    if incoming is not None:
-        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)
-        if passed is not None:
-            came *= gl.exp(gl.load(passed + head * SIZE + row))[:, None]
+    x = gl.load(initial.local + head * SIZE * SIZE + at)
+    if initial.incoming is not None:
+        came = gl.load(initial.incoming + (gl.load(initial.owner + tile).to(gl.int64) * H + h) * SIZE * SIZE + at)
+        if initial.passed is not None:
+            came *= gl.exp(gl.load(initial.passed + head * SIZE + row))[:, None]
         x += came
     return x
 
 
 @gluon.jit
 def _compute(
-    shared, tensors, numbers, PART: gl.constexpr, DOWN: gl.constexpr, MAX_LN_DECAY: gl.constexpr
+    rows, ring, inputs, outputs, tile, PART: gl.constexpr, DOWN: gl.constexpr, MAX_LN_DECAY: gl.constexpr
 ):  # PART: the group of warps
-    buffers, x_copies, outputs, ring = shared
-    a_rows, b_rows, c_rows = buffers
-    ends, ln_chunk_decay, initial, y, y_rows, states = tensors
-    begin, count, tile, h, H = numbers
-    dtype: gl.constexpr = c_rows.dtype
+    ends, ln_chunk_decay = inputs.ends, inputs.ln_chunk_decay
+    begin, count, h, H, number = tile.begin, tile.length, tile.h, tile.H, gl.program_id(0).to(gl.int64)
+    dtype: gl.constexpr = rows.c.dtype
     column = h * SIZE + PART * HALF
-    y += begin * (H * SIZE) + column
+    y = outputs.y + begin * (H * SIZE) + column
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
-    slot = (begin // C + tile) * H + h  # of the tile's first chunk
+    slot = (begin // C + number) * H + h  # of the tile's first chunk
     row = gl.arange(0, SIZE, layout=ROW)
     token, other = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
     seen = token[:, None] <= other[None, :] if DOWN else token[:, None] >= other[None, :]
     at = slot + _place(0, last + 1, DOWN) * H
     end = gl.load(ends + at * SIZE + row)
     half = gl.where(gl.load(ln_chunk_decay + at) > MAX_LN_DECAY, 0.0, 0.5)
-    x = _initial_state(initial, tile, h, H, PART * HALF) * gl.exp(half * end)[:, None]
-    copy, out = x_copies.index(PART), outputs.index(PART)
+    x = _initial_state(inputs.initial, number, h, H, PART * HALF) * gl.exp(half * end)[:, None]
+    copy, out = outputs.copies_of_states.index(PART), outputs.copies_of_y.index(PART)
     copy.store(x.to(dtype))
     publish()
     for step in range(chunks):
         i, stage = _place(step, chunks, DOWN), step % ring.stages
-        ac, bc, cc = a_rows.index(stage), b_rows.index(stage), c_rows.index(2 * stage + PART)
+        ac, bc, cc = rows.a.index(stage), rows.b.index(stage), rows.c.index(2 * stage + PART)
         if DOWN:
-            tma.async_copy_shared_to_global(states, [((slot + i * H) * SIZE).to(gl.int32), PART * HALF], copy)
+            tma.async_copy_shared_to_global(outputs.states, [((slot + i * H) * SIZE).to(gl.int32), PART * HALF], copy)
         at = slot + _place(gl.minimum(step + 1, last), chunks, DOWN) * H
         next_end, next_decay = gl.load(ends + at * SIZE + row), gl.load(ln_chunk_decay + at)
         ring.wait(step)
@@ -113,7 +139,7 @@ def _compute(
         out.store(yc.to(dtype))
         publish()
         ring.release(step)
-        send_rows(y, y_rows, out, begin, i, count, column, H * SIZE)
+        send_rows(y, outputs.y_rows, out, begin, i, count, column, H * SIZE)
     tma.store_wait(0)
 
 
@@ -141,17 +167,17 @@ def _walk(
     b_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     c_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], SHARED)
     x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, HALF], SHARED)
-    outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
+    y_copies = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
     ring = make_ring(STAGES)
-    buffers = (a_rows, b_rows, c_rows)
-    shared = (buffers, x_copies, outputs, ring)
-    tensors = (ends, ln_chunk_decay, (local, incoming, passed, owner), y, y_rows, states)
-    numbers = (begin, count, tile, h, H)
+    sources, rows = _Rows(a, b, c), _Rows(a_rows, b_rows, c_rows)
+    inputs = _Inputs(ends, ln_chunk_decay, Initial(local, incoming, passed, owner))
+    outputs = _Outputs(y, y_rows, states, y_copies, x_copies)
+    here = Tile(begin, count, None, h, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, numbers, 0, DOWN, MAX_LN_DECAY)),
-            (_compute, (shared, tensors, numbers, 1, DOWN, MAX_LN_DECAY)),
-            (_fetch, (a, b, c, buffers, ring, begin, count, h, DOWN)),
+            (_compute, (rows, ring, inputs, outputs, here, 0, DOWN, MAX_LN_DECAY)),
+            (_compute, (rows, ring, inputs, outputs, here, 1, DOWN, MAX_LN_DECAY)),
+            (_fetch, (sources, rows, ring, here, DOWN)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -27,7 +27,7 @@ from lasp.kernels.triton.hopper.chunk_step import scales, write_copy
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import load_gates, load_initial_state
+from lasp.kernels.triton.hopper.scalar_shared import Initial, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import barrier, clear_tail, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -282,7 +282,7 @@ def _joint_scan(
     rings = (make_ring(STAGES, 3), make_ring(1, 2), make_ring(1, 1), make_ring(1, 1))
     buffers = (q_rows, k_rows, v_rows, do_rows, x_rows)
     numbers = (begin, count, chunk, h, scale, H)
-    initial = (local, incoming, passed, owner)
+    initial = Initial(local, incoming, passed, owner)
     copied = (copy, copy_up)
     gl.warp_specialize(
         [

@@ -3,6 +3,8 @@
 dk of two heads that share q and k is their sum: one group adds what the other one hands it in shared memory.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,8 +16,8 @@ from lasp.kernels.triton.hopper.chunk_step import write_copy
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, C, shared_layout
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
-from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Behind, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.ring import Ring, make_ring
+from lasp.kernels.triton.hopper.scalar_shared import Behind, Initial, Rows, Tile, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -23,39 +25,65 @@ from lasp.kernels.triton.shared.decay import NONE
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
 
+class _Staged(NamedTuple):
+    """What the groups of warps keep in shared memory, each its own; but one dk of heads that share q and k."""
+
+    states: gl.shared_memory_descriptor  # [2, K, 64]
+    gates: gl.shared_memory_descriptor  # [2, C]
+    dv: gl.shared_memory_descriptor  # [2, C, 64]
+    dk: gl.shared_memory_descriptor  # [1 or 2, C, K]
+
+
+class _Rings(NamedTuple):
+    rows: Ring
+    dk: Ring  # the sum of two heads, which one begins
+
+
+class _Outputs(NamedTuple):
+    dk: gl.tensor
+    dk_rows: gl.tensor
+    dv: gl.tensor
+    dv_rows: gl.tensor
+    products: gl.tensor
+    behind: gl.tensor
+    behind_ups: gl.tensor
+
+
 @gluon.jit
-def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
-    q_rows, k_rows, v_rows, do_rows = buffers
-    K: gl.constexpr = q_rows.shape[2]
-    OWN: gl.constexpr = q_rows.shape[0] // ring.stages  # heads whose q and k are not the same
-    chunks = gl.cdiv(count, C)
+def _fetch(sources, rows, ring, tile, G):
+    K: gl.constexpr = rows.q.shape[2]
+    OWN: gl.constexpr = rows.q.shape[0] // ring.stages  # heads whose q and k are not the same
+    h = tile.h
+    chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
-        row = begin.to(gl.int32) + (chunks - 1 - step) * C
+        token = tile.begin.to(gl.int32) + (chunks - 1 - step) * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 4 * C * (OWN * K + 2 * HALF))
         for n in gl.static_range(OWN):
-            tma.async_copy_global_to_shared(k, [row, (h + n) // G * K], filled, k_rows.index(OWN * stage + n))
-            tma.async_copy_global_to_shared(q, [row, (h + n) // G * K], filled, q_rows.index(OWN * stage + n))
+            own, column = OWN * stage + n, (h + n) // G * K
+            tma.async_copy_global_to_shared(sources.k, [token, column], filled, rows.k.index(own))
+            tma.async_copy_global_to_shared(sources.q, [token, column], filled, rows.q.index(own))
         for n in gl.static_range(2):
-            tma.async_copy_global_to_shared(v, [row, (h + n) * HALF], filled, v_rows.index(2 * stage + n))
-            tma.async_copy_global_to_shared(do, [row, (h + n) * HALF], filled, do_rows.index(2 * stage + n))
+            own, column = 2 * stage + n, (h + n) * HALF
+            tma.async_copy_global_to_shared(sources.v, [token, column], filled, rows.v.index(own))
+            tma.async_copy_global_to_shared(sources.do, [token, column], filled, rows.do.index(own))
 
 
 @gluon.jit
-def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, SUMS: gl.constexpr):
-    buffers, x_copies, dv_outputs, dk_outputs, gates_copies, ring, joint = shared
-    gates, initial, dk, dk_rows, dv, dv_rows, products, behind, behind_ups = tensors
-    begin, count, chunk, h, scale, H = numbers
-    q_rows, k_rows, v_rows, do_rows = buffers
-    K: gl.constexpr = q_rows.shape[2]
-    OWN: gl.constexpr = q_rows.shape[0] // ring.stages
+def _compute(rows, staged, rings, gates, initial, outputs, tile, scale, PART: gl.constexpr, DECAY: gl.constexpr):
+    ring, joint = rings.rows, rings.dk
+    begin, count, chunk, h, H = tile.begin, tile.length, tile.chunk, tile.h, tile.H
+    dk, dv, products = outputs.dk, outputs.dv, outputs.products
+    SUMS: gl.constexpr = products is not None
+    K: gl.constexpr = rows.q.shape[2]
+    OWN: gl.constexpr = rows.q.shape[0] // ring.stages
     SHARED_KEYS: gl.constexpr = OWN == 1
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
-    dtype: gl.constexpr = q_rows.dtype
+    dtype: gl.constexpr = rows.q.dtype
     h += PART
-    copy, gs = x_copies.index(PART), gates_copies.index(PART)
-    dv_out, dk_out = dv_outputs.index(PART), dk_outputs.index(PART if OWN == 2 else 0)
+    copy, gs = staged.states.index(PART), staged.gates.index(PART)
+    dv_out, dk_out = staged.dv.index(PART), staged.dk.index(PART if OWN == 2 else 0)
     summed: gl.constexpr = 2 if SHARED_KEYS else 1  # heads, in dk
     dk_col, dk_stride = h // summed * K, H // summed * K
     dk += begin * dk_stride + dk_col
@@ -77,18 +105,18 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
         stage = step % ring.stages
         own = OWN * stage + (PART if OWN == 2 else 0)
         qc, kc, vc, doc = (
-            q_rows.index(own),
-            k_rows.index(own),
-            v_rows.index(2 * stage + PART),
-            do_rows.index(2 * stage + PART),
+            rows.q.index(own),
+            rows.k.index(own),
+            rows.v.index(2 * stage + PART),
+            rows.do.index(2 * stage + PART),
         )
         if DECAY != NONE:
             g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         if SUMS:
             place = (chunk + i) * H + h
-            tma.async_copy_shared_to_global(behind, [(place * K).to(gl.int32), 0], copy)
+            tma.async_copy_shared_to_global(outputs.behind, [(place * K).to(gl.int32), 0], copy)
             if dtype == gl.float16:
-                gl.store(behind_ups + place, up * gl.max(gl.exp2(before), axis=0))
+                gl.store(outputs.behind_ups + place, up * gl.max(gl.exp2(before), axis=0))
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(qc, i, count)
@@ -150,12 +178,12 @@ def _compute(shared, tensors, numbers, PART: gl.constexpr, DECAY: gl.constexpr, 
         up = write_copy(x, copy)
         if SHARED_KEYS and PART == 1:
             barrier()
-            mbarrier.arrive(joint.full.index(0), count=1)
+            joint.fill(step)
         publish()
         ring.release(step)
-        send_rows(dv, dv_rows, dv_out, begin, i, count, h * HALF, H * HALF)
+        send_rows(dv, outputs.dv_rows, dv_out, begin, i, count, h * HALF, H * HALF)
         if not SHARED_KEYS or PART == 0:
-            send_rows(dk, dk_rows, dk_out, begin, i, count, dk_col, dk_stride)
+            send_rows(dk, outputs.dk_rows, dk_out, begin, i, count, dk_col, dk_stride)
     tma.store_wait(0)
 
 
@@ -201,16 +229,17 @@ def _pair_reverse_scan(
     dv_outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], shared_layout(HALF))
     dk_outputs = gl.allocate_shared_memory(dtype, [OWN, C, K], shared_layout(K))
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
-    ring, joint = make_ring(STAGES), make_ring(1, 1)
-    buffers = (q_rows, k_rows, v_rows, do_rows)
-    shared = (buffers, x_copies, dv_outputs, dk_outputs, gates_copies, ring, joint)
-    tensors = (gates, (local, incoming, passed, owner), dk, dk_rows, dv, dv_rows, products, behind, behind_ups)
-    numbers = (begin, count, chunk, h, scale, H)
+    rings = _Rings(make_ring(STAGES), make_ring(1, 1))
+    rows, sources = Rows(q_rows, k_rows, v_rows, do_rows), Rows(q, k, v, do)
+    staged = _Staged(x_copies, gates_copies, dv_outputs, dk_outputs)
+    initial = Initial(local, incoming, passed, owner)
+    outputs = _Outputs(dk, dk_rows, dv, dv_rows, products, behind, behind_ups)
+    here = Tile(begin, count, chunk, h, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, numbers, 0, DECAY, SUMS)),
-            (_compute, (shared, tensors, numbers, 1, DECAY, SUMS)),
-            (_fetch, (q, k, v, do, buffers, ring, begin, count, h, G)),
+            (_compute, (rows, staged, rings, gates, initial, outputs, here, scale, 0, DECAY)),
+            (_compute, (rows, staged, rings, gates, initial, outputs, here, scale, 1, DECAY)),
+            (_fetch, (sources, rows, rings.rows, here, G)),
         ],
         [4, 1],
         [REGISTERS, 24],

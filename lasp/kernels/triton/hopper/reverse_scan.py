@@ -6,6 +6,8 @@
 X is the gradient of the state / scale. Each group holds half of its rows, and tells the other when they are ready.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,8 +19,8 @@ from lasp.kernels.triton.hopper.chunk_step import LARGE
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, written
-from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import half_rows, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.ring import Ring, make_meeting, make_ring
+from lasp.kernels.triton.hopper.scalar_shared import Initial, Rows, Tile, half_rows, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -29,34 +31,47 @@ from lasp.kernels.triton.shared.state_passing import InitialStates
 PASSAGE = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
 
 
+class _Staged(NamedTuple):
+    """What both groups of warps keep in shared memory."""
+
+    states: gl.shared_memory_descriptor  # [2, SIZE, SIZE]: one is read while the next is written
+    gates: gl.shared_memory_descriptor  # [2, C]: a group's own
+    y: gl.shared_memory_descriptor  # [2, C, SIZE], likewise
+    peaks: gl.shared_memory_descriptor  # [4, 1]: the largest numbers of both halves of both states
+
+
+class _Meetings(NamedTuple):
+    states: Ring  # when both halves of a copy have been written
+    peaks: Ring
+
+
 @gluon.jit
-def _fetch(q, k, v, do, buffers, ring, begin, count, h, G):
-    q_rows, k_rows, v_rows, do_rows = buffers
-    chunks = gl.cdiv(count, C)
+def _fetch(sources, rows, ring, tile, G):
+    h = tile.h
+    chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
-        row = begin.to(gl.int32) + (chunks - 1 - step) * C
+        token = tile.begin.to(gl.int32) + (chunks - 1 - step) * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * SIZE * 4)
-        tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, k_rows.index(stage))
-        tma.async_copy_global_to_shared(q, [row, h // G * SIZE], filled, q_rows.index(stage))
-        tma.async_copy_global_to_shared(v, [row, h * SIZE], filled, v_rows.index(stage))
-        tma.async_copy_global_to_shared(do, [row, h * SIZE], filled, do_rows.index(stage))
+        tma.async_copy_global_to_shared(sources.k, [token, h // G * SIZE], filled, rows.k.index(stage))
+        tma.async_copy_global_to_shared(sources.q, [token, h // G * SIZE], filled, rows.q.index(stage))
+        tma.async_copy_global_to_shared(sources.v, [token, h * SIZE], filled, rows.v.index(stage))
+        tma.async_copy_global_to_shared(sources.do, [token, h * SIZE], filled, rows.do.index(stage))
 
 
 @gluon.jit
-def _write_copy(x, copies, n, peaks, PART: gl.constexpr):
+def _write_copy(x, copies, n, peaks, meeting, PART: gl.constexpr):
     """Writes a group's half of X, the n-th one, for products to read. Returns what undoes the scale of both halves: see
     chunk_step."""
     up = 1.0
     if copies.dtype == gl.float16:
         ONE: gl.constexpr = gl.SliceLayout(1, WIDE_MMA)
-        numbers, told = peaks
         most = gl.max(gl.max(gl.abs(x), axis=1), axis=0)
-        numbers.index(2 * (n % 2) + PART).store(gl.full([1], most, gl.float32, ONE))
+        peaks.index(2 * (n % 2) + PART).store(gl.full([1], most, gl.float32, ONE))
         barrier()
-        mbarrier.arrive(told, count=1)
-        mbarrier.wait(told, n & 1)
-        mine, other = numbers.index(2 * (n % 2)).load(ONE), numbers.index(2 * (n % 2) + 1).load(ONE)
+        meeting.fill(n)
+        meeting.wait(n)
+        mine, other = peaks.index(2 * (n % 2)).load(ONE), peaks.index(2 * (n % 2) + 1).load(ONE)
         most = gl.maximum(gl.max(gl.maximum(mine, other), axis=0), 1e-30)
         up = most / LARGE
         x *= LARGE / most
@@ -66,47 +81,50 @@ def _write_copy(x, copies, n, peaks, PART: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    shared,
-    tensors,
+    rows,
+    staged,
+    ring,
+    meetings,
+    gates,
+    initial,
     y,
     y_rows,
-    numbers,
+    tile,
+    scale,
     PART: gl.constexpr,  # the group of warps: 0 for dv, 1 for dk
     DECAY: gl.constexpr,
 ):
-    buffers, x_copies, outputs, gates_copies, ring, ready, peaks = shared
-    gates, initial = tensors
-    begin, count, h, scale, H = numbers
-    q_rows, k_rows, v_rows, do_rows = buffers
-    out, gs = outputs.index(PART), gates_copies.index(PART)
+    begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
+    x_copies, outputs = staged.states, staged.y
+    out, gs = outputs.index(PART), staged.gates.index(PART)
     dtype: gl.constexpr = out.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     seen = row[:, None] <= col[None, :]
-    tile = gl.program_id(0).to(gl.int64)
+    number = gl.program_id(0).to(gl.int64)
     state_at = half_rows(PART)
     y += (begin * H + h) * SIZE
     chunks = gl.cdiv(count, C)
     griddepcontrol_wait()
-    x = load_initial_state(initial, state_at, tile, h, H)
+    x = load_initial_state(initial, state_at, number, h, H)
     # What is written only when both groups are in the loop, for the state to change places in.
     spare = (x_copies.index(1) if PART == 0 else outputs)._reinterpret(gl.float32, [HALF, SIZE], PASSAGE)
     spare.store(x / scale)
     barrier()
     x = spare.load(WIDE_MMA)
-    up = _write_copy(x, x_copies, 0, peaks, PART)
+    up = _write_copy(x, x_copies, 0, staged.peaks, meetings.peaks, PART)
     before = gl.zeros([1], gl.float32, gl.SliceLayout(1, WIDE_MMA))
     if DECAY != NONE:
         g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
         gs.store(g)
     publish()
-    mbarrier.arrive(ready, count=1)
+    meetings.states.fill(0)
     for step in range(chunks):
         i = chunks - 1 - step
         stage = step % ring.stages
-        qc, kc, vc, doc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage), do_rows.index(stage)
+        qc, kc, vc, doc = rows.q.index(stage), rows.k.index(stage), rows.v.index(stage), rows.do.index(stage)
         if DECAY != NONE:
             g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
-        mbarrier.wait(ready, step & 1)
+        meetings.states.wait(step)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(qc, i, count)
@@ -147,13 +165,13 @@ def _compute(
             yc = warpgroup_mma_wait(1, deps=(yc,)) * read[:, None]
         yc = add_product(yc, gl.convert_layout(scores.to(dtype), WIDE_LEFT), summed)
         x = warpgroup_mma_wait(1, deps=(x,))
-        up = _write_copy(x, x_copies, step + 1, peaks, PART)
+        up = _write_copy(x, x_copies, step + 1, staged.peaks, meetings.peaks, PART)
         if DECAY != NONE:
             gs.store(g)
         fence_async_shared()
         tma.store_wait(0)  # of the chunk before, so that its buffer is free
         barrier()
-        mbarrier.arrive(ready, count=1)
+        meetings.states.fill(step + 1)
         yc = warpgroup_mma_wait(0, deps=(yc,)) * scale
         out.store(yc.to(dtype))
         publish()
@@ -192,26 +210,22 @@ def _reverse_scan(
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
     do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, SIZE], SHARED)  # one is read while the next is written
+    x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, SIZE], SHARED)
     outputs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
     ring = make_ring(STAGES)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=2)
-    peaks = (
-        gl.allocate_shared_memory(gl.float32, [4, 1], GATES_SHARED),  # the largest numbers of both halves, twice
-        gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
-    )
-    mbarrier.init(peaks[1], count=2)
-    buffers = (q_rows, k_rows, v_rows, do_rows)
-    shared = (buffers, x_copies, outputs, gates_copies, ring, ready, peaks)
-    tensors = (gates, (local, incoming, passed, owner))
-    numbers = (begin, count, h, scale, H)
+    ready = make_meeting()
+    peaks = gl.allocate_shared_memory(gl.float32, [4, 1], GATES_SHARED)
+    meetings = _Meetings(ready, make_meeting())
+    rows, sources = Rows(q_rows, k_rows, v_rows, do_rows), Rows(q, k, v, do)
+    staged = _Staged(x_copies, gates_copies, outputs, peaks)
+    initial = Initial(local, incoming, passed, owner)
+    here = Tile(begin, count, None, h, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, tensors, dv, dv_rows, numbers, 0, DECAY)),
-            (_compute, (shared, tensors, dk, dk_rows, numbers, 1, DECAY)),
-            (_fetch, (q, k, v, do, buffers, ring, begin, count, h, G)),
+            (_compute, (rows, staged, ring, meetings, gates, initial, dv, dv_rows, here, scale, 0, DECAY)),
+            (_compute, (rows, staged, ring, meetings, gates, initial, dk, dk_rows, here, scale, 1, DECAY)),
+            (_fetch, (sources, rows, ring, here, G)),
         ],
         [4, 1],
         [REGISTERS, 24],

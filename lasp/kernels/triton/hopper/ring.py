@@ -47,6 +47,14 @@ class Ring:
 
 
 @gluon.jit
+def make_meeting(GROUPS: gl.constexpr = 2):
+    """Where GROUPS groups of warps wait for each other: full at each step that all of them have filled."""
+    full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(full.index(0), count=GROUPS)
+    return Ring(full, full, 1)
+
+
+@gluon.jit
 def make_ring(STAGES: gl.constexpr, READERS: gl.constexpr = 2):
     """One whose buffers READERS groups of warps read."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -15,6 +15,35 @@ LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # rows 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
+class Tile(NamedTuple):
+    """What a program scans: `length` tokens from `begin` on, whose chunks begin with number `chunk`, of head h of H (or
+    of heads from there on)."""
+
+    begin: gl.tensor
+    length: gl.tensor
+    chunk: gl.tensor
+    h: gl.tensor
+    H: gl.tensor
+
+
+class Rows(NamedTuple):
+    """Of chunks of these tensors: how they come, or where in shared memory they lie, by stages of a ring."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    do: gl.shared_memory_descriptor
+
+
+class Initial(NamedTuple):
+    """InitialStates, and the segment that owns each tile."""
+
+    local: gl.tensor
+    incoming: gl.tensor
+    passed: gl.tensor
+    owner: gl.tensor
+
+
 class Behind(NamedTuple):
     """The gradients of the states behind all chunks, / scale, [chunks, H, K, V], as rounded for products; in fp16 with
     factors [chunks, H, V / 64]. first_chunk: [M], of every tile."""
@@ -65,11 +94,10 @@ def half_rows(PART: gl.constexpr):
 @gluon.jit
 def load_initial_state(initial, at, tile, h, H, AREA: gl.constexpr = SIZE * SIZE):
     """What enters a tile, at some places of the state, of so many numbers: see scan.load_initial_state."""
-    local, incoming, passed, owner = initial
-    x = gl.load(local + (tile * H + h) * AREA + at)
-    if incoming is not None:
-        came = gl.load(incoming + (gl.load(owner + tile).to(gl.int64) * H + h) * AREA + at)
-        if passed is not None:
-            came *= gl.exp(gl.load(passed + tile * H + h))
+    x = gl.load(initial.local + (tile * H + h) * AREA + at)
+    if initial.incoming is not None:
+        came = gl.load(initial.incoming + (gl.load(initial.owner + tile).to(gl.int64) * H + h) * AREA + at)
+        if initial.passed is not None:
+            came *= gl.exp(gl.load(initial.passed + tile * H + h))
         x += came
     return x

@@ -4,6 +4,8 @@ They are of one head, or, if keys have no more, of two. Many chunks are fetched 
 with them. Keys are scaled on their way to registers.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -15,7 +17,7 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C, mma_layout, shared_layout
 from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import load_gates
+from lasp.kernels.triton.hopper.scalar_shared import Tile, load_gates
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, rows_of
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -31,14 +33,23 @@ def _place(step, chunks, BACKWARD: gl.constexpr):
     return step if BACKWARD else chunks - 1 - step
 
 
+class _Shared(NamedTuple):
+    """What is in shared memory: rows by stages of the ring, and for each group of warps the weights of two chunks."""
+
+    k: gl.shared_memory_descriptor  # [.., C, ROWS]
+    v: gl.shared_memory_descriptor  # [.., C, V]
+    weights: gl.shared_memory_descriptor  # [4, C]
+
+
 @gluon.jit
-def _fetch(k, v, k_rows, v_rows, ring, begin, count, h, row, G, K: gl.constexpr, BACKWARD: gl.constexpr):
+def _fetch(k, v, shared, ring, tile, row, G, K: gl.constexpr, BACKWARD: gl.constexpr):
+    k_rows, v_rows, h = shared.k, shared.v, tile.h
     V: gl.constexpr = v_rows.shape[2]
     KEYS: gl.constexpr = k_rows.shape[0] // ring.stages
     HEADS: gl.constexpr = v_rows.shape[0] // ring.stages
-    chunks = gl.cdiv(count, C)
+    chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
-        token = begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
+        token = tile.begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * (KEYS * ROWS + HEADS * V))
         for part in gl.static_range(KEYS):
@@ -58,17 +69,20 @@ def _first_gate(gates, begin, count, h, H, DECAY: gl.constexpr):
 @gluon.jit
 def _compute(
     shared,
+    ring,
     gates,
     states,
     transitions,
-    numbers,
+    tile,
+    row,
+    scale,
     PART: gl.constexpr,  # the group of warps
     DECAY: gl.constexpr,
     BACKWARD: gl.constexpr,
     K: gl.constexpr,
 ):
-    k_rows, v_rows, weights_copies, ring = shared
-    begin, count, h, row, scale, H = numbers
+    k_rows, v_rows, weights_copies = shared.k, shared.v, shared.weights
+    begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     V: gl.constexpr = v_rows.shape[2]
     KEYS: gl.constexpr = k_rows.shape[0] // ring.stages
     HEADS: gl.constexpr = v_rows.shape[0] // ring.stages
@@ -114,12 +128,12 @@ def _compute(
             scaled = keys.load(LEFT) * weights.load(gl.SliceLayout(0, LEFT))[None, :]
             state = add_product(state, scaled.to(dtype), vc)
         state = warpgroup_mma_wait(0, deps=(state,))
-    tile = gl.program_id(0).to(gl.int64)
+    number = gl.program_id(0).to(gl.int64)
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     at = rows[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, MMA))[None, :]
-    gl.store(states + (tile * H + h) * K * V + at, state * scale)
+    gl.store(states + (number * H + h) * K * V + at, state * scale)
     if DECAY != NONE and not BACKWARD:
-        gl.store(transitions + tile * H + h, passed / LOG2_E, mask=row == 0)
+        gl.store(transitions + number * H + h, passed / LOG2_E, mask=row == 0)
 
 
 @gluon.jit
@@ -151,13 +165,12 @@ def _tile_states(
     v_rows = gl.allocate_shared_memory(dtype, [HEADS * STAGES, C, V], shared_layout(V))
     weights_copies = gl.allocate_shared_memory(gl.float32, [4, C], GATES_SHARED)
     ring = make_ring(STAGES)
-    shared = (k_rows, v_rows, weights_copies, ring)
-    numbers = (begin, count, h, row, scale, H)
+    shared, tile = _Shared(k_rows, v_rows, weights_copies), Tile(begin, count, None, h, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, gates, states, transitions, numbers, 0, DECAY, BACKWARD, K)),
-            (_compute, (shared, gates, states, transitions, numbers, 1, DECAY, BACKWARD, K)),
-            (_fetch, (k, v, k_rows, v_rows, ring, begin, count, h, row, G, K, BACKWARD)),
+            (_compute, (shared, ring, gates, states, transitions, tile, row, scale, 0, DECAY, BACKWARD, K)),
+            (_compute, (shared, ring, gates, states, transitions, tile, row, scale, 1, DECAY, BACKWARD, K)),
+            (_fetch, (k, v, shared, ring, tile, row, G, K, BACKWARD)),
         ],
         [4, 1],
         [REGISTERS, 24],
