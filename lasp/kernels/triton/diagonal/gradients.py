@@ -80,7 +80,7 @@ def _gradients(
             g = load_decays(decay, token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)
             store_rows(q, dqc * (scale * tl.exp(exponent)), token, here, h, H, rows, K)
-            exponent = tl.where(half > 0.0, -exponent, 0.0)  # secondary chunks: see _secondary_gradients
+            exponent = tl.where(half > 0.0, -exponent, 0.0)  # secondary chunks: see secondary.secondary_gradients
             store_rows(k, dkc * tl.exp(exponent), token, here, h, H, rows, K)
 
 

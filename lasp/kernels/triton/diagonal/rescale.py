@@ -27,7 +27,7 @@ from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
-GENTLE = 100.0  # e^50 fits into what 16 bits hold of operands; no gate that is shut (SHUT) lies in such a chunk
+PRIMARY = 100.0  # e^50 fits into what 16 bits hold of operands; no gate that is shut (SHUT) lies in such a chunk
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     if v.dtype == torch.bfloat16:
         return DiagonalConfig(
             chunk=64,
-            max_ln_decay=GENTLE,
+            max_ln_decay=PRIMARY,
             operand=torch.bfloat16,
             precision="tf32",
             sums_by_products=True,
@@ -78,7 +78,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     shared = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
     return DiagonalConfig(
         chunk=32,
-        max_ln_decay=GENTLE if half else 32.0,
+        max_ln_decay=PRIMARY if half else 32.0,
         operand=torch.float32,
         precision="tf32x3" if half else "ieee",
         sums_by_products=False,

@@ -1,8 +1,8 @@
-"""Diagonal decay, the walks that find states: a tile's summary (phase 1), and the states of every chunk (for backward).
+"""Diagonal decay, the scans that find states: a tile's summary (phase 1), and the states of every chunk (for backward).
 
     S = Σ_t (k_t e^{b_end - b_t}) v_tᵀ        D = Σ_t (q_t e^{b_t}) do_tᵀ        log A = b_end
 
-chunk by chunk with k̃ and q̃ (diagonal_chunk): forward walks up and backward walks down, with one and the same step.
+chunk by chunk with k̃ and q̃ (see rescale), in reverse for gradients.
 """
 
 import triton

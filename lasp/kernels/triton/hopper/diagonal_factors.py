@@ -89,8 +89,8 @@ def _factors(
         end = gl.sum(g, axis=0)
         largest = gl.max(-end, axis=0)
         end = gl.convert_layout(end, COL)
-        steep = largest > MAX_LN_DECAY
-        half = gl.where(steep, 0.0, 0.5)
+        secondary = largest > MAX_LN_DECAY
+        half = gl.where(secondary, 0.0, 0.5)
         fence_async_shared()
         barrier()
         exponent = sums(ones(False, False, half, dtype, SIZE), pieces, SIZE)
@@ -100,7 +100,7 @@ def _factors(
         rest = exp(half * end)[None, :] if DELTA else gl.full([1, SIZE], 1.0, gl.float32, WIDE_MMA)
         operands = gl.allocate_shared_memory(dtype, [3, C, SIZE], SHARED) if SCORES else pieces
         mbarrier.wait(k_full, 0)
-        if steep:  # a difference of large sums has too few digits
+        if secondary:  # a difference of large sums has too few digits
             reverse = ones(True, True, hidden_zero(scale), dtype, SIZE)
             to_end = warpgroup_mma_wait(0, deps=(sums(reverse, pieces, SIZE),))
             barrier()  # what is given may take the place of what all have waited for
@@ -172,7 +172,7 @@ def _known(chunks: int, decay: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch(
     tiles: Tiles, chunks: int, q: Tensor, k: Tensor, decay: Tensor, scale: float, given: tuple[Tensor | None, ...],
-    known: tuple[Tensor, Tensor], scores: Tensor | None, products: Tensor | None, steep: float,
+    known: tuple[Tensor, Tensor], scores: Tensor | None, products: Tensor | None, secondary: float,
 ) -> None:  # fmt: skip
     heads = decay.shape[2]
     how = {"num_warps": 4} if scores is None else {"num_warps": 8, "maxnreg": 128}
@@ -184,5 +184,5 @@ def _launch(
         rows_of(q, SIZE.value), rows_of(k, SIZE.value), decay, *places, *known,
         scores, None if scores is None else rows_of(scores, C.value), products, tiles.start, tiles.length,
         scale, chunks, heads, heads // q.shape[2],
-        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=steep, pdl=True, **how,
+        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=secondary, pdl=True, **how,
     )  # fmt: skip

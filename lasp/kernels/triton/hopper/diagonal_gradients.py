@@ -2,7 +2,7 @@
 
 What delta.gradients and diagonal.gradients say: a program finds the gradients for half of the keys' channels, so that
 two have room on a multiprocessor, and one loads while the other multiplies. With e = e^{b_i - b_C / 2}, unless the
-chunk is steep,
+chunk is secondary (diagonal.rescale),
 
     dq = e (e^{b_C/2} do Xᵀ + P k̃)        w = e (e^{b_C/2} dr Xᵀ + N k̃)        P_ij = do_i·u_j, j <= i
     dk = (e^{b_C/2} u Gᵀ + Pᵀ q̃ - Nᵀ k̂) / e - beta w                          N_ij = dr_i·u_j, j < i
@@ -142,7 +142,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
 
     g = load_gates(decay + mine, count, H, HALF)
     end = gl.load(ends + slot_h * SIZE + channel + col)
-    steep = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
+    secondary = gl.load(ln_chunk_decay + slot_h) > MAX_LN_DECAY
     if DELTA:
         first = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS))
         cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, ROWS))
@@ -153,7 +153,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
         drv = gl.load((dr + (begin * HEADS + local) * SIZE + channel) + at_dr, mask=here, other=0.0)
         betas = gl.load(gates + slot_h * 4 * C + first)
     cut_in_two(bounded(g), pieces)
-    half, zero = gl.where(steep, 0.0, 0.5), hidden_zero(scale)
+    half, zero = gl.where(secondary, 0.0, 0.5), hidden_zero(scale)
     mbarrier.wait(u_full, 0)
     mbarrier.wait(do_full, 0)
     if DELTA:
@@ -208,7 +208,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     read, written, before, erased = operands.index(0), operands.index(1), others.index(0), others.index(1)
     line.store(overlap)
     to_end = -exponent
-    if steep:  # a difference of large sums has too few digits
+    if secondary:  # a difference of large sums has too few digits
         cut_in_two(bounded(load_gates(decay + mine, count, H, HALF)), operands)
         fence_async_shared()
         barrier()
@@ -218,7 +218,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     # What does not fit into registers.
     kept_writing, kept_past = xs._reinterpret(gl.float32, [C, HALF], KEPT), gs._reinterpret(gl.float32, [C, HALF], KEPT)
     writing = exp(to_end)
-    kept_writing.store(writing if DELTA else gl.where(steep, 1.0, writing))  # see diagonal.secondary
+    kept_writing.store(writing if DELTA else gl.where(secondary, 1.0, writing))  # see diagonal.secondary
     k_written = (kc.load(MMA).to(gl.float32) * writing).to(dtype)
     written.store(k_written)
     between = exp(half * end)[None, :] if DELTA else gl.full([1, HALF], 1.0, gl.float32, MMA)
@@ -267,7 +267,7 @@ def _chunk(tensors, given, of_delta, numbers, DELTA: gl.constexpr, ADD: gl.const
     overlap = line.load(COL) * exp(end if DELTA else (1.0 - 2.0 * half) * end)
     dg += overlap[None, :]
     at, there = (row * (H * SIZE))[:, None] + col[None, :], (row < count)[:, None]
-    if steep:
+    if secondary:
         again = gl.load((decay + mine) + at, mask=there, other=0.0).to(gl.float32)
         dg = gl.where(again <= SHUT, 0.0, dg)
     gl.store((d_decay + mine) + at, dg.to(d_decay.dtype.element_ty), mask=there)

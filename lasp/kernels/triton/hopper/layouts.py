@@ -6,6 +6,7 @@ from triton.experimental.gluon import language as gl
 from lasp.kernels.triton.device import HOPPER_HEAD
 from lasp.kernels.triton.shared.tiles import CHUNK
 
+assert HOPPER_HEAD == 2 * CHUNK, "half a state and what has a row for every token take each other's places"
 SIZE, HALF = gl.constexpr(HOPPER_HEAD), gl.constexpr(HOPPER_HEAD // 2)
 C = gl.constexpr(CHUNK)  # tokens of a chunk: gates are summed within as many
 

@@ -96,7 +96,7 @@ def _compute(
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
     state = gl.zeros([ROWS, V], gl.float32, MMA)
-    passed = 0.0  # log2 decay of the chunks walked so far
+    passed = 0.0  # log2 decay of the chunks scanned so far
     if DECAY != NONE:
         g, end = load_gates(gates, begin, _place(0, last + 1, BACKWARD), count, h, H, DECAY)
         if BACKWARD and dtype == gl.float16:

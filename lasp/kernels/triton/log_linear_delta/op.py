@@ -27,7 +27,6 @@ from lasp.kernels.triton.log_linear_delta.terms import leaf_terms
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.tiles import CHUNK
 
-PIECE = 16  # leaves whose queries one program sums up
 AT_ONCE = 2**18  # tokens x heads: backward takes some 20 KiB for each, with heads of 128
 KEPT = 2**21  # of which what was made for a summary is not made again
 
@@ -118,7 +117,7 @@ class Call:
         assert x.decay is not None and x.beta is not None
         work = x.v.dtype if x.v.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if work == torch.bfloat16 else "tf32x3"
-        self.tree = tree = tree_of(x, CHUNK, PIECE)
+        self.tree = tree = tree_of(x, CHUNK)
         self.ut, self.gates = ut_transform(tree.tiles, x.k, x.decay, x.beta, None, work)
         self.scores = chunk_scores(
             tree.tiles, x.q, x.k, self.gates, Decay.SCALAR.value, self.ut, x.scale, self.precision

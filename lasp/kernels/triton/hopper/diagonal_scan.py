@@ -27,8 +27,8 @@ ROW, COL = gl.constexpr(gl.SliceLayout(1, MMA.value)), gl.constexpr(gl.SliceLayo
 
 
 @gluon.jit
-def _place(step, chunks, DOWN: gl.constexpr):
-    return chunks - 1 - step if DOWN else step
+def _place(step, chunks, REVERSE: gl.constexpr):
+    return chunks - 1 - step if REVERSE else step
 
 
 class _Rows(NamedTuple):
@@ -58,11 +58,11 @@ class _Outputs(NamedTuple):
 
 
 @gluon.jit
-def _fetch(sources, rows, ring, tile, DOWN: gl.constexpr):
+def _fetch(sources, rows, ring, tile, REVERSE: gl.constexpr):
     h = tile.h
     chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
-        token = tile.begin.to(gl.int32) + _place(step, chunks, DOWN) * C
+        token = tile.begin.to(gl.int32) + _place(step, chunks, REVERSE) * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * 3 * SIZE)
         tma.async_copy_global_to_shared(sources.a, [token, h * SIZE], filled, rows.a.index(stage))
@@ -88,7 +88,7 @@ def _initial_state(initial, tile, h, H, column):
 
 @gluon.jit
 def _compute(
-    rows, ring, inputs, outputs, tile, PART: gl.constexpr, DOWN: gl.constexpr, MAX_LN_DECAY: gl.constexpr
+    rows, ring, inputs, outputs, tile, PART: gl.constexpr, REVERSE: gl.constexpr, MAX_LN_DECAY: gl.constexpr
 ):  # PART: the group of warps
     ends, ln_chunk_decay = inputs.ends, inputs.ln_chunk_decay
     begin, count, h, H, number = tile.begin, tile.length, tile.h, tile.H, gl.program_id(0).to(gl.int64)
@@ -100,8 +100,8 @@ def _compute(
     slot = (begin // C + number) * H + h  # of the tile's first chunk
     row = gl.arange(0, SIZE, layout=ROW)
     token, other = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
-    seen = token[:, None] <= other[None, :] if DOWN else token[:, None] >= other[None, :]
-    at = slot + _place(0, last + 1, DOWN) * H
+    seen = token[:, None] <= other[None, :] if REVERSE else token[:, None] >= other[None, :]
+    at = slot + _place(0, last + 1, REVERSE) * H
     end = gl.load(ends + at * SIZE + row)
     half = gl.where(gl.load(ln_chunk_decay + at) > MAX_LN_DECAY, 0.0, 0.5)
     x = _initial_state(inputs.initial, number, h, H, PART * HALF) * gl.exp(half * end)[:, None]
@@ -109,11 +109,11 @@ def _compute(
     copy.store(x.to(dtype))
     publish()
     for step in range(chunks):
-        i, stage = _place(step, chunks, DOWN), step % ring.stages
+        i, stage = _place(step, chunks, REVERSE), step % ring.stages
         ac, bc, cc = rows.a.index(stage), rows.b.index(stage), rows.c.index(2 * stage + PART)
-        if DOWN:
+        if REVERSE:
             tma.async_copy_shared_to_global(outputs.states, [((slot + i * H) * SIZE).to(gl.int32), PART * HALF], copy)
-        at = slot + _place(gl.minimum(step + 1, last), chunks, DOWN) * H
+        at = slot + _place(gl.minimum(step + 1, last), chunks, REVERSE) * H
         next_end, next_decay = gl.load(ends + at * SIZE + row), gl.load(ln_chunk_decay + at)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
@@ -144,20 +144,20 @@ def _compute(
 
 
 @gluon.jit
-def _walk(
-    a,  # rows of [tokens, H, K]: q̃, down k̃
-    b,  # rows of [tokens, H, K]: k̃, down q̃
-    c,  # rows of 64 columns of [tokens, H, V]: v, down do
+def _diagonal_scan(
+    a,  # rows of [tokens, H, K]: q̃, in reverse k̃
+    b,  # rows of [tokens, H, K]: k̃, in reverse q̃
+    c,  # rows of 64 columns of [tokens, H, V]: v, in reverse do
     ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     local,  # [M, H, K, V] fp32: see InitialStates
     incoming,
     passed,
-    y,  # [tokens, H, V]: o, down dv; without what tokens of secondary chunks give each other
+    y,  # [tokens, H, V]: o, in reverse dv; without what tokens of secondary chunks give each other
     y_rows,  # rows of 64 columns of it
-    states,  # G̃ of every chunk, one by one, 64 columns of [slots, H, K, V], written down
+    states,  # G̃ of every chunk, one by one, 64 columns of [slots, H, K, V], written in reverse
     owner, start, length, H,
-    DOWN: gl.constexpr, MAX_LN_DECAY: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, MAX_LN_DECAY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     griddepcontrol_wait()
     tile, h = gl.program_id(0).to(gl.int64), gl.program_id(1)
@@ -175,20 +175,20 @@ def _walk(
     here = Tile(begin, count, None, h, H)
     gl.warp_specialize(
         [
-            (_compute, (rows, ring, inputs, outputs, here, 0, DOWN, MAX_LN_DECAY)),
-            (_compute, (rows, ring, inputs, outputs, here, 1, DOWN, MAX_LN_DECAY)),
-            (_fetch, (sources, rows, ring, here, DOWN)),
+            (_compute, (rows, ring, inputs, outputs, here, 0, REVERSE, MAX_LN_DECAY)),
+            (_compute, (rows, ring, inputs, outputs, here, 1, REVERSE, MAX_LN_DECAY)),
+            (_fetch, (sources, rows, ring, here, REVERSE)),
         ],
         [4, 1],
         [REGISTERS, 24],
     )
 
 
-def walk(
+def diagonal_scan(
     tiles: Tiles, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
     states: Tensor | None, max_ln_decay: float,
 ) -> None:  # fmt: skip
-    """See diagonal.outputs.walk."""
+    """See diagonal.outputs.scan_outputs."""
     a, b, c = rows
     heads, size, half = c.shape[2], SIZE.value, HALF.value
     written = None
@@ -196,8 +196,8 @@ def walk(
         shape = [states.numel() // size, size]
         written = TensorDescriptor(states, shape, [size, 1], [size, half], SHARED.value)
     launch(
-        _walk, (tiles.count, heads),
+        _diagonal_scan, (tiles.count, heads),
         rows_of(a, size), rows_of(b, size), rows_of(c, half), x.ends, x.ln_chunk_decay, *initial, y, rows_of(y, half),
         written, tiles.owner, tiles.start, tiles.length, heads,
-        DOWN=states is not None, MAX_LN_DECAY=max_ln_decay, STAGES=3, num_warps=4, pdl=True,
+        REVERSE=states is not None, MAX_LN_DECAY=max_ln_decay, STAGES=3, num_warps=4, pdl=True,
     )  # fmt: skip
