@@ -7,30 +7,17 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
-from lasp.kernels.triton.hopper.diagonal_shared import (
-    chunk_of,
-    cut_in_two,
-    exp,
-    hidden_zero,
-    load_gates,
-    new_barrier,
-    ones,
-    sums,
-)
+from lasp.kernels.triton.hopper.diagonal_shared import chunk_of, cut_in_two, exp, hidden_zero, load_gates, ones, sums
 from lasp.kernels.triton.hopper.layouts import SHARED, SIZE, C, mma_layout
-from lasp.kernels.triton.hopper.shared import barrier, rows_of, send_rows
+from lasp.kernels.triton.hopper.products import product
+from lasp.kernels.triton.hopper.ring import make_barrier
+from lasp.kernels.triton.hopper.shared import barrier, publish, rows_of, send_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import bounded
@@ -75,10 +62,9 @@ def _factors(
     qc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
     kc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
     pieces = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
-    q_full, k_full = new_barrier(), new_barrier()
+    q_full, k_full = make_barrier(), make_barrier()
     if count > 0:
-        fence_async_shared()
-        barrier()
+        publish()
         token, column, slot_h = begin.to(gl.int32), h * SIZE, slot.to(gl.int64) * H + h
         mbarrier.expect(q_full, 2 * C * SIZE)
         mbarrier.expect(k_full, 2 * C * SIZE)
@@ -91,8 +77,7 @@ def _factors(
         end = gl.convert_layout(end, COL)
         secondary = largest > MAX_LN_DECAY
         half = gl.where(secondary, 0.0, 0.5)
-        fence_async_shared()
-        barrier()
+        publish()
         exponent = sums(ones(False, False, half, dtype, SIZE), pieces, SIZE)
         gl.store(ends + slot_h * SIZE + gl.arange(0, SIZE, layout=COL), end)  # not before a fence, which would wait
         gl.store(ln_chunk_decay + slot_h, largest)
@@ -112,14 +97,12 @@ def _factors(
             _give(kc, exponent, rest, kc, operands.index(1), SCORES)
         mbarrier.wait(q_full, 0)
         _give(qc, exponent, rest if DELTA else scale, qc, operands.index(0), SCORES)
-        fence_async_shared()
-        barrier()
+        publish()
         at = begin * (H * SIZE) + column
         if SCORES:
-            none = gl.zeros([C, C], gl.float32, MMA)
             keys = operands.index(2).permute((1, 0))
-            p = warpgroup_mma(operands.index(0), keys, none, use_acc=False, is_async=True)
-            m = warpgroup_mma(operands.index(1), keys, none, use_acc=False, is_async=True)
+            p = product(operands.index(0), keys, MMA)  # q_i·(e^{b_i - b_j} k_j)
+            m = product(operands.index(1), keys, MMA)  # k_i·(e^{b_i - b_j} k_j)
             p, m = warpgroup_mma_wait(0, deps=(p, m))  # before a branch, which might move their registers
         send_rows(written + at, written_rows, pieces.index(0), begin, 0, count, column, H * SIZE)
         send_rows(read_q + at, read_q_rows, qc, begin, 0, count, column, H * SIZE)
@@ -129,8 +112,7 @@ def _factors(
             row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
             out = pieces.index(1)._reinterpret(dtype, [2, C, C], SHARED).index(0)
             out.store(gl.where(row[:, None] >= col[None, :], p * scale, 0.0).to(dtype))
-            fence_async_shared()
-            barrier()
+            publish()
             send_rows(scores + begin * (H * C) + h * C, scores_rows, out, begin, 0, count, h * C, H * C)
             at_m = (row * (H * C))[:, None] + col[None, :]
             read = (row < count)[:, None] & (row[:, None] // 8 >= col[None, :] // 8)  # whole sectors of memory

@@ -1,4 +1,4 @@
-"""Multistage pipelines: a group of warps fills a ring of buffers with chunks while others read earlier ones."""
+"""Barriers, and multistage pipelines: some warps fill a ring of buffers with chunks while others read earlier ones."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -44,6 +44,14 @@ class Ring:
     def release(self, step, pred=True):
         """One reader is done with step's buffer."""
         mbarrier.arrive(self.empty.index(step % self.stages), count=1, pred=pred)
+
+
+@gluon.jit
+def make_barrier():
+    """For one load: for those that share one the compiler has all threads meet in between."""
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    return full
 
 
 @gluon.jit
