@@ -222,7 +222,7 @@ def _compute(
         if SUMS:
             gl.store(products + (block * tokens + begin + place) * H + h, sums * scale, mask=place < count)
         if WORK == SUMMED:
-            yc = add_product(yc, gl.convert_layout(scores.to(dtype), LEFT), cc)
+            yc = add_product(yc, gl.convert_layout(scores.to(dtype), LEFT), cc)  # … + Σ_j w_ij (a_i·b_j) c_j
             x, yc = warpgroup_mma_wait(0, deps=(x, yc))  # to have its registers back
             ac, bc = rows.a.index(own + 1), rows.b.index(own + 1)
             scores, yc, other, sums = open_chunk(
@@ -230,7 +230,7 @@ def _compute(
             )
             if SUMS:
                 gl.store(products + (block * tokens + begin + place) * H + h + 1, sums * scale, mask=place < count)
-        yc = add_product(yc, gl.convert_layout(scores.to(dtype), LEFT), cc)
+        yc = add_product(yc, gl.convert_layout(scores.to(dtype), LEFT), cc)  # … + Σ_j w_ij (a_i·b_j) c_j
         if WORK == SUMMED:
             other = warpgroup_mma_wait(1, deps=(other,))
             other_up = write_copy(other, other_copy)

@@ -89,14 +89,14 @@ def open_chunk(
     seen = row[:, None] >= col[None, :]
     if DECAY != NONE:
         x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, mma_layout(W))))[:, None]
-    scores = product(ac, bc.permute((1, 0)), SCORES)
+    scores = product(ac, bc.permute((1, 0)), SCORES)  # a_i·b_j
     read = _read(ac, copy)
     if DECAY == NONE:
-        x = add_product(x, bc.permute((1, 0)), cc)
+        x = add_product(x, bc.permute((1, 0)), cc)  # X + Σ_j b_j c_jᵀ
         scores = warpgroup_mma_wait(2, deps=(scores,))
         scores = gl.where(seen, scores, 0.0)
     else:
-        x = add_product(x, _written(bc, gs, W), cc)
+        x = add_product(x, _written(bc, gs, W), cc)  # w X + Σ_j w_j b_j c_jᵀ
         gap = gs.load(gl.SliceLayout(1, SCORES))[:, None] - gs.load(gl.SliceLayout(0, SCORES))[None, :]
         weights = gl.exp2(gl.where(seen, gap, float("-inf")))
         scores = warpgroup_mma_wait(2, deps=(scores,)) * weights

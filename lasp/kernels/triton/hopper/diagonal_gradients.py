@@ -147,14 +147,8 @@ def _chunk(
     state_rows: gl.constexpr = SIZE if DELTA else HALF
     xs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
     gs = gl.allocate_shared_memory(dtype, [state_rows, C * SIZE // state_rows], SHARED)
-    u_full, do_full, dr_full, x_full, g_full = (
-        make_barrier(),
-        make_barrier(),
-        make_barrier(),
-        make_barrier(),
-        make_barrier(),
-    )
-    q_full, k_full = make_barrier(), make_barrier()
+    u_full, do_full, dr_full = make_barrier(), make_barrier(), make_barrier()
+    x_full, g_full, q_full, k_full = make_barrier(), make_barrier(), make_barrier(), make_barrier()
     publish()
     mbarrier.expect(u_full, 2 * C * SIZE)
     mbarrier.expect(do_full, 2 * C * SIZE)

@@ -121,13 +121,13 @@ def _compute(
             clear_tail(bc, i, count)
             clear_tail(cc, i, count)
             publish()
-        scores = product(ac, bc.permute((1, 0)), MMA)
-        yc = product(ac, copy, MMA)
+        scores = product(ac, bc.permute((1, 0)), MMA)  # a bᵀ
+        yc = product(ac, copy, MMA)  # a X̃
         x *= gl.exp((1.0 - 2.0 * half) * end)[:, None]
-        x = add_product(x, bc.permute((1, 0)), cc)
+        x = add_product(x, bc.permute((1, 0)), cc)  # e^{(1 - 2h) b_C} X̃ + bᵀ c
         scores = warpgroup_mma_wait(2, deps=(scores,))
         scores = gl.where(seen & (half > 0.0), scores, 0.0).to(dtype)  # see diagonal.secondary
-        yc = add_product(yc, gl.convert_layout(scores, LEFT), cc)
+        yc = add_product(yc, gl.convert_layout(scores, LEFT), cc)  # a X̃ + tril(a bᵀ) c, in reverse triu
         next_half = gl.where(next_decay > MAX_LN_DECAY, 0.0, 0.5)
         rows_decay = gl.exp(half * end + next_half * next_end)
         x, yc = warpgroup_mma_wait(0, deps=(x, yc))

@@ -129,9 +129,9 @@ def _compute(rows, staged, rings, gates, initial, outputs, tile, scale, PART: gl
             if dtype == gl.float16:
                 end = end - head_room(gs, ROW, dtype) + before
             x *= gl.exp2(end)[:, None]
-        scores = product(kc, qc.permute((1, 0)), MMA)
-        others = product(vc, doc.permute((1, 0)), MMA)
-        dvc = product(kc, copy, MMA)
+        scores = product(kc, qc.permute((1, 0)), MMA)  # k_i·q_j
+        others = product(vc, doc.permute((1, 0)), MMA)  # v_i·do_j
+        dvc = product(kc, copy, MMA)  # k_iᵀ X
         weights = gl.where(seen, 1.0, 0.0)
         read = gl.full([C], 1.0, gl.float32, ROW)
         if DECAY != NONE:
@@ -145,12 +145,12 @@ def _compute(rows, staged, rings, gates, initial, outputs, tile, scale, PART: gl
         left = gl.convert_layout(scores.to(dtype), LEFT)
         other_left = gl.convert_layout((others * weights).to(dtype), LEFT)
         sums = sum_of_pairs(pairs_of(scores, others)) if SUMS else read
-        x = add_product(x, qc.permute((1, 0)) if DECAY == NONE else written(qc, gs, LEFT), doc)
+        x = add_product(x, qc.permute((1, 0)) if DECAY == NONE else written(qc, gs, LEFT), doc)  # w X + …
         dvc *= read[:, None]
         if SUMS:
             sums += gl.sum(vc.load(MMA).to(gl.float32) * dvc, axis=1)
             gl.store(products + (begin + i * C + row) * H + h, sums * scale, mask=i * C + row < count)
-        dvc = add_product(dvc, left, doc)
+        dvc = add_product(dvc, left, doc)  # … + Σ_j w_ij (k_i·q_j) do_j
         if DECAY != NONE:
             before = head_room(gs, ROW, dtype)
             gs.store(g)
@@ -165,7 +165,7 @@ def _compute(rows, staged, rings, gates, initial, outputs, tile, scale, PART: gl
                 joint.acquire(step)
         for piece in gl.static_range(K // HALF):
             keys = copy.slice(piece * HALF, HALF, dim=0)
-            dkc = product(vc, keys.permute((1, 0)), MMA)
+            dkc = product(vc, keys.permute((1, 0)), MMA)  # X v_i
             dkc = warpgroup_mma_wait(0, deps=(dkc,)) * read[:, None]
             dkc = add_product(dkc, other_left, qc.slice(piece * HALF, HALF, dim=1))
             dkc = warpgroup_mma_wait(0, deps=(dkc,)) * scale

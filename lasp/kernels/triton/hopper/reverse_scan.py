@@ -141,17 +141,17 @@ def _compute(
             left, right, summed, xs = kc, qc, doc, x_copies.index(step % 2)
         else:
             left, right, summed, xs = vc, doc, qc, x_copies.index(step % 2).permute((1, 0))
-        scores = product(left, right.permute((1, 0)), MMA)
-        yc = product(left, xs, WIDE_MMA)
+        scores = product(left, right.permute((1, 0)), MMA)  # k_i·q_j, or v_i·do_j
+        yc = product(left, xs, WIDE_MMA)  # k_iᵀ X, or X v_i
         queries = qc.slice(PART * HALF, HALF, dim=1)
         if DECAY == NONE:
-            x = add_product(x, queries.permute((1, 0)), doc)
+            x = add_product(x, queries.permute((1, 0)), doc)  # X + Σ_j q_j do_jᵀ
             scores = warpgroup_mma_wait(2, deps=(scores,))
             scores = gl.where(seen, scores, 0.0)
             if dtype == gl.float16:
                 yc = warpgroup_mma_wait(1, deps=(yc,)) * up
         else:
-            x = add_product(x, written(queries, gs, WIDE_LEFT), doc)
+            x = add_product(x, written(queries, gs, WIDE_LEFT), doc)  # w X + Σ_j w_j q_j do_jᵀ
             g_row, g_col = gs.load(gl.SliceLayout(1, MMA)), gs.load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(gl.where(seen, g_col[None, :] - g_row[:, None], float("-inf")))
             read = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA)) - gs.load(gl.SliceLayout(1, WIDE_MMA))

@@ -123,10 +123,10 @@ def _compute(
         barrier()
         ring.release(step + ring.stages - 1, pred=step > 0)  # of the step before
         if DECAY == NONE:
-            state = add_product(state, keys, vc)
+            state = add_product(state, keys, vc)  # S + Σ_t k_t v_tᵀ
         else:
             scaled = keys.load(LEFT) * weights.load(gl.SliceLayout(0, LEFT))[None, :]
-            state = add_product(state, scaled.to(dtype), vc)
+            state = add_product(state, scaled.to(dtype), vc)  # S + Σ_t w_t k_t v_tᵀ
         state = warpgroup_mma_wait(0, deps=(state,))
     number = gl.program_id(0).to(gl.int64)
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
