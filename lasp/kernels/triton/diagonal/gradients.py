@@ -23,6 +23,22 @@ from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
 
 @triton.jit
+def score_grads(
+    v, do, token, here, h, H, V: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """do vᵀ of a chunk, and its transpose from a product of its own, [C, C]."""
+    C: tl.constexpr = here.shape[0]
+    dp, dpt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for at in range(0, V, BV):
+        cols = at + tl.arange(0, BV)
+        vc = load_rows(v, token, here, h, H, cols, V).to(OPERAND)
+        doc = load_rows(do, token, here, h, H, cols, V).to(OPERAND)
+        dp = tl.dot(doc, tl.trans(vc), dp, input_precision=PRECISION)
+        dpt = tl.dot(vc, tl.trans(doc), dpt, input_precision=PRECISION)
+    return dp, dpt
+
+
+@triton.jit
 def _gradients(
     q,  # [tokens, H, K]: q̃, then dq
     k,  # [tokens, H, K]: k̃, then dk
@@ -47,13 +63,7 @@ def _gradients(
         here, token = i * C + tl.arange(0, C) < count, begin + i * C
         slot = (begin // C + tile + i) * H + h
         half = load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
-        dp, dpt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-        for at_v in range(0, V, BV):
-            cols = at_v + tl.arange(0, BV)
-            vc = load_rows(v, token, here, h, H, cols, V).to(operand)
-            doc = load_rows(do, token, here, h, H, cols, V).to(operand)
-            dp = tl.dot(doc, tl.trans(vc), dp, input_precision=PRECISION)
-            dpt = tl.dot(vc, tl.trans(doc), dpt, input_precision=PRECISION)
+        dp, dpt = score_grads(v, do, token, here, h, H, V, BV, operand, PRECISION)
         lower, upper = (first >= second) & (half > 0.0), (first <= second) & (half > 0.0)
         dp, dpt = tl.where(lower, dp, 0.0).to(operand), tl.where(upper, dpt, 0.0).to(operand)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv
+from lasp.kernels.triton.diagonal.gradients import score_grads
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, operand
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import unless_shut
@@ -102,13 +103,7 @@ def _chunk_gradients(
     place = i * C + row
     here = place < count
     token = begin + i * C
-    dp, dpt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for at in range(0, V, BV):
-        rows = at + tl.arange(0, BV)
-        vc = load_rows(v, token, here, h, H, rows, V).to(OPERAND)
-        doc = load_rows(do, token, here, h, H, rows, V).to(OPERAND)
-        dp = tl.dot(doc, tl.trans(vc), dp, input_precision=PRECISION)
-        dpt = tl.dot(vc, tl.trans(doc), dpt, input_precision=PRECISION)
+    dp, dpt = score_grads(v, do, token, here, h, H, V, BV, OPERAND, PRECISION)
     pt = tl.zeros([C, C], tl.float32)
     for at in range(0, K, BK):
         cols = at + tl.arange(0, BK)

@@ -23,8 +23,9 @@ from lasp.kernels.triton.hopper.chunk_step import APART, SPLIT, SUMMED, Work, gi
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, C, mma_layout, shared_layout
 from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import Ring, make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Behind, Initial, Tile, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.scalar_shared import Behind, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows
+from lasp.kernels.triton.hopper.tiles import Initial, Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE

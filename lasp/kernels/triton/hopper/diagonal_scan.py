@@ -17,8 +17,8 @@ from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.layouts import HALF, LEFT, MMA, SHARED, SIZE, C
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Initial, Tile
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows
+from lasp.kernels.triton.hopper.tiles import Initial, Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.state_passing import InitialStates

@@ -27,8 +27,9 @@ from lasp.kernels.triton.hopper.chunk_step import scales, write_copy
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Initial, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.scalar_shared import load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import barrier, clear_tail, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.tiles import Initial
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.chunk_states import ChunkStates

@@ -17,8 +17,9 @@ from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, C, share
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import Ring, make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Behind, Initial, Rows, Tile, load_gates, load_initial_state
-from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.scalar_shared import Behind, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -118,12 +119,7 @@ def _compute(rows, staged, rings, gates, initial, outputs, tile, scale, PART: gl
             if dtype == gl.float16:
                 gl.store(outputs.behind_ups + place, up * gl.max(gl.exp2(before), axis=0))
         ring.wait(step)
-        if count - i * C < C:  # both groups write the same zeros
-            clear_tail(qc, i, count)
-            clear_tail(kc, i, count)
-            clear_tail(vc, i, count)
-            clear_tail(doc, i, count)
-            publish()
+        clear_tails(Rows(qc, kc, vc, doc), i, count)
         if DECAY != NONE:
             end = whole_decay(gs, ROW)
             if dtype == gl.float16:

@@ -20,8 +20,9 @@ from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, SHARED, 
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, written
 from lasp.kernels.triton.hopper.ring import Ring, make_meeting, make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Initial, Rows, Tile, half_rows, load_gates, load_initial_state
-from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.scalar_shared import half_rows, load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -126,12 +127,7 @@ def _compute(
             g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         meetings.states.wait(step)
         ring.wait(step)
-        if count - i * C < C:  # both groups write the same zeros
-            clear_tail(qc, i, count)
-            clear_tail(kc, i, count)
-            clear_tail(vc, i, count)
-            clear_tail(doc, i, count)
-            publish()
+        clear_tails(Rows(qc, kc, vc, doc), i, count)
         if DECAY != NONE:
             end = whole_decay(gs, gl.SliceLayout(1, WIDE_MMA))
             if dtype == gl.float16:

@@ -15,35 +15,6 @@ LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # rows 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
-class Tile(NamedTuple):
-    """What a program scans: `length` tokens from `begin` on, whose chunks begin with number `chunk`, of head h of H (or
-    of heads from there on)."""
-
-    begin: gl.tensor
-    length: gl.tensor
-    chunk: gl.tensor
-    h: gl.tensor
-    H: gl.tensor
-
-
-class Rows(NamedTuple):
-    """Of chunks of these tensors: how they come, or where in shared memory they lie, by stages of a ring."""
-
-    q: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
-    v: gl.shared_memory_descriptor
-    do: gl.shared_memory_descriptor
-
-
-class Initial(NamedTuple):
-    """InitialStates, and the segment that owns each tile."""
-
-    local: gl.tensor
-    incoming: gl.tensor
-    passed: gl.tensor
-    owner: gl.tensor
-
-
 class Behind(NamedTuple):
     """The gradients of the states behind all chunks, / scale, [chunks, H, K, V], as rounded for products; in fp16 with
     factors [chunks, H, V / 64]. first_chunk: [M], of every tile."""

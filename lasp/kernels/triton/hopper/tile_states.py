@@ -17,8 +17,9 @@ from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C, mma_layout, shared_layout
 from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import Tile, load_gates
+from lasp.kernels.triton.hopper.scalar_shared import load_gates
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, rows_of
+from lasp.kernels.triton.hopper.tiles import Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import LOG2_E, NONE

@@ -1,0 +1,49 @@
+"""What a program scans, and what comes to it, chunk by chunk."""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lasp.kernels.triton.hopper.layouts import C
+from lasp.kernels.triton.hopper.shared import clear_tail, publish
+
+
+class Tile(NamedTuple):
+    """What a program scans: `length` tokens from `begin` on, whose chunks begin with number `chunk`, of head h of H (or
+    of heads from there on)."""
+
+    begin: gl.tensor
+    length: gl.tensor
+    chunk: gl.tensor
+    h: gl.tensor
+    H: gl.tensor
+
+
+class Rows(NamedTuple):
+    """Of chunks of these tensors: how they come, or where in shared memory they lie, by stages of a ring."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    do: gl.shared_memory_descriptor
+
+
+class Initial(NamedTuple):
+    """InitialStates, and the segment that owns each tile."""
+
+    local: gl.tensor
+    incoming: gl.tensor
+    passed: gl.tensor
+    owner: gl.tensor
+
+
+@gluon.jit
+def clear_tails(rows, i, count):
+    """Zeroes what are no tokens in the rows of chunk i. Groups of warps that share them write the same zeros."""
+    if count - i * C < C:
+        clear_tail(rows.q, i, count)
+        clear_tail(rows.k, i, count)
+        clear_tail(rows.v, i, count)
+        clear_tail(rows.do, i, count)
+        publish()
