@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs, Inputs, LinearInputs
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs, LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
@@ -60,7 +60,7 @@ def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
-    if x.beta is not None:
+    if isinstance(x, LogLinearDeltaInputs):
         op = TritonLogLinearDelta()
         if sizes[0] > MAX_DELTA_KEY:
             return None, f"a delta rule with keys of {sizes[0]}: Triton takes at most {MAX_DELTA_KEY}"

@@ -8,11 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogLinearConfig:
-    """leaf: tokens that see each other pair by pair. chunk: those of one step. widest: columns of a result that one
-    program holds."""
+    """leaf: tokens that see each other pair by pair. chunk: those of one step. piece: leaves whose queries one program
+    sums up. widest: columns of a result that one program holds."""
 
     leaf: int = 256
     chunk: int = 64
+    piece: int = 16
     widest: int = 128
     warps: int = 4
     stages: int = 2

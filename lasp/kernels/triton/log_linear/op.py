@@ -84,7 +84,7 @@ class Call:
         self.x = x = contiguous(x)
         assert x.decay is not None
         self.config = config = config or log_linear_config(x.k, x.v)
-        self.tree = tree_of(x, config.leaf)
+        self.tree = tree_of(x, config.leaf, config.piece)
         gates = cumulate(self.tree.tiles, x.decay, x.v, config.leaf)
         assert gates is not None
         states, decays = self._states_of(self.tree.tiles)

@@ -14,8 +14,6 @@ from lasp.kernels.leaves import NONE, Height, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.segments import Tiles
 
-MOST_LEAVES = 16  # of a piece, whose queries one program sums up
-
 
 class Pairs(NamedTuple):
     """The siblings of one height, whose numbers begin at `first`.
@@ -72,15 +70,17 @@ class Tree:
         return sum(pairs.table.shape[1] for pairs in self.heights)
 
 
-def tree_of(x: LogLinearInputs, leaf: int) -> Tree:
-    """leaf: tokens of a leaf, a power of two."""
+def tree_of(x: LogLinearInputs, leaf: int, piece: int) -> Tree:
+    """leaf: tokens of a leaf, a power of two. piece: leaves of a piece, at most."""
     offsets, seen = tuple(x.segments.offsets.tolist()), x.seen
-    return _tree(offsets, seen, x.state_shape[1], leaf, x.v.device)
+    return _tree(offsets, seen, x.state_shape[1], leaf, piece, x.v.device)
 
 
 @lru_cache(maxsize=64)
 @lasting
-def _tree(offsets: tuple[int, ...], seen: tuple[int, ...], slots: int, leaf: int, device: torch.device) -> Tree:
+def _tree(
+    offsets: tuple[int, ...], seen: tuple[int, ...], slots: int, leaf: int, piece: int, device: torch.device
+) -> Tree:
     offset, before = torch.tensor(offsets, device="cpu"), torch.tensor(seen, device="cpu")
     after = before + offset.diff()
     leaves = cut(offset, before, leaf)
@@ -109,6 +109,7 @@ def _tree(offsets: tuple[int, ...], seen: tuple[int, ...], slots: int, leaf: int
         torch.cat([right_leaf, first[incoming[0]]]),
         torch.cat([right_leaves, counts[incoming[0]]]),
         torch.cat([origin * leaf, incoming_origin]),
+        piece,
     )
     table = torch.stack([left, right, home[count:], right_leaf, right_leaves, *of_pieces[:, : len(left)], slot])
 
@@ -146,12 +147,12 @@ def _by_height(numbers: Tensor, heights: Iterable[Height]) -> list[Tensor]:
     return list(numbers.split([len(height.left) for height in heights]))
 
 
-def _pieces(first: Tensor, leaves: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of leaves cut into pieces of at most MOST_LEAVES: [2, runs] the first piece of each and how many it has, and
+def _pieces(first: Tensor, leaves: Tensor, origin: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Runs of leaves cut into pieces of at most `most`: [2, runs] the first piece of each and how many it has, and
     [3, pieces] first leaf, leaves and origin of each."""
-    counts = (leaves + MOST_LEAVES - 1) // MOST_LEAVES
+    counts = (leaves + most - 1) // most
     begins = counts.cumsum(0) - counts
     run = torch.repeat_interleave(counts)
-    passed = (torch.arange(len(run), device="cpu") - begins[run]) * MOST_LEAVES
-    pieces = torch.stack([first[run] + passed, (leaves[run] - passed).clamp(max=MOST_LEAVES), origin[run]])
+    passed = (torch.arange(len(run), device="cpu") - begins[run]) * most
+    pieces = torch.stack([first[run] + passed, (leaves[run] - passed).clamp(max=most), origin[run]])
     return torch.stack([begins, counts]), pieces
