@@ -55,10 +55,8 @@ def _chunk_outputs(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to the rows of o that belong to chunk i of a tile."""
-    row = tl.arange(0, C)
-    place = i * C + row
-    here = place < count
-    token = begin + i * C
+    row, token = tl.arange(0, C), begin + i * C
+    place, here = i * C + row, i * C + row < count
     p = tl.zeros([C, C], tl.float32)
     for at in range(0, K, BK):
         cols = at + tl.arange(0, BK)
@@ -99,10 +97,8 @@ def _chunk_gradients(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients that belong to chunk i of a tile."""
-    row = tl.arange(0, C)
-    place = i * C + row
-    here = place < count
-    token = begin + i * C
+    row, token = tl.arange(0, C), begin + i * C
+    place, here = i * C + row, i * C + row < count
     dp, dpt = score_grads(v, do, token, here, h, H, V, BV, OPERAND, PRECISION)
     pt = tl.zeros([C, C], tl.float32)
     for at in range(0, K, BK):

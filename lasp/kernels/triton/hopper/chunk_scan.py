@@ -290,28 +290,13 @@ def _chunk_scan(
     behind,  # [chunks, H, DC, DA] by rows: the gradient of the state behind every chunk / scale, rounded, if SUMS
     behind_ups,  # [chunks, H, DA // 64]: the factors of its columns, if it is fp16
     at_end,  # [DC // W, chunks, H, DA]: its products with X before the chunk, by columns
-    owner,
-    start,
-    length,
+    owner, start, length,
     first_chunk,  # [M]
-    scale,
-    TOKENS,
-    CHUNKS,
-    H,
-    GA,
-    GB,
-    GC,
-    GP,
-    DA: gl.constexpr,
-    DC: gl.constexpr,
+    scale, TOKENS, CHUNKS, H, GA, GB, GC, GP, DA: gl.constexpr, DC: gl.constexpr,
     W: gl.constexpr,  # columns of a group of warps
     OWN: gl.constexpr,  # heads of a program whose a and b are not the same
-    WORK: gl.constexpr,
-    DECAY: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    WORK: gl.constexpr, DECAY: gl.constexpr, TRANSPOSED: gl.constexpr, SUMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     blocks: gl.constexpr = DC // (2 * W) if WORK == SPLIT else 1  # neighbours, so that all but one find a and b cached
     tile, col = gl.program_id(0) // blocks, gl.program_id(0) % blocks * (2 * W)
     h = gl.program_id(1) * (1 if WORK == SPLIT else 2)
@@ -349,18 +334,9 @@ def _chunk_scan(
 
 
 def chunk_scan(
-    tiles: Tiles,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    gates: Tensor | None,
-    initial: InitialStates,
-    scale: float,
-    *,
-    transposed: bool = False,
-    partner: Tensor | None = None,
-    behind: Behind | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    tiles: Tiles, a: Tensor, b: Tensor, c: Tensor, gates: Tensor | None, initial: InitialStates, scale: float, *,
+    transposed: bool = False, partner: Tensor | None = None, behind: Behind | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """y [B, T, H, DC], for as many heads as the states have, or for half as many, each the sum of two neighbours that
     share c; with a partner also the sums of chunk_step, for which it reads `behind`: [blocks, B, T, H] and, of its
     products with the states before the chunks, by their columns of V, [blocks, chunks, H, V]."""

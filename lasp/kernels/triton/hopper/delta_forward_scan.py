@@ -278,20 +278,10 @@ def _forward_scan(
 
 
 def forward_scan(
-    mode: gl.constexpr,
-    cut: Cut,
-    x: DeltaInputs,
-    terms: Terms,
-    how: HopperLaunch,
-    *,
-    initial: Tensor | None = None,
-    final: Tensor | None = None,
-    transitions: Tensor | None = None,
-    y: Tensor | None = None,
-    states: Tensor | None = None,
-    rows: range | None = None,
-    pdl: bool = True,
-) -> None:
+    mode: gl.constexpr, cut: Cut, x: DeltaInputs, terms: Terms, how: HopperLaunch, *, initial: Tensor | None = None,
+    final: Tensor | None = None, transitions: Tensor | None = None, y: Tensor | None = None,
+    states: Tensor | None = None, rows: range | None = None, pdl: bool = True,
+) -> None:  # fmt: skip
     """Scans every tile and part of a head (of `rows`); `mode` says which of the tensors it fills: y is o or u. OUTPUTS
     fill terms.scores."""
     outputs, (heads, value_dim), (q_heads, key_dim) = mode is OUTPUTS, x.v.shape[2:], terms.factors.k.shape[2:]

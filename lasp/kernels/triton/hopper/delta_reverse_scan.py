@@ -234,8 +234,7 @@ def _compute(
 @gluon.jit(do_not_specialize=["FIRST_HEAD", "STEP"])
 def _reverse_scan(
     q,  # rows of [tokens, H // G, K]; q⁺, k⁺, k⁻ if DIAGONAL
-    k,
-    written,
+    k, written,
     do,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
     ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
@@ -252,30 +251,19 @@ def _reverse_scan(
     states,  # [chunks, HEADS, V, K], one by one: the state X that enters each chunk, transposed
     dq,  # [tokens, H * PARTS // STEP, K]
     dq_rows,  # rows of it
-    dk,
-    dk_rows,
+    dk, dk_rows,
     dv,  # [tokens, H, WIDTH]
     dv_rows,
     decay,  # [tokens, H], if it is learned
     d_decay,
     d_beta,  # [tokens, H]
-    start,
-    length,
+    start, length,
     first_chunk,  # [M]
-    scale,
-    H,
-    G,
-    FIRST_HEAD,
-    STEP,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    WIDTH: gl.constexpr,
-    PARTS: gl.constexpr,
+    scale, H, G, FIRST_HEAD, STEP, K: gl.constexpr, V: gl.constexpr, WIDTH: gl.constexpr, PARTS: gl.constexpr,
     ADD: gl.constexpr,  # to the dq and dk of heads before
     ADD_PARTS: gl.constexpr,  # to what parts before know of the gradients of beta and of the decay
-    DECAY: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    DECAY: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     griddepcontrol_wait()
     tile, row = gl.program_id(0), gl.program_id(1)
     head_part = FIRST_HEAD + row * STEP
@@ -331,19 +319,10 @@ def _reverse_scan(
 
 
 def reverse_scan(
-    cut: Cut,
-    x: DeltaInputs,
-    terms: Terms,
-    do: Tensor,
-    how: HopperLaunch,
-    *,
-    d_final: Tensor | None = None,
-    d_initial: Tensor | None = None,
-    rows: range | None = None,
-    recomputed: Recomputed | None = None,
-    grads: Grads | None = None,
-    each: Recomputed | None = None,
-) -> None:
+    cut: Cut, x: DeltaInputs, terms: Terms, do: Tensor, how: HopperLaunch, *, d_final: Tensor | None = None,
+    d_initial: Tensor | None = None, rows: range | None = None, recomputed: Recomputed | None = None,
+    grads: Grads | None = None, each: Recomputed | None = None,
+) -> None:  # fmt: skip
     """Scans every tile and part of a head (of `rows`) in reverse. With what was `recomputed` of them it fills `grads`;
     `each` is filled with dr and the gradients of chunks' final states."""
     (heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], terms.factors.k.shape[2:]

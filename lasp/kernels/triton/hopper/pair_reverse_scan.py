@@ -200,19 +200,12 @@ def _pair_reverse_scan(
     products,  # [tokens, H]: see chunk_step, if SUMS
     behind,  # [chunks, H, K, 64] by rows: X behind every chunk, rounded, if SUMS
     behind_ups,  # [chunks, H]: its factors, if it is fp16
-    owner,
-    start,
-    length,
+    owner, start, length,
     first_chunk,  # [M]
-    scale,
-    H,
-    G,
-    K: gl.constexpr,
+    scale, H, G, K: gl.constexpr,
     OWN: gl.constexpr,  # heads of a program whose q and k are not the same
-    DECAY: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    DECAY: gl.constexpr, SUMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     tile, h = gl.program_id(0), 2 * gl.program_id(1)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile) if SUMS else begin
@@ -243,16 +236,9 @@ def _pair_reverse_scan(
 
 
 def pair_reverse_scan(
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    gates: Tensor | None,
-    initial: InitialStates,
-    scale: float,
-    behind: Behind | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, do: Tensor, gates: Tensor | None, initial: InitialStates,
+    scale: float, behind: Behind | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dk [B, T, H, K], or [B, T, H / 2, K] of two heads that share q and k, and dv [B, T, H, 64]. With `behind`, which
     it fills, also what gates need, [1, B, T, H]."""
     (batch, tokens, heads, size_v), (q_heads, size_k) = v.shape, q.shape[2:]

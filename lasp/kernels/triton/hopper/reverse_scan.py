@@ -82,19 +82,10 @@ def _write_copy(x, copies, n, peaks, meeting, PART: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    rows,
-    staged,
-    ring,
-    meetings,
-    gates,
-    initial,
-    y,
-    y_rows,
-    tile,
-    scale,
+    rows, staged, ring, meetings, gates, initial, y, y_rows, tile, scale,
     PART: gl.constexpr,  # the group of warps: 0 for dv, 1 for dk
     DECAY: gl.constexpr,
-):
+):  # fmt: skip
     begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     x_copies, outputs = staged.states, staged.y
     out, gs = outputs.index(PART), staged.gates.index(PART)
@@ -189,16 +180,8 @@ def _reverse_scan(
     dk,  # [tokens, H, SIZE]
     dv,
     dk_rows,  # rows of them
-    dv_rows,
-    owner,
-    start,
-    length,
-    scale,
-    H,
-    G,
-    DECAY: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    dv_rows, owner, start, length, scale, H, G, DECAY: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     tile, h = gl.program_id(0), gl.program_id(1)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     dtype: gl.constexpr = q.dtype
@@ -229,15 +212,9 @@ def _reverse_scan(
 
 
 def reverse_scan(
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    gates: Tensor | None,
-    initial: InitialStates,
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, do: Tensor, gates: Tensor | None, initial: InitialStates,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv [B, T, H, SIZE]."""
     batch, tokens, heads = v.shape[:3]
     dk, dv = (v.new_empty(batch, tokens, heads, SIZE.value) for _ in range(2))

@@ -69,19 +69,10 @@ def _first_gate(gates, begin, count, h, H, DECAY: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    shared,
-    ring,
-    gates,
-    states,
-    transitions,
-    tile,
-    row,
-    scale,
+    shared, ring, gates, states, transitions, tile, row, scale,
     PART: gl.constexpr,  # the group of warps
-    DECAY: gl.constexpr,
-    BACKWARD: gl.constexpr,
-    K: gl.constexpr,
-):
+    DECAY: gl.constexpr, BACKWARD: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
     k_rows, v_rows, weights_copies = shared.k, shared.v, shared.weights
     begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     V: gl.constexpr = v_rows.shape[2]
@@ -144,19 +135,11 @@ def _tile_states(
     gates,  # see gates.cumulate
     states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: gl.constexpr,
-    V: gl.constexpr,
+    start, length, scale, H, G, K: gl.constexpr, V: gl.constexpr,
     KEYS: gl.constexpr,  # blocks of 64 columns of keys that a program needs
     HEADS: gl.constexpr,  # of a program
-    DECAY: gl.constexpr,
-    BACKWARD: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    DECAY: gl.constexpr, BACKWARD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     griddepcontrol_wait()
     h, row = gl.program_id(1) * HEADS, gl.program_id(2) * (2 * ROWS)
     begin = gl.load(start + gl.program_id(0))
