@@ -281,9 +281,7 @@ def _chunk_scan(
     c,  # rows of W columns of [tokens, H // GC, DC]
     partner,  # rows of W columns of [tokens, H // GP, DC]: for sums of partner · y, if SUMS
     gates,  # see gates.cumulate
-    local,  # [M, H, DA, DC]: X before the scan, its transpose if TRANSPOSED, with the next two: see InitialStates
-    incoming,  # [N, H, DA, DC]
-    passed,  # [M, H]
+    local, incoming, passed,  # [M, H, DA, DC]: X before the scan, its transpose if TRANSPOSED: see InitialStates
     y,  # [tokens, H, DC], or of pairs of heads if they are summed
     y_rows,  # rows of W columns of it
     products,  # [DC // W, tokens, H]: those sums

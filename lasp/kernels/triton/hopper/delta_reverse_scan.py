@@ -252,10 +252,8 @@ def _reverse_scan(
     dq,  # [tokens, H * PARTS // STEP, K]
     dq_rows,  # rows of it
     dk, dk_rows,
-    dv,  # [tokens, H, WIDTH]
-    dv_rows,
-    decay,  # [tokens, H], if it is learned
-    d_decay,
+    dv, dv_rows,  # [tokens, H, WIDTH]
+    decay, d_decay,  # [tokens, H], if it is learned
     d_beta,  # [tokens, H]
     start, length,
     first_chunk,  # [M]

@@ -35,19 +35,15 @@ def _give(rows, exponent, rest, given, operand, BOTH: gl.constexpr):
 
 @gluon.jit
 def _factors(
-    q,  # rows of [tokens, H // G, K]
-    k,
+    q, k,  # rows of [tokens, H // G, K]
     decay,  # [tokens, H, K]
     read_q,  # [tokens, H, K]: q⁺, or q̃
     read_q_rows,  # rows of it
-    read_k,  # k⁺, if DELTA
-    read_k_rows,
-    written,  # k⁻, or k̃
-    written_rows,
+    read_k, read_k_rows,  # k⁺, if DELTA
+    written, written_rows,  # k⁻, or k̃
     ends,  # [chunks, H, K] fp32
     ln_chunk_decay,  # [chunks, H] fp32
-    scores,  # [tokens, H, C]: P, if SCORES
-    scores_rows,
+    scores, scores_rows,  # [tokens, H, C]: P, if SCORES
     products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, all that is read, if SCORES
     start, length, scale, CHUNKS, H, G,
     DELTA: gl.constexpr, SCORES: gl.constexpr, MAX_LN_DECAY: gl.constexpr,

@@ -88,8 +88,7 @@ class _Place(NamedTuple):
 
 @gluon.jit
 def _diagonal_gradients(
-    q,  # rows of 64 of [tokens, H // G, K]
-    k,
+    q, k,  # rows of 64 of [tokens, H // G, K]
     u,  # rows of [tokens, HEADS, V], or of v
     do,  # rows of [tokens, H, V]
     states,  # X one by one, 64 channels of K: of [chunks, HEADS, V, K]; or X̃, of [slots, H, K, V]

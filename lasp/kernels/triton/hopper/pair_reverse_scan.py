@@ -185,18 +185,13 @@ def _compute(rows, staged, rings, gates, initial, outputs, tile, scale, PART: gl
 
 @gluon.jit
 def _pair_reverse_scan(
-    q,  # rows of [tokens, H // G, K]
-    k,
-    v,  # rows of [tokens, H, 64]
-    do,
+    q, k,  # rows of [tokens, H // G, K]
+    v, do,  # rows of [tokens, H, 64]
     gates,  # see gates.cumulate
-    local,  # [M, H, K, 64]: X · scale before the scan, with the next two: see InitialStates
-    incoming,  # [N, H, K, 64]
-    passed,  # [M, H]
+    local, incoming, passed,  # [M, H, K, 64]: X · scale before the scan: see InitialStates
     dk,  # [tokens, H, K], or of pairs of heads
     dv,  # [tokens, H, 64]
-    dk_rows,  # rows of them
-    dv_rows,
+    dk_rows, dv_rows,  # rows of them
     products,  # [tokens, H]: see chunk_step, if SUMS
     behind,  # [chunks, H, K, 64] by rows: X behind every chunk, rounded, if SUMS
     behind_ups,  # [chunks, H]: its factors, if it is fp16

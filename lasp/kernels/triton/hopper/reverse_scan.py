@@ -169,16 +169,11 @@ def _compute(
 
 @gluon.jit
 def _reverse_scan(
-    q,  # rows of [tokens, H // G, SIZE]
-    k,
-    v,  # rows of [tokens, H, SIZE]
-    do,
+    q, k,  # rows of [tokens, H // G, SIZE]
+    v, do,  # rows of [tokens, H, SIZE]
     gates,  # see gates.cumulate
-    local,  # [M, H, SIZE, SIZE]: X · scale before the scan, with the next two: see InitialStates
-    incoming,  # [N, H, SIZE, SIZE]
-    passed,  # [M, H]
-    dk,  # [tokens, H, SIZE]
-    dv,
+    local, incoming, passed,  # [M, H, SIZE, SIZE]: X · scale before the scan: see InitialStates
+    dk, dv,  # [tokens, H, SIZE]
     dk_rows,  # rows of them
     dv_rows, owner, start, length, scale, H, G, DECAY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
