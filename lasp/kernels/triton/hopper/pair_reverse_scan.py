@@ -19,7 +19,7 @@ from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_
 from lasp.kernels.triton.hopper.ring import Ring, make_ring
 from lasp.kernels.triton.hopper.scalar_shared import Behind, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, publish, rows_of, send_rows, whole_decay
-from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails
+from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails, make_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -205,16 +205,12 @@ def _pair_reverse_scan(
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile) if SUMS else begin
     dtype: gl.constexpr = q.dtype
-    q_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, K], shared_layout(K))
-    k_rows = gl.allocate_shared_memory(dtype, [OWN * STAGES, C, K], shared_layout(K))
-    v_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], shared_layout(HALF))
-    do_rows = gl.allocate_shared_memory(dtype, [2 * STAGES, C, HALF], shared_layout(HALF))
+    rows, sources = make_rows(dtype, OWN * STAGES, K, 2 * STAGES, HALF), Rows(q, k, v, do)
     x_copies = gl.allocate_shared_memory(dtype, [2, K, HALF], shared_layout(HALF))
     dv_outputs = gl.allocate_shared_memory(dtype, [2, C, HALF], shared_layout(HALF))
     dk_outputs = gl.allocate_shared_memory(dtype, [OWN, C, K], shared_layout(K))
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
     rings = _Rings(make_ring(STAGES), make_ring(1, 1))
-    rows, sources = Rows(q_rows, k_rows, v_rows, do_rows), Rows(q, k, v, do)
     staged = _Staged(x_copies, gates_copies, dv_outputs, dk_outputs)
     initial = Initial(local, incoming, passed, owner)
     outputs = _Outputs(dk, dk_rows, dv, dv_rows, products, behind, behind_ups)

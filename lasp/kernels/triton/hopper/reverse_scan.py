@@ -22,7 +22,7 @@ from lasp.kernels.triton.hopper.reverse_step import head_room, written
 from lasp.kernels.triton.hopper.ring import Ring, make_meeting, make_ring
 from lasp.kernels.triton.hopper.scalar_shared import half_rows, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, publish, rows_of, send_rows, whole_decay
-from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails
+from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails, make_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -180,10 +180,7 @@ def _reverse_scan(
     tile, h = gl.program_id(0), gl.program_id(1)
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     dtype: gl.constexpr = q.dtype
-    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
+    rows, sources = make_rows(dtype, STAGES, SIZE, STAGES, SIZE), Rows(q, k, v, do)
     x_copies = gl.allocate_shared_memory(dtype, [2, SIZE, SIZE], SHARED)
     outputs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
@@ -191,7 +188,6 @@ def _reverse_scan(
     ready = make_meeting()
     peaks = gl.allocate_shared_memory(gl.float32, [4, 1], GATES_SHARED)
     meetings = _Meetings(ready, make_meeting())
-    rows, sources = Rows(q_rows, k_rows, v_rows, do_rows), Rows(q, k, v, do)
     staged = _Staged(x_copies, gates_copies, outputs, peaks)
     initial = Initial(local, incoming, passed, owner)
     here = Tile(begin, count, None, h, H)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lasp.kernels.triton.hopper.layouts import C
+from lasp.kernels.triton.hopper.layouts import C, shared_layout
 from lasp.kernels.triton.hopper.shared import clear_tail, publish
 
 
@@ -27,6 +27,18 @@ class Rows(NamedTuple):
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
     do: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def make_rows(
+    dtype: gl.constexpr, KEYS: gl.constexpr, K: gl.constexpr, VALUES: gl.constexpr, V: gl.constexpr
+):  # fmt: skip
+    """Room for so many chunks of q and k, and of v and do."""
+    q = gl.allocate_shared_memory(dtype, [KEYS, C, K], shared_layout(K))
+    k = gl.allocate_shared_memory(dtype, [KEYS, C, K], shared_layout(K))
+    v = gl.allocate_shared_memory(dtype, [VALUES, C, V], shared_layout(V))
+    do = gl.allocate_shared_memory(dtype, [VALUES, C, V], shared_layout(V))
+    return Rows(q, k, v, do)
 
 
 class Initial(NamedTuple):
