@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
@@ -22,7 +22,7 @@ from lasp.kernels.triton.hopper.reverse_step import head_room, written
 from lasp.kernels.triton.hopper.ring import Ring, make_meeting, make_ring
 from lasp.kernels.triton.hopper.scalar_shared import half_rows, load_gates, load_initial_state
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, publish, rows_of, send_rows, whole_decay
-from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails, make_rows
+from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails, fetch_rows, make_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import NONE
@@ -48,16 +48,10 @@ class _Meetings(NamedTuple):
 
 @gluon.jit
 def _fetch(sources, rows, ring, tile, G):
-    h = tile.h
     chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
         token = tile.begin.to(gl.int32) + (chunks - 1 - step) * C
-        filled, stage = ring.acquire(step), step % ring.stages
-        mbarrier.expect(filled, 2 * C * SIZE * 4)
-        tma.async_copy_global_to_shared(sources.k, [token, h // G * SIZE], filled, rows.k.index(stage))
-        tma.async_copy_global_to_shared(sources.q, [token, h // G * SIZE], filled, rows.q.index(stage))
-        tma.async_copy_global_to_shared(sources.v, [token, h * SIZE], filled, rows.v.index(stage))
-        tma.async_copy_global_to_shared(sources.do, [token, h * SIZE], filled, rows.do.index(stage))
+        fetch_rows(sources, rows, ring, step, token, tile.h, G)
 
 
 @gluon.jit

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from lasp.kernels.triton.hopper.layouts import C, shared_layout
 from lasp.kernels.triton.hopper.shared import clear_tail, publish
@@ -39,6 +40,19 @@ def make_rows(
     v = gl.allocate_shared_memory(dtype, [VALUES, C, V], shared_layout(V))
     do = gl.allocate_shared_memory(dtype, [VALUES, C, V], shared_layout(V))
     return Rows(q, k, v, do)
+
+
+@gluon.jit
+def fetch_rows(sources, rows, ring, step, token, h, G):
+    """Has a chunk of head h come, from this token on; G heads share q and k."""
+    K: gl.constexpr = rows.k.shape[2]
+    V: gl.constexpr = rows.v.shape[2]
+    filled, stage = ring.acquire(step), step % ring.stages
+    mbarrier.expect(filled, 2 * C * 2 * (K + V))
+    tma.async_copy_global_to_shared(sources.k, [token, h // G * K], filled, rows.k.index(stage))
+    tma.async_copy_global_to_shared(sources.q, [token, h // G * K], filled, rows.q.index(stage))
+    tma.async_copy_global_to_shared(sources.v, [token, h * V], filled, rows.v.index(stage))
+    tma.async_copy_global_to_shared(sources.do, [token, h * V], filled, rows.do.index(stage))
 
 
 class Initial(NamedTuple):
