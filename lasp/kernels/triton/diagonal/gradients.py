@@ -45,7 +45,7 @@ def _gradients(
     v,  # [tokens, H, V]
     do,
     decay,  # [tokens, H, K]
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     before,  # [slots, H, K, V]: X̃
     after,  # [slots, H, K, V]: G̃
@@ -81,7 +81,7 @@ def _gradients(
                 overlap += tl.sum(x.to(tl.float32) * gc.to(tl.float32), axis=1)
             qc = load_rows(q, token, here, h, H, rows, K)
             kc = load_rows(k, token, here, h, H, rows, K)
-            between = (1.0 - 2.0 * half) * tl.load(ends + slot * K + rows, mask=rows < K, other=0.0)[None, :]
+            between = (1.0 - 2.0 * half) * tl.load(ln_ends + slot * K + rows, mask=rows < K, other=0.0)[None, :]
             past = kc * dkc
             dqc = tl.dot(dp, kc, dqc, input_precision=PRECISION)
             dkc = tl.dot(dpt, qc, dkc, input_precision=PRECISION)
@@ -142,7 +142,7 @@ def gradients(
     chunks = cdiv(tiles.size, config.chunk)
     launch(
         _gradients, (chunks * heads * tiles.count,),
-        x.q, x.k, v, do, decay, x.ends, x.ln_chunk_decay, before, after, dg, tiles.start, tiles.length,
+        x.q, x.k, v, do, decay, x.ln_ends, x.ln_chunk_decay, before, after, dg, tiles.start, tiles.length,
         scale, chunks, heads,
         K=key_dim, V=value_dim, BK=min(64, block_of(key_dim)), BV=min(config.gradients.columns, block_of(value_dim)),
         C=config.chunk, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,

@@ -24,7 +24,7 @@ def _scan_outputs(
     a,  # [tokens, H, K]: q̃, in reverse k̃
     b,  # [tokens, H, K]: k̃, in reverse q̃
     c,  # [tokens, H, V]: v, in reverse do
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     local,  # [M, H, K, V] fp32: see InitialStates
     incoming,
@@ -51,7 +51,7 @@ def _scan_outputs(
         ac = load_rows(a, token, here, h, H, rows, K)
         bc = load_rows(b, token, here, h, H, rows, K)
         cc = load_rows(c, token, here, h, H, cols, V).to(operand)
-        end, half = load_end(ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
+        end, half = load_end(ln_ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
         p = tl.dot(ac, tl.trans(bc), input_precision=PRECISION)
         seen = place[:, None] <= place[None, :] if REVERSE else place[:, None] >= place[None, :]
         p = tl.where(seen & (half > 0.0), p, 0.0).to(operand)
@@ -74,7 +74,7 @@ def scan_outputs(
     block_v = min(block_of(value_dim), config.outputs.columns)
     launch(
         _scan_outputs, (tiles.count, heads, cdiv(value_dim, block_v)),
-        *rows, x.ends, x.ln_chunk_decay, *initial, y, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
+        *rows, x.ln_ends, x.ln_chunk_decay, *initial, y, chunk_states, tiles.owner, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, REVERSE=chunk_states is not None,
         MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision, STAGES=config.outputs.stages,
         num_warps=config.outputs.warps,

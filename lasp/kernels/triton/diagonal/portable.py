@@ -34,7 +34,7 @@ class Portable:
     def value_grads(self, rescaled: Rescaled, do: Tensor, d_final: InitialStates) -> tuple[Tensor, Tensor]:
         """dv [B, T, H, V], and G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the gradients of the
         states that leave the tiles."""
-        dv, grads = torch.empty_like(do), rescaled.q.new_empty(*rescaled.ends.shape, do.shape[3])
+        dv, grads = torch.empty_like(do), rescaled.q.new_empty(*rescaled.ln_ends.shape, do.shape[3])
         self._scan(rescaled, (rescaled.k, rescaled.q, do), d_final, dv, grads)
         return dv, grads
 

@@ -99,7 +99,7 @@ class Rescaled:
 
     q: Tensor
     k: Tensor
-    ends: Tensor  # [slots, H, K]
+    ln_ends: Tensor  # [slots, H, K]
     ln_chunk_decay: Tensor  # [slots, H]
 
 
@@ -109,9 +109,9 @@ def load_half(ln_chunk_decay, slot, MAX_LN_DECAY: tl.constexpr):
 
 
 @triton.jit
-def load_end(ends, slot, rows, K: tl.constexpr):
+def load_end(ln_ends, slot, rows, K: tl.constexpr):
     """b_C as a column, [BK, 1]."""
-    return tl.load(ends + slot * K + rows[:, None], mask=(rows < K)[:, None], other=0.0)
+    return tl.load(ln_ends + slot * K + rows[:, None], mask=(rows < K)[:, None], other=0.0)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _rescale(
     decay,  # [tokens, H, K]
     q_out,  # [tokens, H, K]
     k_out,
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     start, length, scale, CHUNKS, H, G,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, MAX_LN_DECAY: tl.constexpr,
@@ -146,7 +146,7 @@ def _rescale(
         end = tl.sum(g, axis=0)
         largest = tl.max(-end, axis=0)
         half = tl.where(largest + tl.zeros([1, 1], tl.float32) > MAX_LN_DECAY, 0.0, 0.5)
-        tl.store(ends + slot * K + cols, end, mask=cols < K)
+        tl.store(ln_ends + slot * K + cols, end, mask=cols < K)
         tl.store(ln_chunk_decay + slot, largest)
         store_rows(q_out, qc * (scale * tl.exp(b - half * end[None, :])), token, here, h, H, cols, K)
         if largest > MAX_LN_DECAY:  # a difference of large sums has too few digits
@@ -162,14 +162,14 @@ def rescale(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, con
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     slots = q.shape[0] * q.shape[1] // config.chunk + tiles.count + 1
     q_out, k_out = (torch.empty_like(decay, dtype=config.operand) for _ in range(2))
-    ends = decay.new_empty(slots, heads, key_dim, dtype=torch.float32)
+    ln_ends = decay.new_empty(slots, heads, key_dim, dtype=torch.float32)
     ln_chunk_decay = decay.new_empty(slots, heads, dtype=torch.float32)
     chunks = cdiv(tiles.size, config.chunk)
     launch(
         _rescale, (chunks * heads * tiles.count,),
-        q, k, decay, q_out, k_out, ends, ln_chunk_decay, tiles.start, tiles.length,
+        q, k, decay, q_out, k_out, ln_ends, ln_chunk_decay, tiles.start, tiles.length,
         scale, chunks, heads, heads // q_heads,
         K=key_dim, BK=block_of(key_dim), C=config.chunk, MAX_LN_DECAY=config.max_ln_decay,
         num_warps=4 if key_dim <= 128 else 8,
     )  # fmt: skip
-    return Rescaled(q_out, k_out, ends, ln_chunk_decay)
+    return Rescaled(q_out, k_out, ln_ends, ln_chunk_decay)

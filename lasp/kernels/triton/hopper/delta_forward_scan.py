@@ -48,7 +48,7 @@ class _Staged(NamedTuple):
 
 
 @gluon.jit
-def _fetch(sources, gates, ends, chunks, lines, ring, place, MODE: gl.constexpr, DECAY: gl.constexpr):
+def _fetch(sources, gates, ln_ends, chunks, lines, ring, place, MODE: gl.constexpr, DECAY: gl.constexpr):
     APART: gl.constexpr = DECAY == DIAGONAL
     K: gl.constexpr = chunks.k.shape[2]
     V: gl.constexpr = chunks.v.shape[2]
@@ -58,7 +58,7 @@ def _fetch(sources, gates, ends, chunks, lines, ring, place, MODE: gl.constexpr,
     for i in range(gl.cdiv(place.length, C)):
         at = place.begin.to(gl.int32) + i * C
         filled, stage = ring.acquire(i), i % ring.stages
-        fetch_gates(gates, ends, place, i, lines.index(stage), filled, K, DECAY)
+        fetch_gates(gates, ln_ends, place, i, lines.index(stage), filled, K, DECAY)
         mbarrier.expect(filled, C * (row_bytes + score_bytes))
         tma.async_copy_global_to_shared(sources.k, [at, h // G * K], filled, chunks.k.index(stage))
         tma.async_copy_global_to_shared(sources.ut, [at, h * C], filled, chunks.ut.index(stage))
@@ -222,7 +222,7 @@ def _forward_scan(
     written,
     v,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
-    ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
+    ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     ut,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS, written unless DIAGONAL
     scores_rows,  # rows of it
@@ -270,7 +270,7 @@ def _forward_scan(
     gl.warp_specialize(
         [
             (_compute, (chunks, lines, ring, staged, initial, outputs, place, scale, WIDTH, MODE, DECAY)),
-            (_fetch, (sources, gates, ends, chunks, lines, ring, place, MODE, DECAY)),
+            (_fetch, (sources, gates, ln_ends, chunks, lines, ring, place, MODE, DECAY)),
         ],
         [1],
         [24],
@@ -294,7 +294,7 @@ def forward_scan(
         _forward_scan, (cut.tiles.count, len(rows)),
         rows_of(terms.factors.q, key_dim) if outputs else None, rows_of(terms.factors.k, key_dim),
         rows_of(terms.factors.written, key_dim) if diagonal else None, rows_of(x.v, how.columns),
-        terms.gates, terms.factors.ends, rows_of(terms.ut, C.value),
+        terms.gates, terms.factors.ln_ends, rows_of(terms.ut, C.value),
         scores, None if scores is None else rows_of(scores, C.value), initial, final, transitions,
         y, None if y is None else rows_of(y, how.columns), None if states is None else states_of(states),
         cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,

@@ -63,7 +63,7 @@ class _Outputs(NamedTuple):
 
 
 @gluon.jit
-def _fetch(sources, gates, ends, chunks, lines, rings, place, DECAY: gl.constexpr):
+def _fetch(sources, gates, ln_ends, chunks, lines, rings, place, DECAY: gl.constexpr):
     """k, do, P and gates come some chunks ahead. So do T and q for summaries; gradients have room for one chunk's T and
     q, and u, X and v, which come while the chunk's first part runs."""
     K: gl.constexpr = chunks.k.shape[2]
@@ -90,7 +90,7 @@ def _fetch(sources, gates, ends, chunks, lines, rings, place, DECAY: gl.constexp
             i = count - 1 - step
             at = place.begin.to(gl.int32) + i * C
             filled, stage = rings.rows.acquire(step), step % rings.rows.stages
-            fetch_gates(gates, ends, place, i, lines.index(stage), filled, K, DECAY)
+            fetch_gates(gates, ln_ends, place, i, lines.index(stage), filled, K, DECAY)
             mbarrier.expect(filled, C * row_bytes)
             tma.async_copy_global_to_shared(sources.k, [at, h // G * K], filled, chunks.k.index(stage))
             if DECAY == DIAGONAL:
@@ -237,7 +237,7 @@ def _reverse_scan(
     k, written,
     do,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
-    ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
+    ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     ut,  # rows of [tokens, H, C]: T
     scores,  # rows of [tokens, H, C]: P, scaled
     d_final,  # [M, H, K, WIDTH] fp32, or None: zero
@@ -299,7 +299,7 @@ def _reverse_scan(
         gl.warp_specialize(
             [
                 (_compute, (chunks, lines, rings, staged, d_final, outputs, start, place, scale, WIDTH, ADD, DECAY)),
-                (_fetch, (sources, gates, ends, chunks, lines, rings, place, DECAY)),
+                (_fetch, (sources, gates, ln_ends, chunks, lines, rings, place, DECAY)),
                 (add_up, (sums, rings.sums, decay, d_decay, d_beta, place, ADD_PARTS)),
             ],
             [1, 1],
@@ -309,7 +309,7 @@ def _reverse_scan(
         gl.warp_specialize(
             [
                 (_compute, (chunks, lines, rings, staged, d_final, outputs, start, place, scale, WIDTH, ADD, DECAY)),
-                (_fetch, (sources, gates, ends, chunks, lines, rings, place, DECAY)),
+                (_fetch, (sources, gates, ln_ends, chunks, lines, rings, place, DECAY)),
             ],
             [1],
             [24],
@@ -339,7 +339,7 @@ def reverse_scan(
         _reverse_scan, (cut.tiles.count, len(rows)),
         rows_of(factors.q, key_dim), rows_of(factors.k, key_dim),
         rows_of(factors.written, key_dim) if diagonal else None,
-        rows_of(do, how.columns), terms.gates, factors.ends,
+        rows_of(do, how.columns), terms.gates, factors.ln_ends,
         rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
         dr, None if d_states is None else states_of(d_states),
         v_rows, u_rows, None if states is None else states_of(states), dq, dq_rows, dk, dk_rows, dv, dv_rows,

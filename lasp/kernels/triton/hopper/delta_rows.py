@@ -58,7 +58,7 @@ def states_of(x: Tensor) -> TensorDescriptor:
 
 
 @gluon.jit
-def fetch_gates(gates, ends, place, i, line, filled, K: gl.constexpr, DECAY: gl.constexpr):
+def fetch_gates(gates, ln_ends, place, i, line, filled, K: gl.constexpr, DECAY: gl.constexpr):
     """Has the one warp that calls it copy what ut_transform gave of chunk i, [4 C], or, if DIAGONAL, beta alone, and
     b_C. `filled` waits for that, too; it must not be full before it is told so."""
     at = (place.chunk + i) * place.H + place.h
@@ -67,7 +67,7 @@ def fetch_gates(gates, ends, place, i, line, filled, K: gl.constexpr, DECAY: gl.
         token = gl.arange(0, C, layout=gl.BlockedLayout([2], [32], [1], [0]))
         async_copy.async_copy_global_to_shared(line.slice(0, C), gates + token)
         channel = gl.arange(0, K, layout=gl.BlockedLayout([4], [32], [1], [0]))
-        async_copy.async_copy_global_to_shared(line.slice(2 * C, K), ends + at * K + channel)
+        async_copy.async_copy_global_to_shared(line.slice(2 * C, K), ln_ends + at * K + channel)
     else:
         number = gl.arange(0, 4 * C, layout=gl.BlockedLayout([4], [32], [1], [0]))
         async_copy.async_copy_global_to_shared(line, gates + number)

@@ -41,7 +41,7 @@ def _factors(
     read_q_rows,  # rows of it
     read_k, read_k_rows,  # k⁺, if DELTA
     written, written_rows,  # k⁻, or k̃
-    ends,  # [chunks, H, K] fp32
+    ln_ends,  # [chunks, H, K] fp32
     ln_chunk_decay,  # [chunks, H] fp32
     scores, scores_rows,  # [tokens, H, C]: P, if SCORES
     products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, all that is read, if SCORES
@@ -75,7 +75,7 @@ def _factors(
         half = gl.where(secondary, 0.0, 0.5)
         publish()
         exponent = sums(ones(False, False, half, dtype, SIZE), pieces, SIZE)
-        gl.store(ends + slot_h * SIZE + gl.arange(0, SIZE, layout=COL), end)  # not before a fence, which would wait
+        gl.store(ln_ends + slot_h * SIZE + gl.arange(0, SIZE, layout=COL), end)  # not before a fence, which would wait
         gl.store(ln_chunk_decay + slot_h, largest)
         exponent = warpgroup_mma_wait(0, deps=(exponent,))
         rest = exp(half * end)[None, :] if DELTA else gl.full([1, SIZE], 1.0, gl.float32, WIDE_MMA)

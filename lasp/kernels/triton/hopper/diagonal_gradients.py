@@ -47,7 +47,7 @@ class _Inputs(NamedTuple):
     states: gl.tensor
     grads: gl.tensor
     decay: gl.tensor
-    ends: gl.tensor
+    ln_ends: gl.tensor
     ln_chunk_decay: gl.tensor
 
 
@@ -94,7 +94,7 @@ def _diagonal_gradients(
     states,  # X one by one, 64 channels of K: of [chunks, HEADS, V, K]; or X̃, of [slots, H, K, V]
     grads,  # G, or G̃, likewise
     decay,  # [tokens, H, K]
-    ends,  # [chunks, H, K] fp32: b_C
+    ln_ends,  # [chunks, H, K] fp32: b_C
     ln_chunk_decay,  # [chunks, H] fp32
     dq,  # [tokens, H // STEP, K]
     dq_rows,  # rows of 64 of it
@@ -116,7 +116,7 @@ def _diagonal_gradients(
     slot, begin, count = chunk_of(gl.program_id(0) // 2, start, length, CHUNKS, not DELTA)
     if count > 0:
         _chunk(
-            _Inputs(q, k, u, do, states, grads, decay, ends, ln_chunk_decay),
+            _Inputs(q, k, u, do, states, grads, decay, ln_ends, ln_chunk_decay),
             _Outputs(dq, dq_rows, dk, dk_rows, d_decay),
             _Delta(gates, v, dr, dr_rows, dv, d_beta),
             _Place(slot, begin, count, part, gl.program_id(1), HEADS, h, H, G, STEP),
@@ -174,7 +174,7 @@ def _chunk(
     barrier()  # or what follows would come between them
 
     g = load_gates(decay + mine, count, H, HALF)
-    end = gl.load(inputs.ends + slot_h * SIZE + channel + col)
+    end = gl.load(inputs.ln_ends + slot_h * SIZE + channel + col)
     secondary = gl.load(inputs.ln_chunk_decay + slot_h) > MAX_LN_DECAY
     if DELTA:
         first = gl.arange(0, C, layout=gl.SliceLayout(1, ROWS))
@@ -321,7 +321,7 @@ def delta_gradients(
         _diagonal_gradients, (2 * chunks.count, len(heads)),
         rows_of(x.q, half), rows_of(x.k, half), rows_of(recomputed.u, SIZE.value), rows_of(do, SIZE.value),
         _states_of(recomputed.states, SIZE.value, half), _states_of(d_states, SIZE.value, half),
-        x.decay, factors.ends, factors.ln_chunk_decay, grads.dq, dq_rows, grads.dk, dk_rows, grads.d_decay,
+        x.decay, factors.ln_ends, factors.ln_chunk_decay, grads.dq, dq_rows, grads.dk, dk_rows, grads.d_decay,
         terms.gates, x.v, dr, rows_of(dr, SIZE.value), grads.dv, grads.d_beta, chunks.start, chunks.length,
         x.scale, 1, len(heads), all_heads, all_heads // q_heads, heads.start, heads.step,
         DELTA=True, ADD=add, MAX_LN_DECAY=2 * max_ln_decay, num_warps=4, pdl=True,
@@ -339,7 +339,7 @@ def linear_gradients(
         _diagonal_gradients, (2 * chunks * tiles.count, heads),
         rows_of(x.q, half), rows_of(x.k, half), rows_of(x.v, SIZE.value), rows_of(do, SIZE.value),
         _states_of(states, half, SIZE.value), _states_of(grads, half, SIZE.value),
-        x.decay, rescaled.ends, rescaled.ln_chunk_decay, dq, rows_of(dq, half), dk, rows_of(dk, half), dg,
+        x.decay, rescaled.ln_ends, rescaled.ln_chunk_decay, dq, rows_of(dq, half), dk, rows_of(dk, half), dg,
         None, None, None, None, None, None, tiles.start, tiles.length,
         x.scale, chunks, heads, heads, heads // q_heads, 0, 1,
         DELTA=False, ADD=False, MAX_LN_DECAY=max_ln_decay, num_warps=4, pdl=True,

@@ -42,7 +42,7 @@ class _Rows(NamedTuple):
 class _Inputs(NamedTuple):
     """What a scan reads beside chunks' rows."""
 
-    ends: gl.tensor
+    ln_ends: gl.tensor
     ln_chunk_decay: gl.tensor
     initial: Initial
 
@@ -90,7 +90,7 @@ def _initial_state(initial, tile, h, H, column):
 def _compute(
     rows, ring, inputs, outputs, tile, PART: gl.constexpr, REVERSE: gl.constexpr, MAX_LN_DECAY: gl.constexpr
 ):  # PART: the group of warps
-    ends, ln_chunk_decay = inputs.ends, inputs.ln_chunk_decay
+    ln_ends, ln_chunk_decay = inputs.ln_ends, inputs.ln_chunk_decay
     begin, count, h, H, number = tile.begin, tile.length, tile.h, tile.H, gl.program_id(0).to(gl.int64)
     dtype: gl.constexpr = rows.c.dtype
     column = h * SIZE + PART * HALF
@@ -102,7 +102,7 @@ def _compute(
     token, other = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=COL)
     seen = token[:, None] <= other[None, :] if REVERSE else token[:, None] >= other[None, :]
     at = slot + _place(0, last + 1, REVERSE) * H
-    end = gl.load(ends + at * SIZE + row)
+    end = gl.load(ln_ends + at * SIZE + row)
     half = gl.where(gl.load(ln_chunk_decay + at) > MAX_LN_DECAY, 0.0, 0.5)
     x = _initial_state(inputs.initial, number, h, H, PART * HALF) * gl.exp(half * end)[:, None]
     copy, out = outputs.copies_of_states.index(PART), outputs.copies_of_y.index(PART)
@@ -114,7 +114,7 @@ def _compute(
         if REVERSE:
             tma.async_copy_shared_to_global(outputs.states, [((slot + i * H) * SIZE).to(gl.int32), PART * HALF], copy)
         at = slot + _place(gl.minimum(step + 1, last), chunks, REVERSE) * H
-        next_end, next_decay = gl.load(ends + at * SIZE + row), gl.load(ln_chunk_decay + at)
+        next_end, next_decay = gl.load(ln_ends + at * SIZE + row), gl.load(ln_chunk_decay + at)
         ring.wait(step)
         if count - i * C < C:  # both groups write the same zeros
             clear_tail(ac, i, count)
@@ -148,7 +148,7 @@ def _diagonal_scan(
     a,  # rows of [tokens, H, K]: q̃, in reverse k̃
     b,  # rows of [tokens, H, K]: k̃, in reverse q̃
     c,  # rows of 64 columns of [tokens, H, V]: v, in reverse do
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     local,  # [M, H, K, V] fp32: see InitialStates
     incoming,
@@ -170,7 +170,7 @@ def _diagonal_scan(
     y_copies = gl.allocate_shared_memory(dtype, [2, C, HALF], SHARED)
     ring = make_ring(STAGES)
     sources, rows = _Rows(a, b, c), _Rows(a_rows, b_rows, c_rows)
-    inputs = _Inputs(ends, ln_chunk_decay, Initial(local, incoming, passed, owner))
+    inputs = _Inputs(ln_ends, ln_chunk_decay, Initial(local, incoming, passed, owner))
     outputs = _Outputs(y, y_rows, states, y_copies, x_copies)
     here = Tile(begin, count, None, h, H)
     gl.warp_specialize(
@@ -197,7 +197,7 @@ def diagonal_scan(
         written = TensorDescriptor(states, shape, [size, 1], [size, half], SHARED.value)
     launch(
         _diagonal_scan, (tiles.count, heads),
-        rows_of(a, size), rows_of(b, size), rows_of(c, half), x.ends, x.ln_chunk_decay, *initial, y, rows_of(y, half),
-        written, tiles.owner, tiles.start, tiles.length, heads,
+        rows_of(a, size), rows_of(b, size), rows_of(c, half), x.ln_ends, x.ln_chunk_decay, *initial,
+        y, rows_of(y, half), written, tiles.owner, tiles.start, tiles.length, heads,
         REVERSE=states is not None, MAX_LN_DECAY=max_ln_decay, STAGES=3, num_warps=4, pdl=True,
     )  # fmt: skip

@@ -88,12 +88,12 @@ def _compute(
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
     state = gl.zeros([ROWS, V], gl.float32, MMA)
-    passed = 0.0  # log2 decay of the chunks scanned so far
+    log2_passed = 0.0  # log2 decay of the chunks scanned so far
     if DECAY != NONE:
         g, end = load_gates(gates, begin, _place(0, last + 1, BACKWARD), count, h, H, DECAY)
         if BACKWARD and dtype == gl.float16:
             room = _first_gate(gates, begin, count, h, H, DECAY)
-            passed -= room
+            log2_passed -= room
             scale *= gl.exp2(room)
     for step in range(chunks):
         i = _place(step, chunks, BACKWARD)
@@ -102,8 +102,8 @@ def _compute(
         vc = v_rows.index(HEADS * stage + (PART if HEADS == 2 else 0))
         if DECAY != NONE:
             weights = weights_copies.index(2 * PART + step % 2)
-            passed += end  # used at once, so that the next one need not wait for this one's register
-            weights.store(gl.exp2(passed - (end - g if BACKWARD else g)))
+            log2_passed += end  # used at once, so that the next one need not wait for this one's register
+            weights.store(gl.exp2(log2_passed - (end - g if BACKWARD else g)))
             ahead = _place(gl.minimum(step + 1, last), chunks, BACKWARD)
             g, end = load_gates(gates, begin, ahead, count, h, H, DECAY)
         ring.wait(step)
@@ -125,7 +125,7 @@ def _compute(
     at = rows[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, MMA))[None, :]
     gl.store(states + (number * H + h) * K * V + at, state * scale)
     if DECAY != NONE and not BACKWARD:
-        gl.store(transitions + number * H + h, passed / LOG2_E, mask=row == 0)
+        gl.store(transitions + number * H + h, log2_passed / LOG2_E, mask=row == 0)
 
 
 @gluon.jit
