@@ -148,7 +148,7 @@ def _compute(
             publish()
         du = product(gl.convert_layout(before, COLUMNS_LEFT), wc.permute((1, 0)), COLUMNS)  # K G
         if GRADIENTS:
-            tma.store_wait(0)  # what was given of the chunk before has been read
+            tma.store_wait(0)  # of the chunk before, which has left these buffers
             barrier()
             staged_grad.store(before)
         if EACH:
