@@ -112,6 +112,24 @@ def mentioned(source: str) -> set[str]:
     return names
 
 
+def loaded(source: str) -> set[str]:
+    """Dotted names, in full, of what a module imports as it is loaded; what types alone need is not among them."""
+    later = ast.FunctionDef | ast.ClassDef
+    body = [node for node in ast.parse(source).body if not isinstance(node, later)]
+    return mentioned(
+        "\n".join(ast.unparse(node) for node in body if not ast.unparse(node).startswith("if TYPE_CHECKING"))
+    )
+
+
+def circles(loads: dict[str, set[str]]) -> list[str]:
+    """The modules that load each other, and those that load them."""
+    left = dict(loads)
+    while ends := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ends:
+            del left[name]
+    return sorted(left)
+
+
 def within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
@@ -197,6 +215,16 @@ def test_file_keeps_the_rules(path: str) -> None:
 )
 def test_rules_notice(path: str, source: str) -> None:
     assert len(broken_rules(path, source)) >= 1
+
+
+def test_nothing_is_loaded_in_a_circle() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    loads = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in loaded(path.read_text())}
+        loads[module] = names & modules.keys() - {module}
+    assert circles(loads) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
 def test_texts_become_tokens_without_torch() -> None:

@@ -109,7 +109,7 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The segments cut into tiles of at most `size` tokens: one program of a device kernel walks one tile.
+    """The segments cut into tiles of at most `size` tokens: one program of a device kernel scans one tile.
 
     start: [M] int64, a tile's first token in flat order.  length: [M] int32.  owner: [M] int32, its segment.  first:
     [N + 1] int32, the tiles of segment n are first[n] … first[n + 1] - 1.  With cu_seqlens on the device M is an upper

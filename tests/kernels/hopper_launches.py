@@ -32,8 +32,7 @@ EVERYWHERE = {  # kernels that Hopper has no others for
     "delta.secondary._secondary_scores",
     "delta.secondary._secondary_gradients",
     "diagonal.states._scan_states",
-    "diagonal.secondary._secondary_outputs",
-    "diagonal.secondary._secondary_gradients",
+    "diagonal.secondary._secondary",
 }
 SHARED_MEMORY = 227 * 1024
 HEADS = 16

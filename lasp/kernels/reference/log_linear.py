@@ -28,7 +28,7 @@ from lasp.kernels.parked import to_device
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.reference.chunk import CHUNK, read, write
-from lasp.kernels.summary import SHUT, Summary, apply, apply_transposed
+from lasp.kernels.summary import SHUT, Summary, Transition, apply, apply_transposed, compose
 
 LOG_CHUNK = CHUNK.bit_length() - 1
 
@@ -139,7 +139,7 @@ class Call:
         o, s = (p * _at(scales, self.among[None])) @ v, written @ v
         for left, right in self.siblings:
             s = torch.cat([s, apply(_of(a, right), s[left]) + s[right]])
-            a = None if a is None else torch.cat([a, _then(a[left], a[right])])
+            a = None if a is None else torch.cat([a, compose(torch.stack([a[left], a[right]]), s[None])])
 
         slots = self._within_last(written, v)
         end = _of(a, self.last)
@@ -151,7 +151,8 @@ class Call:
             if len(segment):
                 slots[slot] = slots[slot].index_copy(0, segment, apply(_of(end, segment), s[seen_by_last]))
                 if end is not None and a is not None:
-                    end = end.index_copy(0, segment, _then(a[seen_by_last], end[segment]))
+                    passed = compose(torch.stack([a[seen_by_last], end[segment]]), s[None])
+                    end = end.index_copy(0, segment, passed)
         total = None if a is None else a[self.roots][:, None]
         return {"o": o, "slots": torch.stack(slots, 1), "a": total, "r": self._of_initial(r, scales)}
 
@@ -181,18 +182,13 @@ def _of(a: Tensor | None, nodes: Tensor) -> Tensor | None:
     return None if a is None else a[nodes]
 
 
-def _then(first: Tensor, second: Tensor) -> Tensor:
-    """The transition of one run after another."""
-    return first + second if first.ndim == 2 else second @ first
-
-
 def _read_before(r: Tensor, a: Tensor) -> Tensor:
     """R A, for R [m, H, C, K]: what is read of a state before the transition."""
-    return r @ a if a.ndim == r.ndim else r * a.exp()[..., None, None]
+    return r @ a if Transition.of(a, r) == Transition.MATRIX else r * a.exp()[..., None, None]
 
 
 def _transition_grad(a: Tensor, entered: Tensor, d_final: Tensor) -> Tensor:
     """∂L/∂A = Σ_j G^(j) X^(j)ᵀ, through the exponential where A is a logarithm; a [N, 1, H] or [N, 1, H, K, K]."""
-    if a.ndim == entered.ndim:
+    if Transition.of(a, entered) == Transition.MATRIX:
         return (d_final @ entered.mT).sum(1, keepdim=True)
     return (apply(a, entered) * d_final).sum((1, 3, 4))[:, None]

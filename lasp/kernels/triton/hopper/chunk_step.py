@@ -16,10 +16,11 @@ from enum import IntEnum
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
-from lasp.kernels.triton.hopper.layouts import mma_layout
-from lasp.kernels.triton.hopper.shared import C, whole_decay
+from lasp.kernels.triton.hopper.layouts import C, mma_layout
+from lasp.kernels.triton.hopper.products import add_product, product
+from lasp.kernels.triton.hopper.shared import whole_decay
 from lasp.kernels.triton.shared.decay import NONE
 
 
@@ -88,15 +89,14 @@ def open_chunk(
     seen = row[:, None] >= col[None, :]
     if DECAY != NONE:
         x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, mma_layout(W))))[:, None]
-    nothing = gl.zeros([C, C], gl.float32, SCORES)
-    scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = product(ac, bc.permute((1, 0)), SCORES)  # a_i·b_j
     read = _read(ac, copy)
     if DECAY == NONE:
-        x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
+        x = add_product(x, bc.permute((1, 0)), cc)  # X + Σ_j b_j c_jᵀ
         scores = warpgroup_mma_wait(2, deps=(scores,))
         scores = gl.where(seen, scores, 0.0)
     else:
-        x = warpgroup_mma(_written(bc, gs, W), cc, x, is_async=True)
+        x = add_product(x, _written(bc, gs, W), cc)  # w X + Σ_j w_j b_j c_jᵀ
         gap = gs.load(gl.SliceLayout(1, SCORES))[:, None] - gs.load(gl.SliceLayout(0, SCORES))[None, :]
         weights = gl.exp2(gl.where(seen, gap, float("-inf")))
         scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
@@ -108,9 +108,7 @@ def open_chunk(
 @gluon.jit
 def _read(ac, copy):
     """a_iᵀ X, on its way."""
-    W: gl.constexpr = copy.shape[1]
-    nothing = gl.zeros([C, W], gl.float32, mma_layout(W))
-    return warpgroup_mma(ac, copy, nothing, use_acc=False, is_async=True)
+    return product(ac, copy, mma_layout(copy.shape[1]))
 
 
 @gluon.jit

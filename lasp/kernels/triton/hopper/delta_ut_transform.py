@@ -13,7 +13,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.shared import GATES_SHARED, C, barrier
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C
+from lasp.kernels.triton.hopper.shared import barrier
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, scalar_decay

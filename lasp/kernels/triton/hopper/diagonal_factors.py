@@ -7,30 +7,17 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.device import cdiv
 from lasp.kernels.triton.diagonal.rescale import Rescaled
-from lasp.kernels.triton.hopper.diagonal_shared import (
-    chunk_of,
-    cut_in_two,
-    exp,
-    hidden_zero,
-    load_gates,
-    new_barrier,
-    ones,
-    sums,
-)
-from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout
-from lasp.kernels.triton.hopper.shared import SHARED, SIZE, C, barrier, rows_of, send_rows
+from lasp.kernels.triton.hopper.diagonal_shared import chunk_of, cut_in_two, exp, hidden_zero, load_gates, ones, sums
+from lasp.kernels.triton.hopper.layouts import SHARED, SIZE, C, mma_layout
+from lasp.kernels.triton.hopper.products import product
+from lasp.kernels.triton.hopper.ring import make_barrier
+from lasp.kernels.triton.hopper.shared import barrier, publish, rows_of, send_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import bounded
@@ -48,19 +35,15 @@ def _give(rows, exponent, rest, given, operand, BOTH: gl.constexpr):
 
 @gluon.jit
 def _factors(
-    q,  # rows of [tokens, H // G, K]
-    k,
+    q, k,  # rows of [tokens, H // G, K]
     decay,  # [tokens, H, K]
     read_q,  # [tokens, H, K]: q⁺, or q̃
     read_q_rows,  # rows of it
-    read_k,  # k⁺, if DELTA
-    read_k_rows,
-    written,  # k⁻, or k̃
-    written_rows,
-    ends,  # [chunks, H, K] fp32
+    read_k, read_k_rows,  # k⁺, if DELTA
+    written, written_rows,  # k⁻, or k̃
+    ln_ends,  # [chunks, H, K] fp32
     ln_chunk_decay,  # [chunks, H] fp32
-    scores,  # [tokens, H, C]: P, if SCORES
-    scores_rows,
+    scores, scores_rows,  # [tokens, H, C]: P, if SCORES
     products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, all that is read, if SCORES
     start, length, scale, CHUNKS, H, G,
     DELTA: gl.constexpr, SCORES: gl.constexpr, MAX_LN_DECAY: gl.constexpr,
@@ -68,8 +51,6 @@ def _factors(
     MMA: gl.constexpr = mma_layout(C, gl.num_warps())
     WIDE_MMA: gl.constexpr = mma_layout(SIZE, gl.num_warps())
     COL: gl.constexpr = gl.SliceLayout(0, WIDE_MMA)
-    ROWS: gl.constexpr = rows_layout(C, gl.num_warps())
-    WIDE_ROWS: gl.constexpr = rows_layout(SIZE, gl.num_warps())
     griddepcontrol_wait()
     h = gl.program_id(1)
     slot, begin, count = chunk_of(gl.program_id(0), start, length, CHUNKS, not DELTA)
@@ -77,10 +58,9 @@ def _factors(
     qc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
     kc = gl.allocate_shared_memory(dtype, [C, SIZE], SHARED)
     pieces = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
-    q_full, k_full = new_barrier(), new_barrier()
+    q_full, k_full = make_barrier(), make_barrier()
     if count > 0:
-        fence_async_shared()
-        barrier()
+        publish()
         token, column, slot_h = begin.to(gl.int32), h * SIZE, slot.to(gl.int64) * H + h
         mbarrier.expect(q_full, 2 * C * SIZE)
         mbarrier.expect(k_full, 2 * C * SIZE)
@@ -91,18 +71,17 @@ def _factors(
         end = gl.sum(g, axis=0)
         largest = gl.max(-end, axis=0)
         end = gl.convert_layout(end, COL)
-        steep = largest > MAX_LN_DECAY
-        half = gl.where(steep, 0.0, 0.5)
-        fence_async_shared()
-        barrier()
+        secondary = largest > MAX_LN_DECAY
+        half = gl.where(secondary, 0.0, 0.5)
+        publish()
         exponent = sums(ones(False, False, half, dtype, SIZE), pieces, SIZE)
-        gl.store(ends + slot_h * SIZE + gl.arange(0, SIZE, layout=COL), end)  # not before a fence, which would wait
+        gl.store(ln_ends + slot_h * SIZE + gl.arange(0, SIZE, layout=COL), end)  # not before a fence, which would wait
         gl.store(ln_chunk_decay + slot_h, largest)
         exponent = warpgroup_mma_wait(0, deps=(exponent,))
         rest = exp(half * end)[None, :] if DELTA else gl.full([1, SIZE], 1.0, gl.float32, WIDE_MMA)
         operands = gl.allocate_shared_memory(dtype, [3, C, SIZE], SHARED) if SCORES else pieces
         mbarrier.wait(k_full, 0)
-        if steep:  # a difference of large sums has too few digits
+        if secondary:  # a difference of large sums has too few digits
             reverse = ones(True, True, hidden_zero(scale), dtype, SIZE)
             to_end = warpgroup_mma_wait(0, deps=(sums(reverse, pieces, SIZE),))
             barrier()  # what is given may take the place of what all have waited for
@@ -114,26 +93,23 @@ def _factors(
             _give(kc, exponent, rest, kc, operands.index(1), SCORES)
         mbarrier.wait(q_full, 0)
         _give(qc, exponent, rest if DELTA else scale, qc, operands.index(0), SCORES)
-        fence_async_shared()
-        barrier()
+        publish()
         at = begin * (H * SIZE) + column
         if SCORES:
-            none = gl.zeros([C, C], gl.float32, MMA)
             keys = operands.index(2).permute((1, 0))
-            p = warpgroup_mma(operands.index(0), keys, none, use_acc=False, is_async=True)
-            m = warpgroup_mma(operands.index(1), keys, none, use_acc=False, is_async=True)
+            p = product(operands.index(0), keys, MMA)  # q_i·(e^{b_i - b_j} k_j)
+            m = product(operands.index(1), keys, MMA)  # k_i·(e^{b_i - b_j} k_j)
             p, m = warpgroup_mma_wait(0, deps=(p, m))  # before a branch, which might move their registers
-        send_rows(written + at, written_rows, pieces.index(0), begin, 0, count, column, H * SIZE, WIDE_ROWS)
-        send_rows(read_q + at, read_q_rows, qc, begin, 0, count, column, H * SIZE, WIDE_ROWS)
+        send_rows(written + at, written_rows, pieces.index(0), begin, 0, count, column, H * SIZE)
+        send_rows(read_q + at, read_q_rows, qc, begin, 0, count, column, H * SIZE)
         if DELTA:
-            send_rows(read_k + at, read_k_rows, kc, begin, 0, count, column, H * SIZE, WIDE_ROWS)
+            send_rows(read_k + at, read_k_rows, kc, begin, 0, count, column, H * SIZE)
         if SCORES:
             row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
             out = pieces.index(1)._reinterpret(dtype, [2, C, C], SHARED).index(0)
             out.store(gl.where(row[:, None] >= col[None, :], p * scale, 0.0).to(dtype))
-            fence_async_shared()
-            barrier()
-            send_rows(scores + begin * (H * C) + h * C, scores_rows, out, begin, 0, count, h * C, H * C, ROWS)
+            publish()
+            send_rows(scores + begin * (H * C) + h * C, scores_rows, out, begin, 0, count, h * C, H * C)
             at_m = (row * (H * C))[:, None] + col[None, :]
             read = (row < count)[:, None] & (row[:, None] // 8 >= col[None, :] // 8)  # whole sectors of memory
             gl.store((products + begin * (H * C) + h * C) + at_m, m, mask=read)
@@ -174,7 +150,7 @@ def _known(chunks: int, decay: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch(
     tiles: Tiles, chunks: int, q: Tensor, k: Tensor, decay: Tensor, scale: float, given: tuple[Tensor | None, ...],
-    known: tuple[Tensor, Tensor], scores: Tensor | None, products: Tensor | None, steep: float,
+    known: tuple[Tensor, Tensor], scores: Tensor | None, products: Tensor | None, secondary: float,
 ) -> None:  # fmt: skip
     heads = decay.shape[2]
     how = {"num_warps": 4} if scores is None else {"num_warps": 8, "maxnreg": 128}
@@ -186,5 +162,5 @@ def _launch(
         rows_of(q, SIZE.value), rows_of(k, SIZE.value), decay, *places, *known,
         scores, None if scores is None else rows_of(scores, C.value), products, tiles.start, tiles.length,
         scale, chunks, heads, heads // q.shape[2],
-        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=steep, pdl=True, **how,
+        DELTA=given[1] is not None, SCORES=scores is not None, MAX_LN_DECAY=secondary, pdl=True, **how,
     )  # fmt: skip

@@ -5,10 +5,9 @@ Sums are products with ones on the tensor cores, of numbers that are cut into tw
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from lasp.kernels.triton.hopper.layouts import mma_layout
-from lasp.kernels.triton.hopper.shared import SIZE, C
+from lasp.kernels.triton.hopper.layouts import SIZE, C, mma_layout
+from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.shared.decay import LOG2_E
 
 
@@ -22,14 +21,6 @@ def chunk_of(program, start, length, CHUNKS, OF_TILES: gl.constexpr):
         return (begin // C).to(gl.int32) + tile + i, begin + i * C, gl.minimum(count - i * C, C)
     else:
         return program, gl.load(start + program), gl.load(length + program).to(gl.int32)
-
-
-@gluon.jit
-def new_barrier():
-    """For one load: for those that share one the compiler has all threads meet in between."""
-    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(full, count=1)
-    return full
 
 
 @gluon.jit
@@ -88,6 +79,5 @@ def ones(REVERSE: gl.constexpr, STRICT: gl.constexpr, less, dtype: gl.constexpr,
 @gluon.jit
 def sums(weights, pieces, W: gl.constexpr):
     """Sums over tokens of what two pieces hold, [C, W], on their way."""
-    y = gl.zeros([C, W], gl.float32, mma_layout(W, gl.num_warps()))
-    y = warpgroup_mma(weights, pieces.index(0), y, use_acc=False, is_async=True)
-    return warpgroup_mma(weights, pieces.index(1), y, is_async=True)
+    y = product(weights, pieces.index(0), mma_layout(W, gl.num_warps()))
+    return add_product(y, weights, pieces.index(1))

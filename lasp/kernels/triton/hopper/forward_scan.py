@@ -4,39 +4,22 @@ to the other, which finds the outputs meanwhile. See chunk_scan, whose groups sh
     o_i = scale · (w_i Xᵀ q_i + Σ_{j<=i} w_ij (q_i·k_j) v_j)          X <- w X + Σ_j w_j k_j v_jᵀ
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import scales, write_copy
-from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    MMA,
-    REGISTERS,
-    SHARED,
-    SIZE,
-    WIDE_LEFT,
-    WIDE_MMA,
-    WIDE_ROWS,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    load_initial_state,
-    rows_of,
-    send_rows,
-    whole_decay,
-)
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
+from lasp.kernels.triton.hopper.products import add_product, product
+from lasp.kernels.triton.hopper.ring import Ring, make_ring
+from lasp.kernels.triton.hopper.scalar_shared import load_gates, load_initial_state
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.tiles import Initial, Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.state_passing import InitialStates
@@ -45,26 +28,47 @@ COPIES = gl.constexpr(2)  # of the state, which so may be a chunk ahead
 ROW = gl.constexpr(gl.SliceLayout(1, WIDE_MMA.value))
 
 
+class _Rows(NamedTuple):
+    """Of chunks of these tensors: how they come, or where in shared memory they lie, by stages of a ring."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+
+
+class _Rings(NamedTuple):
+    rows: Ring
+    copies: Ring
+
+
+class _Copies(NamedTuple):
+    """Of the state, in shared memory, [COPIES, SIZE, SIZE], and, if it is fp16, their factors."""
+
+    states: gl.shared_memory_descriptor
+    ups: gl.shared_memory_descriptor
+
+
 @gluon.jit
-def _fetch(q, k, v, buffers, ring, begin, count, h, G):
-    for step in range(gl.cdiv(count, C)):
-        row = begin.to(gl.int32) + step * C
+def _fetch(sources, rows, ring, tile, G):
+    h = tile.h
+    for step in range(gl.cdiv(tile.length, C)):
+        token = tile.begin.to(gl.int32) + step * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 3 * 2 * C * SIZE)
-        tma.async_copy_global_to_shared(q, [row, h // G * SIZE], filled, buffers[0].index(stage))
-        tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, buffers[1].index(stage))
-        tma.async_copy_global_to_shared(v, [row, h * SIZE], filled, buffers[2].index(stage))
+        tma.async_copy_global_to_shared(sources.q, [token, h // G * SIZE], filled, rows.q.index(stage))
+        tma.async_copy_global_to_shared(sources.k, [token, h // G * SIZE], filled, rows.k.index(stage))
+        tma.async_copy_global_to_shared(sources.v, [token, h * SIZE], filled, rows.v.index(stage))
 
 
 @gluon.jit
-def _take(ring, buffers, step, count):
+def _take(rows, ring, step, count):
     """Waits for a chunk. Both groups write the same zeros."""
     ring.wait(step)
     if count - step * C < C:
-        for n in gl.static_range(3):
-            clear_tail(buffers[n].index(step % ring.stages), step, count, WIDE_ROWS)
-        fence_async_shared()
-        barrier()
+        clear_tail(rows.q.index(step % ring.stages), step, count)
+        clear_tail(rows.k.index(step % ring.stages), step, count)
+        clear_tail(rows.v.index(step % ring.stages), step, count)
+        publish()
 
 
 @gluon.jit
@@ -76,12 +80,11 @@ def _written(keys, gs):
 
 
 @gluon.jit
-def _walk(buffers, rings, gs, copied, gates, initial, numbers, DECAY: gl.constexpr):
+def _scan(rows, rings, gs, copied, gates, initial, tile, DECAY: gl.constexpr):
     """X."""
-    _, k_rows, v_rows = buffers
-    ring, copies = rings
-    x_copies, x_ups = copied
-    begin, count, h, _, H = numbers
+    ring, copies = rings.rows, rings.copies
+    x_copies, x_ups = copied.states, copied.ups
+    begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     row, col = gl.arange(0, SIZE, layout=ROW), gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
@@ -92,16 +95,16 @@ def _walk(buffers, rings, gs, copied, gates, initial, numbers, DECAY: gl.constex
     for i in range(chunks):
         stage = i % ring.stages
         g, _ = load_gates(gates, begin, gl.minimum(i + 1, last), count, h, H, DECAY)
-        told, place = copies.acquire(i), i % COPIES
+        copies.acquire(i)
+        place = i % COPIES
         up = write_copy(x, x_copies.index(place))
-        if k_rows.dtype == gl.float16:
+        if x_copies.dtype == gl.float16:
             x_ups.index(place).store(gl.full([1], up, gl.float32, ROW))
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(told, count=1)
-        _take(ring, buffers, i, count)
+        publish()
+        copies.fill(i)
+        _take(rows, ring, i, count)
         x *= gl.exp2(whole_decay(gs, ROW))[:, None]
-        x = warpgroup_mma(_written(k_rows.index(stage), gs), v_rows.index(stage), x, is_async=True)
+        x = add_product(x, _written(rows.k.index(stage), gs), rows.v.index(stage))  # w X + Σ_j w_j k_j v_jᵀ
         x = warpgroup_mma_wait(0, deps=(x,))
         gs.store(g)
         barrier()
@@ -109,13 +112,12 @@ def _walk(buffers, rings, gs, copied, gates, initial, numbers, DECAY: gl.constex
 
 
 @gluon.jit
-def _outputs(buffers, rings, gs, copied, outs, gates, o, o_rows, numbers, DECAY: gl.constexpr):
-    q_rows, k_rows, v_rows = buffers
-    ring, copies = rings
-    x_copies, x_ups = copied
-    begin, count, h, scale, H = numbers
+def _outputs(rows, rings, gs, copied, outs, gates, o, o_rows, tile, scale, DECAY: gl.constexpr):
+    ring, copies = rings.rows, rings.copies
+    x_copies, x_ups = copied.states, copied.ups
+    begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     TOKEN: gl.constexpr = gl.SliceLayout(1, MMA)
-    dtype: gl.constexpr = q_rows.dtype
+    dtype: gl.constexpr = rows.q.dtype
     within, after = scales(scale, dtype)
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
@@ -126,23 +128,21 @@ def _outputs(buffers, rings, gs, copied, outs, gates, o, o_rows, numbers, DECAY:
     barrier()
     for i in range(chunks):
         stage, place = i % ring.stages, i % COPIES
-        qc, kc, vc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage)
+        qc, kc, vc = rows.q.index(stage), rows.k.index(stage), rows.v.index(stage)
         g, _ = load_gates(gates, begin, gl.minimum(i + 1, last), count, h, H, DECAY)
-        _take(ring, buffers, i, count)
-        nothing = gl.zeros([C, C], gl.float32, MMA)
-        scores = warpgroup_mma(qc, kc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        _take(rows, ring, i, count)
+        scores = product(qc, kc.permute((1, 0)), MMA)  # q_i·k_j
         gap = gs.load(TOKEN)[:, None] - gs.load(gl.SliceLayout(0, MMA))[None, :]
         weights = gl.exp2(gl.where(seen, gap, float("-inf"))) * within
         read = gl.exp2(gs.load(ROW)) * within
         copies.wait(i)
-        wide = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
-        oc = warpgroup_mma(qc, x_copies.index(place), wide, use_acc=False, is_async=True)
+        oc = product(qc, x_copies.index(place), WIDE_MMA)  # Xᵀ q_i
         if dtype == gl.float16:
             read *= x_ups.index(place).load(ROW)
         scores = warpgroup_mma_wait(1, deps=(scores,)) * weights
         left = gl.convert_layout(scores.to(dtype), WIDE_LEFT)
         oc = warpgroup_mma_wait(0, deps=(oc,)) * read[:, None]
-        oc = warpgroup_mma(left, vc, oc, is_async=True)
+        oc = add_product(oc, left, vc)  # … + Σ_j w_ij (q_i·k_j) v_j
         gs.store(g)
         oc = warpgroup_mma_wait(0, deps=(oc,))
         out = outs.index(i % 2)
@@ -152,19 +152,16 @@ def _outputs(buffers, rings, gs, copied, outs, gates, o, o_rows, numbers, DECAY:
         barrier()
         copies.release(i)
         ring.release(i)
-        send_rows(o + (begin * H + h) * SIZE, o_rows, out, begin, i, count, h * SIZE, H * SIZE, WIDE_ROWS)
+        send_rows(o + (begin * H + h) * SIZE, o_rows, out, begin, i, count, h * SIZE, H * SIZE)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _forward_scan(
-    q,  # rows of [tokens, H // G, SIZE]
-    k,
+    q, k,  # rows of [tokens, H // G, SIZE]
     v,  # rows of [tokens, H, SIZE]
     gates,  # see gates.cumulate
-    local,  # [M, H, SIZE, SIZE]: X before the scan, with the next two: see InitialStates
-    incoming,  # [N, H, SIZE, SIZE]
-    passed,  # [M, H]
+    local, incoming, passed,  # [M, H, SIZE, SIZE]: X before the scan: see InitialStates
     o,  # [tokens, H, SIZE]
     o_rows,  # rows of it
     owner, start, length, scale, H, G,
@@ -181,15 +178,14 @@ def _forward_scan(
     x_ups = gl.allocate_shared_memory(gl.float32, [COPIES, 1], GATES_SHARED)
     outs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
-    buffers, copied = (q_rows, k_rows, v_rows), (x_copies, x_ups)
-    rings = (make_ring(STAGES, 2), make_ring(COPIES, 1))
-    numbers = (begin, count, h, scale, H)
-    initial = (local, incoming, passed, owner)
+    rows, sources, copied = _Rows(q_rows, k_rows, v_rows), _Rows(q, k, v), _Copies(x_copies, x_ups)
+    rings = _Rings(make_ring(STAGES, 2), make_ring(COPIES, 1))
+    here, initial = Tile(begin, count, None, h, H), Initial(local, incoming, passed, owner)
     gl.warp_specialize(
         [
-            (_walk, (buffers, rings, gates_copies.index(0), copied, gates, initial, numbers, DECAY)),
-            (_outputs, (buffers, rings, gates_copies.index(1), copied, outs, gates, o, o_rows, numbers, DECAY)),
-            (_fetch, (q, k, v, buffers, rings[0], begin, count, h, G)),
+            (_scan, (rows, rings, gates_copies.index(0), copied, gates, initial, here, DECAY)),
+            (_outputs, (rows, rings, gates_copies.index(1), copied, outs, gates, o, o_rows, here, scale, DECAY)),
+            (_fetch, (sources, rows, rings.rows, here, G)),
         ],
         [4, 1],
         [REGISTERS, 24],

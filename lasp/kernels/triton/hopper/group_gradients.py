@@ -9,38 +9,25 @@ One group of warps finds dv, and hands the sums over heads to the other, which f
 buffers are found anew for every head: see joint_scan.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import cdiv
-from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, C, mma_layout, rows_layout, shared_layout
+from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import pairs_of, sum_of_pairs
-from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    HALF,
-    REGISTERS,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    rows_of,
-    send_rows,
-    whole_decay,
-)
+from lasp.kernels.triton.hopper.ring import Ring, make_meeting, make_ring
+from lasp.kernels.triton.hopper.scalar_shared import load_gates
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.chunk_states import states_and_gradients
@@ -52,34 +39,95 @@ PARTS = 4  # of the tiles, whose chunks' states are there at once
 SCORES_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))  # without bank conflicts
 
 
+class _Rows(NamedTuple):
+    """Of a chunk, how they come or where in shared memory they lie: q and k of the group, of its heads the rest, by
+    stages of a ring; of states [K, V]."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    do: gl.shared_memory_descriptor
+    before: gl.shared_memory_descriptor
+    behind: gl.shared_memory_descriptor
+
+
+class _Rings(NamedTuple):
+    heads: Ring
+    group: Ring  # when q and k are there
+    total: Ring  # and the scores of values of all heads
+
+
+class _Chunk(NamedTuple):
+    """`length` tokens from `begin` on, a chunk of this number, of which some tiles' states are in this slot; `heads` of
+    the G heads of a group, of H in all."""
+
+    begin: gl.tensor
+    length: gl.tensor
+    number: gl.tensor
+    slot: gl.tensor
+    group: gl.tensor
+    heads: gl.tensor
+    H: gl.tensor
+    G: gl.tensor
+
+
+class _Staged(NamedTuple):
+    """In shared memory: gates, dv, scores of keys, and the sums of those of values."""
+
+    gates: gl.shared_memory_descriptor  # [2, C]
+    dv: gl.shared_memory_descriptor  # [C, V]
+    scores: gl.shared_memory_descriptor  # [1, C, C]
+    total: gl.shared_memory_descriptor  # [C, C]
+
+
+class _Outputs(NamedTuple):
+    dq: gl.tensor
+    dk: gl.tensor
+    dv: gl.tensor
+    dv_rows: gl.tensor
+    reads: gl.tensor
+    writes: gl.tensor
+    products: gl.tensor
+
+
 @gluon.jit
-def _fetch(q, k, v, do, before, behind, buffers, ring, shared_ready, begin, slot, group, H, G, heads):
-    q_rows, k_rows, v_rows, do_rows, x_rows, g_rows = buffers
-    K: gl.constexpr = q_rows.shape[2]
-    V: gl.constexpr = v_rows.shape[2]
-    row = begin.to(gl.int32)
-    mbarrier.expect(shared_ready, 4 * C * K)
-    tma.async_copy_global_to_shared(k, [row, group * K], shared_ready, k_rows.index(0))
-    tma.async_copy_global_to_shared(q, [row, group * K], shared_ready, q_rows.index(0))
-    for n in range(heads):
+def _fetch(sources, rows, rings, chunk):
+    ring, group, G = rings.heads, chunk.group, chunk.G
+    K: gl.constexpr = rows.q.shape[2]
+    V: gl.constexpr = rows.v.shape[2]
+    token, filled = chunk.begin.to(gl.int32), rings.group.full.index(0)
+    mbarrier.expect(filled, 4 * C * K)
+    tma.async_copy_global_to_shared(sources.k, [token, group * K], filled, rows.k.index(0))
+    tma.async_copy_global_to_shared(sources.q, [token, group * K], filled, rows.q.index(0))
+    for n in range(chunk.heads):
         h = group * G + n
         filled, stage = ring.acquire(n), n % ring.stages
         mbarrier.expect(filled, 4 * C * V + 4 * K * V)
-        state = ((slot * H + h) * K).to(gl.int32)
-        tma.async_copy_global_to_shared(v, [row, h * V], filled, v_rows.index(stage))
-        tma.async_copy_global_to_shared(do, [row, h * V], filled, do_rows.index(stage))
-        tma.async_copy_global_to_shared(behind, [state, 0], filled, g_rows.index(stage))
-        tma.async_copy_global_to_shared(before, [state, 0], filled, x_rows.index(stage))
+        state = ((chunk.slot * chunk.H + h) * K).to(gl.int32)
+        tma.async_copy_global_to_shared(sources.v, [token, h * V], filled, rows.v.index(stage))
+        tma.async_copy_global_to_shared(sources.do, [token, h * V], filled, rows.do.index(stage))
+        tma.async_copy_global_to_shared(sources.behind, [state, 0], filled, rows.behind.index(stage))
+        tma.async_copy_global_to_shared(sources.before, [state, 0], filled, rows.before.index(stage))
 
 
 @gluon.jit
-def _clear_shared(buffers, shared_ready, count):
+def _take_group(rows, ring, count):
     """Waits for q and k; both groups of warps write the same zeros."""
-    mbarrier.wait(shared_ready, 0)
+    ring.wait(0)
     if count < C:
-        clear_tail(buffers[0].index(0), 0, count, rows_layout(buffers[0].shape[2]))
-        clear_tail(buffers[1].index(0), 0, count, rows_layout(buffers[1].shape[2]))
+        clear_tail(rows.q.index(0), 0, count)
+        clear_tail(rows.k.index(0), 0, count)
         fence_async_shared()
+
+
+@gluon.jit
+def _take_head(vc, doc, ring, n, count):
+    """Waits for a head's v and do, likewise."""
+    ring.wait(n)
+    if count < C:
+        clear_tail(vc, 0, count)
+        clear_tail(doc, 0, count)
+        publish()
 
 
 @gluon.jit
@@ -92,46 +140,37 @@ def _store(y, x, begin, count, stride):
 
 
 @gluon.jit
-def _values(buffers, own, gates, outputs, numbers, DECAY: gl.constexpr):
+def _values(rows, rings, staged, gates, outputs, chunk, scale, DECAY: gl.constexpr):
     """dv, the sums of pairs, and the heads' scores of values, summed."""
-    q_rows, k_rows, v_rows, do_rows, x_rows, g_rows = buffers
-    ring, shared_ready, gs, out, scores_copy, total_rows, handed = own
-    dv, dv_rows, writes, products = outputs
-    begin, count, chunk, group, scale, H, G, heads = numbers
-    K: gl.constexpr = q_rows.shape[2]
-    V: gl.constexpr = v_rows.shape[2]
+    ring, gs, out, scores_copy = rings.heads, staged.gates.index(0), staged.dv, staged.scores
+    begin, count, group, H, G, heads = chunk.begin, chunk.length, chunk.group, chunk.H, chunk.G, chunk.heads
+    K: gl.constexpr = rows.q.shape[2]
+    V: gl.constexpr = rows.v.shape[2]
     SCORES: gl.constexpr = mma_layout(C)
     MMA: gl.constexpr = mma_layout(V)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     ROWS: gl.constexpr = rows_layout(V)
-    dtype: gl.constexpr = q_rows.dtype
+    dtype: gl.constexpr = rows.q.dtype
     row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
     seen = row[:, None] <= col[None, :]
     place, none = row, gl.maximum(-count, 0)
     channel = gl.arange(0, K, layout=gl.SliceLayout(1, ROWS))
     g, _ = load_gates(gates, begin, 0, count, group * G, H, DECAY)
     gs.store(g)
-    _clear_shared(buffers, shared_ready, count)
+    _take_group(rows, rings.group, count)
     barrier()
-    nothing = gl.zeros([C, C], gl.float32, SCORES)
-    scores = warpgroup_mma(k_rows.index(0), q_rows.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = product(rows.k.index(0), rows.q.index(0).permute((1, 0)), SCORES)
     # There is no room for them in registers.
     scores_copy.index(0).store(warpgroup_mma_wait(0, deps=(scores,)) * scale)
     total = gl.zeros([C, C], gl.float32, SCORES)
     for n in range(heads):
         h, stage = group * G + n, n % ring.stages
-        vc, doc, gc = v_rows.index(stage), do_rows.index(stage), g_rows.index(stage)
+        vc, doc, gc = rows.v.index(stage), rows.do.index(stage), rows.behind.index(stage)
         g, _ = load_gates(gates, begin, 0, count, gl.minimum(h + 1, H - 1), H, DECAY)
-        ring.wait(n)
-        if count < C:
-            clear_tail(vc, 0, count, ROWS)
-            clear_tail(doc, 0, count, ROWS)
-            fence_async_shared()
-            barrier()
-        others = warpgroup_mma(vc, doc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        wide = gl.zeros([C, V], gl.float32, MMA)
-        dvc = warpgroup_mma(k_rows.index(gl.minimum(n, none)), gc, wide, use_acc=False, is_async=True)
+        _take_head(vc, doc, ring, n, count)
+        others = product(vc, doc.permute((1, 0)), SCORES)
+        dvc = product(rows.k.index(gl.minimum(n, none)), gc, MMA)
         g_row = gs.load(ROW)
         gap = gs.load(gl.SliceLayout(0, SCORES))[None, :] - g_row[:, None]
         weights = gl.exp2(gl.where(seen, gap, float("-inf")))
@@ -144,100 +183,89 @@ def _values(buffers, own, gates, outputs, numbers, DECAY: gl.constexpr):
         dvc = warpgroup_mma_wait(0, deps=(dvc,)) * write[:, None]
         values = gl.convert_layout(vc.load(LEFT), MMA).to(gl.float32)
         sums += gl.convert_layout(gl.sum(values * dvc, axis=1), ROW)
-        gl.store(writes + (begin + place) * H + h, sums, mask=place < count)
-        dvc = warpgroup_mma(left, doc, dvc, is_async=True)
-        passed = gl.sum(x_rows.index(stage).load(ROWS).to(gl.float32) * gc.load(ROWS).to(gl.float32), axis=1)
-        gl.store(products + (chunk * H + h) * K + channel, passed)
+        gl.store(outputs.writes + (begin + place) * H + h, sums, mask=place < count)
+        dvc = add_product(dvc, left, doc)
+        passed = gl.sum(rows.before.index(stage).load(ROWS).to(gl.float32) * gc.load(ROWS).to(gl.float32), axis=1)
+        gl.store(outputs.products + (chunk.number * H + h) * K + channel, passed)
         gs.store(g)
         dvc = warpgroup_mma_wait(0, deps=(dvc,))
         tma.store_wait(0)
         barrier()
         ring.release(n)
         out.store(dvc.to(dtype))
-        fence_async_shared()
-        barrier()
-        send_rows(dv + (begin * H + h) * V, dv_rows, out, begin, 0, count, h * V, H * V, ROWS)
-    total_rows.store((total * scale).to(dtype))
-    fence_async_shared()
-    barrier()
-    mbarrier.arrive(handed, count=1)
+        publish()
+        send_rows(outputs.dv + (begin * H + h) * V, outputs.dv_rows, out, begin, 0, count, h * V, H * V)
+    staged.total.store((total * scale).to(dtype))
+    publish()
+    rings.total.fill(0)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _keys(buffers, own, gates, outputs, numbers, DECAY: gl.constexpr):
+def _keys(rows, rings, staged, gates, outputs, chunk, scale, DECAY: gl.constexpr):
     """dq and dk."""
-    q_rows, k_rows, v_rows, do_rows, x_rows, g_rows = buffers
-    ring, shared_ready, gs, total_rows, handed = own
-    dq, dk, reads = outputs
-    begin, count, _, group, scale, H, G, heads = numbers
-    K: gl.constexpr = q_rows.shape[2]
-    V: gl.constexpr = v_rows.shape[2]
+    ring, gs, total_rows = rings.heads, staged.gates.index(1), staged.total
+    begin, count, group, H, G, heads = chunk.begin, chunk.length, chunk.group, chunk.H, chunk.G, chunk.heads
+    K: gl.constexpr = rows.q.shape[2]
+    V: gl.constexpr = rows.v.shape[2]
     MMA: gl.constexpr = mma_layout(V)
     WIDE: gl.constexpr = mma_layout(K)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     TOKEN: gl.constexpr = gl.SliceLayout(1, LEFT)
-    ROWS: gl.constexpr = rows_layout(V)
-    dtype: gl.constexpr = q_rows.dtype
+    dtype: gl.constexpr = rows.q.dtype
     place, none = gl.arange(0, C, layout=ROW), gl.maximum(-count, 0)
     g, _ = load_gates(gates, begin, 0, count, group * G, H, DECAY)
     gs.store(g)
-    _clear_shared(buffers, shared_ready, count)
+    _take_group(rows, rings.group, count)
     barrier()
     dqc = gl.zeros([C, K], gl.float32, WIDE)
     dkc = gl.zeros([C, K], gl.float32, WIDE)
     for n in range(heads):
         h, stage = group * G + n, n % ring.stages
-        vc, doc, xc, gc = v_rows.index(stage), do_rows.index(stage), x_rows.index(stage), g_rows.index(stage)
+        vc, doc, xc, gc = rows.v.index(stage), rows.do.index(stage), rows.before.index(stage), rows.behind.index(stage)
         g, _ = load_gates(gates, begin, 0, count, gl.minimum(h + 1, H - 1), H, DECAY)
-        ring.wait(n)
-        if count < C:
-            clear_tail(vc, 0, count, ROWS)
-            clear_tail(doc, 0, count, ROWS)
-            fence_async_shared()
-            barrier()
-        wide = gl.zeros([C, V], gl.float32, MMA)
-        inner = warpgroup_mma(q_rows.index(gl.minimum(n, none)), xc, wide, use_acc=False, is_async=True)
+        _take_head(vc, doc, ring, n, count)
+        inner = product(rows.q.index(gl.minimum(n, none)), xc, MMA)
         d_outputs = doc.load(LEFT)
         read = gl.exp2(gs.load(TOKEN)) * scale
-        dqc = warpgroup_mma((d_outputs * read[:, None]).to(dtype), xc.permute((1, 0)), dqc, is_async=True)
+        dqc = add_product(dqc, (d_outputs * read[:, None]).to(dtype), xc.permute((1, 0)))
         write = gl.exp2(whole_decay(gs, TOKEN) - gs.load(TOKEN))
         values = (vc.load(LEFT) * write[:, None]).to(dtype)
-        dkc = warpgroup_mma(values, gc.permute((1, 0)), dkc, is_async=True)
+        dkc = add_product(dkc, values, gc.permute((1, 0)))
         inner = warpgroup_mma_wait(2, deps=(inner,))
         sums = gl.sum(gl.convert_layout(d_outputs, MMA).to(gl.float32) * inner, axis=1)
-        gl.store(reads + (begin + place) * H + h, sums * gl.exp2(gs.load(ROW)) * scale, mask=place < count)
+        gl.store(outputs.reads + (begin + place) * H + h, sums * gl.exp2(gs.load(ROW)) * scale, mask=place < count)
         gs.store(g)
         dqc, dkc = warpgroup_mma_wait(0, deps=(dqc, dkc))
         barrier()
         ring.release(n)
-    mbarrier.wait(handed, 0)
-    dqc = warpgroup_mma(total_rows.permute((1, 0)), k_rows.index(0), dqc, is_async=True)
-    dkc = warpgroup_mma(total_rows, q_rows.index(0), dkc, is_async=True)
+    rings.total.wait(0)
+    dqc = add_product(dqc, total_rows.permute((1, 0)), rows.k.index(0))
+    dkc = add_product(dkc, total_rows, rows.q.index(0))
     dqc, dkc = warpgroup_mma_wait(0, deps=(dqc, dkc))
-    _store(dq + group * K, dqc, begin, count, H // G * K)
-    _store(dk + group * K, dkc, begin, count, H // G * K)
+    _store(outputs.dq + group * K, dqc, begin, count, H // G * K)
+    _store(outputs.dk + group * K, dkc, begin, count, H // G * K)
 
 
 @gluon.jit
 def _group_gradients(
-    q,  # rows of [tokens, H // G, K]
-    k,
-    v,  # rows of [tokens, H, V]
-    do,
+    q,
+    k,  # rows of [tokens, H // G, K]
+    v,
+    do,  # rows of [tokens, H, V]
     gates,  # see gates.cumulate
     before,  # [CHUNKS, H, K, V] by rows: X of the chunks of some tiles
     behind,  # G, likewise
-    dq,  # [tokens, H // G, K]
-    dk,
-    dv,  # [tokens, H, V]
-    dv_rows,
-    reads,  # [tokens, H]: see chunk_step
-    writes,
+    dq,
+    dk,  # [tokens, H // G, K]
+    dv,
+    dv_rows,  # [tokens, H, V]
+    reads,
+    writes,  # [tokens, H]: see chunk_step
     products,  # [chunks, H, K]: those of X and G, by rows
-    start,  # of chunks
-    length,
+    start,
+    length,  # of chunks
     first_chunk,  # [M]
     tile_length,  # [M]
     first,  # of those tiles
@@ -274,22 +302,16 @@ def _group_gradients(
     total_rows = gl.allocate_shared_memory(dtype, [C, C], shared_layout(C))
     gates_copies = gl.allocate_shared_memory(gl.float32, [2, C], GATES_SHARED)
     ring = make_ring(STAGES)
-    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    shared_ready, handed = told.index(0), told.index(1)
-    mbarrier.init(shared_ready, count=1)
-    mbarrier.init(handed, count=1)
-    buffers = (q_rows, k_rows, v_rows, do_rows, x_rows, g_rows)
-    numbers = (begin, count, chunk, group, scale, H, G, heads)
-    values = (ring, shared_ready, gates_copies.index(0), out, scores_copy, total_rows, handed)
-    keys = (ring, shared_ready, gates_copies.index(1), total_rows, handed)
+    rings = _Rings(ring, make_meeting(1), make_meeting(1))
+    rows, sources = _Rows(q_rows, k_rows, v_rows, do_rows, x_rows, g_rows), _Rows(q, k, v, do, before, behind)
+    staged = _Staged(gates_copies, out, scores_copy, total_rows)
+    outputs = _Outputs(dq, dk, dv, dv_rows, reads, writes, products)
+    here = _Chunk(begin, count, chunk, slot, group, heads, H, G)
     gl.warp_specialize(
         [
-            (_values, (buffers, values, gates, (dv, dv_rows, writes, products), numbers, DECAY)),
-            (_keys, (buffers, keys, gates, (dq, dk, reads), numbers, DECAY)),
-            (
-                _fetch,
-                (q, k, v, do, before, behind, buffers, ring, shared_ready, begin, slot, group, H, G, heads),
-            ),
+            (_values, (rows, rings, staged, gates, outputs, here, scale, DECAY)),
+            (_keys, (rows, rings, staged, gates, outputs, here, scale, DECAY)),
+            (_fetch, (sources, rows, rings, here)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -302,15 +324,9 @@ def serves_groups(k: Tensor, v: Tensor) -> bool:
 
 
 def group_gradients(
-    tiles: Tiles,
-    chunks: Tiles,
-    first_chunk: Tensor,
-    x: LinearInputs,
-    do: Tensor,
-    gates: Tensor,
-    initial: InitialStates,
-    d_final: InitialStates,
-) -> tuple[Tensor, ...]:
+    tiles: Tiles, chunks: Tiles, first_chunk: Tensor, x: LinearInputs, do: Tensor, gates: Tensor,
+    initial: InitialStates, d_final: InitialStates,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk [B, T, H // G, K], dv [B, T, H, V], and what gates need: reads and writes [1, B, T, H], products
     [1, chunks, H, K]."""
     q, k, v, (heads, size_v), (q_heads, size_k) = x.q, x.k, x.v, x.v.shape[2:], x.k.shape[2:]

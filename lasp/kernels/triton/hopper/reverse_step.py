@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lasp.kernels.triton.hopper.shared import C
+from lasp.kernels.triton.hopper.layouts import C
 
 
 @gluon.jit

@@ -12,9 +12,10 @@ from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
 from lasp.kernels.triton.hopper.forward_scan import forward_scan
 from lasp.kernels.triton.hopper.group_gradients import group_gradients, serves_groups
 from lasp.kernels.triton.hopper.joint_scan import joint_scan
+from lasp.kernels.triton.hopper.layouts import HALF
 from lasp.kernels.triton.hopper.pair_reverse_scan import pair_reverse_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
-from lasp.kernels.triton.hopper.shared import HALF, new_behind
+from lasp.kernels.triton.hopper.scalar_shared import new_behind
 from lasp.kernels.triton.hopper.tile_states import tile_states
 from lasp.kernels.triton.scalar.backend import Grads, Saved
 from lasp.kernels.triton.scalar.chunk_states import chunk_states

@@ -11,7 +11,7 @@ from torch import Tensor
 from lasp.kernels.fenwick import own_slots
 from lasp.kernels.lasting import kept
 from lasp.kernels.leaves import NONE, cut, heights
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs
 from lasp.kernels.parked import to_device
 from lasp.kernels.reference.chunk import write
 from lasp.kernels.summary import SHUT
@@ -41,7 +41,7 @@ class Finals:
     own: Tensor
     sights: tuple[Sight, ...]
 
-    def tokens(self, x: LogLinearInputs) -> dict[str, Tensor]:
+    def tokens(self, x: LogLinearDeltaInputs) -> dict[str, Tensor]:
         """k, v, beta and decay of the last leaves, [N, H, C, ...] in fp32, zero where there is no token."""
         found = {}
         for name in ("k", "v", "beta", "decay"):
@@ -78,7 +78,7 @@ class Finals:
         return torch.stack(slots[:count], 1)
 
 
-def finals_of(x: LogLinearInputs) -> Finals:
+def finals_of(x: LogLinearDeltaInputs) -> Finals:
     return _finals(tuple(x.segments.offsets.tolist()), x.seen, x.v.device)
 
 
