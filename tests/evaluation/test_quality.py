@@ -109,9 +109,14 @@ def test_from_sources_to_a_table(small, capsys, monkeypatch):
         module.run(replace(small, vocab_size=271))
 
 
-def test_workers_and_ranks_exclude_each_other(small, monkeypatch):
-    monkeypatch.setattr(module, "join_world", lambda config: nullcontext(SimpleNamespace(rank=0, size=2)))
-    with pytest.raises(ValueError, match="workers: got 2, expected 1 on 2 ranks"):
+@pytest.mark.parametrize(
+    ("size", "device", "expected"), [(2, "cpu", "1 on 2 ranks"), (1, "cuda", "at most 1, one for each GPU")]
+)
+def test_workers_have_neither_ranks_nor_a_gpu_together(small, monkeypatch, size, device, expected):
+    world = SimpleNamespace(rank=0, size=size, device=torch.device(device))
+    monkeypatch.setattr(module, "join_world", lambda config: nullcontext(world))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=f"workers: got 2, expected {expected}"):
         module.run(replace(small, workers=2))
 
 

@@ -37,7 +37,7 @@ class QualityTable:
     held_out: Count = 64  # contexts, at most, of the table's losses and recall
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Count = 1  # runs at the same time, in processes of their own
+    workers: Count = 1  # runs at the same time, in processes of their own, each on a GPU of its own
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, layout="zigzag"))
 
     def __post_init__(self) -> None:

@@ -1,14 +1,17 @@
 """Makes a table: tokenizer, data, what has not been trained, losses and recall. What was stopped goes on."""
 
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from lasp.config import TrainConfig, require
@@ -49,17 +52,19 @@ def run(table: QualityTable) -> QualityResult:
     """Trains and evaluates every cell; writes quality.json, .txt and .png to table.run_dir.
 
     On the ranks that torchrun started each context is split over all of them. Raises what `train` and `prepare` raise,
-    and ValueError for a directory with another corpus, or for several workers there.
+    and ValueError for a directory with another corpus, for several workers there, or for more of them than GPUs.
     """
     places = [Place(*place) for place in product(table.sizes, table.contexts, table.models, table.seeds)]
     with join_world(places[0].config(table)) as world:
         require(table.workers == 1 or world.size == 1, "workers", table.workers, f"1 on {world.size} ranks")
+        if world.device.type == "cuda":
+            gpus = torch.cuda.device_count()
+            require(table.workers <= gpus, "workers", table.workers, f"at most {gpus}, one for each GPU")
         on_rank_0(dist.group.WORLD, lambda: write_data(table))
         if table.workers == 1:
             cells = [_say(place, evaluate(table, place, world), world.rank) for place in places]
         else:
-            with ProcessPoolExecutor(table.workers, mp_context=get_context("spawn")) as pool:
-                cells = list(pool.map(partial(_alone, table), places))
+            cells = _in_processes(table, places)
         found = QualityResult(cells)
         if world.rank == 0:
             print(save(found, table.run_dir, "quality"), flush=True)
@@ -100,6 +105,20 @@ def evaluate(table: QualityTable, place: Place, world: World) -> Cell:
         return asdict(cell)
 
     return Cell(**remembered(config, RESULT, find))
+
+
+def _in_processes(table: QualityTable, places: list[Place]) -> list[Cell]:
+    context = get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(table.workers):
+        numbers.put(number)
+    with ProcessPoolExecutor(table.workers, context, initializer=_take_gpu, initargs=(numbers,)) as pool:
+        return list(pool.map(partial(_alone, table), places))
+
+
+def _take_gpu(numbers: "SimpleQueue[int]") -> None:
+    """A process has one to itself, as a rank of torchrun's has."""
+    os.environ["LOCAL_RANK"] = str(numbers.get())
 
 
 def _alone(table: QualityTable, place: Place) -> Cell:
