@@ -5,31 +5,29 @@ see chunk_step, with G the gradient of the state behind a chunk.
     dk_j = w_j G v_j + scale · Σ_{i>=j} w_ij (do_i·v_j) q_i
     dq_i = scale · (w_i X do_i + Σ_{j<=i} w_ij (do_i·v_j) k_j)
 
-Three groups of warps, which hardly wait for each other: one holds G / scale and hands a copy to the one for dv and dk,
-which hands the scores of dq to the third.
+Three groups of warps, which hardly wait for each other: one holds G / scale, and hands copies of it to one for dv and
+one for dq and dk. Registers have no room for the addresses of all parts of buffers, so that these are found anew in
+every step, from an index `none` that is 0, which the compiler does not know.
 """
+
+from typing import NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.hopper.chunk_step import scales, write_copy
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, MMA, SHARED, SIZE, WIDE_LEFT, WIDE_MMA, C
+from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
-from lasp.kernels.triton.hopper.ring import make_ring
+from lasp.kernels.triton.hopper.ring import Ring, make_ring
 from lasp.kernels.triton.hopper.scalar_shared import load_gates, load_initial_state
-from lasp.kernels.triton.hopper.shared import barrier, clear_tail, rows_of, send_rows, whole_decay
-from lasp.kernels.triton.hopper.tiles import Initial
+from lasp.kernels.triton.hopper.shared import barrier, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails, fetch_rows, make_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.chunk_states import ChunkStates
@@ -38,46 +36,78 @@ from lasp.kernels.triton.shared.state_passing import InitialStates
 ROW = gl.constexpr(gl.SliceLayout(1, WIDE_MMA))
 
 
+class _Rings(NamedTuple):
+    rows: Ring
+    states: Ring  # X, read from memory
+    copies: Ring  # of G
+
+
+class _States(NamedTuple):
+    """In shared memory, [1, SIZE, SIZE]: X, a copy of G, and, if it is fp16, its factor, [1]."""
+
+    before: gl.shared_memory_descriptor
+    copy: gl.shared_memory_descriptor
+    copy_up: gl.shared_memory_descriptor
+
+
+class _Queries(NamedTuple):
+    """What `_keys` writes."""
+
+    dq: gl.tensor
+    dq_rows: gl.tensor
+    dk: gl.tensor
+    dk_rows: gl.tensor
+    reads: gl.tensor
+
+
+class _Inputs(NamedTuple):
+    """What groups of warps read of memory themselves."""
+
+    gates: gl.tensor
+    initial: Initial
+    before_ups: gl.tensor
+
+
 @gluon.jit
-def _fetch(q, k, v, do, before, buffers, rings, begin, count, chunk, h, H, G):
-    q_rows, k_rows, v_rows, do_rows, x_rows = buffers
-    ring, x_ring, _, _ = rings
-    chunks = gl.cdiv(count, C)
+def _fetch(sources, before, rows, states, rings, tile, G):
+    ring, begin, h = rings.rows, tile.begin, tile.h
+    chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
         i = chunks - 1 - step
-        row = begin.to(gl.int32) + i * C
-        filled, stage = ring.acquire(step), step % ring.stages
-        mbarrier.expect(filled, 2 * C * SIZE * 4)
-        tma.async_copy_global_to_shared(k, [row, h // G * SIZE], filled, k_rows.index(stage))
-        tma.async_copy_global_to_shared(q, [row, h // G * SIZE], filled, q_rows.index(stage))
-        tma.async_copy_global_to_shared(v, [row, h * SIZE], filled, v_rows.index(stage))
-        tma.async_copy_global_to_shared(do, [row, h * SIZE], filled, do_rows.index(stage))
-        filled = x_ring.acquire(step)
+        token = begin.to(gl.int32) + i * C
+        fetch_rows(sources, rows, ring, step, token, h, G)
+        filled = rings.states.acquire(step)
         mbarrier.expect(filled, 2 * SIZE * SIZE)
-        at = ((chunk + i) * H + h) * SIZE
-        tma.async_copy_global_to_shared(before, [at.to(gl.int32), 0], filled, x_rows)
+        at = ((tile.chunk + i) * tile.H + h) * SIZE
+        tma.async_copy_global_to_shared(before, [at.to(gl.int32), 0], filled, states.before.index(0))
 
 
 @gluon.jit
-def _take(rings, buffers, step, i, count):
-    """Waits for a chunk. All groups write the same zeros."""
-    rings[0].wait(step)
-    if count - i * C < C:
-        for n in gl.static_range(4):
-            clear_tail(buffers[n].index(step % rings[0].stages), i, count)
-        fence_async_shared()
-        barrier()
+def _take(rows, ring, step, i, count):
+    """Waits for a chunk."""
+    ring.wait(step)
+    stage = step % ring.stages
+    chunk = Rows(rows.q.index(stage), rows.k.index(stage), rows.v.index(stage), rows.do.index(stage))
+    clear_tails(chunk, i, count)
 
 
 @gluon.jit
-def _walk(buffers, rings, gs, copied, gates, initial, before_ups, products, numbers, DECAY: gl.constexpr):
+def _weights(gs, scale):
+    """scale · w_ij [C, C], keys by rows."""
+    row, col = gl.arange(0, C, layout=gl.SliceLayout(1, MMA)), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
+    gap = gs.load(gl.SliceLayout(0, MMA))[None, :] - gs.load(gl.SliceLayout(1, MMA))[:, None]
+    return gl.exp2(gl.where(row[:, None] <= col[None, :], gap, float("-inf"))) * scale
+
+
+@gluon.jit
+def _scan(rows, states, rings, gs, inputs, products, tile, scale, DECAY: gl.constexpr):
     """G / scale."""
-    q_rows, _, _, do_rows, x_rows = buffers
-    ring, x_ring, copies, _ = rings
-    copy, copy_up = copied
-    begin, count, chunk, h, scale, H = numbers
+    ring, x_ring, copies = rings.rows, rings.states, rings.copies
+    gates, initial, before_ups = inputs.gates, inputs.initial, inputs.before_ups
+    x_rows, copy, copy_up = states.before, states.copy, states.copy_up
+    begin, count, chunk, h, H = tile.begin, tile.length, tile.chunk, tile.h, tile.H
     dtype: gl.constexpr = copy.dtype
-    chunks = gl.cdiv(count, C)
+    chunks, none = gl.cdiv(count, C), gl.maximum(-count, 0)
     row, col = gl.arange(0, SIZE, layout=ROW), gl.arange(0, SIZE, layout=gl.SliceLayout(0, WIDE_MMA))
     at = row[:, None] * SIZE + col[None, :]
     x = load_initial_state(initial, at, gl.program_id(0).to(gl.int64), h, H) / scale
@@ -92,23 +122,22 @@ def _walk(buffers, rings, gs, copied, gates, initial, before_ups, products, numb
         x_up = 1.0
         if dtype == gl.float16:
             x_up = gl.load(before_ups + (chunk + i) * H + h)
-        told = copies.acquire(step)
-        up = write_copy(x, copy)
+        copies.acquire(step)
+        up = write_copy(x, copy.index(gl.minimum(step, none)))
         if dtype == gl.float16:
             copy_up.store(gl.exp2(room) * up)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(told, count=1)
+        publish()
+        copies.fill(step)
         x_ring.wait(step)
-        passed = gl.sum(x_rows.load(WIDE_MMA).to(gl.float32) * x, axis=1)
+        passed = gl.sum(x_rows.index(gl.minimum(step, none)).load(WIDE_MMA).to(gl.float32) * x, axis=1)
         gl.store(products + ((chunk + i) * H + h) * SIZE + row, passed * (gl.exp2(room) * scale * x_up))
         barrier()
         x_ring.release(step)
-        _take(rings, buffers, step, i, count)
+        _take(rows, ring, step, i, count)
         taken = head_room(gs, ROW, dtype)
         x *= gl.exp2(whole_decay(gs, ROW) - taken + room)[:, None]
         room = taken
-        x = warpgroup_mma(written(q_rows.index(stage), gs, WIDE_LEFT), do_rows.index(stage), x, is_async=True)
+        x = add_product(x, written(rows.q.index(stage), gs, WIDE_LEFT), rows.do.index(stage))  # w G + Σ_i w_i q_i do_iᵀ
         x = warpgroup_mma_wait(0, deps=(x,))
         gs.store(g)
         barrier()
@@ -116,20 +145,67 @@ def _walk(buffers, rings, gs, copied, gates, initial, before_ups, products, numb
 
 
 @gluon.jit
-def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECAY: gl.constexpr):
-    """dv and dk."""
-    q_rows, k_rows, v_rows, do_rows, _ = buffers
-    ring, _, copies, handed = rings
-    dv, dk, dv_rows, dk_rows, writes = outputs
-    copy, copy_up = copied
-    begin, count, _, h, scale, H = numbers
+def _values(rows, states, rings, gs, out, gates, dv, dv_rows, writes, tile, scale, DECAY: gl.constexpr):
+    """dv, and the sums of pairs."""
+    ring, copies = rings.rows, rings.copies
+    copy, copy_up = states.copy, states.copy_up
+    begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     dtype: gl.constexpr = out.dtype
     within, after = scales(scale, dtype)
     TOKEN: gl.constexpr = gl.SliceLayout(1, MMA)
-    row, col = gl.arange(0, C, layout=TOKEN), gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
-    seen = row[:, None] <= col[None, :]
-    chunks = gl.cdiv(count, C)
+    row = gl.arange(0, C, layout=TOKEN)
+    chunks, none = gl.cdiv(count, C), gl.maximum(-count, 0)
     dv += (begin * H + h) * SIZE
+    g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
+    gs.store(g)
+    barrier()
+    for step in range(chunks):
+        i = chunks - 1 - step
+        stage = step % ring.stages
+        qc, kc, vc, doc = rows.q.index(stage), rows.k.index(stage), rows.v.index(stage), rows.do.index(stage)
+        g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
+        _take(rows, ring, step, i, count)
+        scores = product(kc, qc.permute((1, 0)), MMA)  # q_i·k_j
+        others = product(vc, doc.permute((1, 0)), MMA)  # do_i·v_j
+        weights = _weights(gs, within)
+        write = gl.exp2(whole_decay(gs, ROW) - gs.load(ROW)) * within
+        scores, others = warpgroup_mma_wait(0, deps=(scores, others))
+        scores *= weights
+        left = gl.convert_layout(scores.to(dtype), WIDE_LEFT)
+        pairs = pairs_of(scores, others)
+        copies.wait(step)
+        if dtype == gl.float16:
+            write *= copy_up.load(ROW)
+        yc = product(kc, copy.index(gl.minimum(step, none)), WIDE_MMA)  # Gᵀk_j
+        sums = sum_of_pairs(pairs)
+        yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
+        sums += gl.convert_layout(gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1), TOKEN)
+        gl.store(writes + (begin + i * C + row) * H + h, sums * after, mask=i * C + row < count)
+        yc = add_product(yc, left, doc)  # … + Σ_i w_ij (q_i·k_j) do_i
+        gs.store(g)
+        yc = warpgroup_mma_wait(0, deps=(yc,))
+        tma.store_wait(0)
+        barrier()
+        copies.release(step)
+        ring.release(step)
+        out.store((yc * after).to(dtype))
+        publish()
+        send_rows(dv, dv_rows, out, begin, i, count, h * SIZE, H * SIZE)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _keys(rows, states, rings, gs, outs, inputs, outputs, tile, scale, DECAY: gl.constexpr):
+    """dq and dk."""
+    ring, x_ring, copies = rings.rows, rings.states, rings.copies
+    gates, before_ups = inputs.gates, inputs.before_ups
+    x_rows, copy, copy_up = states.before, states.copy, states.copy_up
+    dq, dk, reads = outputs.dq, outputs.dk, outputs.reads
+    begin, count, chunk, h, H = tile.begin, tile.length, tile.chunk, tile.h, tile.H
+    dtype: gl.constexpr = outs.dtype
+    within, after = scales(scale, dtype)
+    chunks, none = gl.cdiv(count, C), gl.maximum(-count, 0)
+    dq += (begin * H + h) * SIZE
     dk += (begin * H + h) * SIZE
     g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
     gs.store(g)
@@ -137,82 +213,23 @@ def _keys(buffers, rings, gs, copied, out, dq_out, gates, outputs, numbers, DECA
     for step in range(chunks):
         i = chunks - 1 - step
         stage = step % ring.stages
-        qc, kc, vc, doc = q_rows.index(stage), k_rows.index(stage), v_rows.index(stage), do_rows.index(stage)
-        g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
-        _take(rings, buffers, step, i, count)
-        nothing = gl.zeros([C, C], gl.float32, MMA)
-        scores = warpgroup_mma(kc, qc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        others = warpgroup_mma(vc, doc.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        gap = gs.load(gl.SliceLayout(0, MMA))[None, :] - gs.load(TOKEN)[:, None]
-        weights = gl.exp2(gl.where(seen, gap, float("-inf"))) * within
-        write = gl.exp2(whole_decay(gs, ROW) - gs.load(ROW)) * within
-        scores, others = warpgroup_mma_wait(0, deps=(scores, others))
-        scores *= weights
-        other_left = (others * weights).to(dtype)
-        left = gl.convert_layout(scores.to(dtype), WIDE_LEFT)
-        told = handed.acquire(step)
-        dq_out.slice(0, C, dim=1).store(other_left)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(told, count=1)
-        copies.wait(step)
-        if dtype == gl.float16:
-            write *= copy_up.load(ROW)
-        none = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
-        yc = warpgroup_mma(kc, copy, none, use_acc=False, is_async=True)
-        sums = sum_of_pairs(pairs_of(scores, others))
-        yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
-        sums += gl.convert_layout(gl.sum(vc.load(WIDE_MMA).to(gl.float32) * yc, axis=1), TOKEN)
-        gl.store(writes + (begin + i * C + row) * H + h, sums * after, mask=i * C + row < count)
-        yc = warpgroup_mma(left, doc, yc, is_async=True)
-        yc = warpgroup_mma_wait(0, deps=(yc,))
-        tma.store_wait(0)
-        barrier()
-        out.store((yc * after).to(dtype))
-        fence_async_shared()
-        barrier()
-        send_rows(dv, dv_rows, out, begin, i, count, h * SIZE, H * SIZE)
-        yc = warpgroup_mma(vc, copy.permute((1, 0)), none, use_acc=False, is_async=True)
-        yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
-        yc = warpgroup_mma(gl.convert_layout(other_left, WIDE_LEFT), qc, yc, is_async=True)
-        yc = warpgroup_mma_wait(0, deps=(yc,))
-        gs.store(g)
-        tma.store_wait(0)
-        barrier()
-        copies.release(step)
-        ring.release(step)
-        out.store((yc * after).to(dtype))
-        fence_async_shared()
-        barrier()
-        send_rows(dk, dk_rows, out, begin, i, count, h * SIZE, H * SIZE)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _queries(buffers, rings, gs, out, gates, before_ups, outputs, numbers, DECAY: gl.constexpr):
-    """dq."""
-    q_rows, k_rows, _, do_rows, x_rows = buffers
-    ring, x_ring, _, handed = rings
-    dq, dq_rows, reads = outputs
-    begin, count, chunk, h, scale, H = numbers
-    within, after = scales(scale, out.dtype)
-    chunks = gl.cdiv(count, C)
-    dq += (begin * H + h) * SIZE
-    g, _ = load_gates(gates, begin, gl.maximum(chunks - 1, 0), count, h, H, DECAY)
-    gs.store(g)
-    barrier()
-    for step in range(chunks):
-        i = chunks - 1 - step
-        stage = step % ring.stages
-        qc, kc, doc = q_rows.index(stage), k_rows.index(stage), do_rows.index(stage)
+        qc, kc, vc, doc = rows.q.index(stage), rows.k.index(stage), rows.v.index(stage), rows.do.index(stage)
+        out = outs.index(1 + gl.minimum(step, none))
         g, _ = load_gates(gates, begin, gl.maximum(i - 1, 0), count, h, H, DECAY)
         up = within
-        if out.dtype == gl.float16:
+        if dtype == gl.float16:
             up = gl.load(before_ups + (chunk + i) * H + h)
-        _take(rings, buffers, step, i, count)
+        _take(rows, ring, step, i, count)
+        scores = product(vc, doc.permute((1, 0)), MMA)  # do_i·v_j
+        weights = _weights(gs, within)
+        scores = (warpgroup_mma_wait(0, deps=(scores,)) * weights).to(dtype)
         x_ring.wait(step)
-        none = gl.zeros([C, SIZE], gl.float32, WIDE_MMA)
-        yc = warpgroup_mma(doc, x_rows.permute((1, 0)), none, use_acc=False, is_async=True)
+        xc = x_rows.index(gl.minimum(step, none)).permute((1, 0))
+        yc = product(doc, xc, WIDE_MMA)  # X do_i
+        tma.store_wait(0)
+        barrier()
+        out.slice(0, C, dim=1).store(scores)  # where they can be read by columns
+        fence_async_shared()
         read = gl.exp2(gs.load(ROW)) * up
         yc = warpgroup_mma_wait(0, deps=(yc,)) * read[:, None]
         barrier()
@@ -220,41 +237,51 @@ def _queries(buffers, rings, gs, out, gates, before_ups, outputs, numbers, DECAY
         place = i * C + gl.arange(0, C, layout=ROW)
         sums = gl.sum(qc.load(WIDE_MMA).to(gl.float32) * yc, axis=1)
         gl.store(reads + (begin + place) * H + h, sums * after, mask=place < count)
-        handed.wait(step)
-        yc = warpgroup_mma(out.slice(0, C, dim=1).permute((1, 0)), kc, yc, is_async=True)
+        yc = add_product(yc, out.slice(0, C, dim=1).permute((1, 0)), kc)  # … + Σ_j w_ij (do_i·v_j) k_j
         yc = warpgroup_mma_wait(0, deps=(yc,))
+        barrier()
+        out.store((yc * after).to(dtype))
+        publish()
+        send_rows(dq, outputs.dq_rows, out, begin, i, count, h * SIZE, H * SIZE)
+        copies.wait(step)
+        write = gl.exp2(whole_decay(gs, ROW) - gs.load(ROW)) * within
+        if dtype == gl.float16:
+            write *= copy_up.load(ROW)
+        yc = product(vc, copy.index(gl.minimum(step, none)).permute((1, 0)), WIDE_MMA)  # G v_j
+        yc = warpgroup_mma_wait(0, deps=(yc,)) * write[:, None]
+        yc = add_product(yc, gl.convert_layout(scores, WIDE_LEFT), qc)  # … + Σ_i w_ij (do_i·v_j) q_i
         gs.store(g)
-        barrier()
-        ring.release(step)
-        out.store((yc * after).to(out.dtype))
-        fence_async_shared()
-        barrier()
-        send_rows(dq, dq_rows, out, begin, i, count, h * SIZE, H * SIZE)
+        yc = warpgroup_mma_wait(0, deps=(yc,))
         tma.store_wait(0)
         barrier()
-        handed.release(step)
+        copies.release(step)
+        ring.release(step)
+        out.store((yc * after).to(dtype))
+        publish()
+        send_rows(dk, outputs.dk_rows, out, begin, i, count, h * SIZE, H * SIZE)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _joint_scan(
-    q,  # rows of [tokens, H // G, SIZE]
-    k,
-    v,  # rows of [tokens, H, SIZE]
-    do,
+    q,
+    k,  # rows of [tokens, H // G, SIZE]
+    v,
+    do,  # rows of [tokens, H, SIZE]
     before,  # [chunks, H, SIZE, SIZE] by rows: X
     before_ups,  # [chunks, H]: its factors, if it is fp16
     gates,  # see gates.cumulate
-    local,  # [M, H, SIZE, SIZE]: G before the scan, with the next two: see InitialStates
-    incoming,  # [N, H, SIZE, SIZE]
-    passed,  # [M, H]
+    local,
+    incoming,
+    passed,  # [M, H, SIZE, SIZE]: G before the scan: see InitialStates
     dq,  # [tokens, H, SIZE]
     dk,
     dv,
     dq_rows,  # rows of them
     dk_rows,
     dv_rows,
-    reads,  # [tokens, H]: see chunk_step
-    writes,
+    reads,
+    writes,  # [tokens, H]: see chunk_step
     products,  # [chunks, H, SIZE]: those of X and G, by rows
     owner,
     start,
@@ -271,59 +298,34 @@ def _joint_scan(
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     dtype: gl.constexpr = q.dtype
-    q_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    v_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    do_rows = gl.allocate_shared_memory(dtype, [STAGES, C, SIZE], SHARED)
-    x_rows = gl.allocate_shared_memory(dtype, [SIZE, SIZE], SHARED)
-    copy = gl.allocate_shared_memory(dtype, [SIZE, SIZE], SHARED)
+    rows, sources = make_rows(dtype, STAGES, SIZE, STAGES, SIZE), Rows(q, k, v, do)
+    x_rows = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED)
+    copy = gl.allocate_shared_memory(dtype, [1, SIZE, SIZE], SHARED)
     outs = gl.allocate_shared_memory(dtype, [2, C, SIZE], SHARED)
     gates_copies = gl.allocate_shared_memory(gl.float32, [3, C], GATES_SHARED)
     copy_up = gl.allocate_shared_memory(gl.float32, [1], GATES_SHARED)
-    rings = (make_ring(STAGES, 3), make_ring(1, 2), make_ring(1, 1), make_ring(1, 1))
-    buffers = (q_rows, k_rows, v_rows, do_rows, x_rows)
-    numbers = (begin, count, chunk, h, scale, H)
-    initial = Initial(local, incoming, passed, owner)
-    copied = (copy, copy_up)
+    rings = _Rings(make_ring(STAGES, 3), make_ring(1, 2), make_ring(1, 2))
+    states = _States(x_rows, copy, copy_up)
+    inputs = _Inputs(gates, Initial(local, incoming, passed, owner), before_ups)
+    queries = _Queries(dq, dq_rows, dk, dk_rows, reads)
+    gs_v, gs_x, gs_k = gates_copies.index(0), gates_copies.index(1), gates_copies.index(2)
+    here = Tile(begin, count, chunk, h, H)
     gl.warp_specialize(
         [
-            (
-                _keys,
-                (
-                    buffers, rings, gates_copies.index(0), copied, outs.index(0), outs.index(1), gates,
-                    (dv, dk, dv_rows, dk_rows, writes), numbers, DECAY,
-                ),
-            ),
-            (
-                _walk,
-                (buffers, rings, gates_copies.index(1), copied, gates, initial, before_ups, products, numbers, DECAY),
-            ),
-            (
-                _queries,
-                (
-                    buffers, rings, gates_copies.index(2), outs.index(1), gates, before_ups, (dq, dq_rows, reads),
-                    numbers, DECAY,
-                ),
-            ),
-            (_fetch, (q, k, v, do, before, buffers, rings, begin, count, chunk, h, H, G)),
+            (_values, (rows, states, rings, gs_v, outs.index(0), gates, dv, dv_rows, writes, here, scale, DECAY)),
+            (_scan, (rows, states, rings, gs_x, inputs, products, here, scale, DECAY)),
+            (_keys, (rows, states, rings, gs_k, outs, inputs, queries, here, scale, DECAY)),
+            (_fetch, (sources, before, rows, states, rings, here, G)),
         ],
         [4, 4, 1],
-        [192, 104, 24],
-    )  # fmt: skip
+        [192, 144, 24],
+    )
 
 
 def joint_scan(
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    gates: Tensor,
-    before: ChunkStates,
-    d_final: InitialStates,
-    first_chunk: Tensor,
-    scale: float,
-) -> tuple[Tensor, ...]:
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, do: Tensor, gates: Tensor, before: ChunkStates,
+    d_final: InitialStates, first_chunk: Tensor, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk, dv [B, T, H, SIZE], and what gates need: reads and writes [1, B, T, H], products [1, chunks, H, SIZE]."""
     batch, tokens, heads = v.shape[:3]
     dq, dk, dv = (v.new_empty(v.shape) for _ in range(3))
