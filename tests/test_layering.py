@@ -41,6 +41,8 @@ KNOWS_ROOMS = {  # where one of them is chosen
     "lasp/kernels/triton/diagonal/op.py": {"hopper.diagonal"},
     "lasp/kernels/triton/delta/op.py": {"hopper.delta"},
 }
+GLUON = "lasp/kernels/triton/hopper/"  # whose programs multiply by one file and get no positional tuples
+PRODUCT = "triton.experimental.gluon.language.nvidia.hopper.warpgroup_mma"
 WITHOUT_TORCH = ("lasp.text_commands", "lasp.cli", "lasp.data.prepare", "lasp.data.bpe", "lasp.launched")
 MEETING_PLACE = "lasp/parallel/apply.py"  # where models and parallelism meet
 READS_ENVIRONMENT = {
@@ -130,6 +132,15 @@ def circles(loads: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
+def unpacked(source: str) -> list[str]:
+    """What kernels tell apart by its order alone: variables from which three others or more are assigned."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    kernels = [node for node in functions if any("jit" in ast.unparse(d) for d in node.decorator_list)]
+    assigned = [node for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Assign)]
+    pairs = [(node.targets[0], node.value) for node in assigned]
+    return [y.id for x, y in pairs if isinstance(x, ast.Tuple) and len(x.elts) > 2 and isinstance(y, ast.Name)]
+
+
 def within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
@@ -156,6 +167,10 @@ def broken_rules(path: str, source: str) -> list[str]:
         if part in MAY_IMPORT and other not in MAY_IMPORT[part] | {part} and path != MEETING_PLACE:
             found.append(f"{path} imports {name}")
     found += [f"{path} imports {name}" for name in names if not may_enter(path, name)]
+    if path.startswith(GLUON):
+        if PRODUCT in names and path != GLUON + "products.py":
+            found.append(f"{path} multiplies without products")
+        found += [f"{path} unpacks {name}, which has no names" for name in unpacked(source)]
     if part != "parallel":
         for name in names:
             if not within(name, "torch.distributed"):
@@ -211,6 +226,8 @@ def test_file_keeps_the_rules(path: str) -> None:
         ("lasp/kernels/triton/hopper/x.py", "from lasp.kernels.triton.delta.op import Plan"),
         ("lasp/kernels/x.py", "x.to(device, non_blocking=True)"),
         ("lasp/kernels/x.py", "import torch\nclass F(torch.autograd.Function): pass"),
+        ("lasp/kernels/triton/hopper/x.py", "@gluon.jit\ndef f(numbers): begin, count, chunk = numbers"),
+        ("lasp/kernels/triton/hopper/x.py", f"from {PRODUCT.rpartition('.')[0]} import warpgroup_mma"),
     ],
 )
 def test_rules_notice(path: str, source: str) -> None:
