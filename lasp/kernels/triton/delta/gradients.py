@@ -123,8 +123,8 @@ def _gradients(
     # In fp32 dg is the sum of what does not cancel: what enters and is read, what is written and leaves, and pairs.
     PAIRS: tl.constexpr = LEARNED and DECAY != DIAGONAL and work == tl.float32
     qk = tl.zeros([C, C], tl.float32)
-    kk, past = qk, tl.zeros([C], tl.float32)
-    change = past  # db
+    kk, leaving = qk, tl.zeros([C], tl.float32)
+    change = leaving  # db
     carried = tl.zeros([BK], tl.float32)  # <X', G>
     for block_k in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
         cols = block_k * BK + tl.arange(0, BK)
@@ -174,7 +174,7 @@ def _gradients(
                 dkc *= to_end[:, None]
             if PAIRS:
                 carried += total * overlap
-                past += tl.sum(k32 * dkc, axis=1)
+                leaving += tl.sum(k32 * dkc, axis=1)
                 change += tl.sum(q32 * dqc, axis=1) - betas * tl.sum(k32 * wc, axis=1)
                 qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PRECISION)
                 kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PRECISION)
@@ -200,7 +200,7 @@ def _gradients(
         if PAIRS:
             pairs = tl.where(below, p * qk - betas[:, None] * (n * kk), 0.0)
             change += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-        dg = tl.sum(tl.where(upto, change[:, None], past[:, None]), axis=0) + tl.sum(carried, axis=0)
+        dg = tl.sum(tl.where(upto, change[:, None], leaving[:, None]), axis=0) + tl.sum(carried, axis=0)
         g = tl.load(decay + tokens * H + h, mask=here, other=0.0)
         tl.store(d_decay + tokens * H + h, unless_shut(dg, g).to(d_decay.dtype.element_ty), mask=here)
 
