@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lasp.config import LEVELS, MIXERS, ModelConfig
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear import log_linear_delta_inputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.segments import Segments
 from lasp.model_config import OPTIONAL_CONV
@@ -88,7 +88,7 @@ def test_what_waits_for_other_ranks_of_the_log_linear_delta_rule():
     tokens, size, device = 512, 32, "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v, do = (torch.zeros(1, tokens, 1, size, dtype=torch.bfloat16, device=device) for _ in range(4))
     decay, beta, scales = (torch.zeros(1, tokens, 1, *more, device=device) for more in ((), (), (LEVELS,)))
-    x = LogLinearInputs(q, k, v, decay, scales, beta, scale=1.0, segments=Segments(1, tokens), seen=(0,))
+    x = log_linear_delta_inputs(q, k, v, beta, decay, scales, scale=1.0).cut({}, Segments(1, tokens), (0,))
     _, partial = op.summarize(x, wanted=True)
     kept = op.finish(x, partial, Pending(lambda: None))[2]
     waiting = op.summarize_grad(x, kept, do, wanted=True)[1][2]
