@@ -23,7 +23,6 @@ from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MAX_DELTA_KEY = 128  # of the log-linear one, whose programs hold a K x K transition
-SMALLEST_BLOCK = 64  # of a head in log-linear attention: with 32 columns Triton 3.6 has wgmma read beside shared memory
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
 _ready: dict[tuple, str] = {}  # for each kind of inputs what the GPU lacks
 
@@ -50,10 +49,10 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
 
 
 def in_blocks(x: LogLinearInputs) -> LogLinearInputs:
-    """The same with columns of zeros, so that heads are powers of two, from SMALLEST_BLOCK on."""
+    """The same with columns of zeros, so that heads are blocks."""
     if unsupported(x.k, x.v):
         return x
-    keys, values = (max(SMALLEST_BLOCK, block_of(size)) - size for size in (x.k.shape[-1], x.v.shape[-1]))
+    keys, values = (block_of(size) - size for size in (x.k.shape[-1], x.v.shape[-1]))
     if not (keys or values):
         return x
     return x.having({"q": pad(x.q, (0, keys)), "k": pad(x.k, (0, keys)), "v": pad(x.v, (0, values))})
