@@ -77,6 +77,7 @@ def launch_first(
         try:
             return kernel[grid](*args, **constants), constants
         except OutOfResources as error:
+            error.__traceback__ = None  # Triton keeps it, and so the graph of whoever called
             constants = _with_fewer_stages(constants, error)
 
 

@@ -176,7 +176,7 @@ def chunk_states(
         k, v, gates, *initial, *found, *(others or (None, None)), products, tiles.owner, tiles.start, tiles.length,
         first_chunk, part.start, scale, heads, heads // q_heads,
         K=key_dim, V=value_dim, BK=block, BV=block_of(value_dim), C=chunk, DECAY=Decay.of(gates).value, REVERSE=reverse,
-        PRECISION=precision, STAGES=3, num_warps=_warps(block, value_dim), pdl=True,
+        PRECISION=precision, STAGES=3 if value_dim <= 128 else 2, num_warps=_warps(block, value_dim), pdl=True,
     )  # fmt: skip
     return found
 
