@@ -89,6 +89,7 @@ class Extension:
                     curriculum=(),
                     parallel=parallel,
                     batch_contexts=max(1, round(tokens / context)),
+                    contexts_at_once=max(1, trained.contexts_at_once * trained.context_length // context),
                     steps=self.steps,
                     eval_every=self.steps,
                     optimizer=replace(

@@ -22,9 +22,9 @@ def weights(path):
 
 def test_stages_are_runs_at_longer_contexts(run):
     extension = Extension(model="there", output="out", factors=(4, 8), steps=20, data="long", lr=0.5)
-    first, last = extension.stages(replace(run, batch_contexts=6, curriculum=("64:5",)))
+    first, last = extension.stages(replace(run, batch_contexts=6, contexts_at_once=6, curriculum=("64:5",)))
     assert [stage.context_length for stage in (first, last)] == [1024, 2048]
-    assert [stage.batch_contexts for stage in (first, last)] == [2, 1]
+    assert [(stage.batch_contexts, stage.contexts_at_once) for stage in (first, last)] == [(2, 1), (1, 1)]
     assert [stage.curriculum for stage in (first, last)] == [(), ()]
     assert [stage.run_dir for stage in (first, last)] == ["out/1024", "out/2048"]
     assert (first.data.train, first.data.valid, first.data.tokenizer) == ("long_train", "long_valid", "byte")

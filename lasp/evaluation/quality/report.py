@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PARTS = ((0, 16), (16, 4), (4, 1))  # of the context: from 1/a (0: its beginning) to 1/b
 FAR = (64, 16, 4)  # recall of what was last seen at least 1/a of the context back
-DRAWN_FROM = 64  # positions; fewer labels have earlier ones
+DRAWN_FROM = 64  # position; there are few labels before it
 
 
 @dataclass(frozen=True, kw_only=True)
