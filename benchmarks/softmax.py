@@ -146,7 +146,7 @@ class EmulatedVisits:
 def emulate(case: Case, tensors: tuple[Tensor, ...], shares: int) -> tuple[Emulation, list[Callable[[], list[Tensor]]]]:
     """What every rank would do: a function that returns its o and dq, and adds to the sums."""
     partitions = [Partition(Layout("zigzag", case.ranks), rank, case.offsets) for rank in range(case.ranks)]
-    mask = Mask(tensors[0].shape[-1] ** -0.5, lasting=case.cu_seqlens is None)
+    mask = Mask(tensors[0].shape[-1] ** -0.5, recurring=1 if case.cu_seqlens is None else partitions[0].unit_length)
     local = [[torch.cat([x[:, a:b] for a, b in part.ranges], 1) for x in tensors] for part in partitions]
     group = Emulation([x[1] for x in local], [x[2] for x in local], shares)
 

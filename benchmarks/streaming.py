@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 benchmarks/streaming.py --tokens 16777216 --segment-tokens 131072
     python benchmarks/streaming.py --pattern LLLLLLLN --tokens 1048576 --segment-tokens 65536 --offload
     python benchmarks/streaming.py --tokens 65536 --segment-tokens 0                       beside it, without segments
+    python benchmarks/streaming.py --tokens 1048576 --segment-tokens 0 --recompute full --offload-activations
 
 Each number of tokens is one row of a table and one line of JSON. A step on two segments (without them a whole one)
 comes first, for what is compiled in it, and then one measured step, or the median of `--runs`. MFU counts the model's
@@ -44,6 +45,7 @@ class Settings:
     offload: bool = False  # what segments hand on to each other waits in the host's memory
     recompute: Policy = "none"  # of layers within a segment
     recompute_layers: int | None = None  # so many of them, the others the policy before it
+    offload_activations: bool = False  # inputs of layers that are recomputed wait in the host's memory
     runs: int = 1
 
 
@@ -59,6 +61,7 @@ class Row:
     offload: bool
     recompute: str
     recompute_layers: int | None
+    offload_activations: bool
     seconds: float
     tokens_per_second: float
     mfu: float | None
@@ -124,6 +127,7 @@ def measure(trainer: Trainer, clock: Clock, settings: Settings, tokens: int) -> 
         offload=settings.offload,
         recompute=settings.recompute,
         recompute_layers=settings.recompute_layers,
+        offload_activations=settings.offload_activations,
         seconds=seconds,
         tokens_per_second=rate,
         mfu=None if peak is None else model_flop_utilisation(flops, rate, ranks, peak),
@@ -136,7 +140,13 @@ def main(settings: Settings) -> None:
     clock = Clock(join(), settings.runs, warm_ups=0)
     cuda = clock.device.type == "cuda"
     model = PRESETS[settings.preset if cuda else "tiny"](settings.mixer, settings.pattern)
-    trainer = Trainer(model, clock.device, recompute=settings.recompute, recompute_layers=settings.recompute_layers)
+    trainer = Trainer(
+        model,
+        clock.device,
+        recompute=settings.recompute,
+        recompute_layers=settings.recompute_layers,
+        offload_activations=settings.offload_activations,
+    )
     say(f"{machine()}\n")
     for cells in (COLUMNS, ["---"] * len(COLUMNS)):
         say(f"| {' | '.join(cells)} |")

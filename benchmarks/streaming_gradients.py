@@ -4,9 +4,11 @@
     torchrun --nproc-per-node 2 benchmarks/streaming_gradients.py --pattern LLLN --tokens 65536 --segment-tokens 30000
 
 The error of a gradient is relative, by norm. Both ways compute layers again in backward, so that the context fits. A
-model as it is initialised sees random tokens. On a CPU it is tiny.
+model as it is initialised sees random tokens. With --exact both are also compared with the whole context's in float64.
+On a CPU the model is tiny.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +32,8 @@ class Settings:
     pattern: str = "L"
     tokens: int = 1 << 16  # of the sequence, over all ranks
     segment_tokens: int = 20_000  # over all ranks
+    exact: bool = False
+    worst: int = 1  # so many parameters are named in each comparison
 
 
 def main(settings: Settings) -> None:
@@ -54,20 +58,31 @@ def main(settings: Settings) -> None:
         stream = Stream(parallel, settings.tokens, settings.segment_tokens)
         return StreamedBatch.of(stream, tokens, labels).backward(model, settings.tokens)
 
-    def gradients(backward) -> tuple[float, dict[str, torch.Tensor]]:
+    def gradients(backward: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By parameter; and the loss."""
         model.zero_grad(set_to_none=True)
         loss = backward()
         dist.all_reduce(loss)
         reduce_gradients(model, mesh)
-        return loss.item(), {name: x.grad.cpu() for name, x in model.named_parameters() if x.grad is not None}
+        return {name: x.grad for name, x in model.named_parameters() if x.grad is not None} | {"loss": loss}
 
-    (loss, wanted), (got_loss, got) = gradients(whole), gradients(streamed)
-    errors = {name: ((got[name] - x).norm() / x.norm()).item() for name, x in wanted.items()}
-    worst = max(errors, key=errors.__getitem__)
     say(f"{machine()}\n{settings}")
-    say(f"loss: relative error {abs(got_loss / loss - 1):.1e}")
-    say(f"gradients of {len(errors)} parameters: relative error at most {errors[worst]:.1e}, of {worst}")
+    one, segments = gradients(whole), gradients(streamed)
+    compare("segments against the whole", segments, one, settings.worst)
+    if settings.exact:
+        model.double()
+        exact = gradients(whole)
+        compare("segments against float64", segments, exact, settings.worst)
+        compare("the whole against float64", one, exact, settings.worst)
     leave()
+
+
+def compare(title: str, got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], worst: int) -> None:
+    errors = {name: ((got[name].double() - x).norm() / x.norm()).item() for name, x in wanted.items()}
+    loss, names = errors.pop("loss"), sorted(errors, key=errors.__getitem__, reverse=True)
+    largest = ", ".join(f"{errors[name]:.1e} ({name})" for name in names[:worst])
+    middle = errors[names[len(names) // 2]]
+    say(f"{title}: loss {loss:.1e}; gradients of {len(names)} parameters at most {largest}, in the middle {middle:.1e}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ class Step:
     @property
     def series(self) -> str:
         job, setting = self.plan.job, self.plan.setting
-        how = [self.model, f"{job.gpus} GPU{'s' * (job.gpus > 1)}", f"recompute {setting.recompute}"]
+        pattern = "" if set(job.model.pattern) == {"L"} else f" {job.model.pattern}"
+        offloaded = " offloaded" * setting.offload_activations
+        gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)}"
+        how = [f"{self.model}{pattern}", gpus, f"recompute {setting.recompute}{offloaded}"]
         if setting.segment_tokens is not None:
             how.append(f"segments of {setting.segment_tokens:,}")
         if setting.segment_graphs > 1:
@@ -39,7 +42,7 @@ class Step:
 
 
 def read(file: Path) -> list[Step]:
-    """Steps of pure models with Gated DeltaNet on H200s."""
+    """Steps of models with Gated DeltaNet on H200s."""
 
     def number(cell: str) -> int | None:
         return int(cell) if cell else None
@@ -47,7 +50,7 @@ def read(file: Path) -> list[Step]:
     found = []
     for row in csv.DictReader(file.open()):
         job = Job(
-            model=PRESETS[row["model"]]("gated_delta_net", "L"),
+            model=PRESETS[row["model"]]("gated_delta_net", row["pattern"]),
             context=int(row["tokens"]),
             gpu=GPUS["H200"],
             gpus=int(row["gpus"]),
@@ -58,6 +61,7 @@ def read(file: Path) -> list[Step]:
             segment_graphs=int(row["segment_graphs"]),
             recompute=row["recompute"],  # type: ignore[arg-type]
             recompute_layers=number(row["recompute_layers"]),
+            offload_activations=bool(row["offload_activations"]),
         )
         found.append(Step(row["model"], plan(job, setting), float(row["seconds"]), float(row["peak_gib"])))
     return found

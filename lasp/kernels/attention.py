@@ -46,9 +46,9 @@ def calls(block: Block, q: Tensor, v: Tensor, mask: Mask) -> list[tuple[Block, t
         if q.device.type == "cpu" and plain:
             return [(segment, FlashCPU) for segment in block.segments]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-            lasting = mask.lasting and alone and min(block.queries, block.keys) >= _LONG
+            planned = alone and mask.comes_again(block) and min(block.queries, block.keys) >= _LONG
             same_bits = torch.are_deterministic_algorithms_enabled()
-            if plain and lasting and q.shape[-1] <= 128 and _prefers_cudnn(q.device) and not same_bits:
+            if plain and planned and q.shape[-1] <= 128 and _prefers_cudnn(q.device) and not same_bits:
                 return [(block, CuDNN)]
             if _flash_serves(q.shape[-1], q.device):
                 return [(piece, Flash) for piece in ([block] if alone or q.shape[0] == 1 else block.segments)]

@@ -83,7 +83,11 @@ class Mask:
     causal: bool = True
     window: int | None = None
     fused: bool = True  # whether fused kernels may serve
-    lasting: bool = True  # whether the same lengths will come again, so that kernels may take time to plan for them
+    recurring: int = 1  # lengths that are multiples of it come again
+
+    def comes_again(self, block: Block) -> bool:
+        """Whether others will have its lengths, so that kernels may take time to plan for them."""
+        return block.queries % self.recurring == 0 and block.keys % self.recurring == 0
 
     def block(self, q: slice, k: slice, offset: int) -> Block | None:
         """What rows q see of rows k, query i of them standing at key i + offset; None if they see nothing.

@@ -1,8 +1,10 @@
 """Tensors that outlive the call that made them."""
 
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from functools import wraps
+from threading import Lock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -24,21 +26,50 @@ def lasting(make: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     return call
 
 
-def kept(size: int) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """`lasting`, with the results of the last `size` arguments remembered, and for ever those with which a CUDA
-    graph was made: it reads them in every replay."""
+def kept(most: int) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Keeps what a function of hashable arguments, of which the last is the device, made of the `most` that were asked
+    for last.
+
+    Every stream has its own: what is made on one may not be there yet for another, and its memory, given back, is that
+    stream's. Only what is captured takes another's if it has none, for it has to be there before; and since a graph
+    goes on reading it, that is kept for good.
+    """
 
     def decorate(make: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        remembered: Callable[..., Result] = lru_cache(maxsize=size)(lasting(make))
-        of_graphs: dict[int, Result] = {}
+        made: OrderedDict[tuple[Any, ...], dict[int, Result]] = OrderedDict()
+        captured: dict[tuple[Any, ...], dict[int, Result]] = {}
+        lock, make = Lock(), lasting(make)
+
+        def of_streams(args: tuple[Any, ...]) -> dict[int, Result]:
+            with lock:
+                found = captured.get(args) or made.setdefault(args, {})
+                made[args] = found
+                made.move_to_end(args)
+                if len(made) > most:
+                    made.popitem(last=False)
+                return found
 
         @wraps(make)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            result = remembered(*args, **kwargs)
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-                of_graphs[id(result)] = result
-            return result
+            stream, capturing = _stream(args[-1])
+            found = of_streams(args)
+            if not capturing:
+                if stream not in found:
+                    found[stream] = make(*args, **kwargs)
+                return found[stream]
+            if not found:
+                return make(*args, **kwargs)  # nothing is in it before the graph runs
+            captured[args] = found
+            return found[stream if stream in found else next(iter(found))]
 
         return call
 
     return decorate
+
+
+def _stream(device: Any) -> tuple[int, bool]:
+    """The current one, and whether it is being captured."""
+    if device.type != "cuda":
+        return 0, False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index), torch.cuda.is_current_stream_capturing()

@@ -1,15 +1,17 @@
 """Log-linear attention: the public functions. Equations: math §4."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.linear import BACKENDS, Backend, like_own_results
 from lasp.kernels.log_linear_inputs import LogLinearInputs
-from lasp.kernels.recurrence import Alone, Op, run
+from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
 from lasp.kernels.traced import traced
@@ -114,8 +116,34 @@ def _run(x: LogLinearInputs, initial_state, output_final_state, cu_seqlens, back
     x = x.cut({}, segments, seen_by(initial_state, segments.count))
     check_levels(x.level_scales.shape[-1], x.tokens_after)
     slots = None if initial_state is None else resized(initial_state.slots, x.state_shape[1])
-    o, final = run(choose_op(x, backend, wants_summary=False), Alone(), x, slots, output_final_state)
+    o, final = run_op(x, backend, Alone(), slots, output_final_state)
     return o, None if final is None else FenwickState(final, x.tokens_after)
+
+
+def run_op(
+    x: LogLinearInputs,
+    backend: Backend,
+    boundary: Boundary,
+    slots: Tensor | None,
+    output_final_state: bool,
+    around: Callable[[Op[Any]], Op[Any]] = lambda op: op,
+) -> tuple[Tensor, Tensor | None]:
+    """o and, if asked for, the final slots. For Triton, heads get columns of zeros that none of these has.
+
+    around: an op in the place of the chosen one.
+    """
+    given = x
+    if _asks_for_triton(x, backend):
+        from lasp.kernels.triton.dispatch import in_blocks
+
+        x = in_blocks(x)
+        if slots is not None:
+            slots = pad(slots, (0, x.v.shape[-1] - slots.shape[-1], 0, x.k.shape[-1] - slots.shape[-2]))
+    o, final = run(around(choose_op(x, backend, boundary.wants_summary)), boundary, x, slots, output_final_state)
+    if x is not given:
+        key_dim, value_dim = given.k.shape[-1], given.v.shape[-1]
+        o, final = o[..., :value_dim].contiguous(), None if final is None else final[..., :key_dim, :value_dim]
+    return o, final
 
 
 def seen_by(state: FenwickState | None, count: int) -> tuple[int, ...]:
@@ -187,9 +215,13 @@ def check_state(state: FenwickState | None, count: int, x: LogLinearInputs) -> N
     checks.require(slots.device == device, "initial_state.slots", f"device {slots.device}", f"{device}, as v")
 
 
+def _asks_for_triton(x: LogLinearInputs, backend: Backend) -> bool:
+    return x.v.shape[0] > 0 and (backend == "triton" or (backend == "auto" and x.v.is_cuda))
+
+
 def choose_op(x: LogLinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
-    if x.v.shape[0] == 0 or not (backend == "triton" or (backend == "auto" and x.v.is_cuda)):
+    if not _asks_for_triton(x, backend):
         return LogLinearOp()
     from lasp.kernels.triton.dispatch import triton_log_linear_op
 

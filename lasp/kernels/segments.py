@@ -152,19 +152,9 @@ def _first_chunks(tiles: Tiles, chunks: Tiles) -> Tensor:
 
 @kept(4096)
 def _row_tiles(batch: int, tokens: int, size: int, device: torch.device) -> Tiles:
-    tiles = Tiles.cut(Segments(batch, tokens), size, device)
-    _settle(device)
-    return tiles
+    return Tiles.cut(Segments(batch, tokens), size, device)
 
 
 @kept(4096)
 def _row_first_chunks(batch: int, tokens: int, size: int, chunk: int, device: torch.device) -> Tensor:
-    first = _first_chunks(*(_row_tiles(batch, tokens, length, device) for length in (size, chunk)))
-    _settle(device)
-    return first
-
-
-def _settle(device: torch.device) -> None:
-    """So that other streams may read what was made."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    return _first_chunks(*(_row_tiles(batch, tokens, length, device) for length in (size, chunk)))

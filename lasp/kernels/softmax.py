@@ -66,7 +66,7 @@ def softmax_attention(
     checks.require(aligned, "k", f"{keys} tokens", f"{tokens} (or more, without cu_seqlens)")
     checks.require(backend in ("auto", "reference"), "backend", repr(backend), "'auto' or 'reference'")
     scale = checks.softmax_scale(scale, q.shape[-1])
-    mask = Mask(scale, causal, window, fused=backend == "auto", lasting=cu_seqlens is None)
+    mask = Mask(scale, causal, window, fused=backend == "auto", recurring=1 if cu_seqlens is None else tokens)
     if cu_seqlens is None:
         block = mask.block(slice(0, tokens), slice(0, keys), keys - tokens)
         blocks = [] if block is None else [block]

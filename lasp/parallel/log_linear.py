@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.fenwick import FenwickState, resized
-from lasp.kernels.log_linear import check_levels, check_state, choose_op, seen_by
+from lasp.kernels.log_linear import check_levels, check_state, run_op, seen_by
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
-from lasp.kernels.recurrence import Finished, Gradients, Kept, Op, run
+from lasp.kernels.recurrence import Finished, Gradients, Kept, Op
 from lasp.kernels.summary import Summary
 from lasp.parallel import comm
 from lasp.parallel.agreement import gradients, signature
@@ -70,7 +70,7 @@ def _exchanged(
     entered, left = sequence._documents_with_states()
     boundary = sequence._alone() or AcrossSlots(partition, batch, sequence.parallel.group, seen, entered, left)
     slots = None if initial_state is None else resized(initial_state.slots, max(totals).bit_length())
-    o, final = run(Between(choose_op(x, "auto", boundary.wants_summary)), boundary, x, slots, output_final_state)
+    o, final = run_op(x, "auto", boundary, slots, output_final_state, around=Between)
     tokens = torch.tensor([totals[document] for document in left] * batch, device="cpu")
     return local.unfold(o), None if final is None else FenwickState(final, tokens)
 

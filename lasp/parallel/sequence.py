@@ -231,7 +231,8 @@ class Sequence(Handle):
         """
         q, k, v = autocast.cast(q, k, v)
         self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
-        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), causal, window, lasting=not self.packed)
+        recurring = self.partition.unit_length if self.packed else 1
+        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), causal, window, recurring=recurring)
         return self.parallel.softmax.attend(q, k, v, mask, self.partition)
 
     @traced(like_input)

@@ -16,6 +16,7 @@ All gradients are there from the first moment on where a step sees several conte
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
@@ -29,6 +30,7 @@ from lasp.plan.setting import Job, Setting, sizes
 
 LEAF, NODES = 256, 18  # of log-linear attention: tokens of a leaf, and bytes of a number of its states and gradients
 DELTA_NODES = 0.625  # with the delta rule: bytes of states, transitions and rows for each token, head and K (K + V)
+DELTA_KEPT = 0.2  # of them, where those of few tokens wait for other ranks
 WHOLE_SHARE = 0.1  # of a GPU's memory may whole parameters and sums of gradients take from segment to segment
 TILES = 64  # into which operations with a state cut a long sequence, about; a state enters each, and one leaves
 GROWS = ("layer inputs", "other activations", "one layer", "key/value caches", "boundary states", "batch")
@@ -82,11 +84,12 @@ def predict(job: Job, setting: Setting) -> Memory:
             "other activations": sum(everything[:layers]) - one_input * layers + waiting * elsewhere,
         }
 
-    handed_on = _handed_on(job, setting, held)
+    shared = job.context, setting.sequence_parallel, setting.segment_tokens, job.half
+    left = handed_on(model, *shared)
     if setting.segment_offload:  # but for what one segment reads
-        host += sum(handed_on.values())
-        handed_on = {name: 2 * size * in_flight / held for name, size in handed_on.items()}
-    always = fixed | {"batch": 4 * 8.0 * in_flight} | handed_on
+        host += sum(handed_on(model, *shared, pinned).values())
+        left = {name: 2 * size * in_flight / held for name, size in left.items()}
+    always = fixed | {"batch": 4 * 8.0 * in_flight} | left
     copies = 2 if job.sharding == "none" and job.gpus > 1 else 0  # while they are summed over ranks
 
     def moments(waiting: int, again: bool) -> dict[str, dict[str, float]]:
@@ -102,20 +105,24 @@ def predict(job: Job, setting: Setting) -> Memory:
                 "gradients": gradients * behind,
                 "gathered weights": gathered,
                 "gathered gradients": of_gathered,
-                "one layer": _one_layer(job, policy, index, in_flight),
+                "one layer": _one_layer(job, policy, index, in_flight, setting.sequence_parallel > 1),
             }
         return {name: always | parts for name, parts in found.items()}
 
     made = Memory(moments(graphs - 1, job.accumulated > 1), host)  # of a stream at its last segment
-    if not handed_on:
+    if not left:
         return made
     return max(made, Memory(moments(max(0, graphs - 2), True), host), key=lambda memory: memory.total)
 
 
 def inputs_on_host(one: float, policies: list[Policy], graphs: int) -> float:
-    """Bytes of the host for inputs of layers that are computed again, of so many bytes each: PyTorch's pinned memory
-    comes in powers of two."""
-    return graphs * sum(policy != "none" for policy in policies) * 2.0 ** math.ceil(math.log2(max(1.0, one)))
+    """Bytes of the host for inputs of layers that are computed again, of so many bytes each."""
+    return graphs * sum(policy != "none" for policy in policies) * pinned(one)
+
+
+def pinned(size: float) -> float:
+    """Bytes of the host that a tensor of so many takes: PyTorch's pinned memory comes in powers of two."""
+    return 2.0 ** math.ceil(math.log2(max(1.0, size)))
 
 
 def may_stay_gathered(others: int, memory: float | None) -> bool:
@@ -170,28 +177,41 @@ def _logits(job: Job) -> float:
     return dtype.half * CHUNK_TOKENS * model.vocab_size + (dtype.wide + dtype.half) * head
 
 
-def _handed_on(job: Job, setting: Setting, held: int) -> dict[str, float]:
-    """What segments leave to each other: states; and of softmax attention keys and values, their gradients, and what
-    queries saw. States and sums are float32."""
-    if setting.segment_tokens is None:
+def handed_on(
+    model: ModelConfig,
+    context: int,
+    ranks: int,
+    segment_tokens: int | None,
+    half: int,
+    taken: Callable[[float], float] = float,
+) -> dict[str, float]:
+    """Bytes that segments leave to each other on each rank, at most: states; and of softmax attention keys and values,
+    their gradients, and what queries saw. States and sums are float32. Tails of convolutions, a few percent of the
+    states, do not count.
+
+    half: bytes of the compute's numbers. taken: bytes that a tensor of so many takes.
+    """
+    if segment_tokens is None:
         return {}
-    model, half, wide = job.model, job.half, Dtype(job.half).wide
-    cuts = segments(job, setting) - 1
-    state = model.states(job.context) * model.num_heads * feature_dim(model) * model.value_dim
+    wide, cuts = Dtype(half).wide, -(-context // segment_tokens) - 1
+    held, rows = (model.local_tokens(tokens, ranks) for tokens in (context, min(context, segment_tokens)))
+    state = model.states(context) * model.num_heads * feature_dim(model) * model.value_dim
     attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
-    keys = 2 * model.kv_heads * model.key_dim * (half + wide)
-    seen = model.num_heads * (model.key_dim * half + wide)
+    keys, heads = model.kv_heads * model.key_dim * rows, model.num_heads * rows
+    of_segment = (
+        2 * (taken(keys * half) + taken(keys * wide)) + taken(heads * model.key_dim * half) + taken(heads * wide)
+    )
     return {
-        "boundary states": float(model.layers.count(LINEAR) * cuts * state * wide),
-        "key/value caches": float(attending * held * (keys + seen)),
+        "boundary states": model.layers.count(LINEAR) * cuts * taken(state * wide),
+        "key/value caches": attending * held / rows * of_segment,
     }
 
 
-def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
+def _one_layer(job: Job, policy: Policy, index: int, tokens: int, exchanged: bool) -> float:
     """Bytes that a layer's backward takes beside what was kept for it: what it computes again, and gradients.
 
     Its MLP comes first, when all of the mixer has been computed again; then the mixer's operation, when what lies
-    behind it has been freed.
+    behind it has been freed. exchanged: that waits for other ranks.
     """
     model, dtype = job.model, Dtype(job.half)
     width = dtype.half * model.hidden_size
@@ -202,11 +222,10 @@ def _one_layer(job: Job, policy: Policy, index: int, tokens: int) -> float:
     def again(parts: list[Kept]) -> float:
         return dtype.bytes(each for each in parts if each.name not in stays)
 
-    around = 2 * width  # gradients of what comes in and of what goes out
     mlp_inputs = [Kept("middle", model.hidden_size), Kept("normed middle", model.hidden_size)]
-    in_mlp = again(mixer) + again(mlp_inputs) + around + _mlp(job, policy, index)
-    in_operation = again([each for each in mixer if each.name not in behind]) + around
-    in_operation += _operation_gradients(model, index, dtype, tokens)
+    in_mlp = again(mixer) + again(mlp_inputs) + 2 * width + _mlp(job, policy, index)  # gradients of both ends
+    in_operation = again([each for each in mixer if each.name not in behind]) + width  # what goes around it
+    in_operation += _operation_gradients(model, index, dtype, tokens, exchanged)
     return max(in_mlp, in_operation) * tokens + _constants(job, policy, index, tokens)
 
 
@@ -214,9 +233,10 @@ def _mlp(job: Job, policy: Policy, index: int) -> float:
     """Bytes for each token."""
     model, half = job.model, job.half
     if model.has_experts(index):
-        chosen, size = model.experts_per_token, model.expert_size
+        size, width = model.expert_size, model.hidden_size
         computed = 0.0 if policy == "none" else Dtype(half).bytes(kept.mlp(model, index))
-        return computed + half * chosen * (3 * size + 2 * model.hidden_size)
+        most = max(width, size, 2 * size - width)  # gradients of outputs, act, gate_up, less what is free by then
+        return computed + half * model.experts_per_token * most
     return half * 3 * model.intermediate_size if policy == "none" else 0.0
 
 
@@ -232,7 +252,7 @@ def _constants(job: Job, policy: Policy, index: int, tokens: int) -> float:
     return states + tile + (dtype.wide + dtype.half) * 3 * model.intermediate_size * model.hidden_size
 
 
-def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int) -> float:
+def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: int, exchanged: bool) -> float:
     """Bytes for each token: the gradient of o, those of q, k and v, and what the kernels of the class need besides."""
     heads, keys, values = model.num_heads, feature_dim(model), model.value_dim
     if model.layers[index] == SOFTMAX:
@@ -247,7 +267,10 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
         gradients += heads * 2 * dtype.wide * LEVELS
         if model.plain_mixer == "gated_delta_net":
             some = min(heads, max(1, 2**18 // max(1, tokens)))
-            return gradients + some * DELTA_NODES * keys * (keys + values)
+            others = (heads - some) * (exchanged and heads * tokens <= 2**21)
+            nodes = keys * (keys + values)
+            rows = dtype.half * (4 * keys + 2 * values + 4 * CHUNK) + 2 * dtype.wide * LEVELS
+            return gradients + some * DELTA_NODES * nodes + others * (DELTA_KEPT * nodes + rows)
         return gradients + heads * (NODES * keys * values / LEAF + dtype.wide * keys)
     if model.mixer in ("delta_net", "gated_delta_net", "kda"):
         some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))

@@ -21,7 +21,8 @@ from lasp.plan.memory import segments
 from lasp.plan.setting import Job, Setting, sizes
 
 GROUPED = 0.5  # of the dense peak, where each expert's matrix meets its own rows
-ATTENTION = 0.33  # of it: documents are packed, which PyTorch's flash attention serves
+ATTENTION = 0.55  # of it: cuDNN's kernels on an H200, which serve whole units and segments of one document
+FLASH = 0.33  # of it: PyTorch's flash attention there, which serves windows and heads of more than 128
 FORWARD_CHAINS, BACKWARD_CHAINS = 1.9, 5.5  # times what a layer keeps is read or written
 EXCHANGED = 1.02  # with sequence parallelism
 
@@ -51,9 +52,7 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     full = [policy == "full" for policy in policies]
     again = 1 - policies.count("none") / model.num_layers  # of the layers: something of them runs twice
     number = segments(job, setting)
-    forwards = (
-        2 - min(setting.segment_graphs, number) / number
-    )  # softmax layers keep what their queries saw in the first
+    forwards = 2 - min(setting.segment_graphs, number) / number  # softmax layers keep what queries saw in the first
 
     flops = gpu.flops * (1 if job.half == 2 else 0.25)
     size, share = sizes(model), model.experts_per_token / model.num_experts if model.num_experts else 0.0
@@ -61,16 +60,19 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     dense += sum(size.layers[index] - _last_product(job, index) for index in range(model.num_layers) if full[index])
     experts = (2 + forwards + again) * size.experts * share
     chains = sum(Dtype(job.half).bytes(kept.layer(model, index)) for index in range(model.num_layers))
-    softmax, linear = _passes(model.layers, SOFTMAX, full, 1), _passes(model.layers, LINEAR, full, forwards)
+    softmax = _passes(model.layers, SOFTMAX, [each and number == 1 for each in full], 1)
+    linear = _passes(model.layers, LINEAR, full, forwards)
     attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1])
+    attention /= ATTENTION if model.key_dim <= 128 else FLASH
     operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * 1e-9
     if model.window is not None:
-        attention += 4.0 * model.window * model.num_heads * model.key_dim * (linear[0] + 2.5 * linear[1])
+        seen = 4.0 * model.window * model.num_heads * model.key_dim
+        attention += seen * (linear[0] + 2.5 * linear[1]) / FLASH
     operations *= model.num_heads * (feature_dim(model) + model.value_dim) * job.half / (16 * 256 * 2)
     held = sizes(model).total / (job.gpus if job.sharding != "none" else 1)
     seconds = {
         "products": tokens * 2 * (dense / MATMUL + experts / GROUPED) / flops,
-        "softmax attention": tokens * attention / (ATTENTION * flops),
+        "softmax attention": tokens * attention / flops,
         "operations with a state": tokens * operations * REFERENCE_BANDWIDTH / gpu.bandwidth,
         "pointwise chains": tokens * chains * (FORWARD_CHAINS * (forwards + again) + BACKWARD_CHAINS) / gpu.bandwidth,
         "update and sharding": (28 + 28 * (job.sharding != "none")) * held / gpu.bandwidth,

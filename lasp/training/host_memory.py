@@ -3,24 +3,10 @@ inputs of layers."""
 
 import torch
 
-from lasp.config import LINEAR, SOFTMAX, ModelConfig, TrainConfig, require
+from lasp.config import TrainConfig, require
 from lasp.models.recompute import by_layer
 from lasp.plan.host import available_bytes
-from lasp.plan.memory import inputs_on_host
-
-
-def handed_on_bytes(model: ModelConfig, tokens: int, segment_tokens: int, ranks: int, dtype: torch.dtype) -> int:
-    """What waits on each rank, at most, in one step on a context of so many tokens.
-
-    States for each linear layer and cut between segments; for each softmax layer the keys and values of this rank's
-    tokens, their gradients, and what its queries saw. Tails of convolutions, a few percent of the states, do not count.
-    """
-    narrow, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-    cuts = -(-tokens // segment_tokens) - 1
-    state = model.states(tokens) * model.num_heads * model.key_dim * model.value_dim * wide
-    keys = 2 * model.kv_heads * model.key_dim * (narrow + wide)
-    seen = model.num_heads * (model.key_dim * narrow + wide)
-    return model.layers.count(LINEAR) * cuts * state + model.layers.count(SOFTMAX) * -(-tokens // ranks) * (keys + seen)
+from lasp.plan.memory import handed_on, inputs_on_host, pinned
 
 
 def waiting_inputs_bytes(config: TrainConfig, ranks: int) -> int:
@@ -42,9 +28,9 @@ def require_host_memory(config: TrainConfig, sequence_parallel: int, local_ranks
     """Raises ValueError if this machine's memory is not enough for what all of its ranks leave there, where that is
     known. recompute: settled."""
     waiting = {"offload_activations": waiting_inputs_bytes(config, sequence_parallel), "segment_offload": 0}
-    if config.segment_tokens is not None and config.segment_offload:
-        sizes = config.context_length, config.segment_tokens, sequence_parallel
-        waiting["segment_offload"] = handed_on_bytes(config.model, *sizes, getattr(torch, config.dtype))
+    if config.segment_offload:
+        sizes = config.context_length, sequence_parallel, config.segment_tokens, getattr(torch, config.dtype).itemsize
+        waiting["segment_offload"] = int(sum(handed_on(config.model, *sizes, pinned).values()))
     needed, available = local_ranks * sum(waiting.values()), available_bytes()
     if available is not None:
         expected = f"False, or {needed / 2**30:.1f} GiB of the host's memory; it has {available / 2**30:.1f}"

@@ -13,7 +13,7 @@ from lasp.parallel.groups import flatten
 from lasp.training import checkpoint
 from lasp.training.initial import Build
 from lasp.training.numerics import any_nonfinite
-from lasp.training.optimizer import build_optimizer, divide_in_step, excess, gradient_norm, set_learning_rate
+from lasp.training.optimizer import build_optimizer, divide_in_step, excess, gradients_of, norm_of, set_learning_rate
 from lasp.training.ownership import Lock
 from lasp.training.runtime import World
 
@@ -42,11 +42,12 @@ class NativeEngine:
 
     def step(self, lr: float, loss: Tensor) -> Tensor:
         reduce_gradients(self.model, self.mesh)
-        grad_norm = gradient_norm(self.model)
+        gradients = gradients_of(self.model)
+        grad_norm = norm_of(gradients)
         odd = any_nonfinite(torch.stack([grad_norm, loss]), flatten(self.mesh).get_group())
         self.halted.clamp_(min=odd)
         set_learning_rate(self.optimizer, lr)
-        divide_in_step(self.optimizer, self.model, excess(grad_norm, self.config.optimizer.clip_norm))
+        divide_in_step(self.optimizer, gradients, excess(grad_norm, self.config.optimizer.clip_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return grad_norm.where((odd == 0) | ~grad_norm.isfinite(), math.nan)

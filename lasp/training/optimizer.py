@@ -1,7 +1,6 @@
 """AdamW, its learning-rate schedule, and clipping by the global gradient norm."""
 
 import math
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +48,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm over all parameters of the gradients, already summed over the ranks: a float64 scalar.
+def gradients_of(model: nn.Module) -> list[list[Tensor]]:
+    """Those of parameters that are placed on one mesh, and have one dtype, together."""
+    together: dict[tuple[DeviceMesh | None, torch.dtype], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if (grad := parameter.grad) is not None:
+            mesh = grad.device_mesh if isinstance(grad, DTensor) else None
+            together.setdefault((mesh, grad.dtype), []).append(grad)
+    return list(together.values())
+
+
+def norm_of(gradients: list[list[Tensor]]) -> Tensor:
+    """The norm of all of a model's gradients, already summed over the ranks: a float64 scalar.
 
     The host does not wait for it. Sharded gradients count with all their shards.
     """
-    totals = [nn.utils.get_total_norm(grads) for grads in _gradients(model)]
+    totals = [nn.utils.get_total_norm(grads) for grads in gradients]
     norms = torch.stack([(t.full_tensor() if isinstance(t, DTensor) else t).double() for t in totals])
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
 
@@ -66,30 +75,22 @@ def excess(norm: Tensor, max_norm: float) -> Tensor:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Divides the gradients by their excess; returns the norm before."""
-    norm = gradient_norm(model)
-    for grads in _gradients(model):
+    gradients = gradients_of(model)
+    norm = norm_of(gradients)
+    for grads in gradients:
         torch._foreach_div_(grads, excess(norm, max_norm))
     return norm
 
 
-def divide_in_step(optimizer: torch.optim.AdamW, model: nn.Module, divisor: Tensor) -> None:
+def divide_in_step(optimizer: torch.optim.AdamW, gradients: list[list[Tensor]], divisor: Tensor) -> None:
     """Has the optimiser divide the gradients by a scalar as it reads them in its next step.
 
     That takes it as a float32 number. What this leaves of it is for float64 gradients, which are divided here.
     """
     optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
-    for grads in _gradients(model):
+    for grads in gradients:
         if grads[0].dtype == torch.float64:
             torch._foreach_div_(grads, divisor / optimizer.grad_scale)  # type: ignore[attr-defined]
-
-
-def _gradients(model: nn.Module) -> Collection[list[Tensor]]:
-    """Those of parameters that are placed on one mesh together."""
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
-    for parameter in model.parameters():
-        if (grad := parameter.grad) is not None:
-            by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    return by_mesh.values()
 
 
 def require_finite(value: float, name: str) -> float:

@@ -41,7 +41,6 @@ def linear_llama3_1b_1m() -> TrainConfig:
         segment_tokens=65_536,
         batch_contexts=1,
         parallel=ParallelConfig(layout="zigzag"),
-        recompute=False,
     )
 
 

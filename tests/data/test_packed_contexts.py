@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lasp.data import IGNORED, PackedContexts, TokenFileWriter, local_batch
+from lasp.parallel import SequenceParallel, Stream
 
 LENGTHS = [7, 1, 30, 4, 4, 19, 2]  # 67 tokens
 
@@ -211,3 +212,22 @@ def test_rows_are_pieces_of_one_length(tmp_path, prefix):
     assert PackedContexts(tmp_path / "rows", 10, seed=0)[1].row_length is None  # the first and the last are cut
     assert PackedContexts(tmp_path / "rows", 4, seed=0)[1].row_length is None
     assert PackedContexts(prefix, 20, seed=0, shuffle=False)[0].row_length is None
+
+
+def test_documents_and_places_beyond_two_to_the_31(tmp_path):
+    """The file has a hole, of which the file system stores nothing."""
+    far = 2**31 + 5
+    with TokenFileWriter(tmp_path / "data", np.uint8) as writer:
+        writer._bin.seek(far)
+        writer._unended = far
+        writer.add_document(np.arange(1, 8))
+        writer.add_document(np.arange(8, 11))
+    contexts = PackedContexts(tmp_path / "data", far, seed=0, shuffle=False)
+    assert contexts[0].tokens(far - 1, far).tolist() == [0] and contexts[0].labels(far - 1, far).tolist() == [1]
+    whole = contexts.at(0, far + 10)
+    assert whole.cu_seqlens.tolist() == [0, far + 7, far + 10]
+    assert whole.tokens(far, far + 10).tolist() == [*range(1, 11)]
+    assert whole.labels(far, far + 10).tolist() == [2, 3, 4, 5, 6, 7, IGNORED, 9, 10, IGNORED]
+    assert whole.count_labels() == far + 8
+    last = Stream(SequenceParallel(None), far + 10, 2**31, whole.cu_seqlens)[1]
+    assert last.past == 2**31 and last.positions.tolist() == [*range(2**31, far + 7), 0, 1, 2]

@@ -69,13 +69,13 @@ def inputs(drawn: Drawn) -> LogLinearInputs:
 
 def made_ready(calls: Iterable[Drawn]) -> None:
     """Compiles side by side what such calls need on the GPU where they are, with states and gradients."""
-    from lasp.kernels.triton.dispatch import dry_run
+    from lasp.kernels.triton.dispatch import dry_run, in_blocks
     from lasp.kernels.triton.launch import compile_ahead
     from lasp.kernels.triton.log_linear.op import TritonLogLinear
     from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
 
     def work() -> None:
-        for x in map(inputs, calls):
+        for x in map(in_blocks, map(inputs, calls)):
             op = TritonLogLinear() if x.beta is None else TritonLogLinearDelta()
             for wants_summary in (False, True):
                 dry_run(op, x, wants_summary, backward=True)

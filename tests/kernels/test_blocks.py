@@ -134,7 +134,8 @@ def test_which_kernel_serves_on_a_gpu(monkeypatch):
 
     assert kernels(Block(one, one, right=0), batch=2) == kernels(Block(one, one)) == [CuDNN]
     assert kernels(Block(one, one), head_dim=256) == kernels(Block((0, 64), one)) == [Flash]
-    assert kernels(Block(one, one), Mask(1.0, lasting=False)) == kernels(Block(two, two, right=0)) == [Flash]
+    assert kernels(Block(one, one), Mask(1.0, recurring=4095)) == kernels(Block(two, two, right=0)) == [Flash]
+    assert kernels(Block((0, 4096), (0, 8192)), Mask(1.0, recurring=4096)) == [CuDNN]
     assert kernels(Block(one, one, left=99, right=0), window) == [Flash]
     assert kernels(Block(two, two, left=99, right=0), window, batch=2) == [Flash, Flash]
     assert kernels(Block(one, one), dtype=torch.float32) == kernels(Block(one, one), head_dim=288) == [Dense]

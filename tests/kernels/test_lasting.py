@@ -1,36 +1,77 @@
-"""Tables that calls share: those that a CUDA graph reads stay, however many others come."""
-
-import gc
-import weakref
+"""What is kept for calls to come, on streams that a test names."""
 
 import pytest
 import torch
 
-from lasp.kernels.lasting import kept
+from lasp.kernels import lasting
+
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("in_graph", [False, True])
-def test_what_a_graph_reads_is_kept(monkeypatch, in_graph):
-    @kept(2)
-    def table(number):
-        return torch.full((2,), number)
+@pytest.fixture
+def streams(monkeypatch):
+    """Sets the current stream, and whether it is being captured."""
 
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_graph)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    read = weakref.ref(table(0))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert table(0) is read()
-    for number in range(1, 4):
-        table(number)
-    gc.collect()
-    assert (read() is not None) == in_graph
+    def current(stream: int, capturing: bool = False) -> None:
+        monkeypatch.setattr(lasting, "_stream", lambda device: (stream, capturing))
+
+    current(0)
+    return current
 
 
-def test_what_is_kept_is_good_for_training_when_first_asked_for_in_inference():
-    @kept(2)
-    def table():
-        return torch.ones(2)
+def make_kept(most: int):
+    return lasting.kept(most)(lambda size, device: torch.zeros(size, device=device))
 
+
+def test_the_last_ones_are_kept(streams):
+    zeros = make_kept(2)
+    first, second = zeros(1, CPU), zeros(2, CPU)
+    assert zeros(1, CPU) is first
+    zeros(3, CPU)
+    assert zeros(1, CPU) is first
+    assert zeros(2, CPU) is not second
+
+
+def test_streams_share_nothing(streams):
+    zeros = make_kept(2)
+    first = zeros(1, CPU)
+    streams(1)
+    second = zeros(1, CPU)
+    assert second is not first
+    assert zeros(1, CPU) is second
+    streams(0)
+    assert zeros(1, CPU) is first
+
+
+def test_what_a_graph_reads_was_there_before_and_stays(streams):
+    zeros = make_kept(1)
+    first = zeros(1, CPU)
+    streams(1, capturing=True)
+    assert zeros(1, CPU) is first
+    streams(0)
+    zeros(2, CPU)
+    zeros(3, CPU)
+    assert zeros(1, CPU) is first
+
+
+def test_a_graph_reads_its_own_streams(streams):
+    zeros = make_kept(1)
+    zeros(1, CPU)
+    streams(1)
+    second = zeros(1, CPU)
+    streams(1, capturing=True)
+    assert zeros(1, CPU) is second
+
+
+def test_what_is_made_within_a_graph_is_not_kept(streams):
+    zeros = make_kept(1)
+    streams(1, capturing=True)
+    first = zeros(1, CPU)
+    streams(1)
+    assert zeros(1, CPU) is not first
+
+
+def test_what_is_made_in_inference_mode_is_good_for_autograd(streams):
+    zeros = make_kept(1)
     with torch.inference_mode():
-        table()
-    assert not table().is_inference()
+        assert not zeros(1, CPU).is_inference()

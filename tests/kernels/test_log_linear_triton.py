@@ -16,8 +16,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
-from tests.kernels import log_linear
-from tests.kernels.log_linear import Drawn, made_ready, results
+from tests.kernels.log_linear import Drawn, draw, made_ready, results
 from tests.kernels.test_triton_linear import DEVICE, DTYPES, poisoned_memory  # noqa: F401  a fixture
 from tests.parallel.inputs import error
 
@@ -41,11 +40,6 @@ CASES = {
     "wide heads": {"tokens": 40, "seen": [5], "heads": (1, 1), "sizes": (40, 72)},
     "one token": {"tokens": 1, "heads": (1, 1), "levels": 1},
 }
-
-
-def draw(gen, tokens, *, sizes=(6, 4), **options) -> Drawn:
-    """On a GPU the kernels take powers of two."""
-    return log_linear.draw(gen, tokens, sizes=tuple(map(block_of, sizes)) if GPU else sizes, **options)
 
 
 _ready: list[int] = []
@@ -105,7 +99,7 @@ def test_gates_that_do_nothing_or_close(gen, strength):
 def test_summaries(gen, seen, delta, monkeypatch):
     """What others are told of a segment: the same as the reference tells them."""
     monkeypatch.setattr(delta_op, "KEPT", 0 if seen else 2**21)
-    drawn = draw(gen, 45, seen=seen, heads=(1, 1), delta=delta).to(torch.float32, torch.float32, DEVICE)
+    drawn = draw(gen, 45, seen=seen, heads=(1, 1), delta=delta, sizes=(64, 64)).to(torch.float32, torch.float32, DEVICE)
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
 
     def told(implementation, tensors):
@@ -123,7 +117,7 @@ def test_summaries(gen, seen, delta, monkeypatch):
 
 def test_padding_that_is_longer_than_levels_address_changes_nothing(gen):
     """As a rank has it: a fragment of its own, of noise, whose outputs nobody reads."""
-    drawn = draw(gen, 60, levels=4, heads=(1, 1)).to(torch.float32, torch.float32, DEVICE)
+    drawn = draw(gen, 60, levels=4, heads=(1, 1), sizes=(64, 64)).to(torch.float32, torch.float32, DEVICE)
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE) * (torch.arange(60) < 8)[:, None, None].to(
         DEVICE
     )

@@ -158,9 +158,10 @@ def test_heads_in_groups_and_in_parts(gen, whole, decay, at_once, most_rounded, 
 @pytest.mark.parametrize("strength", [0.0, 1.5, 50.0], ids=["open gate", "steep gate", "closing gate"])
 @pytest.mark.parametrize("decay", ["scalar", "diagonal"])
 def test_gates_that_do_nothing_or_close(gen, whole, decay, strength):
-    """A closed gate's own gradient is a small difference of large numbers: what fp32 leaves of it."""
+    """Of a closed vector gate the gradient is a small difference of large numbers: what fp32 leaves of it."""
     found = errors(gen, decay, (1, 130, 1, 1, 32, 16), strength=strength)
-    assert found.pop("decay") < (EXACT if strength == 0 else 1e-3)
+    exact = 1e-6 if decay == "scalar" and DEVICE.type == "cpu" else EXACT
+    assert found.pop("decay") < (1e-3 if strength > 0 and decay == "diagonal" else exact)
     assert max(found.values()) < 4 * EXACT, found
 
 

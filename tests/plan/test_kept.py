@@ -3,11 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
-from lasp.config import MIXERS, ModelConfig
+from lasp.config import LEVELS, MIXERS, ModelConfig
+from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.pending import Pending
+from lasp.kernels.segments import Segments
 from lasp.model_config import OPTIONAL_CONV
 from lasp.models import Decoder, linear_llama3_1b
 from lasp.plan.kept import POLICIES, Dtype, ends, layer
+from lasp.plan.memory import _operation_gradients
 from tests.models.helpers import random_tokens, sequence
 from tests.models.saved import counting
 
@@ -74,3 +80,29 @@ def test_what_stays_is_known_to_the_layer_or_a_product():
         for index in range(config.num_layers):
             names = {kept.name for kept in layer(config, index)}
             assert {kept.name for kept in POLICIES["selective"](config, index)} <= names | products
+
+
+def test_what_waits_for_other_ranks_of_the_log_linear_delta_rule():
+    """Of each head whose turn it is not, between the halves of its backward; in Triton's interpreter, with one head."""
+    op = pytest.importorskip("lasp.kernels.triton.log_linear_delta.op").TritonLogLinearDelta()
+    tokens, size, device = 512, 32, "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, do = (torch.zeros(1, tokens, 1, size, dtype=torch.bfloat16, device=device) for _ in range(4))
+    decay, beta, scales = (torch.zeros(1, tokens, 1, *more, device=device) for more in ((), (), (LEVELS,)))
+    x = LogLinearInputs(q, k, v, decay, scales, beta, scale=1.0, segments=Segments(1, tokens), seen=(0,))
+    _, partial = op.summarize(x, wanted=True)
+    kept = op.finish(x, partial, Pending(lambda: None))[2]
+    waiting = op.summarize_grad(x, kept, do, wanted=True)[1][2]
+
+    model, long = replace(DENSE, mixer="log_linear_gated_delta_net", num_heads=8, head_dim=size), 2**18
+    model = replace(model, value_head_dim=size)
+    alone, exchanged = (_operation_gradients(model, 0, Dtype(2), long, exchanged) for exchanged in (False, True))
+    bytes_of_a_head = sum({x.data_ptr(): x.nbytes() for x in map(Tensor.untyped_storage, _tensors(waiting))}.values())
+    assert (exchanged - alone) / 7 == pytest.approx(bytes_of_a_head / tokens, rel=0.1)
+
+
+def _tensors(x: object) -> list[Tensor]:
+    """All that are in it."""
+    if isinstance(x, Tensor):
+        return [x]
+    inside = x if isinstance(x, list | tuple) else vars(x).values() if hasattr(x, "__dict__") else ()
+    return [tensor for each in inside for tensor in _tensors(each)]

@@ -15,8 +15,9 @@ from lasp.training.optimizer import (
     clip_gradients,
     divide_in_step,
     excess,
-    gradient_norm,
+    gradients_of,
     learning_rate,
+    norm_of,
     set_learning_rate,
 )
 from lasp.training.runtime import join_world
@@ -158,10 +159,24 @@ def test_gradients_that_are_divided_in_the_step_give_what_clipped_ones_give(gen,
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient.clone()
         norm = clip_gradients(clipped, max_norm)
-        assert gradient_norm(divided) == norm
-        divide_in_step(second, divided, excess(norm, max_norm))
+        together = gradients_of(divided)
+        assert norm_of(together) == norm
+        divide_in_step(second, together, excess(norm, max_norm))
         first.step()
         second.step()
     tolerance = 0 if max_norm > norm else 1e-6 if dtype == torch.float32 else 1e-14
     for one, other in zip(clipped.parameters(), divided.parameters(), strict=True):
         torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_of_several_dtypes_are_divided_alike():
+    """The optimiser takes the divisor in float32; what that leaves of it is for those in float64, wherever they are."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).double())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer, together = build_optimizer(model, OptimizerConfig()), gradients_of(model)
+    assert norm_of(together).item() == pytest.approx(math.sqrt(11))
+    divisor = torch.tensor(1.1, dtype=torch.float64)
+    divide_in_step(optimizer, together, divisor)
+    first, second = (layer.weight.grad[0, 0] / optimizer.grad_scale for layer in model)
+    assert first == 1 / optimizer.grad_scale and second.item() == pytest.approx(1 / 1.1, rel=1e-15)

@@ -51,6 +51,12 @@ def test_a_recipe_brings_its_own(capsys):
     assert found["job"]["expert_parallel"] == 8
 
 
+@pytest.mark.parametrize("context", [2**20, 2**23])
+def test_a_million_tokens_fit_as_the_recipe_has_them(capsys, context):
+    found = planned(capsys, f"linear-llama3-1b-1m --gpu H200 --context {context}")
+    assert found["plan"]["fits"] and found["plan"]["memory"]["peak"] < 0.9 * 133.3 * 2**30
+
+
 def test_a_recipe_on_as_many_gpus_as_it_is_not_made_for(capsys):
     found = planned(capsys, "linear-llama3-1b-128k --gpus 2 --context 65536")
     assert found["plan"]["fits"] and found["plan"]["setting"]["sequence_parallel"] in (1, 2)

@@ -9,14 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lasp.config import ParallelConfig
+from lasp.kernels import softmax
 from lasp.kernels.keys import KeyStore
 from lasp.kernels.parked import Parked
 from lasp.models import Decoder
 from lasp.models.carried import Carried
 from lasp.parallel import SequenceParallel, Stream
 from lasp.plan import GPUS, Job, Setting, host, plan
+from lasp.plan.memory import handed_on
 from lasp.training import host_memory
-from lasp.training.host_memory import handed_on_bytes
 from lasp.training.metrics import read_metrics
 from lasp.training.streaming import StreamedBatch
 from lasp.training.train import train
@@ -72,6 +73,46 @@ def test_the_head_sees_labelled_tokens_alone(monkeypatch):
     assert rows == [0, 1, 1, 8]  # from the last segment to the first
     assert torch.stack(batch.loss(model)).tolist() == pytest.approx([loss.item(), count.item()])
     assert rows[4:] == [8, 1, 1, 0]
+
+
+@pytest.mark.parametrize("edges", [(0, 48), (0, 21, 48)])
+def test_blocks_of_whole_segments_come_again(monkeypatch, edges):
+    """Those with a document's own edge do not, for which no kernel is to make plans."""
+    asked, real = [], softmax.calls
+
+    def spying(block, q, v, mask):
+        asked.append((block.queries, block.keys, mask.comes_again(block)))
+        return real(block, q, v, mask)
+
+    monkeypatch.setattr(softmax, "calls", spying)
+    tokens = random_tokens(1, 48)
+    stream = Stream(SequenceParallel(None), 48, 8, torch.tensor(edges))
+    StreamedBatch.of(stream, tokens, tokens).backward(decoder("gla", "N"), 1)
+    assert {(8, 8, True)} <= set(asked)
+    assert {each for each in asked if each[2]} == {(8, 8, True)}
+    assert (len(edges) > 2) == (len(set(asked)) > 1)
+    SequenceParallel(None).sequence(48, torch.tensor(edges)).softmax_attention(*[torch.ones(1, 48, 2, 4)] * 3)
+    assert asked[-1][2] == (len(edges) == 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_of_segments_on_a_gpu_is_that_of_the_whole():
+    """Whole segments of 2,048 tokens by cuDNN's kernels where there are any; in bf16, to 3 units of its rounding."""
+    tokens, shapes = 7000, [(1, 7000, heads, 64) for heads in (4, 2, 2, 4)]
+    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    stream = Stream(SequenceParallel(None, device=q.device), tokens, 2048, torch.tensor([0, tokens]))
+    store, outputs = KeyStore(), []
+    for segment, (start, stop) in zip(stream, stream.ranges, strict=True):
+        outputs.append(segment.softmax_attention(*(x[:, start:stop] for x in inputs), keys=store))
+    for o, (start, stop) in reversed(list(zip(outputs, stream.ranges, strict=True))):
+        o.backward(do[:, start:stop])
+    whole = [x.detach().double().requires_grad_() for x in inputs]
+    wanted, _ = softmax.softmax_attention(*whole)
+    wanted.backward(do.double())
+    pairs = [(torch.cat(outputs, dim=1), wanted), *((x.grad, y.grad) for x, y in zip(inputs, whole, strict=True))]
+    errors = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+    assert max(errors) < 3 * 2**-8, errors
 
 
 def test_frozen_layers_hand_on_no_gradients():
@@ -267,6 +308,15 @@ def test_a_host_without_room_is_refused(config, monkeypatch):
         train(run)
 
 
+def test_models_without_what_streams_and_recomputation_call_are_refused(config):
+    run = replace(config, model=replace(config.model, model_class="examples.own_model:Model"))
+    expected = "expected None with a model_class that has no remember, begin, finish"
+    with pytest.raises(ValueError, match=f"segment_tokens: got 25, {expected}"):
+        train(replace(run, segment_tokens=25))
+    with pytest.raises(ValueError, match="recompute: got 'full', expected 'none' with a model_class"):
+        train(replace(run, recompute="full"))
+
+
 def test_inputs_that_wait_on_the_host_are_counted_as_the_plan_does(config):
     """Of 48 tokens for each of two ranks, in three layers; and of 24 in two segments."""
     run = replace(config, recompute="full", recompute_layers=2, offload_activations=True)
@@ -295,7 +345,8 @@ def test_what_waits_on_the_host_is_counted(monkeypatch):
     streamed(64, 16).backward(model, 1)
     states = 3 * 2 * 8 * config.num_heads * config.key_dim * config.value_dim  # of 3 cuts and 2 linear layers
     kept = 2 * sum(most[0]) * 64 // 48  # of 2 softmax layers; not of the last of 4 segments, or (seen) of the first
-    assert handed_on_bytes(config, 64, 16, 1, torch.float64) == states + kept
+    counted = handed_on(config, context=64, ranks=1, segment_tokens=16, half=8)
+    assert counted == {"boundary states": states, "key/value caches": kept}
 
 
 def test_attention_to_earlier_segments_is_computed_once_forward(monkeypatch):

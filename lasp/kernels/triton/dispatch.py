@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs, Inputs, LinearInputs
@@ -22,6 +23,7 @@ from lasp.kernels.triton.log_linear_delta.op import TritonLogLinearDelta
 from lasp.kernels.triton.scalar.op import TritonLinear
 
 MAX_DELTA_KEY = 128  # of the log-linear one, whose programs hold a K x K transition
+SMALLEST_BLOCK = 64  # of a head in log-linear attention: with 32 columns Triton 3.6 has wgmma read beside shared memory
 MIN_KEY = 32  # Triton 3.6 miscompiles products with narrower keys for Hopper
 _ready: dict[tuple, str] = {}  # for each kind of inputs what the GPU lacks
 
@@ -47,23 +49,27 @@ def triton_op(x: LinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any
     return op, ""
 
 
+def in_blocks(x: LogLinearInputs) -> LogLinearInputs:
+    """The same with columns of zeros, so that heads are powers of two, from SMALLEST_BLOCK on."""
+    if unsupported(x.k, x.v):
+        return x
+    keys, values = (max(SMALLEST_BLOCK, block_of(size)) - size for size in (x.k.shape[-1], x.v.shape[-1]))
+    if not (keys or values):
+        return x
+    return x.having({"q": pad(x.q, (0, keys)), "k": pad(x.k, (0, keys)), "v": pad(x.v, (0, values))})
+
+
 def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -> tuple[Op[Any] | None, str]:
     """The same for log-linear attention."""
     if refusal := unsupported(x.k, x.v):
-        return None, refusal
-    sizes = x.k.shape[-1], x.v.shape[-1]
-    if x.v.is_cuda and any(size != block_of(size) for size in sizes):  # they read beside their tensors there
-        refusal = f"heads of {sizes[0]} and {sizes[1]}: Triton takes powers of two, from 32 on"
-        if not asked:
-            warnings.warn(f"log-linear attention runs in plain PyTorch for {refusal}", stacklevel=2)
         return None, refusal
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
     if x.beta is not None:
         op = TritonLogLinearDelta()
-        if sizes[0] > MAX_DELTA_KEY:
-            return None, f"a delta rule with keys of {sizes[0]}: Triton takes at most {MAX_DELTA_KEY}"
+        if (size := x.k.shape[-1]) > MAX_DELTA_KEY:
+            return None, f"a delta rule with keys of {size}: Triton takes at most {MAX_DELTA_KEY}"
     if x.v.is_cuda and (lack := _make_ready(op, x, wants_summary)):
         return None, lack
     return op, ""

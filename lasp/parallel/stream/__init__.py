@@ -139,7 +139,8 @@ class Segment(Sequence):
             return self._check_softmax(q, k, v, scale, causal, window)
 
         self._agree("softmax_attention", check)
-        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), True, window, lasting=not self.packed)
+        recurring = self.stream.partitions[0].unit_length if self.packed else 1
+        mask = Mask(checks.softmax_scale(scale, q.shape[-1]), True, window, recurring=recurring)
         before = None
         if keys is not None and goes_on:
             before = Before(keys, self.number, self.continues, self._seen(window), self.stream.partitions)

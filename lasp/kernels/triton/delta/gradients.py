@@ -120,7 +120,11 @@ def _gradients(
     pt = tl.where(tl.trans(upto), pt * scale, 0.0).to(work)
     nt = tl.where(tl.trans(below), nt, 0.0).to(work)
 
-    change = tl.zeros([C], tl.float32)  # db
+    # In fp32 dg is the sum of what does not cancel: what enters and is read, what is written and leaves, and pairs.
+    PAIRS: tl.constexpr = LEARNED and DECAY != DIAGONAL and work == tl.float32
+    qk = tl.zeros([C, C], tl.float32)
+    kk, past = qk, tl.zeros([C], tl.float32)
+    change = past  # db
     carried = tl.zeros([BK], tl.float32)  # <X', G>
     for block_k in tl.range(0, tl.cdiv(K, BK), num_stages=STAGES):
         cols = block_k * BK + tl.arange(0, BK)
@@ -168,7 +172,13 @@ def _gradients(
                 dqc *= from_start[:, None]
                 wc *= from_start[:, None]
                 dkc *= to_end[:, None]
-            if LEARNED:
+            if PAIRS:
+                carried += total * overlap
+                past += tl.sum(k32 * dkc, axis=1)
+                change += tl.sum(q32 * dqc, axis=1) - betas * tl.sum(k32 * wc, axis=1)
+                qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PRECISION)
+                kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PRECISION)
+            elif LEARNED:
                 carried += total * overlap + tl.sum(k32 * dkc, axis=0)
             dqc = tl.dot(p, kc, dqc, input_precision=PRECISION)
             wc = tl.dot(n, kc, wc, input_precision=PRECISION)
@@ -176,7 +186,7 @@ def _gradients(
             dkc = tl.dot(nt, kc, dkc, input_precision=PRECISION)
         k_w = tl.sum(k32 * wc, axis=1)
         d_betas -= k_w
-        if LEARNED and DECAY != DIAGONAL:
+        if LEARNED and DECAY != DIAGONAL and not PAIRS:
             change += tl.sum(q32 * dqc - k32 * dkc, axis=1) - betas * k_w
         dkc -= betas[:, None] * wc
         at = (i * (H // STEP * K))[:, None] + cols[None, :]
@@ -187,7 +197,10 @@ def _gradients(
         tl.store(dk + at, dkc.to(dk.dtype.element_ty), mask=here_k)
     tl.store(d_beta + tokens * H + h, d_betas.to(d_beta.dtype.element_ty), mask=here)
     if LEARNED and DECAY != DIAGONAL:
-        dg = tl.sum(tl.where(upto, change[:, None], 0.0), axis=0) + tl.sum(carried, axis=0)
+        if PAIRS:
+            pairs = tl.where(below, p * qk - betas[:, None] * (n * kk), 0.0)
+            change += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+        dg = tl.sum(tl.where(upto, change[:, None], past[:, None]), axis=0) + tl.sum(carried, axis=0)
         g = tl.load(decay + tokens * H + h, mask=here, other=0.0)
         tl.store(d_decay + tokens * H + h, unless_shut(dg, g).to(d_decay.dtype.element_ty), mask=here)
 

@@ -112,7 +112,7 @@ class Call:
 
     def initial(self, slots: Tensor) -> Tensor | None:
         """[I, H, K, V]: those of [N, J, H, K, V] that hold tokens; None if there are none."""
-        segment, slot = self.tree.incoming.long()[:2]
+        segment, slot, _ = self.tree.initial
         return slots[segment, slot].contiguous() if len(segment) else None
 
     @property
@@ -124,7 +124,7 @@ class Call:
         """The final slots [N, J, H, K, V] if nothing comes in."""
         x, tree = self.x, self.tree
         result = x.v.new_zeros(x.state_shape, dtype=torch.float32)
-        segment, slot, node, _ = tree.final.long()
+        segment, slot, node, _ = tree.final
         result[segment, slot] = self.states.of(node) * self._until_end()[..., None, None].exp()
         if (tail := self._tail()) is not None:
             tiles, segment, slot, later = tail
@@ -135,10 +135,8 @@ class Call:
 
     def _until_end(self) -> Tensor:
         """[F, H]: the log decay from the end of every final slot that is a node to the end of its segment."""
-        segment, slot, _, pair = self.tree.final.long()
-        spans = self.states.spans[pair]
-        nearer = (segment[:, None] == segment[None, :]) & (slot[:, None] > slot[None, :])
-        return nearer.to(spans.dtype) @ spans + self.leaf_decays[self.tree.last][segment]
+        segment, _, _, pair = self.tree.final
+        return self.tree.nearer @ self.states.spans[pair] + self.leaf_decays[self.tree.last[segment]]
 
     def _tail(self) -> tuple[Tiles, Tensor, Tensor, list[int]] | None:
         """The final slots in the last leaves: their tokens as tiles, segments and slots, and how many slots of the same
@@ -169,13 +167,13 @@ class Call:
 
     def _left(self, states: Tensor) -> Tensor:
         """Of states [I, H, K, V] of the initial slots, what is left of them behind the segments."""
-        return apply(self.transition[self.tree.incoming[0].long(), 0], states)
+        return apply(self.transition[self.tree.initial[0], 0], states)
 
     def outgoing(self, slots: Tensor | None) -> Tensor:
         """The final slots [N, J, H, K, V], given the initial ones [I, H, K, V]."""
         own = self.own_slots()
         if slots is not None:
-            segment, *_, to = self.tree.incoming.long()
+            segment, _, to = self.tree.initial
             own.index_put_((segment, to), self._left(slots), accumulate=True)
         return own
 
@@ -183,7 +181,7 @@ class Call:
         """The gradients of the initial slots [N, J, H, K, V], through the queries and through the final slots."""
         tree = self.tree
         d = parts.new_zeros(self.x.state_shape)
-        segment, slot, *_, to = tree.incoming.long()
+        segment, slot, to = tree.initial
         d[segment, slot] = fold(tree, parts, totals)
         if final is not None:
             d[segment, slot] += self._left(final[segment, to])
@@ -193,14 +191,14 @@ class Call:
         """[N, H]: what final slots get from before the last leaf, through all gates of that. It is added to
         `of_heights` [M, heights + 1, H], as if a query at the end had read it."""
         tree, low = self.tree, self.tree.leaf.bit_length() - 1
-        segment, slot, node, _ = tree.final.long()
+        segment, slot, node, _ = tree.final
         own = self.states.of(node) * self._until_end()[..., None, None].exp()
         share = (own * final[segment, slot]).sum((-1, -2))
         of_heights[tree.last[segment], slot - low] += share
         ends = final.new_zeros(final.shape[0], final.shape[2])
         ends.index_put_((segment,), share, accumulate=True)
         if slots is not None:
-            segment, *_, to = tree.incoming.long()
+            segment, _, to = tree.initial
             share = (self._left(slots) * final[segment, to]).sum((-1, -2))
             of_initial = torch.zeros_like(ends).index_put_((segment,), share, accumulate=True)
             of_heights[tree.last, -1] += of_initial

@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """Of N segments in M leaves with P pairs of siblings; tensors are int32 and on the device.
+    """Of N segments in M leaves with P pairs of siblings; tensors are on the device, int32 unless said.
 
     leaf: tokens of a leaf; slots: J; tiles: the tokens of every leaf.
     leaves: [7, M] where a leaf begins in the flat tokens (maybe before its segment); how many of its places lie before
@@ -42,7 +42,9 @@ class Tree:
         pieces pairs have.
     incoming: [5, I] of every initial slot segment, slot, first piece, how many it has, and the final slot that it is
         part of; they are in the order of segments, and incoming_first [N + 1] says where those of each begin.
-    final: [4, F] of every final slot that is a node segment, slot, node and pair.
+    initial: [3, I] int64 of each of them segment, slot, and the final slot.
+    final: [4, F] int64 of every final slot that is a node segment, slot, node and pair.
+    nearer: [F, F] fp32 where the second is of the same segment and a lower slot, so that it is behind the first: 1.
     before, last, roots: [N] what each segment's document has had before it; its last leaf; the node of all its leaves.
     """
 
@@ -59,7 +61,9 @@ class Tree:
     pair_pieces: int
     incoming: Tensor
     incoming_first: Tensor
+    initial: Tensor
     final: Tensor
+    nearer: Tensor
     before: Tensor
     last: Tensor
     roots: Tensor
@@ -98,6 +102,7 @@ def _tree(
     segment, height = (sees[last] != NONE).nonzero(as_tuple=True)
     final_pair, final_slot = sees[last][segment, height], height + leaf.bit_length() - 1
     slot = torch.full_like(numbers, NONE).index_put((final_pair,), segment * slots + final_slot)
+    nearer = (segment[:, None] == segment[None, :]) & (final_slot[:, None] > final_slot[None, :])
 
     held = occupied(before, slots)
     incoming, incoming_origin = held.nonzero().T, starts(before, slots)[held]
@@ -133,7 +138,9 @@ def _tree(
         pair_pieces=int(of_pieces[1, : len(left)].sum()),
         incoming=moved(*incoming, *of_pieces[:, len(left) :], to),
         incoming_first=incoming_first.int().to(device, non_blocking=True),
-        final=moved(segment, final_slot, left[final_pair], final_pair),
+        initial=torch.stack([*incoming, to]).to(device, non_blocking=True),
+        final=torch.stack([segment, final_slot, left[final_pair], final_pair]).to(device, non_blocking=True),
+        nearer=nearer.float().to(device, non_blocking=True),
         before=before.int().to(device, non_blocking=True),
         last=last.to(device, non_blocking=True),
         roots=roots.to(device, non_blocking=True),

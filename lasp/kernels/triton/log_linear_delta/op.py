@@ -132,7 +132,7 @@ class Call:
 
     def seen(self, slots: Tensor | None) -> Tensor | None:
         """[I, H, K, V]: those of the initial slots [N, J, H, K, V] that hold tokens; None if there are none."""
-        segment, slot = self.tree.incoming.long()[:2]
+        segment, slot, _ = self.tree.initial
         return slots[segment, slot].contiguous() if slots is not None and len(segment) else None
 
     def outputs(self, slots: Tensor | None) -> Tensor:
@@ -175,7 +175,7 @@ class Backward:
         self.parts, self.transition_parts = node_grads(tree, do, x.level_scales, kept, call.precision)
         no_decay = self.parts.new_zeros(self.parts.shape[:2])  # pieces' transitions are in their rows
         self.d_slots = self.parts.new_zeros(x.state_shape)
-        segment, slot = tree.incoming.long()[:2]
+        segment, slot, _ = tree.initial
         self.d_slots[segment, slot] = fold(tree, self.parts, no_decay)
 
     def d_incoming(self) -> Tensor:
