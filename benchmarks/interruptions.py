@@ -13,17 +13,13 @@ are spread over starts, steps and saves, of which every second step makes one. A
 checkpoint, weights and states of the optimiser, must have the bits of the uninterrupted run's.
 """
 
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,19 +28,14 @@ from typing import Literal
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
+from launches import Failed, Launch, last_step, records, wait_for_end, write_data
 
-from lasp.data import TokenFileWriter
 from lasp.training.checkpoint import require_latest
-from lasp.training.metrics import METRICS_FILE, RESUMED
+from lasp.training.metrics import RESUMED
 from lasp.training.stop import EXIT_CODE
 
-ROOT = Path(__file__).parents[1]
-PATIENCE = 600.0  # seconds
-MODEL = (
-    "--model.num-layers 2 --model.pattern LN --model.hidden-size 16 --model.num-heads 2 --model.intermediate-size 16"
-)
 DATA = "--context-length 64 --batch-contexts 4 --data.eval-contexts 4"
-LOOP = "--device cpu --eval-every 7 --checkpoint-every 2 --checkpoint-keep 2 --optimizer.warmup-steps 1"
+OFTEN = "--eval-every 7 --checkpoint-every 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,84 +51,10 @@ class Settings:
     checkpoint_async: bool = False
     seed: int | None = None  # of the moments
 
-
-class Failed(Exception):
-    pass
-
-
-class Launch:
-    """A launcher and its ranks, in a run's directory."""
-
-    def __init__(self, run: Path, ranks: int, settings: Settings) -> None:
-        self.run, self.began = run, len(records(run))
-        data = f"--data.train {run.parent}/train --data.valid {run.parent}/valid --run-dir {run}"
-        way = f"--steps {settings.steps} --dtype {settings.dtype} --parallel.{'' if settings.fsdp else 'no-'}fsdp"
-        way += f" --{'' if settings.checkpoint_async else 'no-'}checkpoint-async"
-        command = [sys.executable, str(ROOT / "launch/elastic.py"), str(ranks), "-m", "lasp.cli", "train", "quickstart"]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.log = open(run.with_suffix(".log"), "a")  # noqa: SIM115 (closed by wait)
-        self.process = subprocess.Popen(
-            [*command, *f"{MODEL} {DATA} {LOOP} {data} {way}".split()],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=self.log,
-            stderr=self.log,
-        )
-
-    def wait_for_step(self, step: int) -> bool:
-        """Whether the run came to a step before it ended."""
-        deadline = time.monotonic() + PATIENCE
-        while self.process.poll() is None:
-            if last_step(records(self.run)[self.began :]) >= step:
-                return True
-            if time.monotonic() > deadline:
-                self.end()
-                raise Failed(f"hangs before step {step}")
-            time.sleep(0.01)
-        return False
-
-    def ranks(self) -> list[int]:
-        return children(self.process.pid)
-
-    def send(self, number: int, *processes: int) -> None:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-
-    def wait(self) -> int:
-        """The launcher's exit code."""
-        try:
-            return self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise Failed("hangs") from None
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-
-def records(run: Path) -> list[dict]:
-    file = run / METRICS_FILE
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def last_step(rows: list[dict]) -> int:
-    return max((row["step"] for row in rows if "loss" in row), default=0)
-
-
-def children(process: int) -> list[int]:
-    with suppress(OSError):
-        return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return []
-
-
-def is_alive(process: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+    @property
+    def options(self) -> str:
+        way = f"--steps {self.steps} --dtype {self.dtype} --parallel.{'' if self.fsdp else 'no-'}fsdp"
+        return f"{DATA} {OFTEN} {way} --{'' if self.checkpoint_async else 'no-'}checkpoint-async"
 
 
 def interrupt(kind: str, launch: Launch, settings: Settings, draw: random.Random) -> bool:
@@ -168,14 +85,6 @@ def interrupt(kind: str, launch: Launch, settings: Settings, draw: random.Random
     raise SystemExit(f"trials: got {kind!r}, expected rank, all, launcher or term")
 
 
-def wait_for_end(processes: list[int]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while any(map(is_alive, processes)):
-        if time.monotonic() > deadline:
-            raise Failed("ranks outlive what was to end them")
-        time.sleep(0.01)
-
-
 def place(launch: Launch) -> str:
     """Where a run is."""
     if last_step(records(launch.run)[launch.began :]) == 0:
@@ -194,7 +103,7 @@ class Straight:
     @classmethod
     def of(cls, run: Path, ranks: int, settings: Settings) -> "Straight":
         began = time.monotonic()
-        launch = Launch(run, ranks, settings)
+        launch = Launch(run, ranks, settings.options)
         launch.wait_for_step(1)
         stepped = time.monotonic()
         if launch.wait() != 0:
@@ -206,7 +115,7 @@ def trial(
     kinds: list[str], run: Path, ranks: int, settings: Settings, straight: Straight, draw: random.Random
 ) -> list[tuple[str, str]]:
     """One run with these interruptions; what they were, and where. Raises Failed if it does not end well."""
-    launch, came = Launch(run, ranks, settings), []
+    launch, came = Launch(run, ranks, settings.options), []
     moments = sorted(draw.randrange(settings.steps) for _ in kinds)  # 0: in its start
     try:
         for kind, reached in zip(draw.sample(kinds, len(kinds)), moments, strict=True):
@@ -215,7 +124,7 @@ def trial(
             time.sleep(draw.uniform(0, 2 * straight.step if reached > 0 else 1.2 * straight.start))
             came.append((kind, place(launch)))
             if interrupt(kind, launch, settings, draw):
-                launch = Launch(run, ranks, settings)
+                launch = Launch(run, ranks, settings.options)
         if (code := launch.wait()) != 0:
             raise Failed(f"exit code {code}")
     finally:
@@ -235,14 +144,6 @@ def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
 def require_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     if differing := [name for name in wanted if name not in got or not torch.equal(got[name], wanted[name])]:
         raise Failed(f"{len(differing)} tensors differ, the first {differing[0]}")
-
-
-def write_data(folder: Path) -> None:
-    draw = random.Random(0)
-    for split in ("train", "valid"):
-        with TokenFileWriter(folder / split, "uint16") as writer:
-            for _ in range(40):
-                writer.add_document([*draw.choices(range(256), k=draw.randint(1, 200)), 256])
 
 
 @dataclass

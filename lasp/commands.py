@@ -125,7 +125,7 @@ def generate(
     """Continue a prompt with a run's last checkpoint.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run's directory, whose last checkpoint is read, or a checkpoint.
         prompt: the text to go on from.
         tokens: how many to generate, at most: a document's end ends the text.
         temperature: 0 takes the likeliest token every time.
@@ -187,7 +187,7 @@ def export_weights(
     """Write a run's last checkpoint as a Hugging Face directory (safetensors, configuration, tokenizer), or Megatron's.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run's directory, whose last checkpoint is read, or a checkpoint.
         output: the directory to write. AutoModelForCausalLM loads it after `import lasp.integrations.huggingface`;
             launch/megatron.sh begins from it by --initial-weights.
         to: whose format; llama: Transformers' own class, for models of softmax layers only.

@@ -107,7 +107,8 @@ class TrainConfig:
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     initial_weights: FilePath | None = None  # a directory of `lasp import`, or a checkpoint, to begin from
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch_contexts: Count = 1  # one at a time on every data-parallel group: the others are accumulated
+    batch_contexts: Count = 1  # gradients are accumulated over those of a data-parallel group
+    contexts_at_once: Count = 1  # so many of these in one forward and backward; more of short contexts fill a GPU
     segment_tokens: Count | None = None  # over all ranks: contexts are streams of segments of so many; None: whole
     segment_offload: bool = False  # what segments hand on to each other waits in the host's memory
     segment_graphs: Count | None = None  # so many at the end are computed once; None: as recompute=auto has it, else 1
@@ -145,6 +146,7 @@ class TrainConfig:
         require(self.context_length >= 2, "context_length", self.context_length, "at least 2")
         full = self.dtype != "bfloat16"
         self._require_segments()
+        self._require_contexts_at_once()
         self._require_levels()
         self._require_curriculum()
         if self.engine == "deepspeed":
@@ -181,6 +183,15 @@ class TrainConfig:
         most = f"at most context_length={self.context_length}, or None"
         require(self.segment_tokens <= self.context_length, "segment_tokens", self.segment_tokens, most)
         require(self.engine == "native", "segment_tokens", self.segment_tokens, f"None with engine={self.engine!r}")
+
+    def _require_contexts_at_once(self) -> None:
+        """Raises ValueError where contexts have to be computed one at a time, but are not to be."""
+        for one, where in (
+            (self.segment_tokens is not None, "with segment_tokens"),
+            (self.engine == "deepspeed", "with engine='deepspeed'"),
+            (self.model.num_experts > 0, "for a model with experts, whose loads are balanced in each context"),
+        ):
+            require(not one or self.contexts_at_once == 1, "contexts_at_once", self.contexts_at_once, f"1 {where}")
 
     def _require_levels(self) -> None:
         """Raises ValueError unless states of levels, if there are any, serve the context and can be sent."""
@@ -243,7 +254,8 @@ class TrainConfig:
         self._require_heads_for(sequence)
         self._require_units_for(sequence)
         for field, contexts in (("batch_contexts", self.batch_contexts), ("eval_contexts", self.data.eval_contexts)):
-            require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
+            if contexts is not None:
+                require(contexts % data == 0, field, contexts, f"a multiple of data_parallel={data}")
         if self.parallel.fsdp and self.parallel.expert_parallel > 1:
             holders = world_size // self.parallel.expert_parallel
             for field, size in (

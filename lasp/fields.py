@@ -49,6 +49,7 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
     What is missing in it has its default. Raises ValueError for what is no field, or does not fit.
     """
+    require(isinstance(values, dict), kind.__name__, values, "its fields and their values")
     hints = get_type_hints(kind)
     unknown = sorted(values.keys() - hints.keys())
     require(not unknown, kind.__name__, unknown, f"only its fields, {', '.join(hints)}")

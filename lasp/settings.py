@@ -27,7 +27,8 @@ class DataConfig:
     train: FilePath | tuple[FilePath, ...]  # one corpus, or several with their weights: a:0.7 b:0.3
     valid: FilePath | tuple[FilePath, ...]  # what evaluations read: one corpus, or several, each for itself
     tokenizer: FilePath = "byte"  # "byte", or the path of a Hugging Face tokenizer.json
-    eval_contexts: Count = 8  # held-out contexts in every evaluation, of each corpus
+    eval_contexts: Count | None = 8  # held-out contexts in every evaluation, of each corpus; None: 8 at most
+    shuffle_contexts: bool = False  # of each corpus, not its documents alone: steps see parts of several long ones
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -7,19 +7,22 @@ ARGUMENTS are Python's: `-m lasp.cli train quickstart`. It is torchrun (PyTorch'
                        what they asked for (ValueError, FileNotFoundError, a wrong command line) are not started again
     killed             the ranks end with their launcher
 
-From the environment: NNODES (1; a range as 2:4), MASTER_ADDR, MASTER_PORT (29500) of a node, RUN_ID, MAX_RESTARTS (3).
+From the environment: NNODES (1; a range as 2:4), MASTER_ADDR, MASTER_PORT (29500) of a node, RUN_ID, MAX_RESTARTS (3):
+so many until ranks have lived for an hour, and then again.
 """
 
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
@@ -27,14 +30,21 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from lasp.launched import EXIT_CODE, LAUNCHER, SIGNALS
 
 WRONG_COMMAND_LINE = 2
+LONG = 3600.0  # seconds: ranks that lived for so long have not died of what they died of before
 REFUSED = ("ValueError", "FileNotFoundError")
 
 
 class Agent(LocalElasticAgent):
     told: int | None = None  # the signal to stop that came
+    began = 0.0  # when the ranks were started last
+
+    def __init__(self, spec: WorkerSpec, logs: LogsSpecs):
+        super().__init__(spec, logs)
+        self.restarts = spec.max_restarts
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         hangup = signal.getsignal(signal.SIGHUP)
+        self.began = time.monotonic()
         started = super()._start_workers(worker_group)
         for number in (*SIGNALS, signal.SIGHUP):  # in place of the agent's own
             signal.signal(number, self._pass_on)
@@ -53,8 +63,13 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.is_failed() and (was_stopped(result) or all(map(is_refused, result.failures.values()))):
-            self._remaining_restarts = 0
+        if result.is_failed():
+            if was_stopped(result) or all(map(is_refused, result.failures.values())):
+                self._remaining_restarts = 0
+            elif self.told is None and time.monotonic() - self.began >= LONG:
+                again = self.restarts - self._remaining_restarts
+                worker_group.spec.max_restarts += again  # restarts are numbered by what is left of these
+                self._remaining_restarts += again
         return result
 
 
@@ -68,7 +83,8 @@ def is_refused(failure: ProcessFailure) -> bool:
     return failure.exitcode in (WRONG_COMMAND_LINE, -signal.SIGTERM) or said.startswith(REFUSED)
 
 
-def make_agent(ranks: int, arguments: list[str]) -> Agent:
+def make_agent(ranks: int, arguments: list[str], folder: str) -> Agent:
+    """folder: where ranks leave word of their errors."""
     fewest, _, most = os.environ.get("NNODES", "1").partition(":")
     alone = (fewest, most) == ("1", "")
     endpoint = "localhost:0" if alone else os.environ["MASTER_ADDR"]
@@ -92,7 +108,7 @@ def make_agent(ranks: int, arguments: list[str]) -> Agent:
         monitor_interval=0.1,
         local_addr=rendezvous.local_addr,
     )
-    return Agent(spec, DefaultLogsSpecs())
+    return Agent(spec, DefaultLogsSpecs(folder))
 
 
 @record
@@ -102,12 +118,13 @@ def main() -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks of a machine share its cores
     os.environ[LAUNCHER] = str(os.getpid())
-    agent = make_agent(int(ranks), arguments)
-    shutdown = agent.get_worker_group().spec.rdzv_handler.shutdown
-    try:
-        result = agent.run()
-    except SignalException:
-        sys.exit(128 + (agent.told or signal.SIGTERM))
+    with TemporaryDirectory(prefix="lasp-") as folder:
+        agent = make_agent(int(ranks), arguments, folder)
+        shutdown = agent.get_worker_group().spec.rdzv_handler.shutdown
+        try:
+            result = agent.run()
+        except SignalException:
+            sys.exit(128 + (agent.told or signal.SIGTERM))
     if was_stopped(result):
         sys.exit(EXIT_CODE)
     if result.is_failed() and agent.told is not None:  # before the first step, or after the last one

@@ -62,10 +62,10 @@ step "tests on 2 ranks started by torchrun" \
     torchrun --standalone --nproc-per-node 2 --local-ranks-filter 0 -m pytest --only-mpi -q --durations 10 $full \
     tests/parallel tests/examples tests/integrations/test_megatron_{launch,benchmarks}.py # last: Megatron's stays on CPUs
 # DeepSpeed's meshes want 2 or 4 ranks; subgroups of 4 ranks are those of 3 but for what works in both at the same time.
-step "tests on 3 ranks" on_ranks 3 tests/parallel --ignore tests/parallel/test_deepspeed.py
+step "tests on 3 ranks" on_ranks 3 tests/fuzz/test_ranks.py tests/parallel --ignore tests/parallel/test_deepspeed.py
 step "tests on 4 ranks" on_ranks 4 tests/parallel \
     -k "not subgroup or test_exchange or test_documents or test_conv"
-step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/parallel --zero-exchange \
+step "tests on 3 ranks fail when the exchange gives zeros" on_ranks 3 tests/fuzz/test_ranks.py tests/parallel --zero-exchange \
     -k "not subgroup${few:+ and not deepspeed and $few}"
 step "Megatron models on 4 ranks" on_ranks 4 tests/integrations
 

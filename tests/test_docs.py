@@ -56,7 +56,7 @@ ELSEWHERE = {  # commands of these kinds run in tests of their own
     "lasp prepare": "tests/data/test_prepare.py",
     "bash launch/": "tests/launch",
 }
-TRAIN = "--steps 1 --context-length 64 --data.eval-contexts 1 --model.hidden-size 16 --device cpu --eval-every 1"
+TRAIN = "--steps 1 --context-length 64 --model.hidden-size 16 --device cpu --eval-every 1"
 SMALL = {
     "train": TRAIN.split(),
     "config": TRAIN.split(),

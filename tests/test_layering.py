@@ -112,6 +112,24 @@ def mentioned(source: str) -> set[str]:
     return names
 
 
+def loaded(source: str) -> set[str]:
+    """Dotted names, in full, of what a module imports as it is loaded; what types alone need is not among them."""
+    later = ast.FunctionDef | ast.ClassDef
+    body = [node for node in ast.parse(source).body if not isinstance(node, later)]
+    return mentioned(
+        "\n".join(ast.unparse(node) for node in body if not ast.unparse(node).startswith("if TYPE_CHECKING"))
+    )
+
+
+def circles(loads: dict[str, set[str]]) -> list[str]:
+    """The modules that load each other, and those that load them."""
+    left = dict(loads)
+    while ends := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ends:
+            del left[name]
+    return sorted(left)
+
+
 def within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
@@ -157,6 +175,12 @@ def broken_rules(path: str, source: str) -> list[str]:
         ]
     if path not in READS_ENVIRONMENT and any(within(n, "os.environ") or within(n, "os.getenv") for n in names):
         found.append(f"{path} reads the environment")
+    waits_for_nothing = (
+        "lasp/kernels/parked.py",
+        "lasp/plan/gpus.py",
+    )  # from pinned memory alone: other memory may be gone
+    if "non_blocking=True" in source and path not in waits_for_nothing:
+        found.append(f"{path} copies with non_blocking: lasp.kernels.parked.to_device")
     if len(source.splitlines()) > 400:
         found.append(f"{path} has more than 400 lines")
     return found
@@ -185,11 +209,22 @@ def test_file_keeps_the_rules(path: str) -> None:
         ("lasp/kernels/triton/shared/x.py", "from lasp.kernels.triton.scalar import gates"),
         ("lasp/kernels/triton/delta/x.py", "from lasp.kernels.triton.hopper.delta import Hopper"),
         ("lasp/kernels/triton/hopper/x.py", "from lasp.kernels.triton.delta.op import Plan"),
+        ("lasp/kernels/x.py", "x.to(device, non_blocking=True)"),
         ("lasp/kernels/x.py", "import torch\nclass F(torch.autograd.Function): pass"),
     ],
 )
 def test_rules_notice(path: str, source: str) -> None:
     assert len(broken_rules(path, source)) >= 1
+
+
+def test_nothing_is_loaded_in_a_circle() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    loads = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in loaded(path.read_text())}
+        loads[module] = names & modules.keys() - {module}
+    assert circles(loads) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
 def test_texts_become_tokens_without_torch() -> None:

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from lasp.data.bigram import bigram_loss
     from lasp.data.indexed import TokenFile, TokenFileWriter
     from lasp.data.mixture import Mixture, Numbered, mixed_fingerprint
-    from lasp.data.packed import IGNORED, Context, PackedContexts, labelled_places, local_batch
+    from lasp.data.packed import IGNORED, Context, Joined, PackedContexts, labelled_places, local_batch
     from lasp.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED",
     "Context",
+    "Joined",
     "Mixture",
     "Numbered",
     "PackedContexts",

@@ -50,9 +50,15 @@ class Mixture:
     as many turns as there are tokens. Raises what `PackedContexts` raises, which the options are those of."""
 
     def __init__(
-        self, corpora: Mapping[str, Fraction | None], context_length: int, *, seed: int, vocab_size: int | None = None
+        self,
+        corpora: Mapping[str, Fraction | None],
+        context_length: int,
+        *,
+        seed: int,
+        vocab_size: int | None = None,
+        shuffle_contexts: bool = False,
     ) -> None:
-        self.context_length = context_length
+        self.context_length, self.shuffle_contexts = context_length, shuffle_contexts
         self.corpora = {
             prefix: PackedContexts(prefix, context_length, seed=seed, vocab_size=vocab_size) for prefix in corpora
         }
@@ -98,9 +104,12 @@ class Mixture:
             first = self.turns_of[prefix] * parts
             name = prefix if len(self.corpora) > 1 else None
             taken += [
-                Numbered(name, number, self.corpora[prefix].at(number * length, length))
-                for number in range(first, first + parts)
+                Numbered(name, number, self._context(prefix, number, length)) for number in range(first, first + parts)
             ]
             self.turns_of[prefix] += 1
         self.turns += turns
         return taken
+
+    def _context(self, prefix: str, number: int, length: int) -> Context:
+        corpus = self.corpora[prefix]
+        return corpus.shuffled(number, length) if self.shuffle_contexts else corpus.at(number * length, length)

@@ -85,6 +85,32 @@ class Context:
         return torch.from_numpy(self._tokens[source].astype(np.int64))
 
 
+class Joined(Context):
+    """Contexts one behind the other, computed as one; documents that two of them share stay apart."""
+
+    def __init__(self, parts: Sequence[Context]) -> None:
+        self._parts = list(parts)
+        self._begins = np.cumsum([0, *(part.length for part in parts)])
+        pieces = [part.cu_seqlens.numpy()[:-1] + begin for part, begin in zip(parts, self._begins, strict=False)]
+        self._pieces = np.concatenate([*pieces, self._begins[-1:]])
+        self.length = int(self._pieces[-1])
+        self.cu_seqlens = torch.from_numpy(self._pieces)
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        return torch.cat([part.tokens(*inside) for part, inside in self._inside(start, stop)])
+
+    def labels(self, start: int, stop: int) -> Tensor:
+        return torch.cat([part.labels(*inside) for part, inside in self._inside(start, stop)])
+
+    def count_labels(self) -> int:
+        return sum(part.count_labels() for part in self._parts)
+
+    def _inside(self, start: int, stop: int) -> Iterator[tuple[Context, tuple[int, int]]]:
+        for part, begin in zip(self._parts, self._begins.tolist(), strict=False):
+            first, last = (min(max(place - begin, 0), part.length) for place in (start, stop))
+            yield part, (first, last)
+
+
 class PackedContexts:
     """The contexts of the token files at `prefix`, by number: `contexts[i]`, i = 0, 1, 2, … without end.
 
@@ -114,6 +140,7 @@ class PackedContexts:
         self.context_length, self.seed, self.shuffle = context_length, seed, shuffle
         self.vocab_size = vocab_size
         self._epoch = lru_cache(maxsize=2)(self._order)  # a context touches at most two
+        self._places = lru_cache(maxsize=2)(self._permutation)
 
     @property
     def num_contexts(self) -> int:
@@ -132,6 +159,14 @@ class PackedContexts:
         if index < 0:
             raise IndexError(f"index: got {index}, expected at least 0")
         return self.at(index * self.context_length, self.context_length)
+
+    def shuffled(self, number: int, length: int) -> Context:
+        """Number 0, 1, 2, … of the contexts of that length in a random order: each epoch has its own, of whole ones."""
+        epoch, turn = divmod(number, self.file.num_tokens // length)
+        return self.at(epoch * self.file.num_tokens + int(self._places(epoch, length)[turn]) * length, length)
+
+    def _permutation(self, epoch: int, length: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, length]).permutation(self.file.num_tokens // length)
 
     def at(self, begin: int, length: int) -> Context:
         """The context of so many tokens from this place of the stream on."""

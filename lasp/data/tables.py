@@ -58,13 +58,14 @@ def read_data_set(folder: Path, fields: Fields) -> Iterator[tuple[int, dict[str,
                 for batch in stream:
                     yield batch.select(columns)
 
-    with damage_is_an_error(folder, pyarrow.ArrowException, UnicodeDecodeError, KeyError):
+    with damage_is_an_error(folder, pyarrow.ArrowException, ValueError, KeyError, TypeError):
         yield from _rows(batches())
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # pyarrow trusts what lengths and offsets say, and a wrong one ends the process
         for row in zip(*batch.columns, strict=True):
             number += 1
             yield number, {name: value.as_py() for name, value in zip(batch.schema.names, row, strict=True)}

@@ -1,7 +1,8 @@
 """Tokenizers: the built-in byte tokenizer and Hugging Face `tokenizer.json` files."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -73,10 +74,8 @@ class JsonTokenizer:
     def __init__(self, path: Path, eod: str | None = None) -> None:
         import tokenizers
 
-        try:
+        with _whole(path):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"tokenizer: got {path}, expected a Hugging Face tokenizer.json ({error})") from error
         # Documents are encoded whole, and a special token's name inside a text is text, not a document's end.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -96,7 +95,9 @@ class JsonTokenizer:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         string = text if isinstance(text, str) else text.decode()
-        return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.int32)
+        with _whole(self._made_from[0]):
+            ids = self._tokenizer.encode(string, add_special_tokens=False).ids
+        return np.asarray(ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._by_words(texts, Words.encode, self._encode_whole)
@@ -121,11 +122,13 @@ class JsonTokenizer:
         ]
 
     def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _whole(self._made_from[0]):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _encode_whole_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _whole(self._made_from[0]):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
             for e in encodings
@@ -135,12 +138,26 @@ class JsonTokenizer:
         return self._tokenizer.decode(_in_range(ids, self.vocab_size).tolist(), skip_special_tokens=True)
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """ValueError naming the file for the bare Exceptions that the library raises, also where texts are encoded."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"tokenizer: got {path}, expected a Hugging Face tokenizer.json ({error})") from error
+
+
 def _named_end(path: Path) -> Sequence[str]:
     """The end that the tokenizer's own configuration names, beside its file."""
     beside = path.with_name("tokenizer_config.json")
     if path.name != "tokenizer.json" or not beside.is_file():
         return ()
-    named = json.loads(beside.read_text()).get("eos_token")
+    try:
+        named = json.loads(beside.read_text())["eos_token"]
+    except KeyError:
+        return ()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"tokenizer: got {beside} ({error}), expected a JSON object") from error
     named = named.get("content") if isinstance(named, dict) else named
     return (named,) if isinstance(named, str) else ()
 

@@ -38,11 +38,12 @@ class Trained:
 
 
 def read_model(path: str) -> Trained:
-    """The last checkpoint of a run; or the model in a Hugging Face directory, lasp's or a Llama.
+    """The last checkpoint of a run, or a checkpoint; or the model in a Hugging Face directory, lasp's or a Llama.
 
     Raises ValueError for a directory with neither, or a damaged checkpoint.
     """
-    if checkpoint.latest(path) is None and (Path(path) / EXPORT_FILE).is_file():
+    is_run = checkpoint.is_checkpoint(path) or checkpoint.latest(path) is not None
+    if not is_run and (Path(path) / EXPORT_FILE).is_file():
         return _read_export(path)
     step = checkpoint.require_latest(path)
     config = checkpoint.read_config(step)

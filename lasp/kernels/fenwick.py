@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.lasting import kept
+from lasp.kernels.parked import to_device
 
 
 class FenwickState(NamedTuple):
@@ -96,7 +97,7 @@ def fitted(slots: Tensor, tokens: Tensor, count: int) -> Tensor:
 
 @kept(64)
 def _occupied(tokens: tuple[int, ...], slots: int, device: torch.device) -> Tensor:
-    return occupied(torch.tensor(tokens, dtype=torch.long, device="cpu"), slots).to(device)
+    return to_device(occupied(torch.tensor(tokens, dtype=torch.long, device="cpu"), slots), device)
 
 
 @kept(64)
@@ -105,7 +106,7 @@ def routes_on(
 ) -> Tensor:
     """`routes` as `moved` takes them, copied to a device once."""
     had, has = (torch.tensor(tokens, dtype=torch.long, device="cpu") for tokens in (before, after))
-    return routes(had, has, slots).to(device, dtype)
+    return to_device(routes(had, has, slots), device).to(dtype)
 
 
 def moved(slots: Tensor, route: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
 from lasp.kernels.linear import BACKENDS, Backend, like_own_results
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs, LogLinearInputs
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.segments import Segments
@@ -179,7 +179,10 @@ def _inputs(q, k, v, decay, level_scales, beta, scale) -> LogLinearInputs:
         checks.shape("beta", beta, rows, "[B, T, H]")
     checks.require(level_scales.ndim == 4, "level_scales", f"shape {list(level_scales.shape)}", "[B, T, H, L]")
     checks.shape("level_scales", level_scales, (*rows, level_scales.shape[-1]), "[B, T, H, L]")
-    return LogLinearInputs(q, k, v, decay, level_scales, beta, scale=checks.scale(scale, k.shape[-1]))
+    scale = checks.scale(scale, k.shape[-1])
+    if beta is None:
+        return LogLinearInputs(q, k, v, decay, level_scales, scale=scale)
+    return LogLinearDeltaInputs(q, k, v, decay, level_scales, beta=beta, scale=scale)
 
 
 def check_levels(levels: int, tokens: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What an implementation of log-linear attention is given."""
+"""What implementations of log-linear attention are given."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,8 +13,7 @@ from lasp.kernels.segments import Segments
 
 @dataclass(frozen=True)
 class LogLinearInputs(Inputs):
-    """One call. q, k [B, T, Hq, K], v [B, T, H, V], decay None or [B, T, H], level_scales [B, T, H, L], beta None or
-    [B, T, H].
+    """One call. q, k [B, T, Hq, K], v [B, T, H, V], decay [B, T, H], level_scales [B, T, H, L].
 
     seen: of every segment, how many tokens its document has had before it; none, if nothing is said.
     """
@@ -24,7 +23,6 @@ class LogLinearInputs(Inputs):
     v: Tensor
     decay: Tensor | None
     level_scales: Tensor
-    beta: Tensor | None
     scale: float = field(kw_only=True)
     seen: tuple[int, ...] = field(kw_only=True, default=())
 
@@ -51,3 +49,10 @@ class LogLinearInputs(Inputs):
     def state_shape(self) -> tuple[int, int, int, int, int]:
         """[N, J, H, K, V] with as many slots as any of the segments needs."""
         return self.segments.count, most_slots(self.tokens_after), self.v.shape[2], self.k.shape[3], self.v.shape[3]
+
+
+@dataclass(frozen=True)
+class LogLinearDeltaInputs(LogLinearInputs):
+    """Of the delta rule's form: beta [B, T, H] besides; decay may be None."""
+
+    beta: Tensor = field(kw_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.lasting import kept, lasting
+from lasp.kernels.parked import to_device
 
 
 class Segments:
@@ -79,9 +80,9 @@ class Chunks:
         start = offsets[owner] + (place[: self.count] - first[owner]) * size
         token = start[:, None] + place[:size]
         mask = token < offsets[owner + 1][:, None]
-        self.owner, self.mask = owner.to(device), mask.to(device)
-        self._token = token.where(mask, 0).to(device)
-        self._slot = mask.flatten().nonzero().squeeze(1).to(device)
+        self.owner, self.mask = to_device(owner, device), to_device(mask, device)
+        self._token = to_device(token.where(mask, 0), device)
+        self._slot = to_device(mask.flatten().nonzero().squeeze(1), device)
 
         most = max(counts.tolist(), default=0)
         self.steps: list[tuple[Tensor | slice, Tensor | slice]]
@@ -90,7 +91,7 @@ class Chunks:
         else:
             longest_first = counts.argsort(descending=True, stable=True)
             active = [longest_first[: int((counts > i).sum())] for i in range(most)]
-            self.steps = [(n.to(device), (first[n] + i).to(device)) for i, n in enumerate(active)]
+            self.steps = [(to_device(n, device), to_device(first[n] + i, device)) for i, n in enumerate(active)]
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, H, ...] -> [M, H, C, ...], zero where there is no token."""
@@ -108,7 +109,7 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The segments cut into tiles of at most `size` tokens: one program of a device kernel walks one tile.
+    """The segments cut into tiles of at most `size` tokens: one program of a device kernel scans one tile.
 
     start: [M] int64, a tile's first token in flat order.  length: [M] int32.  owner: [M] int32, its segment.  first:
     [N + 1] int32, the tiles of segment n are first[n] … first[n + 1] - 1.  With cu_seqlens on the device M is an upper
@@ -140,7 +141,7 @@ class Tiles:
         start = offsets[owner] + (tile - first[owner]) * size
         length = (offsets[owner + 1] - start).clamp(0, size)
         parts = start.where(length > 0, 0), length.int(), owner.int(), first.int()
-        return cls(size, count, *(part.to(device, non_blocking=True) for part in parts))
+        return cls(size, count, *(to_device(part, device) for part in parts))
 
 
 def _first_chunks(tiles: Tiles, chunks: Tiles) -> Tensor:

@@ -8,14 +8,17 @@ The sequence is cut into U units of equal length (the last ones may be padding).
 A `Fragment` is a piece of one document inside one unit. Fragments are what the kernels see as segments.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import get_args
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from lasp.names import LayoutName
 
 LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 PADDING = -1  # the document number of padding
+Others = ParamSpec("Others")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Partition:
     ):
         self.layout, self.rank, self.offsets, self.past = layout, rank, offsets, past
         self.tokens, self.documents = offsets[-1], len(offsets) - 1
+        self.kept: dict[Hashable, Any] = {}
         length = -(-self.tokens // layout.units)
         self.unit_length = unit_length or (1 << (length - 1).bit_length() if aligned and layout.units > 1 else length)
         self.owned = layout.owned(rank)
@@ -134,3 +138,18 @@ class Partition:
         """Index, among the local fragments, of the last one of each local unit."""
         counts = [len(self.units[unit]) for unit in self.owned]
         return [sum(counts[: i + 1]) - 1 for i in range(len(counts))]
+
+
+def kept_with_partition(
+    make: Callable[Concatenate[Partition, Others], Result],
+) -> Callable[Concatenate[Partition, Others], Result]:
+    """`make`, whose results are kept as long as the partition, of which every packed batch has its own."""
+
+    @wraps(make)
+    def call(partition: Partition, *others: Others.args, **named: Others.kwargs) -> Result:
+        key = make, others, *named.items()
+        if key not in partition.kept:
+            partition.kept[key] = make(partition, *others, **named)
+        return partition.kept[key]
+
+    return call

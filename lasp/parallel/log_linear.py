@@ -18,7 +18,7 @@ from lasp.kernels.log_linear import check_levels, check_state, run_op, seen_by
 from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept, Op
-from lasp.kernels.summary import Summary
+from lasp.kernels.summary import Summary, Transition
 from lasp.parallel import comm
 from lasp.parallel.agreement import gradients, signature
 from lasp.parallel.comm import Group
@@ -181,7 +181,7 @@ class AcrossSlots:
             factors = torch.stack([units[place] for place in self.partition.layout.rank_order])
             combined = self.forward.combine(of_states.unflatten(1, own.shape), factors, self.partition.owned)
             states = self._entering(self.forward, combined, own, initial_state)
-            if _are_matrices(factors):
+            if Transition.of(a, summary.state) == Transition.MATRIX:
                 return states, (a, factors)
             before = self._of_units(states, self.partition.first)
             return states, (a, factors, self.backward.pack(before, self.partition.rank))
@@ -194,7 +194,7 @@ class AcrossSlots:
         a, factors, *rest = kept
         assert a is not None and factors is not None
         own = self._packed(self.backward, d_summary, a, d_final)
-        if _are_matrices(factors):
+        if Transition.of(a, d_summary) == Transition.MATRIX:
 
             def arrive(rows: Tensor) -> Tensor:
                 combined = self.backward.combine(rows, factors, self.partition.owned)
@@ -279,8 +279,3 @@ class AcrossSlots:
             if self._has_state(side, i):
                 result[:, documents.index(fragment.document)] = states[:, i]
         return comm.all_reduce(result.flatten(0, 1), self.group).wait()
-
-
-def _are_matrices(factors: Tensor) -> bool:
-    """Of transitions [U, B, H] or [U, B, H, K, K]."""
-    return factors.ndim > 3

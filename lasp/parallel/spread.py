@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.lasting import kept
+from lasp.kernels.parked import to_device
 from lasp.parallel.fenwick import Fenwick, Place, slot_of, start
 
 
@@ -40,8 +41,8 @@ class Spread:
         self.merged = [_index(forward.places[rank], self._merged(*place)) for place in wanting]
         read = [place for places in backward.places for place in _padded(places, backward.size)]
         passed = [[self._passes(place, unit) for place in read] for unit in own]
-        self.between = between[..., None, None].to(device)
-        self.passed = torch.tensor(passed, dtype=torch.bool, device="cpu")[..., None, None].to(device)
+        self.between = to_device(between[..., None, None], device)
+        self.passed = to_device(torch.tensor(passed, dtype=torch.bool, device="cpu"), device)[..., None, None]
         self.units_of_reads = [unit for unit, _ in wanting]
 
     def wanted(self, d: Tensor, a: Tensor) -> Tensor:

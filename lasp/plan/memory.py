@@ -109,7 +109,7 @@ def predict(job: Job, setting: Setting) -> Memory:
             }
         return {name: always | parts for name, parts in found.items()}
 
-    made = Memory(moments(graphs - 1, job.accumulated > 1), host)  # of a stream at its last segment
+    made = Memory(moments(graphs - 1, job.accumulated > job.at_once), host)  # of a stream at its last segment
     if not left:
         return made
     return max(made, Memory(moments(max(0, graphs - 2), True), host), key=lambda memory: memory.total)
@@ -140,9 +140,12 @@ def segments(job: Job, setting: Setting) -> int:
 
 
 def _tokens(job: Job, setting: Setting) -> tuple[int, int]:
-    """Of a rank's part of the context, and of what of it is in flight."""
+    """Of a rank's part of the contexts that it has at once, and of what of it is in flight."""
     held, segment = job.model.local_tokens(job.context, setting.sequence_parallel), setting.segment_tokens
-    return held, held if segment is None else min(held, job.model.local_tokens(segment, setting.sequence_parallel))
+    if segment is None:
+        held *= min(job.at_once, job.accumulated)
+        return held, held
+    return held, min(held, job.model.local_tokens(segment, setting.sequence_parallel))
 
 
 def _parameters(job: Job, setting: Setting, dtype: Dtype) -> tuple[dict[str, float], float, float, float]:

@@ -18,7 +18,7 @@ class Job:
     """One model on contexts of so many tokens, over GPUs of a kind.
 
     sharding: of what parameters, gradients and optimiser's states are divided by: "fsdp", "none" or a stage of ZeRO.
-    accumulated: contexts that a data-parallel group takes in one step.
+    accumulated: contexts that a data-parallel group takes in one step, at_once of them at a time.
     """
 
     model: ModelConfig
@@ -29,6 +29,7 @@ class Job:
     half: int = 2  # bytes of the compute's numbers
     expert_parallel: int = 1
     accumulated: int = 1
+    at_once: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def job_of(config: TrainConfig, gpu: GPU, gpus: int) -> Job:
         half={"bfloat16": 2, "float32": 4, "float64": 8}[config.dtype],
         expert_parallel=config.parallel.expert_parallel,
         accumulated=config.batch_contexts // data_parallel,
+        at_once=config.contexts_at_once,
     )
 
 

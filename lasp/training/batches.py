@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lasp.data import Context, labelled_places, local_batch
+from lasp.data import Context, Joined, labelled_places, local_batch
 from lasp.kernels.parked import to_device
 from lasp.parallel import Sequence, SequenceParallel, Stream, comm
 from lasp.parallel.agreement import agree
@@ -54,6 +54,13 @@ def share(contexts: list[Context], world: World) -> list[Context]:
     """The contexts of this rank's data-parallel group."""
     group, groups = world.mesh["dp"].get_local_rank(), world.mesh["dp"].size()
     return contexts[group::groups]
+
+
+def join(contexts: list[Context], at_once: int) -> list[Context]:
+    """So many of the contexts as one each; the last one of fewer."""
+    if at_once == 1:
+        return contexts
+    return [Joined(contexts[first : first + at_once]) for first in range(0, len(contexts), at_once)]
 
 
 def read_batches(contexts: list[Context], sp: SequenceParallel, world: World) -> list[Batch]:

@@ -33,7 +33,7 @@ from lasp.parallel import comm
 from lasp.parallel.agreement import agree
 from lasp.parallel.comm import Group
 from lasp.training import files, storage
-from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums, require_finite, verify
+from lasp.training.integrity import CHECKSUMS_FILE, checksums, format_checksums, read_verified, require_finite, verify
 from lasp.training.ownership import Lock
 from lasp.training.together import beside, on_rank_0, together
 from lasp.training.zero_files import load_weights
@@ -244,7 +244,7 @@ def latest(run_dir: str | Path) -> Path | None:
     root = _root(run_dir)
     for pointer in (root / "latest.new", root / "latest"):
         if pointer.exists():
-            name = pointer.read_text().strip()
+            name = pointer.read_text(errors="replace").strip()
             if name and (root / name).is_dir():
                 return root / name
             if pointer.name == "latest":
@@ -258,16 +258,31 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether this is the directory of a checkpoint, or of weights alone, and not of a run."""
+    return (Path(path) / CHECKSUMS_FILE).is_file()
+
+
 def require_latest(run_dir: str | Path) -> Path:
-    """The directory of a run's last complete checkpoint. Raises ValueError if there is none."""
+    """The directory of a run's last complete checkpoint, or that of a checkpoint itself. Raises ValueError if there is
+    none."""
+    if is_checkpoint(run_dir):
+        whole = "data" in read_config(run_dir)
+        require(whole, "run_dir", str(run_dir), "a run's directory or a checkpoint of one; these are weights alone")
+        return Path(run_dir)
     path = latest(run_dir)
     if path is None:
         raise ValueError(f"run_dir: got {str(run_dir)!r}, expected a directory with a checkpoint in it")
     return path
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The training configuration of a checkpoint directory, as nested dicts. Raises ValueError if it is damaged."""
+def read_config(path: str | Path, *, verified: bool = True) -> dict[str, Any]:
+    """The training configuration of a checkpoint directory, as nested dicts. Raises ValueError if it is damaged.
+
+    verified: by its checksum, which checkpoints of earlier versions have not.
+    """
+    if verified:
+        return json.loads(read_verified(Path(path), CONFIG_FILE))
     try:
         return json.loads((Path(path) / CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -313,7 +328,7 @@ def _tidy(root: Path, path: Path | None) -> None:
     """Removes what an interrupted save has left, makes `latest` name `path`, and tells of later steps."""
     if path is not None:
         pointer = root / "latest"
-        if not pointer.exists() or pointer.read_text().strip() != path.name:
+        if not pointer.exists() or pointer.read_text(errors="replace").strip() != path.name:
             _write(root / "latest.new", path.name)
             files.move_latest(root)
         step = files.step_of(path)

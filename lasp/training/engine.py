@@ -23,7 +23,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a part of the step's loss; the parts of all contexts and all ranks sum up to the loss.
 
-        Called once for each of the batch_contexts / data_parallel contexts of this rank's group.
+        Called once for each of the batch_contexts / data_parallel contexts of this rank's group, or for
+        contexts_at_once of them.
         """
         ...
 

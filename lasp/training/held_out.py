@@ -7,6 +7,8 @@ from fractions import Fraction
 from lasp.config import TrainConfig, require
 from lasp.data import Context, PackedContexts, mixed_fingerprint
 
+USUAL = 8  # contexts
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -17,25 +19,35 @@ class HeldOut:
     contexts: list[Context]
 
 
-def open_held_out(config: TrainConfig) -> tuple[list[HeldOut], str]:
-    """The corpora of a run, and what tells them from others.
+def open_held_out(config: TrainConfig, groups: int) -> tuple[list[HeldOut], str]:
+    """The corpora of a run of so many data-parallel groups, and what tells them from others.
 
     Without weights each weighs as much as it has tokens. Raises ValueError for one that has too few contexts, or no
     label in them, and what `PackedContexts` raises.
     """
-    corpora, wanted = config.data.held_out_corpora, config.data.eval_contexts
+    corpora = config.data.held_out_corpora
     held_out, known = [], []
     for name, (prefix, weight) in zip(_names(list(corpora)), corpora.items(), strict=True):
         vocab_size = config.model.vocab_size
         opened = PackedContexts(prefix, config.context_length, seed=config.seed, shuffle=False, vocab_size=vocab_size)
-        there = opened.num_contexts
-        require(wanted <= there, "eval_contexts", wanted, f"at most {there}, the contexts that {prefix} holds")
-        contexts = [opened[i] for i in range(wanted)]
+        count = how_many(config.data.eval_contexts, opened, groups)
+        contexts = [opened[i] for i in range(count)]
         labelled = any(context.count_labels() for context in contexts)
-        require(labelled, "eval_contexts", wanted, f"more: the first {wanted} contexts of {prefix} have no label")
+        require(labelled, "eval_contexts", count, f"more: the first {count} contexts of {prefix} have no label")
         held_out.append(HeldOut(name, weight or Fraction(opened.file.num_tokens), contexts))
         known.append(opened.file.fingerprint(vocab_size))
     return held_out, mixed_fingerprint([each.weight for each in held_out], known)
+
+
+def how_many(wanted: int | None, corpus: PackedContexts, groups: int = 1) -> int:
+    """How many of a corpus's contexts evaluations read, as many in each group. If the number was left open, the usual
+    one, or fewer if there are not so many. Raises ValueError if there are too few."""
+    there = corpus.num_contexts
+    count = min(max(USUAL, groups), there) // groups * groups if wanted is None else wanted
+    path = corpus.file.prefix
+    require(count > 0, "data.valid", f"{there} contexts in {path}", f"{groups}, one for each data-parallel group")
+    require(count <= there, "eval_contexts", count, f"at most {there}, the contexts that {path} holds")
+    return count
 
 
 def as_values(held_out: list[HeldOut], losses: list[float]) -> dict[str, float]:

@@ -69,6 +69,18 @@ def verify(path: Path, group: Group = None) -> None:
     together(group, verify_share)
 
 
+def read_verified(path: Path, name: str) -> bytes:
+    """The content of one of a directory's files. Raises ValueError unless it is as when it was saved."""
+    wanted = _read_checksums(path).get(name)
+    try:
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"checkpoint {path}: got {error}, expected all of its files") from error
+    if hashlib.sha256(content).hexdigest() != wanted:
+        raise ValueError(f"checkpoint {path}: got a damaged {name}, expected one of SHA-256 {wanted}")
+    return content
+
+
 def require_finite(tensors: Iterable[tuple[str, Tensor]], group: Group) -> None:
     """Raises FloatingPointError on every rank if one holds NaN or an infinity in its part of a tensor, naming both."""
 

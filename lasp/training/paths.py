@@ -58,10 +58,15 @@ def keep_tokenizer(config: TrainConfig) -> None:
 
 
 def tokenizer_of(run_dir: str, config: dict[str, Any]) -> str:
-    """What to give `load_tokenizer` for a run of this configuration: the run's own copy, if there is one."""
-    name, kept = config["data"]["tokenizer"], _kept(run_dir)
+    """What to give `load_tokenizer` for a run of this configuration: the run's own copy, if there is one.
+
+    run_dir: the run's directory, or a checkpoint in it.
+    """
+    folder = Path(run_dir).resolve()
+    in_a_run = folder.parent.name == "checkpoints"
+    name, kept = config["data"]["tokenizer"], _kept(folder.parents[1] if in_a_run else run_dir)
     return str(kept) if name != BYTE and kept.is_file() else name
 
 
-def _kept(run_dir: str) -> Path:
+def _kept(run_dir: str | Path) -> Path:
     return Path(run_dir) / "tokenizer" / TOKENIZER_FILE

@@ -131,7 +131,7 @@ def _wishes(config: TrainConfig, sequence_parallel: int) -> Wishes:
 
 def _saved(run_dir: str) -> TrainConfig:
     """The settings of a run's last checkpoint, as far as a plan asks for them."""
-    saved = checkpoint.read_config(checkpoint.require_latest(run_dir))
+    saved = checkpoint.read_config(checkpoint.require_latest(run_dir), verified=False)
     nested = {"model": ModelConfig, "parallel": ParallelConfig, "data": DataConfig, "deepspeed": DeepSpeedConfig}
     values = {name: from_dict(make, saved[name]) for name, make in nested.items() if name in saved}
     known = {field.name for field in fields(TrainConfig)} - {*nested, "optimizer", "allow_changed", "curriculum"}

@@ -13,7 +13,7 @@ def quickstart() -> TrainConfig:
         model=ModelConfig(
             vocab_size=0, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=384, mixer="gated_delta_net"
         ),
-        data=DataConfig(train="runs/data/stdlib_train", valid="runs/data/stdlib_valid", eval_contexts=8),
+        data=DataConfig(train="runs/data/stdlib_train", valid="runs/data/stdlib_valid", eval_contexts=None),
         run_dir="runs/quickstart",
         steps=240,
         context_length=8192,

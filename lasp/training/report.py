@@ -8,6 +8,7 @@ from lasp.data import PackedContexts, bigram_loss
 from lasp.data.bigram import MAX_VOCAB
 from lasp.pictures import empty_figure
 from lasp.training import checkpoint
+from lasp.training.held_out import how_many
 from lasp.training.metrics import read_metrics
 
 PICTURE = "loss.png"
@@ -70,5 +71,5 @@ def _bigram_loss(config: dict[str, Any]) -> float | None:
     data, length = config["data"], config["context_length"]
     options: dict[str, Any] = {"seed": 0, "shuffle": False, "vocab_size": config["model"]["vocab_size"]}
     train, valid = (PackedContexts(data[split], length, **options) for split in ("train", "valid"))
-    held_out = (valid[i] for i in range(data["eval_contexts"]))
+    held_out = (valid[i] for i in range(how_many(data["eval_contexts"], valid)))
     return bigram_loss(train.one_epoch(), held_out, options["vocab_size"])

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "parallel",
     "engine",
     "deepspeed",
+    "contexts_at_once",
     "initial_weights",
     "device",
     "recompute",

@@ -53,9 +53,9 @@ def last_config(run_dir: str) -> TrainConfig:
     whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut short by a crash
     try:
         saved = json.loads(whole[-1])["config"]
+        config = TrainConfig.from_dict(saved)
     except (IndexError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: got {error!r} in its last line, expected a start with its config") from error
-    config = TrainConfig.from_dict(saved)
     data = replace(config.data, tokenizer=tokenizer_of(run_dir, saved))
     initial = config.initial_weights if checkpoint.latest(run_dir) is None else None
     return replace(config, run_dir=run_dir, data=data, initial_weights=initial)

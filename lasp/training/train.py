@@ -1,9 +1,9 @@
 """The training loop, to be read from top to bottom.
 
-A step sees batch_contexts contexts. Each data-parallel group takes its share of them one at a time, and each of its
-ranks reads and computes only the tokens of its own units. The loss is the mean over all labels of the step, on all
-ranks and in all contexts: their number is known before the first backward, so every rank divides its sum of losses by
-it, and the sum of the ranks' gradients is the gradient.
+A step sees batch_contexts contexts. Each data-parallel group takes its share of them, contexts_at_once at a time, and
+each of its ranks reads and computes only the tokens of its own units. The loss is the mean over all labels of the step,
+on all ranks and in all contexts: their number is known before the first backward, so every rank divides its sum of
+losses by it, and the sum of the ranks' gradients is the gradient.
 """
 
 import math
@@ -24,7 +24,7 @@ from lasp.parallel import SequenceParallel, comm
 from lasp.parallel.waits import waits
 from lasp.training import checkpoint
 from lasp.training.balance import balance_experts
-from lasp.training.batches import Batch, read_batches, read_streams, share
+from lasp.training.batches import Batch, join, read_batches, read_streams, share
 from lasp.training.engine import Engine, make_engine
 from lasp.training.heartbeat import heartbeat
 from lasp.training.held_out import HeldOut, as_values, open_held_out, told_in_words
@@ -114,7 +114,8 @@ def train(config: TrainConfig, build: Build = build_model) -> float:
                 length = config.context_length_at(step)
                 contexts = training.take(config.batch_contexts, length)
                 with explained_memory(config, world):
-                    loss = compute_gradients(engine, [each.context for each in contexts], sp, world, segments)
+                    taken_now = [each.context for each in contexts]
+                    loss = compute_gradients(engine, taken_now, sp, world, segments, config.contexts_at_once)
                     with record_function("optimizer"):
                         values = {"loss": loss, "grad_norm": engine.step(lr, loss)}
                 if config.model.num_experts:
@@ -171,8 +172,14 @@ def open_data(config: TrainConfig, world: World) -> tuple[Mixture, list[HeldOut]
     opened: list[tuple[Mixture, list[HeldOut]]] = []
 
     def read() -> dict[str, str]:
-        training = Mixture(data.corpora, config.context_length, seed=config.seed, vocab_size=vocab_size)
-        held_out, of_held_out = open_held_out(config)
+        training = Mixture(
+            data.corpora,
+            config.context_length,
+            seed=config.seed,
+            vocab_size=vocab_size,
+            shuffle_contexts=data.shuffle_contexts,
+        )
+        held_out, of_held_out = open_held_out(config, world.mesh["dp"].size())
         opened.append((training, held_out))
         return {
             "data.train": training.fingerprint,
@@ -201,15 +208,20 @@ def go_on(training: Mixture, config: TrainConfig, fingerprints: dict[str, str]) 
 
 
 def compute_gradients(
-    engine: Engine, contexts: list[Context], sp: SequenceParallel, world: World, segments: Segments | None = None
+    engine: Engine,
+    contexts: list[Context],
+    sp: SequenceParallel,
+    world: World,
+    segments: Segments | None = None,
+    at_once: int = 1,
 ) -> Tensor:
     """The mean loss over all labels of the contexts, a scalar on the device; the engine gets each rank's part of its
-    gradient."""
+    gradient. at_once: so many are computed as one."""
     labels = sum(context.count_labels() for context in contexts)
     require(labels > 0, "data.train", "no label in this step's contexts", "one at least: raise batch_contexts")
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     with record_function("read"):
-        batches = read(share(contexts, world), sp, world, segments)
+        batches = read(join(share(contexts, world), at_once), sp, world, segments)
     for batch in batches:
         if isinstance(batch, StreamedBatch):
             total += batch.backward(engine.model, labels)

@@ -55,6 +55,15 @@ def test_without_weights_all_tokens_count_the_same(corpora):
     assert [sum(each.corpus == corpus for each in taken) for corpus in corpora] == [100, 200, 300]
 
 
+def test_contexts_of_each_corpus_are_shuffled(corpora):
+    weights = {corpora[0]: Fraction(1), corpora[1]: Fraction(2)}
+    taken = Mixture(weights, LENGTH, seed=3, shuffle_contexts=True).take(30)
+    for corpus in corpora[:2]:
+        alone = PackedContexts(corpus, LENGTH, seed=3)
+        own = [each.context.tokens(0, LENGTH).tolist() for each in taken if each.corpus == corpus]
+        assert own == [alone.shuffled(i, LENGTH).tokens(0, LENGTH).tolist() for i in range(len(own))]
+
+
 def test_one_corpus_is_its_own_contexts(corpora):
     taken = opened(corpora, None).take(5)
     alone = PackedContexts(corpora[0], LENGTH, seed=3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lasp.data import IGNORED, PackedContexts, TokenFileWriter, local_batch
+from lasp.data import IGNORED, Joined, PackedContexts, TokenFileWriter, local_batch
 from lasp.parallel import SequenceParallel, Stream
 
 LENGTHS = [7, 1, 30, 4, 4, 19, 2]  # 67 tokens
@@ -60,6 +60,37 @@ def test_the_contexts_are_the_stream(prefix, documents, length, shuffle):
         assert got_labels.tolist() == labels[span]
         starts = [at for at, begin in enumerate(begins[span]) if begin or at == 0]
         assert context.cu_seqlens.tolist() == [*starts, length]
+
+
+def test_shuffled_contexts_are_those_of_each_epoch_in_another_order(prefix):
+    contexts = PackedContexts(prefix, 10, seed=5)
+    epochs = [[contexts.shuffled(number, 10) for number in range(6 * epoch, 6 * epoch + 6)] for epoch in range(8)]
+    orders = set()
+    for epoch, some in enumerate(epochs):
+        in_order = [contexts.at(67 * epoch + 10 * place, 10) for place in range(6)]  # 7 of the 67 tokens are left out
+        known = [(context.tokens(0, 10).tolist(), context.cu_seqlens.tolist()) for context in in_order]
+        order = [known.index((context.tokens(0, 10).tolist(), context.cu_seqlens.tolist())) for context in some]
+        assert sorted(order) == list(range(6))
+        orders.add(tuple(order))
+    assert len(orders) > 1
+    again = PackedContexts(prefix, 10, seed=5).shuffled(9, 10)
+    assert again.tokens(0, 10).tolist() == epochs[1][3].tokens(0, 10).tolist()
+
+
+def test_joined_contexts_stand_one_behind_the_other(prefix):
+    """Whatever is read of them; a document that both have a part of is two."""
+    contexts = PackedContexts(prefix, 10, seed=0, shuffle=False)
+    parts = [contexts[0], contexts[1], contexts[2]]  # the third document is in all of them
+    joined = Joined(parts)
+    assert joined.length == 30
+    assert joined.cu_seqlens.tolist() == [0, 7, 8, 10, 20, 30]
+    assert joined.row_length is None
+    assert Joined(parts[1:]).row_length == 10
+    for kind in ("tokens", "labels"):
+        wanted = torch.cat([getattr(part, kind)(0, 10) for part in parts])
+        for start, stop in ((0, 30), (3, 27), (10, 20), (12, 12)):
+            assert getattr(joined, kind)(start, stop).tolist() == wanted[start:stop].tolist()
+    assert joined.count_labels() == (wanted != IGNORED).sum()
 
 
 def test_a_cut_document_is_predicted_across_the_cut(prefix, documents):

@@ -2,9 +2,11 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,8 +83,9 @@ def small(tmp_path):
 
 
 def test_from_sources_to_a_table(small, capsys, monkeypatch):
-    found = module.run(small)
+    found = module.run(replace(small, workers=2))
     assert [cell.model for cell in found.cells] == ["softmax", "linear:LN"]
+    assert "step 2" in Path(small.run("softmax", "mini", 128, 0).run_dir, "log.txt").read_text()
     data, tokenizer = TokenFile(f"{small.data}_train"), load_tokenizer(small.tokenizer)
     assert (data.num_documents, tokenizer.vocab_size) == (3, 270)
     text = tokenizer.decode(data.tokens[: data.document_starts[1]])
@@ -106,6 +109,17 @@ def test_from_sources_to_a_table(small, capsys, monkeypatch):
         module.run(replace(small, vocab_size=271))
 
 
+@pytest.mark.parametrize(
+    ("size", "device", "expected"), [(2, "cpu", "1 on 2 ranks"), (1, "cuda", "at most 1, one for each GPU")]
+)
+def test_workers_have_neither_ranks_nor_a_gpu_together(small, monkeypatch, size, device, expected):
+    world = SimpleNamespace(rank=0, size=size, device=torch.device(device))
+    monkeypatch.setattr(module, "join_world", lambda config: nullcontext(world))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=f"workers: got 2, expected {expected}"):
+        module.run(replace(small, workers=2))
+
+
 def test_what_a_table_shows():
     def cell(seed, loss):
         positions = [{"first": first, "labels": 2, "loss": loss + first} for first in (0, 1, 8, 64)]
@@ -123,6 +137,8 @@ def test_what_a_table_shows():
     assert about["loss_by_part"] == {"0-16": 4.5, "16-64": None, "64-256": 65.5}
     assert about["recall"]["64"] == pytest.approx(1 / 65)
     assert math.isnan(result.cells[0].recall(65))
+    drawn = result.cells[0].loss_by_doubling()
+    assert (drawn[64], list(drawn)) == (65.0, [64, 128])
 
 
 @pytest.mark.parametrize("name", TABLES)

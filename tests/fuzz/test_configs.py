@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lasp.config import MIXERS, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from lasp.config import MIXERS, DataConfig, DeepSpeedConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from lasp.distillation.config import Distillation
+from lasp.evaluation.config import Evaluation
+from lasp.evaluation.extension import Extension
+from lasp.evaluation.quality.config import QualityTable
+from lasp.evaluation.recall.config import RecallSweep
+from lasp.evaluation.tasks import TASKS
 from lasp.fields import from_dict
 from lasp.models import Decoder, count_parameters
 from lasp.parallel import SequenceParallel
@@ -32,6 +38,13 @@ WHOLE = {
     DataConfig: {"train": "a", "valid": "b"},
     OptimizerConfig: {},
     ParallelConfig: {},
+    DeepSpeedConfig: {},
+    Distillation: {},
+    Evaluation: {"model": "run"},
+    Extension: {"model": "run", "output": "longer"},
+    QualityTable: {"run_dir": "table", "corpus": ("text",), "models": ("gla", "softmax")},
+    RecallSweep: {"run_dir": "sweep", "models": ("gla+conv:LN",)},
+    **{type(task): {} for task in TASKS.values()},
 }  # fmt: skip
 WHOLE[TrainConfig] = {
     "model": ModelConfig(**WHOLE[ModelConfig]),

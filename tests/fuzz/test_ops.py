@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def recurrence(
     arguments["initial_state"] = state if draw(st.booleans()) else None
     arguments["output_final_state"] = draw(st.booleans())
     arguments["cu_seqlens"] = cu_seqlens
+    if not delta:
+        arguments["causal"] = arguments["decay"] is not None or draw(st.booleans())
     breaks = breaks_of(
         arguments,
         {"q": (0, 1, 3), "k": (0, 1, 2, 3), "v": (0, 1), "decay": (0, -1), "initial_state": (0, 1, 2, 3)}
@@ -84,7 +87,7 @@ def recurrence(
     return arguments, breaks
 
 
-def define_recurrence(q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens, beta=None):
+def define_recurrence(q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens, beta=None, causal=True):
     """Token by token, as the docstrings have it."""
     batch, tokens, heads, value_dim = v.shape
     group, key_dim = heads // q.shape[2], q.shape[3]
@@ -101,8 +104,12 @@ def define_recurrence(q, k, v, decay, scale, initial_state, output_final_state, 
             if beta is not None:
                 here_v = beta[row, t, :, None] * (here_v - torch.einsum("hk,hkv->hv", here_k, state))
             state = state + here_k[..., None] * here_v[:, None]
-            read = scale * torch.einsum("hk,hkv->hv", q[row, t], state)
-            o = o.index_put((torch.tensor(row), torch.tensor(t)), read)
+            if causal:
+                read = scale * torch.einsum("hk,hkv->hv", q[row, t], state)
+                o = o.index_put((torch.tensor(row), torch.tensor(t)), read)
+        if not causal:
+            read = scale * torch.einsum("thk,hkv->thv", q[row, begin:end], state)
+            o = o.index_put((torch.tensor(row), torch.arange(begin, end)), read)
         finals.append(state)
     return [o, torch.stack(finals)] if output_final_state else [o]
 
@@ -125,7 +132,8 @@ def log_linear(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[A
     levels = needed + draw(st.integers(0, 2))
     arguments["decay"] = -0.2 * torch.rand(batch, tokens, heads, generator=gen).to(wide)
     arguments["level_scales"] = torch.rand(batch, tokens, heads, levels, generator=gen).to(wide)
-    del arguments["initial_state"], arguments["output_final_state"]
+    for name in ("initial_state", "output_final_state", "causal"):
+        arguments.pop(name, None)
     breaks = breaks_of(
         arguments,
         {"q": (0, 1, 3), "k": (0, 1, 2, 3), "v": (0, 1), "level_scales": (0, 1, 2)}
@@ -177,6 +185,37 @@ def test_log_linear_attention(case):
 @given(drawn(lambda draw, gen: log_linear(draw, gen, delta=True)))
 def test_log_linear_delta_rule(case):
     check(first(log_linear_delta_rule), define_log_linear, case, ("v", "q", "k", "beta", "level_scales"))
+
+
+@given(st.data(), st.integers(2, 70), st.booleans())
+def test_log_linear_states_go_on_anywhere(data, tokens, delta):
+    """Cut in parts, each of which goes on with the state that the one before has left."""
+    gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    cuts = sorted({0, tokens, *data.draw(st.lists(st.integers(1, tokens - 1), max_size=3))})
+    op = log_linear_delta_rule if delta else log_linear_attention
+    levels = (tokens - 1).bit_length() + 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(2, tokens, *shape, generator=gen, dtype=torch.float64)
+
+    given = {"q": normal(1, 3), "k": torch.nn.functional.normalize(normal(1, 3), dim=-1), "v": normal(2, 2)}
+    given |= {"decay": -normal(2).abs(), "level_scales": normal(2, levels)} | (
+        {"beta": normal(2).sigmoid()} if delta else {}
+    )
+    leaves = [x.requires_grad_() for x in given.values()]
+    upstream, state, parts = normal(2, 2), None, []
+    for start, stop in pairwise(cuts):
+        part = {name: x[:, start:stop] for name, x in given.items()}
+        o, state = op(**part, initial_state=state, output_final_state=True)
+        parts.append(o)
+    whole, final = op(**given, output_final_state=True)
+    assert torch.equal(state.tokens, final.tokens)
+    for x, y in ((torch.cat(parts, 1), whole), (state.slots, final.slots)):
+        assert x.shape == y.shape
+        assert (x - y).norm() <= 1e-10 * y.norm().clamp(min=1e-3)
+    found, wanted = (torch.autograd.grad(o, leaves, upstream) for o in (torch.cat(parts, 1), whole))
+    for x, y in zip(found, wanted, strict=True):
+        assert (x - y).norm() <= 1e-10 * y.norm().clamp(min=1e-3)
 
 
 def attention(draw: st.DrawFn, gen: torch.Generator) -> tuple[Arguments, list[Break]]:

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,8 @@ def test_a_run_is_exported_from_any_folder(config, hugging_face_file, tmp_path, 
     monkeypatch.chdir(elsewhere)
     shutil.rmtree(folder)
     cli.main(["export", "../run", "hf"])
+    cli.main(["export", "../run/checkpoints/step-00000001", "one"])
+    assert Path("one/tokenizer.json").read_bytes() == Path("hf/tokenizer.json").read_bytes()
     tokenizer = transformers.AutoTokenizer.from_pretrained("hf")
     assert tokenizer.chat_template == "{{ messages }}"
     assert "".join(generate("../run", "def", 3, temperature=0)) is not None

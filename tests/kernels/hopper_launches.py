@@ -23,6 +23,8 @@ from triton.runtime.jit import JITFunction
 EVERYWHERE = {  # kernels that Hopper has no others for
     "scalar.gates._cumulate",
     "scalar.gates._chunk_gate_grads",
+    "scalar.chunk_states._chunk_states",
+    "scalar.chunk_states._states_and_gradients",
     "shared.state_passing._pass_states",
     "shared.matrix_passing._pass_by_matrix",
     "shared.operands._sum_heads",
@@ -30,8 +32,7 @@ EVERYWHERE = {  # kernels that Hopper has no others for
     "delta.secondary._secondary_scores",
     "delta.secondary._secondary_gradients",
     "diagonal.states._scan_states",
-    "diagonal.secondary._secondary_outputs",
-    "diagonal.secondary._secondary_gradients",
+    "diagonal.secondary._secondary",
 }
 SHARED_MEMORY = 227 * 1024
 HEADS = 16
@@ -42,6 +43,7 @@ CASES = {  # tokens; whose decay is none, one a head, one a token or one a chann
         (65536, "constant", False, WIDE),
         (65536, "scalar", True, WIDE),
         (65536, "scalar", True, SMALL),  # two heads a program
+        (65536, "scalar", True, (1, 128, 64, torch.bfloat16)),  # those of a group at once
     ],
     "delta": [
         (65536, "scalar", True, WIDE),

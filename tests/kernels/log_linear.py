@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import FenwickState, level
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs, LogLinearInputs
 from lasp.kernels.segments import Segments
 
 F64 = torch.float64
@@ -60,11 +61,15 @@ class Drawn:
         return Drawn(tensors, self.cu_seqlens, state)
 
 
+def log_linear_inputs_of(tensors: dict[str, Tensor], **others: Any) -> LogLinearInputs:
+    """Of the delta rule's form if there is a beta."""
+    return (LogLinearDeltaInputs if "beta" in tensors else LogLinearInputs)(**{"decay": None} | tensors, **others)
+
+
 def inputs(drawn: Drawn) -> LogLinearInputs:
     batch, tokens = drawn.tensors["v"].shape[:2]
     seen = () if drawn.state is None else tuple(drawn.state.tokens.tolist())
-    tensors = {"beta": None, "decay": None} | drawn.tensors
-    return LogLinearInputs(**tensors, scale=1.0, segments=Segments(batch, tokens, drawn.cu_seqlens), seen=seen)
+    return log_linear_inputs_of(drawn.tensors, scale=1.0, segments=Segments(batch, tokens, drawn.cu_seqlens), seen=seen)
 
 
 def made_ready(calls: Iterable[Drawn]) -> None:
@@ -76,7 +81,7 @@ def made_ready(calls: Iterable[Drawn]) -> None:
 
     def work() -> None:
         for x in map(in_blocks, map(inputs, calls)):
-            op = TritonLogLinear() if x.beta is None else TritonLogLinearDelta()
+            op = TritonLogLinearDelta() if isinstance(x, LogLinearDeltaInputs) else TritonLogLinear()
             for wants_summary in (False, True):
                 dry_run(op, x, wants_summary, backward=True)
 

@@ -6,7 +6,7 @@ import torch
 from lasp.kernels import log_linear_attention, log_linear_delta_rule
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
-from tests.kernels.log_linear import F64, Drawn, dense, draw, results
+from tests.kernels.log_linear import F64, Drawn, dense, draw, inputs, results
 from tests.parallel.inputs import error
 
 FAMILIES = pytest.mark.parametrize("delta", [False, True], ids=["gated", "delta"])
@@ -138,3 +138,11 @@ def refusals():
 def test_bad_input_is_named(message, refused):
     with pytest.raises(ValueError, match=message):
         refused()
+
+
+def test_what_is_cached_is_no_input(gen):
+    x = inputs(draw(gen, 20, seen=[5]))
+    names = list(x.tensors)
+    assert x.tokens_after.tolist() == [25]
+    assert list(x.tensors) == names
+    assert x.cut({}, x.segments, (7,)).tokens_after.tolist() == [27]

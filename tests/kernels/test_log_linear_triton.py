@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from lasp.kernels import log_linear_attention, log_linear_delta_rule
-from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.reference.log_linear import LogLinearOp
 from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
-from tests.kernels.log_linear import Drawn, draw, made_ready, results
+from tests.kernels.log_linear import Drawn, draw, log_linear_inputs_of, made_ready, results
 from tests.kernels.test_triton_linear import DEVICE, DTYPES, poisoned_memory  # noqa: F401  a fixture
 from tests.parallel.inputs import error
 
@@ -103,8 +102,7 @@ def test_summaries(gen, seen, delta, monkeypatch):
     do = torch.randn(drawn.tensors["v"].shape, generator=gen).to(DEVICE)
 
     def told(implementation, tensors):
-        segments, beta = Segments(1, 45), tensors.get("beta")
-        x = LogLinearInputs(**tensors | {"beta": beta}, scale=0.3, segments=segments, seen=tuple(seen or [0]))
+        x = log_linear_inputs_of(tensors, scale=0.3, segments=Segments(1, 45), seen=tuple(seen or [0]))
         summary, partial = implementation.summarize(x, True)
         kept = implementation.finish(x, partial, Pending(lambda: None))[2]
         return summary.state, summary.transition, implementation.summarize_grad(x, kept, do.to(x.v.dtype), True)[0]
@@ -125,7 +123,7 @@ def test_padding_that_is_longer_than_levels_address_changes_nothing(gen):
     def grads(tokens, offsets):
         tensors = {name: x[:, :tokens] for name, x in drawn.tensors.items()}
         segments, seen = Segments(1, tokens, torch.tensor(offsets)), (0,) * (len(offsets) - 1)
-        x = LogLinearInputs(**tensors, beta=None, scale=0.3, segments=segments, seen=seen)
+        x = log_linear_inputs_of(tensors, scale=0.3, segments=segments, seen=seen)
         implementation = op.TritonLogLinear()
         kept = implementation.finish(x, implementation.summarize(x, False)[1], Pending(lambda: None))[2]
         partial = implementation.summarize_grad(x, kept, do[:, :tokens], False)[1]

@@ -22,7 +22,7 @@ from lasp.kernels import (
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.parts import Part, Parts
 from lasp.models import Decoder, tiny
-from lasp.parallel import Sequence, SequenceParallel
+from lasp.parallel import Sequence, SequenceParallel, Stream
 from tests.parallel.test_new_op import MovingAverages, Tokens
 
 pytestmark = pytest.mark.skipif(not traced.AVAILABLE, reason="wants a PyTorch whose nodes take handles")
@@ -157,6 +157,28 @@ def test_operations_of_ones_own_over_the_sequence_are_nodes(draw):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]
+
+
+def test_recurrences_of_segments_go_on_in_graphs(draw):
+    """From the state of the segment before."""
+    x = draw(1, TOKENS, HEADS, SIZE)
+
+    def layer(segment, x, state):
+        y = x.sin()
+        o, state = segment.linear_attention(y, y, y, initial_state=state, output_final_state=True)
+        return o.exp(), state
+
+    torch._dynamo.reset()
+    found = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        stream, state, outputs = Stream(SequenceParallel(None), TOKENS, 5, torch.tensor([0, 7, TOKENS])), None, []
+        for segment, part in zip(stream, stream.shard(x), strict=True):
+            o, state = function(segment, part, state if segment.past else None)
+            outputs.append(o)
+        value = torch.cat(outputs, 1).square().sum() + state.sum()
+        found.append([value, *torch.autograd.grad(value, x)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -1,4 +1,4 @@
-"""The walks for Hopper: against the token-by-token form in float64 on such a GPU, elsewhere that they compile."""
+"""The scans for Hopper: against the token-by-token form in float64 on such a GPU, elsewhere that they compile."""
 
 import json
 import os

@@ -10,7 +10,6 @@ from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
 from lasp.kernels.linear import run_op
-from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.recurrence import Alone, run
 from lasp.kernels.segments import Segments
 from lasp.kernels.triton import device, dispatch, launch
@@ -19,6 +18,7 @@ from lasp.kernels.triton.scalar import config as scalar_config
 from lasp.kernels.triton.scalar import gates
 from lasp.kernels.triton.shared import tiles
 from tests.kernels.boundary import Asked
+from tests.kernels.log_linear import log_linear_inputs_of
 from tests.parallel.inputs import inputs_of
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="looks at calls of Triton's interpreter")
@@ -72,11 +72,10 @@ def test_a_dry_run_launches_what_the_call_launches(
 def test_a_dry_run_of_log_linear_attention(launched: set[tuple], delta: bool, asked: bool):
     q, k, v = (torch.rand(1, 100, 2, 32, requires_grad=True) for _ in range(3))
     g, scales = -torch.rand(1, 100, 2).requires_grad_(), torch.rand(1, 100, 2, 9, requires_grad=True)
-    beta, segments = (
-        torch.rand(1, 100, 2, requires_grad=True) if delta else None,
-        Segments(1, 100, torch.tensor([0, 30, 100])),
-    )
-    x = LogLinearInputs(q, k, v, g, scales, beta, scale=1.0, segments=segments, seen=(70, 5))
+    tensors = {"q": q, "k": k, "v": v, "decay": g, "level_scales": scales}
+    if delta:
+        tensors["beta"] = torch.rand(1, 100, 2, requires_grad=True)
+    x = log_linear_inputs_of(tensors, scale=1.0, segments=Segments(1, 100, torch.tensor([0, 30, 100])), seen=(70, 5))
     op, _ = dispatch.triton_log_linear_op(x, True, asked)
     state = torch.zeros(x.state_shape) if asked else None
     o, final = run(op, Asked() if asked else Alone(), x, state, True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.interruptions import is_alive
+from benchmarks.launches import is_alive
 from lasp.training.stop import EXIT_CODE
 from tests.patience import PATIENCE
 
@@ -21,6 +21,7 @@ from pathlib import Path
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
 rank, start = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+one_dies = int(start) < {"dies": 1, "lives long and dies": 2}.get(what, 0)
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 (folder / f"{start}-{rank}").write_text(str(os.getpid()))
@@ -28,11 +29,11 @@ if what == "refused":
     error = {"message": {"message": "ValueError: no", "extraInfo": {"timestamp": "1"}}}
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
     sys.exit(1)
-if what == "dies" and start == "0" and rank == 1:
+if one_dies and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 while not stopped:
     time.sleep(0.01)
-sys.exit(1 if start == "0" else 75)  # the other one was lost; told to stop
+sys.exit(1 if one_dies else 75)  # the other one was lost; told to stop
 """
 
 
@@ -40,10 +41,14 @@ sys.exit(1 if start == "0" else 75)  # the other one was lost; told to stop
 def launch(tmp_path):
     """Starts two ranks that do something; what is left of them is killed in the end."""
     (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "long").mkdir()
+    text = (ROOT / "launch/elastic.py").read_text()
+    (tmp_path / "long/elastic.py").write_text(text.replace("LONG = 3600.0", "LONG = 0.0"))
     started = []
 
     def start(what):
-        command = [sys.executable, str(ROOT / "launch/elastic.py"), "2", str(tmp_path / "rank.py"), str(tmp_path), what]
+        launcher = (tmp_path / "long" if "long" in what else ROOT / "launch") / "elastic.py"
+        command = [sys.executable, str(launcher), "2", str(tmp_path / "rank.py"), str(tmp_path), what]
         where = {"PYTHONPATH": str(ROOT), "MAX_RESTARTS": "1"}
         started.append(subprocess.Popen(command, env=os.environ | where, stderr=subprocess.PIPE, text=True))
         return started[-1]
@@ -70,6 +75,13 @@ def test_ranks_are_started_again_when_one_dies_but_not_when_one_stops(launch, tm
     assert launcher.wait(PATIENCE) == EXIT_CODE
     assert not any(map(is_alive, again))
     assert not (tmp_path / "2-0").exists()
+
+
+def test_ranks_that_have_lived_long_are_started_again_more_often_than_others(launch, tmp_path):
+    """MAX_RESTARTS is 1."""
+    launcher = launch("lives long and dies")
+    os.kill(int(appear(tmp_path / "2-0")), signal.SIGTERM)
+    assert launcher.wait(PATIENCE) == EXIT_CODE
 
 
 def test_ranks_that_are_refused_are_not_started_again(launch, tmp_path):

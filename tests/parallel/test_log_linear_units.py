@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import resized
-from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import run
 from lasp.kernels.reference.log_linear import LogLinearOp
@@ -17,7 +16,7 @@ from lasp.kernels.reference.log_linear_recurrent import log_linear_recurrent
 from lasp.kernels.segments import Segments
 from lasp.parallel import log_linear
 from lasp.parallel.layout import PADDING, Layout, Partition
-from tests.kernels.log_linear import Drawn, draw, results
+from tests.kernels.log_linear import Drawn, draw, log_linear_inputs_of, results
 from tests.parallel.inputs import error
 from tests.patience import PATIENCE
 
@@ -72,7 +71,7 @@ def of_rank(partition: Partition, drawn: Drawn, upstream: dict, seen: tuple[int,
     lengths = torch.tensor([0, *map(len, partition.local)])
     before = tuple(f.position + (0 if f.document == PADDING else seen[f.document]) for f in partition.local)
     segments = Segments(1, partition.local_tokens, lengths.cumsum(0))
-    x = LogLinearInputs(**({"beta": None} | leaves), scale=0.4, segments=segments, seen=before)
+    x = log_linear_inputs_of(leaves, scale=0.4, segments=segments, seen=before)
     boundary = log_linear.AcrossSlots(partition, 1, partition.rank, seen, *(range(partition.documents),) * 2)
     as_many = None if slots is None else resized(slots, boundary.slots)
     o, final = run(log_linear.Between(LogLinearOp()), boundary, x, as_many, True)

@@ -107,14 +107,14 @@ def saved_weights(config):
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "segment_tokens"),
+    ("fsdp", "segment_tokens", "at_once"),
     [
-        pytest.param(False, None, marks=pytest.mark.ranks(2)),
-        pytest.param(True, None, marks=pytest.mark.ranks(2, 4)),
-        pytest.param(True, 23, marks=pytest.mark.ranks(2)),
+        pytest.param(False, None, 2, marks=pytest.mark.ranks(2)),
+        pytest.param(True, None, 1, marks=pytest.mark.ranks(2, 4)),
+        pytest.param(True, 23, 1, marks=pytest.mark.ranks(2)),
     ],
 )
-def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp, segment_tokens):
+def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp, segment_tokens, at_once):
     losses, norms, valid_loss, model = alone(config)
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert min(norms) > config.optimizer.clip_norm  # or clipping would prove nothing
@@ -122,6 +122,7 @@ def test_any_mesh_trains_as_one_rank(ranks, config, pytestconfig, fsdp, segment_
         parallel = replace(config.parallel, sequence_parallel=sequence_parallel, layout=layout, fsdp=fsdp)
         run = replace(config, parallel=parallel, run_dir=f"{config.run_dir}-{sequence_parallel}-{layout}")
         run = replace(run, segment_tokens=segment_tokens, segment_offload=segment_tokens is not None)
+        run = replace(run, contexts_at_once=at_once)
         assert train(run) == pytest.approx(valid_loss, rel=1e-9)
         ranks.barrier(f"{run.run_dir} is saved")  # rank 0 renames the checkpoint after the others have gone on
         steps = [record for record in read_metrics(run.run_dir) if "loss" in record]

@@ -34,7 +34,8 @@ def from_the_host():
 def config(ranks, of_cpus):
     """Contexts that all ranks share."""
     parallel = replace(of_cpus.parallel, sequence_parallel=ranks.size, layout="zigzag")
-    return replace(of_cpus, device="cuda", dtype="float32", batch_contexts=1, parallel=parallel)
+    model = replace(of_cpus.model, head_dim=32, value_head_dim=32)  # of which there are kernels
+    return replace(of_cpus, model=model, device="cuda", dtype="float32", batch_contexts=1, parallel=parallel)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

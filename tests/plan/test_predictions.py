@@ -55,6 +55,13 @@ def memory(job: Job = ONE_B, **setting: object) -> float:
     return predict(job, Setting(**setting)).total / GIB  # type: ignore[arg-type]
 
 
+def test_contexts_at_once_take_the_memory_of_one_as_long():
+    """But of each step's four, two at a time, gradients are accumulated; of two there are no others."""
+    accumulated, alone = replace(ONE_B, accumulated=4, at_once=2), replace(ONE_B, accumulated=2, at_once=2)
+    longer = replace(ONE_B, context=2 * ONE_B.context)
+    assert memory(accumulated) == memory(replace(longer, accumulated=2)) > memory(alone) == memory(longer)
+
+
 def test_weights_gradients_and_optimiser_are_shared_by_fsdp():
     """16 bytes a parameter in all, and what is gathered; float32 without FSDP on every GPU."""
     parameters = sizes(ONE_B.model).total

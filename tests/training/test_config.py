@@ -277,6 +277,21 @@ def test_corpora_have_weights_or_not():
             corpora(*names)
 
 
+def test_contexts_that_are_computed_one_at_a_time():
+    mixture = replace(make().model, num_experts=12)
+    for changes, expected in (
+        ({"segment_tokens": 32}, "1 with segment_tokens"),
+        (
+            {"engine": "deepspeed", "parallel": ParallelConfig(fsdp=False), "dtype": "float32"},
+            "1 with engine='deepspeed'",
+        ),
+        ({"model": mixture}, "1 for a model with experts"),
+    ):
+        make(**changes)
+        with pytest.raises(ValueError, match=f"contexts_at_once: got 2, expected {expected}"):
+            make(contexts_at_once=2, **changes)
+
+
 def test_a_curriculum_is_of_lengths_and_steps():
     config = make(curriculum=("16:2", "32:3"))
     assert [config.context_length_at(step) for step in range(7)] == [16, 16, 32, 32, 32, 64, 64]

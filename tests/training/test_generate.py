@@ -116,6 +116,17 @@ def test_missing_checkpoint_and_tokenizer_are_named(config, model):
         text(config)
 
 
+def test_any_checkpoint_can_be_named(config, model, tmp_path, monkeypatch):
+    first = text(config, temperature=0)
+    other = Decoder(config.model).double()
+    checkpoint.save(config.run_dir, 2, other, build_optimizer(other, config.optimizer), config)
+    monkeypatch.chdir(f"{config.run_dir}/checkpoints")
+    assert "".join(generate("step-00000001", "ab", 12, temperature=0)) == first
+    checkpoint.save_weights(tmp_path / "weights", other)
+    with pytest.raises(ValueError, match=r"run_dir: got .*, expected .* a checkpoint of one; these are weights alone"):
+        "".join(generate(str(tmp_path / "weights"), "ab", 1))
+
+
 def test_report_compares_the_same_tokens(config):
     loss = train(config)
     got = report(config.run_dir)

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.figure import Figure
 
+from lasp.data import TokenFile
 from lasp.evaluation.reading import Reading
 from lasp.training import checkpoint
+from lasp.training.held_out import open_held_out
 from lasp.training.metrics import read_metrics
 from lasp.training.plot import plot
 from lasp.training.train import train
@@ -89,3 +91,15 @@ def test_evaluations_want_one_of_several_named(config):
     asked = SimpleNamespace(length=lambda _: 8, texts=(), data=None)
     with pytest.raises(ValueError, match=r"^data: got None, expected one of the run's held-out corpora .*: a:2 b:1$"):
         Reading._all(asked, SimpleNamespace(origin=origin))
+
+
+def test_if_the_number_is_left_open_few_contexts_will_do(config):
+    data = replace(config.data, eval_contexts=None)
+    there = TokenFile(data.valid).num_tokens // config.context_length
+    for length, groups, count in ((config.context_length, 1, min(8, there)), (8, 3, 6), (8, 16, 16)):
+        (corpus,), _ = open_held_out(replace(config, data=data, context_length=length), groups)
+        assert len(corpus.contexts) == count
+    with pytest.raises(
+        ValueError, match=f"data.valid: got '{there} contexts in .*valid', expected {there + 1}, one for"
+    ):
+        open_held_out(replace(config, data=data), there + 1)

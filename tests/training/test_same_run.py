@@ -89,6 +89,7 @@ def test_what_does_not_determine_them_may_change(config):
         "parallel": ParallelConfig(timeout=5, sequence_parallel=2, layout="zigzag", fsdp=True),
         "engine": "native",
         "deepspeed": DeepSpeedConfig(),
+        "contexts_at_once": 1,  # others without segments
         "initial_weights": "weights",
         "device": "auto",
         "recompute": "full",
@@ -112,7 +113,7 @@ def test_what_does_not_determine_them_may_change(config):
         "data": replace(config.data, train="moved", valid="moved"),  # to where the same files are
     }
     assert others.keys() == {*MAY_CHANGE, "data"}
-    assert go_on(config, **others) == 42
+    assert go_on(config, **others) == go_on(config, contexts_at_once=2) == 42
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -103,9 +103,10 @@ def test_metrics_hold_every_step_and_evaluation(config):
     assert list((config_dir.parent.parent / "tensorboard").glob("events*"))
 
 
-def test_a_step_is_that_of_the_mean_over_all_labels(config, monkeypatch):
-    """The loss and the gradient norm of accumulated contexts are those of one plain sum over their labels."""
-    config = replace(config, steps=1, batch_contexts=10, eval_every=1)
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_step_is_that_of_the_mean_over_all_labels(config, at_once):
+    """Loss and gradient norm of contexts, however many at once, are those of one plain sum over their labels."""
+    config = replace(config, steps=1, batch_contexts=10, contexts_at_once=at_once, eval_every=1)
     train(config)
     record = read_metrics(config.run_dir)[0]
 

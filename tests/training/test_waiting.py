@@ -80,10 +80,31 @@ def _by_expert(x, weights, counts):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_cuda_sees_no_wait_between_logged_steps(config, monkeypatch, fsdp):
-    config = replace(config, device="cuda", dtype="float32", steps=9, log_every=4, eval_every=9, checkpoint_every=9)
-    require_no_cuda_waits(replace(config, parallel=replace(config.parallel, fsdp=fsdp)), monkeypatch)
+@pytest.mark.parametrize(
+    "kind",
+    ["reference", "plain", "fsdp", "bfloat16", "experts", "segments", "recomputed", "curriculum", "kda", "log_linear"],
+)
+def test_cuda_sees_no_wait_between_logged_steps(config, monkeypatch, kind):
+    mixers = {"kda": "kda", "log_linear": "log_linear_gated_delta_net"}
+    heads = 8 if kind == "reference" else 32  # of 32 there are kernels
+    experts = {"num_experts": 4, "experts_per_token": 2, "expert_intermediate_size": 16} if kind == "experts" else {}
+    config = replace(
+        config,
+        model=replace(
+            config.model, head_dim=heads, value_head_dim=heads, mixer=mixers.get(kind, "gated_delta_net"), **experts
+        ),
+        device="cuda",
+        dtype="bfloat16" if kind == "bfloat16" else "float32",
+        steps=9,
+        log_every=4,
+        eval_every=9,
+        checkpoint_every=9,
+        parallel=replace(config.parallel, fsdp=kind in ("fsdp", "bfloat16")),
+        segment_tokens=25 if kind == "segments" else None,
+        recompute="full" if kind == "recomputed" else "none",
+        curriculum=("32:3",) if kind == "curriculum" else (),
+    )
+    require_no_cuda_waits(config, monkeypatch)
 
 
 def test_steps_after_one_that_cannot_be_taken_change_nothing(config, monkeypatch):

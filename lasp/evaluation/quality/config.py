@@ -11,6 +11,7 @@ from lasp.fields import Count, FilePath, Positive, Seed, check_fields, require
 SIZES = {"mini": (64, 8), "20m": (320, 8), "70m": (512, 16), "120m": (704, 16)}  # hidden size, layers
 Size = Literal["mini", "20m", "70m", "120m"]
 HEAD_DIM = 64
+AT_ONCE = 131_072  # tokens of short contexts that are computed together, which fill a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class QualityTable:
     held_out: Count = 64  # contexts, at most, of the table's losses and recall
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Count = 1  # runs at the same time, in processes of their own, each on a GPU of its own
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, layout="zigzag"))
 
     def __post_init__(self) -> None:
@@ -79,12 +81,17 @@ class QualityTable:
                 **parse_model(model)._asdict(),
             ),
             data=DataConfig(
-                train=f"{self.data}_train", valid=f"{self.data}_valid", tokenizer=self.tokenizer, eval_contexts=1
+                train=f"{self.data}_train",
+                valid=f"{self.data}_valid",
+                tokenizer=self.tokenizer,
+                eval_contexts=1,
+                shuffle_contexts=True,
             ),
             run_dir=f"{self.run_dir}/runs/{model.replace(':', '-')}-{size}-{context}-seed{seed}",
             steps=steps,
             context_length=context,
             batch_contexts=self.step_tokens // context,
+            contexts_at_once=max(1, min(AT_ONCE, self.step_tokens) // context),
             optimizer=OptimizerConfig(lr=self.lr, warmup_steps=steps // 20),
             parallel=self.parallel,
             dtype=self.dtype,

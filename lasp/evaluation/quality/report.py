@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 PARTS = ((0, 16), (16, 4), (4, 1))  # of the context: from 1/a (0: its beginning) to 1/b
 FAR = (64, 16, 4)  # recall of what was last seen at least 1/a of the context back
+DRAWN_FROM = 64  # positions; fewer labels have earlier ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,11 @@ class Cell:
     def loss_in(self, start: int, stop: int) -> float:
         """Of the positions from start on and before stop; NaN if there are none."""
         return _mean(self.positions, "loss", lambda first: start <= first < stop)
+
+    def loss_by_doubling(self) -> dict[int, float]:
+        """Of the positions from each key on, up to twice as far."""
+        starts = takewhile(lambda start: start < self.context, (DRAWN_FROM << number for number in count()))
+        return {start: self.loss_in(start, 2 * start) for start in starts}
 
     def recall(self, tokens: int) -> float:
         """The part that was right of pairs last seen at least so many tokens back; NaN if there are none."""
@@ -90,20 +97,18 @@ class QualityResult:
             places = 2 * number + 1, 2 * number + 2
             title = f"{size}, {context:,} tokens"
             loss, recall = (figure.add_subplot(len(groups), 2, place, xscale="log", title=title) for place in places)
-            _draw(loss, cells, "position in the document", "loss (nats per token)")
-            _draw(recall, cells, "tokens since the pair was last seen", "accuracy (%)")
+            _draw(loss, {cell.model: cell.loss_by_doubling() for cell in cells})
+            loss.set(xlabel="position in the document, and up to twice as far", ylabel="loss (nats per token)")
+            seen = {cell.model: {one["first"]: 100 * one["accuracy"] for one in cell.distances} for cell in cells}
+            _draw(recall, {model: {first: y for first, y in points.items() if first} for model, points in seen.items()})
+            recall.set(xlabel="tokens since the pair was last seen", ylabel="accuracy (%)")
         return figure
 
 
-def _draw(axes: "Axes", cells: list[Cell], across: str, up: str) -> None:
-    losses = up.startswith("loss")
-    for number, cell in enumerate(cells):
-        records = [one for one in (cell.positions if losses else cell.distances) if losses or one["first"]]
-        values = [one["loss"] if losses else 100 * one["accuracy"] for one in records]
+def _draw(axes: "Axes", curves: dict[str, dict[int, float]]) -> None:
+    for number, (model, points) in enumerate(curves.items()):
         look: dict[str, Any] = {"marker": "osD^vP*X"[number % 8], "markersize": 3, "color": f"C{number % 10}"}
-        axes.plot([max(1, one["first"]) for one in records], values, label=cell.model, **look)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+        axes.plot(list(points), list(points.values()), label=model, **look)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 

@@ -33,6 +33,7 @@ from lasp.integrations.megatron.data import build_dataset, micro_batches, order
 from lasp.integrations.megatron.run import Run
 from lasp.integrations.megatron.sequence import shard_batch
 from lasp.integrations.megatron_weights import require_same_shape, write_shape
+from lasp.kernels.parked import to_device
 from lasp.launched import end_with_launcher
 from lasp.models.loss import IGNORE
 from lasp.parallel import comm
@@ -310,7 +311,7 @@ def _load(parts: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
     device = next(model.parameters()).device
-    whole = {name: x.to(device, non_blocking=True) for name, x in next(data_iterator).items()}
+    whole = {name: to_device(x, device) for name, x in next(data_iterator).items()}
     batch = shard_batch(whole, parallel_state.get_context_parallel_group())
     counts = batch["loss_mask"] > 0
     total = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"].where(counts, IGNORE))

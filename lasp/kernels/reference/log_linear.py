@@ -24,10 +24,11 @@ from torch import Tensor
 from lasp.kernels.fenwick import fitted, level, most_slots, moved, moved_back, occupied, own_slots, routes, starts
 from lasp.kernels.leaves import NONE, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.parked import to_device
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.reference.chunk import CHUNK, read, write
-from lasp.kernels.summary import SHUT, Summary, apply, apply_transposed
+from lasp.kernels.summary import SHUT, Summary, Transition, apply, apply_transposed, compose
 
 LOG_CHUNK = CHUNK.bit_length() - 1
 
@@ -86,23 +87,24 @@ class Call:
         self.x, self.slots, device = x, x.state_shape[1], x.v.device
         chunks = cut(x.segments.offsets, x.tokens, CHUNK)
         place = torch.arange(CHUNK, device="cpu")
-        self.mask = ((place >= chunks.skipped[:, None]) & (place < chunks.stop[:, None])).to(device)  # [M, C]
-        self.token = (chunks.start[:, None] + place).to(device).where(self.mask, 0)
-        self.position = (chunks.number[:, None] * CHUNK + place).to(device)
-        self.among = level(place[:, None], place[None, :]).to(device)
-        self.owner, self.last = chunks.owner.to(device), chunks.last.to(device)
-        self.before, self.after = x.tokens.to(device), x.tokens_after.to(device)
+        mask = (place >= chunks.skipped[:, None]) & (place < chunks.stop[:, None])
+        self.mask = to_device(mask, device)  # [M, C]
+        self.token = to_device((chunks.start[:, None] + place).where(mask, 0), device)
+        self.position = to_device(chunks.number[:, None] * CHUNK + place, device)
+        self.among = to_device(level(place[:, None], place[None, :]), device)
+        self.owner, self.last = to_device(chunks.owner, device), to_device(chunks.last, device)
+        self.before, self.after = to_device(x.tokens, device), to_device(x.tokens_after, device)
         self.routes = routes(self.before, self.after, self.slots)
 
         found, roots = heights(chunks)
         lefts = torch.cat([height.left for height in found]) if found else roots[:0]
-        self.roots = roots.to(device)
-        self.siblings = [(height.left.to(device), height.right.to(device)) for height in found]
+        self.roots = to_device(roots, device)
+        self.siblings = [(to_device(height.left, device), to_device(height.right, device)) for height in found]
         self.steps = []  # of every height: chunks and what they see, segments and what their last chunks see
         for seen in (height.seen for height in found):
             sights = [(of != NONE, of) for of in (seen, seen[chunks.last])]
             self.steps.append(
-                [part.to(device) for some, of in sights for part in (some.nonzero()[:, 0], lefts[of[some]])]
+                [to_device(part, device) for some, of in sights for part in (some.nonzero()[:, 0], lefts[of[some]])]
             )
 
     def split(self, x: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class Call:
         o, s = (p * _at(scales, self.among[None])) @ v, written @ v
         for left, right in self.siblings:
             s = torch.cat([s, apply(_of(a, right), s[left]) + s[right]])
-            a = None if a is None else torch.cat([a, _then(a[left], a[right])])
+            a = None if a is None else torch.cat([a, compose(torch.stack([a[left], a[right]]), s[None])])
 
         slots = self._within_last(written, v)
         end = _of(a, self.last)
@@ -149,7 +151,8 @@ class Call:
             if len(segment):
                 slots[slot] = slots[slot].index_copy(0, segment, apply(_of(end, segment), s[seen_by_last]))
                 if end is not None and a is not None:
-                    end = end.index_copy(0, segment, _then(a[seen_by_last], end[segment]))
+                    passed = compose(torch.stack([a[seen_by_last], end[segment]]), s[None])
+                    end = end.index_copy(0, segment, passed)
         total = None if a is None else a[self.roots][:, None]
         return {"o": o, "slots": torch.stack(slots, 1), "a": total, "r": self._of_initial(r, scales)}
 
@@ -179,18 +182,13 @@ def _of(a: Tensor | None, nodes: Tensor) -> Tensor | None:
     return None if a is None else a[nodes]
 
 
-def _then(first: Tensor, second: Tensor) -> Tensor:
-    """The transition of one run after another."""
-    return first + second if first.ndim == 2 else second @ first
-
-
 def _read_before(r: Tensor, a: Tensor) -> Tensor:
     """R A, for R [m, H, C, K]: what is read of a state before the transition."""
-    return r @ a if a.ndim == r.ndim else r * a.exp()[..., None, None]
+    return r @ a if Transition.of(a, r) == Transition.MATRIX else r * a.exp()[..., None, None]
 
 
 def _transition_grad(a: Tensor, entered: Tensor, d_final: Tensor) -> Tensor:
     """∂L/∂A = Σ_j G^(j) X^(j)ᵀ, through the exponential where A is a logarithm; a [N, 1, H] or [N, 1, H, K, K]."""
-    if a.ndim == entered.ndim:
+    if Transition.of(a, entered) == Transition.MATRIX:
         return (d_final @ entered.mT).sum(1, keepdim=True)
     return (apply(a, entered) * d_final).sum((1, 3, 4))[:, None]

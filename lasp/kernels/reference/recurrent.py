@@ -8,6 +8,7 @@ o_t = scale · q_tᵀ S_t
 import torch
 from torch import Tensor
 
+from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Segments
 
 
@@ -55,6 +56,8 @@ def _per_channel(decay: Tensor | None, tokens: int, heads: int, key_dim: int, dt
     """The log decay as [B·T, H, K], whatever form it came in."""
     if decay is None:
         return None
-    decay = decay.to(dtype)
-    decay = decay.expand(tokens, heads) if decay.ndim == 1 else decay.flatten(0, 1)
-    return decay if decay.ndim == 3 else decay[:, :, None].expand(tokens, heads, key_dim)
+    kind, decay = Decay.of(decay), decay.to(dtype)
+    if kind == Decay.DIAGONAL:
+        return decay.flatten(0, 1)
+    decay = decay if kind == Decay.CONSTANT else decay.flatten(0, 1)
+    return decay[..., None].expand(tokens, heads, key_dim)

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs, Inputs, LinearInputs
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs, LogLinearInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Op
 from lasp.kernels.segments import Segments
@@ -66,7 +66,7 @@ def triton_log_linear_op(x: LogLinearInputs, asked: bool, wants_summary: bool) -
     if not (asked or _checked(x)):
         return None, "what has not been checked on such a GPU"
     op: Op[Any] = TritonLogLinear()
-    if x.beta is not None:
+    if isinstance(x, LogLinearDeltaInputs):
         op = TritonLogLinearDelta()
         if (size := x.k.shape[-1]) > MAX_DELTA_KEY:
             return None, f"a delta rule with keys of {size}: Triton takes at most {MAX_DELTA_KEY}"

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, product
 
 from lasp.kernels.blocks import Block, Mask, join, string
-from lasp.parallel.layout import PADDING, Layout, Partition
+from lasp.parallel.layout import PADDING, Layout, Partition, kept_with_partition
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Run:
     rows: slice
 
 
-@lru_cache(maxsize=256)
+@kept_with_partition
 def make_plan(partition: Partition, mask: Mask, earlier: Partition | None = None) -> Plan:
     """earlier: the keys' segment, if it is not the queries' own but one before, whose last document goes on here."""
     ranks, rank = partition.layout.ranks, partition.rank
@@ -49,11 +48,13 @@ def make_plan(partition: Partition, mask: Mask, earlier: Partition | None = None
     return Plan(ranks, rank, steps, blocks, max(pairs(partition, other, mask) for other in range(ranks)))
 
 
-@lru_cache(maxsize=64)
 def coarsen(partition: Partition, inner: int) -> Partition:
     """The partition among ranks // inner groups of `inner` consecutive ranks: the same layout, of longer units."""
-    if inner == 1:
-        return partition
+    return partition if inner == 1 else _coarser(partition, inner)
+
+
+@kept_with_partition
+def _coarser(partition: Partition, inner: int) -> Partition:
     layout = Layout(partition.layout.name, partition.layout.ranks // inner)
     length = inner * partition.unit_length
     return Partition(layout, partition.rank // inner, partition.offsets, unit_length=length, past=partition.past)

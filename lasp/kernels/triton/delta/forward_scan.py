@@ -27,7 +27,7 @@ def _forward_scan(
     q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
     k,
     written,
-    ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
+    ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     v,  # [tokens, H, V]
     gates,  # [chunks, H, 4, C]: beta, b, e^b, e^{b_C - b}
     ut,  # [tokens, H, C]: T
@@ -91,7 +91,7 @@ def _forward_scan(
         betas = tl.load(gate).to(tl.float32)
         if DECAY == DIAGONAL:
             wc = tl.load(written + at_k, mask=here_k, other=0.0).to(work)
-            total = tl.exp(tl.load(ends + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0))[None, :]
+            total = tl.exp(tl.load(ln_ends + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0))[None, :]
         elif DECAY != NONE:
             from_start, to_end = tl.load(gate + 2 * C).to(tl.float32), tl.load(gate + 3 * C).to(tl.float32)
             total = tl.load(gates + ((chunk + i) * H + h) * 4 * C + 3 * C - 1).to(tl.float32)
@@ -159,10 +159,10 @@ def forward_scan(
     how = config.outputs if mode is OUTPUTS else config.states
     block_v = min(block_of(value_dim), how.block)
     heads = heads or range(all_heads)
-    q, k, written, ends, _ = terms.factors
+    q, k, written, ln_ends, _ = terms.factors
     launch(
         _forward_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
-        q, k, written, ends, v, terms.gates, terms.ut, terms.scores, initial, final, o, *recomputed,
+        q, k, written, ln_ends, v, terms.gates, terms.ut, terms.scores, initial, final, o, *recomputed,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
         heads.step, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode,
         FINAL=final is not None, DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,

@@ -25,14 +25,14 @@ from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 class Factors(NamedTuple):
     """q, k: what reads the state that enters a chunk; written: what is written into it; [B, T, H or Hq, K].
 
-    With a diagonal decay: ends, b_C [chunks, H, K], and ln_chunk_decay, the largest -b_C [chunks, H], in fp32;
+    With a diagonal decay: ln_ends, b_C [chunks, H, K], and ln_chunk_decay, the largest -b_C [chunks, H], in fp32;
     else q and k themselves.
     """
 
     q: Tensor
     k: Tensor
     written: Tensor
-    ends: Tensor | None = None
+    ln_ends: Tensor | None = None
     ln_chunk_decay: Tensor | None = None
 
 
@@ -44,7 +44,7 @@ def _factors(
     q_read,  # [tokens, H, K]: q⁺
     k_read,  # k⁺
     written,  # k⁻
-    ends,  # [chunks, H, K] fp32
+    ln_ends,  # [chunks, H, K] fp32
     ln_chunk_decay,  # [chunks, H] fp32
     scores,  # [tokens, H, C]: P, if SCORES
     products,  # [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i, if SCORES
@@ -70,7 +70,7 @@ def _factors(
         store_rows(k_read, (kc * from_start).to(work), begin, here, h, H, cols, K)
         store_rows(written, (kc * to_end).to(work), begin, here, h, H, cols, K)
         end = tl.sum(g, axis=0)
-        tl.store(ends + (chunk * H + h) * K + cols, end, mask=cols < K)
+        tl.store(ln_ends + (chunk * H + h) * K + cols, end, mask=cols < K)
         widest = tl.maximum(widest, tl.max(-end))
         if SCORES:
             half = 0.5 * end[None, :]
@@ -129,7 +129,7 @@ def diagonal_factors(
     """
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     read_q, read_k, written = (torch.empty_like(decay, dtype=dtype) for _ in range(3))
-    ends = decay.new_empty(chunks.count, heads, key_dim, dtype=torch.float32)
+    ln_ends = decay.new_empty(chunks.count, heads, key_dim, dtype=torch.float32)
     ln_chunk_decay = decay.new_empty(chunks.count, heads, dtype=torch.float32)
     scores = products = None
     if scale is not None:
@@ -138,9 +138,9 @@ def diagonal_factors(
     how = config.factors
     launch(
         _factors, (chunks.count, heads),
-        q, k, decay, read_q, read_k, written, ends, ln_chunk_decay, scores, products, chunks.start, chunks.length,
+        q, k, decay, read_q, read_k, written, ln_ends, ln_chunk_decay, scores, products, chunks.start, chunks.length,
         scale or 1.0, heads, heads // q_heads, K=key_dim, BK=min(how.block, block_of(key_dim)), C=chunks.size,
         SCORES=scale is not None, MAX_LN_DECAY=config.max_ln_decay, BY_PRODUCTS=config.sums_by_products,
         PRECISION=config.precision, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    return Factors(read_q, read_k, written, ends, ln_chunk_decay), scores, products
+    return Factors(read_q, read_k, written, ln_ends, ln_chunk_decay), scores, products

@@ -23,7 +23,7 @@ def _reverse_scan(
     q,  # [tokens, Hq, K]; q⁺, k⁺, k⁻ [tokens, H, K] if DIAGONAL
     k,
     written,
-    ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
+    ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     do,  # [tokens, H, V]
     gates,
     ut,
@@ -86,7 +86,7 @@ def _reverse_scan(
         pc = tl.load(scores + (place * (H * C))[:, None] + c[None, :], mask=here[:, None], other=0.0)
         dut = tl.dot(grad.to(work), tl.trans(wc), input_precision=PRECISION)
         if DECAY == DIAGONAL:
-            total = tl.exp(tl.load(ends + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0))[None, :]
+            total = tl.exp(tl.load(ln_ends + ((chunk + i) * H + h) * K + cols, mask=in_k, other=0.0))[None, :]
         elif DECAY != NONE:
             from_start, to_end = tl.load(gate + 2 * C).to(tl.float32), tl.load(gate + 3 * C).to(tl.float32)
             total = total_next
@@ -129,10 +129,10 @@ def reverse_scan(
     how = config.reverse
     block_v = min(block_of(value_dim), how.block)
     heads = heads or range(all_heads)
-    q, k, written, ends, _ = terms.factors
+    q, k, written, ln_ends, _ = terms.factors
     launch(
         _reverse_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
-        q, k, written, ends, do, terms.gates, terms.ut, terms.scores, d_final, d_initial, dr, d_states,
+        q, k, written, ln_ends, do, terms.gates, terms.ut, terms.scores, d_final, d_initial, dr, d_states,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
         heads.step, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode,
         FINAL=d_initial is not None, DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages,

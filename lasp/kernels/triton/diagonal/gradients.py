@@ -23,13 +23,29 @@ from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
 
 @triton.jit
+def score_grads(
+    v, do, token, here, h, H, V: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """do vᵀ of a chunk, and its transpose from a product of its own, [C, C]."""
+    C: tl.constexpr = here.shape[0]
+    dp, dpt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for at in range(0, V, BV):
+        cols = at + tl.arange(0, BV)
+        vc = load_rows(v, token, here, h, H, cols, V).to(OPERAND)
+        doc = load_rows(do, token, here, h, H, cols, V).to(OPERAND)
+        dp = tl.dot(doc, tl.trans(vc), dp, input_precision=PRECISION)
+        dpt = tl.dot(vc, tl.trans(doc), dpt, input_precision=PRECISION)
+    return dp, dpt
+
+
+@triton.jit
 def _gradients(
     q,  # [tokens, H, K]: q̃, then dq
     k,  # [tokens, H, K]: k̃, then dk
     v,  # [tokens, H, V]
     do,
     decay,  # [tokens, H, K]
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     before,  # [slots, H, K, V]: X̃
     after,  # [slots, H, K, V]: G̃
@@ -47,13 +63,7 @@ def _gradients(
         here, token = i * C + tl.arange(0, C) < count, begin + i * C
         slot = (begin // C + tile + i) * H + h
         half = load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
-        dp, dpt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-        for at_v in range(0, V, BV):
-            cols = at_v + tl.arange(0, BV)
-            vc = load_rows(v, token, here, h, H, cols, V).to(operand)
-            doc = load_rows(do, token, here, h, H, cols, V).to(operand)
-            dp = tl.dot(doc, tl.trans(vc), dp, input_precision=PRECISION)
-            dpt = tl.dot(vc, tl.trans(doc), dpt, input_precision=PRECISION)
+        dp, dpt = score_grads(v, do, token, here, h, H, V, BV, operand, PRECISION)
         lower, upper = (first >= second) & (half > 0.0), (first <= second) & (half > 0.0)
         dp, dpt = tl.where(lower, dp, 0.0).to(operand), tl.where(upper, dpt, 0.0).to(operand)
 
@@ -71,7 +81,7 @@ def _gradients(
                 overlap += tl.sum(x.to(tl.float32) * gc.to(tl.float32), axis=1)
             qc = load_rows(q, token, here, h, H, rows, K)
             kc = load_rows(k, token, here, h, H, rows, K)
-            between = (1.0 - 2.0 * half) * tl.load(ends + slot * K + rows, mask=rows < K, other=0.0)[None, :]
+            between = (1.0 - 2.0 * half) * tl.load(ln_ends + slot * K + rows, mask=rows < K, other=0.0)[None, :]
             past = kc * dkc
             dqc = tl.dot(dp, kc, dqc, input_precision=PRECISION)
             dkc = tl.dot(dpt, qc, dkc, input_precision=PRECISION)
@@ -80,7 +90,7 @@ def _gradients(
             g = load_decays(decay, token, here, h, H, rows, K)
             exponent = query_exponents(g, half, BY_PRODUCTS, exact)
             store_rows(q, dqc * (scale * tl.exp(exponent)), token, here, h, H, rows, K)
-            exponent = tl.where(half > 0.0, -exponent, 0.0)  # secondary chunks: see _secondary_gradients
+            exponent = tl.where(half > 0.0, -exponent, 0.0)  # secondary chunks: see secondary.secondary_gradients
             store_rows(k, dkc * tl.exp(exponent), token, here, h, H, rows, K)
 
 
@@ -132,7 +142,7 @@ def gradients(
     chunks = cdiv(tiles.size, config.chunk)
     launch(
         _gradients, (chunks * heads * tiles.count,),
-        x.q, x.k, v, do, decay, x.ends, x.ln_chunk_decay, before, after, dg, tiles.start, tiles.length,
+        x.q, x.k, v, do, decay, x.ln_ends, x.ln_chunk_decay, before, after, dg, tiles.start, tiles.length,
         scale, chunks, heads,
         K=key_dim, V=value_dim, BK=min(64, block_of(key_dim)), BV=min(config.gradients.columns, block_of(value_dim)),
         C=config.chunk, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,

@@ -8,7 +8,7 @@ from torch import Tensor
 from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.diagonal.gradients import gradients
-from lasp.kernels.triton.diagonal.outputs import walk
+from lasp.kernels.triton.diagonal.outputs import scan_outputs
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, rescale
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
@@ -28,21 +28,21 @@ class Portable:
     def outputs(self, x: LinearInputs, rescaled: Rescaled, initial: InitialStates) -> Tensor:
         """o [B, T, H, V]."""
         o = torch.empty_like(x.v)
-        self._walk(rescaled, (rescaled.q, rescaled.k, x.v), initial, o, None)
+        self._scan(rescaled, (rescaled.q, rescaled.k, x.v), initial, o, None)
         return o
 
     def value_grads(self, rescaled: Rescaled, do: Tensor, d_final: InitialStates) -> tuple[Tensor, Tensor]:
         """dv [B, T, H, V], and G̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the gradients of the
         states that leave the tiles."""
-        dv, grads = torch.empty_like(do), rescaled.q.new_empty(*rescaled.ends.shape, do.shape[3])
-        self._walk(rescaled, (rescaled.k, rescaled.q, do), d_final, dv, grads)
+        dv, grads = torch.empty_like(do), rescaled.q.new_empty(*rescaled.ln_ends.shape, do.shape[3])
+        self._scan(rescaled, (rescaled.k, rescaled.q, do), d_final, dv, grads)
         return dv, grads
 
-    def _walk(
+    def _scan(
         self, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
         chunk_states: Tensor | None,
     ) -> None:  # fmt: skip
-        walk(self.tiles, x, rows, initial, y, chunk_states, self.config)
+        scan_outputs(self.tiles, x, rows, initial, y, chunk_states, self.config)
 
     def gradients(
         self, x: LinearInputs, rescaled: Rescaled, do: Tensor, before: Tensor, after: Tensor

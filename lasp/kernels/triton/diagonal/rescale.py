@@ -27,7 +27,7 @@ from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.rows import load_decays, load_rows, store_rows
 
-GENTLE = 100.0  # e^50 fits into what 16 bits hold of operands; no gate that is shut (SHUT) lies in such a chunk
+PRIMARY = 100.0  # e^50 fits into what 16 bits hold of operands; no gate that is shut (SHUT) lies in such a chunk
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     if v.dtype == torch.bfloat16:
         return DiagonalConfig(
             chunk=64,
-            max_ln_decay=GENTLE,
+            max_ln_decay=PRIMARY,
             operand=torch.bfloat16,
             precision="tf32",
             sums_by_products=True,
@@ -78,7 +78,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     shared = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
     return DiagonalConfig(
         chunk=32,
-        max_ln_decay=GENTLE if half else 32.0,
+        max_ln_decay=PRIMARY if half else 32.0,
         operand=torch.float32,
         precision="tf32x3" if half else "ieee",
         sums_by_products=False,
@@ -99,7 +99,7 @@ class Rescaled:
 
     q: Tensor
     k: Tensor
-    ends: Tensor  # [slots, H, K]
+    ln_ends: Tensor  # [slots, H, K]
     ln_chunk_decay: Tensor  # [slots, H]
 
 
@@ -109,9 +109,9 @@ def load_half(ln_chunk_decay, slot, MAX_LN_DECAY: tl.constexpr):
 
 
 @triton.jit
-def load_end(ends, slot, rows, K: tl.constexpr):
+def load_end(ln_ends, slot, rows, K: tl.constexpr):
     """b_C as a column, [BK, 1]."""
-    return tl.load(ends + slot * K + rows[:, None], mask=(rows < K)[:, None], other=0.0)
+    return tl.load(ln_ends + slot * K + rows[:, None], mask=(rows < K)[:, None], other=0.0)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _rescale(
     decay,  # [tokens, H, K]
     q_out,  # [tokens, H, K]
     k_out,
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     start, length, scale, CHUNKS, H, G,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, MAX_LN_DECAY: tl.constexpr,
@@ -146,7 +146,7 @@ def _rescale(
         end = tl.sum(g, axis=0)
         largest = tl.max(-end, axis=0)
         half = tl.where(largest + tl.zeros([1, 1], tl.float32) > MAX_LN_DECAY, 0.0, 0.5)
-        tl.store(ends + slot * K + cols, end, mask=cols < K)
+        tl.store(ln_ends + slot * K + cols, end, mask=cols < K)
         tl.store(ln_chunk_decay + slot, largest)
         store_rows(q_out, qc * (scale * tl.exp(b - half * end[None, :])), token, here, h, H, cols, K)
         if largest > MAX_LN_DECAY:  # a difference of large sums has too few digits
@@ -162,14 +162,14 @@ def rescale(tiles: Tiles, q: Tensor, k: Tensor, decay: Tensor, scale: float, con
     (heads, key_dim), q_heads = decay.shape[2:], q.shape[2]
     slots = q.shape[0] * q.shape[1] // config.chunk + tiles.count + 1
     q_out, k_out = (torch.empty_like(decay, dtype=config.operand) for _ in range(2))
-    ends = decay.new_empty(slots, heads, key_dim, dtype=torch.float32)
+    ln_ends = decay.new_empty(slots, heads, key_dim, dtype=torch.float32)
     ln_chunk_decay = decay.new_empty(slots, heads, dtype=torch.float32)
     chunks = cdiv(tiles.size, config.chunk)
     launch(
         _rescale, (chunks * heads * tiles.count,),
-        q, k, decay, q_out, k_out, ends, ln_chunk_decay, tiles.start, tiles.length,
+        q, k, decay, q_out, k_out, ln_ends, ln_chunk_decay, tiles.start, tiles.length,
         scale, chunks, heads, heads // q_heads,
         K=key_dim, BK=block_of(key_dim), C=config.chunk, MAX_LN_DECAY=config.max_ln_decay,
         num_warps=4 if key_dim <= 128 else 8,
     )  # fmt: skip
-    return Rescaled(q_out, k_out, ends, ln_chunk_decay)
+    return Rescaled(q_out, k_out, ln_ends, ln_chunk_decay)

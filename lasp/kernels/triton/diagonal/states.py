@@ -1,8 +1,8 @@
-"""Diagonal decay, the walks that find states: a tile's summary (phase 1), and the states of every chunk (for backward).
+"""Diagonal decay, the scans that find states: a tile's summary (phase 1), and the states of every chunk (for backward).
 
     S = Σ_t (k_t e^{b_end - b_t}) v_tᵀ        D = Σ_t (q_t e^{b_t}) do_tᵀ        log A = b_end
 
-chunk by chunk with k̃ and q̃ (diagonal_chunk): forward walks up and backward walks down, with one and the same step.
+chunk by chunk with k̃ and q̃ (see rescale), in reverse for gradients.
 """
 
 import triton
@@ -22,7 +22,7 @@ from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial
 def _scan_states(
     k,  # [tokens, H, K]: k̃, or q̃ backward
     v,  # [tokens, H, V]: v, or do backward
-    ends,  # [slots, H, K] fp32
+    ln_ends,  # [slots, H, K] fp32
     ln_chunk_decay,  # [slots, H] fp32
     states,  # [M, H, K, V] fp32: the tiles' summaries, written; or, EACH_CHUNK, with the next two, see InitialStates
     incoming,
@@ -52,7 +52,7 @@ def _scan_states(
         slot = (begin // C + tile + i) * H + h
         kc = load_rows(k, begin + i * C, here, h, H, rows, K)
         vc = load_rows(v, begin + i * C, here, h, H, cols, V).to(k.dtype.element_ty)
-        end, half = load_end(ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
+        end, half = load_end(ln_ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
         if not BACKWARD:
             total += end
         if EACH_CHUNK:
@@ -70,22 +70,22 @@ def _scan_states(
 
 def tile_states(tiles: Tiles, x: Rescaled, v: Tensor, config: DiagonalConfig) -> tuple[Tensor, Tensor]:
     """S [M, H, K, V] and log A [M, H, K] of every tile."""
-    transitions = x.ends.new_empty(tiles.count, *x.k.shape[2:])
-    states = x.ends.new_empty(*transitions.shape, v.shape[3])
+    transitions = x.ln_ends.new_empty(tiles.count, *x.k.shape[2:])
+    states = x.ln_ends.new_empty(*transitions.shape, v.shape[3])
     _launch(tiles, x.k, v, x, InitialStates(states), transitions, None, config, backward=False)
     return states, transitions
 
 
 def tile_states_grad(tiles: Tiles, x: Rescaled, do: Tensor, config: DiagonalConfig) -> Tensor:
     """D [M, H, K, V] of every tile."""
-    states = x.ends.new_empty(tiles.count, *x.q.shape[2:], do.shape[3])
+    states = x.ln_ends.new_empty(tiles.count, *x.q.shape[2:], do.shape[3])
     _launch(tiles, x.q, do, x, InitialStates(states), None, None, config, backward=True)
     return states
 
 
 def chunk_states(tiles: Tiles, x: Rescaled, v: Tensor, initial: InitialStates, config: DiagonalConfig) -> Tensor:
     """X̃ of every chunk, [slots, H, K, V] in the operands' dtype, from the states that enter the tiles."""
-    states = x.k.new_empty(*x.ends.shape, v.shape[3])
+    states = x.k.new_empty(*x.ln_ends.shape, v.shape[3])
     _launch(tiles, x.k, v, x, initial, None, states, config, backward=False)
     return states
 
@@ -98,7 +98,7 @@ def _launch(
     block_v = min(block_of(value_dim), config.states.columns)
     launch(
         _scan_states, (tiles.count, heads, cdiv(value_dim, block_v)),
-        k, v, x.ends, x.ln_chunk_decay, *states, transitions, chunk_states,
+        k, v, x.ln_ends, x.ln_chunk_decay, *states, transitions, chunk_states,
         tiles.owner, tiles.start, tiles.length, heads,
         K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=config.chunk, BACKWARD=backward,
         EACH_CHUNK=chunk_states is not None, MAX_LN_DECAY=config.max_ln_decay, PRECISION=config.precision,

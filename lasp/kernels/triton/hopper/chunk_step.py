@@ -6,8 +6,8 @@ For the gradient of gates (SUMS), with X the state before a chunk, G its gradien
 
     dq    r_i = q_i · w_i Xᵀ do_i, and <X, G>        dv    u_j = v_j · w_j Gᵀ k_j + Σ_{i>j} E_ij - Σ_{i<j} E_ji
 
-dv's scan gives G to dq's as it has rounded it for its own products. Nothing that is summed is the small difference of
-large numbers, so that none has to be rounded as another.
+joint_scan finds all of it; else dv's scan gives G to dq's as it has rounded it for its own products. Nothing that is
+summed is the small difference of large numbers, so that none has to be rounded as another.
 
 In fp16, which has no room for a state, its copies are scaled so that the largest number fits.
 """
@@ -16,10 +16,11 @@ from enum import IntEnum
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
-from lasp.kernels.triton.hopper.layouts import mma_layout
-from lasp.kernels.triton.hopper.shared import C, whole_decay
+from lasp.kernels.triton.hopper.layouts import C, mma_layout
+from lasp.kernels.triton.hopper.products import add_product, product
+from lasp.kernels.triton.hopper.shared import whole_decay
 from lasp.kernels.triton.shared.decay import NONE
 
 
@@ -41,6 +42,15 @@ def write_copy(x, copy):
         x *= LARGE / most
     copy.store(x.to(copy.dtype))
     return up
+
+
+@gluon.jit
+def scales(scale, dtype: gl.constexpr):
+    """Factors of weights and of what they give, whose product is the scale: fp16 has no room for small weights."""
+    if dtype == gl.float16:
+        return 1.0, scale
+    else:
+        return scale, 1.0
 
 
 @gluon.jit
@@ -79,15 +89,14 @@ def open_chunk(
     seen = row[:, None] >= col[None, :]
     if DECAY != NONE:
         x *= gl.exp2(whole_decay(gs, gl.SliceLayout(1, mma_layout(W))))[:, None]
-    nothing = gl.zeros([C, C], gl.float32, SCORES)
-    scores = warpgroup_mma(ac, bc.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = product(ac, bc.permute((1, 0)), SCORES)  # a_i·b_j
     read = _read(ac, copy)
     if DECAY == NONE:
-        x = warpgroup_mma(bc.permute((1, 0)), cc, x, is_async=True)
+        x = add_product(x, bc.permute((1, 0)), cc)  # X + Σ_j b_j c_jᵀ
         scores = warpgroup_mma_wait(2, deps=(scores,))
         scores = gl.where(seen, scores, 0.0)
     else:
-        x = warpgroup_mma(_written(bc, gs, W), cc, x, is_async=True)
+        x = add_product(x, _written(bc, gs, W), cc)  # w X + Σ_j w_j b_j c_jᵀ
         gap = gs.load(gl.SliceLayout(1, SCORES))[:, None] - gs.load(gl.SliceLayout(0, SCORES))[None, :]
         weights = gl.exp2(gl.where(seen, gap, float("-inf")))
         scores = warpgroup_mma_wait(2, deps=(scores,)) * weights
@@ -99,9 +108,7 @@ def open_chunk(
 @gluon.jit
 def _read(ac, copy):
     """a_iᵀ X, on its way."""
-    W: gl.constexpr = copy.shape[1]
-    nothing = gl.zeros([C, W], gl.float32, mma_layout(W))
-    return warpgroup_mma(ac, copy, nothing, use_acc=False, is_async=True)
+    return product(ac, copy, mma_layout(copy.shape[1]))
 
 
 @gluon.jit

@@ -85,8 +85,8 @@ class HopperDiagonal(Hopper):
         factors, scores, products = self._factors(x, x.scale)
         assert x.decay is not None and factors.ln_chunk_decay is not None
         assert scores is not None and products is not None
-        steep = x.q, x.k, x.decay, factors.ln_chunk_decay, scores, products
-        secondary_scores(self.cut.chunks, *steep, x.scale, self.config)
+        tensors = x.q, x.k, x.decay, factors.ln_chunk_decay, scores, products
+        secondary_scores(self.cut.chunks, *tensors, x.scale, self.config)
         return Terms(*ut_transform(self.cut.chunks, x.k, x.decay, x.beta, products), scores, factors)
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:

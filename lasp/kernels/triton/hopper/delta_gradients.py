@@ -11,14 +11,12 @@ of the decay.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
-from lasp.kernels.triton.hopper.delta_shared import left_of, tokens_layout, warp_groups
-from lasp.kernels.triton.hopper.shared import C, barrier, whole_decay
+from lasp.kernels.triton.hopper.delta_shared import left_of
+from lasp.kernels.triton.hopper.layouts import C, mma_layout
+from lasp.kernels.triton.hopper.products import add_product, product
+from lasp.kernels.triton.hopper.shared import barrier, publish, whole_decay
 from lasp.kernels.triton.shared.decay import NONE, SHUT
 
 SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -32,10 +30,10 @@ def _add(a, b):
 
 
 @gluon.jit
-def add_up(sums, ring, decay, d_decay, d_beta, numbers, ADD: gl.constexpr):
+def add_up(sums, ring, decay, d_decay, d_beta, place, ADD: gl.constexpr):
     """The gradients of beta and of the decay, chunk by chunk, from what groups of warps know of them, and, if ADD, from
     what is there."""
-    begin, count, h, H = numbers
+    count = place.length
     chunks = gl.cdiv(count, C)
     for step in range(chunks):
         i = chunks - 1 - step
@@ -46,18 +44,18 @@ def add_up(sums, ring, decay, d_decay, d_beta, numbers, ADD: gl.constexpr):
             carried = gl.sum(gl.sum(sums.index(2).load(PAIRS), axis=0), axis=0)
         barrier()
         ring.release(step)
-        place = i * C + gl.arange(0, C, layout=PAIR)
-        at = (begin + place) * H + h
+        token = i * C + gl.arange(0, C, layout=PAIR)
+        at, here = (place.begin + token) * place.H + place.h, token < count
         if ADD:
-            for_beta += gl.load(d_beta + at, mask=place < count, other=0.0).to(gl.float32)
-        gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=place < count)
+            for_beta += gl.load(d_beta + at, mask=here, other=0.0).to(gl.float32)
+        gl.store(d_beta + at, for_beta.to(d_beta.dtype.element_ty), mask=here)
         if d_decay is not None:
             dg = gl.associative_scan(change, 0, _add, reverse=True) + carried
-            g = gl.load(decay + at, mask=place < count, other=0.0).to(gl.float32)
+            g = gl.load(decay + at, mask=here, other=0.0).to(gl.float32)
             dg = gl.where(g <= SHUT, 0.0, dg)
             if ADD:
-                dg += gl.load(d_decay + at, mask=place < count, other=0.0).to(gl.float32)
-            gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=place < count)
+                dg += gl.load(d_decay + at, mask=here, other=0.0).to(gl.float32)
+            gl.store(d_decay + at, dg.to(d_decay.dtype.element_ty), mask=here)
 
 
 @gluon.jit
@@ -76,65 +74,62 @@ def _columns(buffer, piece: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def stage_gradients(
-    grad, chunk_rows, gates, given, sums, ring, step, scale,
-    K: gl.constexpr, V: gl.constexpr, LEARNED: gl.constexpr, DECAY: gl.constexpr,
+    grad, chunk, drc, g, gates, dq_out, dk_out, sums, ring, step, scale, LEARNED: gl.constexpr, DECAY: gl.constexpr
 ):  # fmt: skip
     """The second part of a chunk: dq may take the place of G, and dk what is left of it; dv takes that of dr."""
-    GROUPS: gl.constexpr = warp_groups(K, V)
+    GROUPS: gl.constexpr = gl.num_warps() // 4
+    K: gl.constexpr = chunk.k.shape[1]
+    V: gl.constexpr = chunk.do.shape[1]
     PIECE: gl.constexpr = 128 if K > 128 else K  # columns of dq, w and dk that registers hold at once
     LAST: gl.constexpr = K // PIECE - 1
-    SCORES: gl.constexpr = tokens_layout(K, V, C)
-    KEYS: gl.constexpr = tokens_layout(K, V, PIECE)  # [C, PIECE]
-    VALUES: gl.constexpr = tokens_layout(K, V, V)  # [C, V]
+    SCORES: gl.constexpr = mma_layout(C, gl.num_warps())
+    KEYS: gl.constexpr = mma_layout(PIECE, gl.num_warps())  # [C, PIECE]
+    VALUES: gl.constexpr = mma_layout(V, gl.num_warps())  # [C, V]
     KEYS_LEFT: gl.constexpr = left_of(KEYS)
-    dq_out, dk_out = given
-    qc, kc, vc, doc, uc, drc, x, g, pc, tc = chunk_rows
-    betas, passed, from_starts, to_ends = gates
-    dtype: gl.constexpr = kc.dtype
+    vc, doc, uc, pc, tc = chunk.v, chunk.do, chunk.u, chunk.scores, chunk.ut
+    dtype: gl.constexpr = chunk.k.dtype
     row, col = gl.arange(0, C, layout=gl.SliceLayout(1, SCORES)), gl.arange(0, C, layout=gl.SliceLayout(0, SCORES))
-    none, nothing = gl.zeros([C, C], gl.float32, SCORES), gl.zeros([C, PIECE], gl.float32, KEYS)
-    SUMMED: gl.constexpr = _row_sums(nothing, GROUPS).type.layout
+    SUMMED: gl.constexpr = _row_sums(gl.zeros([C, PIECE], gl.float32, KEYS), GROUPS).type.layout
     from_w = gl.zeros([GROUPS, C], gl.float32, SUMMED)
     change, carried = from_w, from_w
-    near = warpgroup_mma(doc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
-    erased = warpgroup_mma(drc, uc.permute((1, 0)), none, use_acc=False, is_async=True)
+    near = product(doc, uc.permute((1, 0)), SCORES)  # do uᵀ
+    erased = product(drc, uc.permute((1, 0)), SCORES)  # dr uᵀ
     for piece in gl.static_range(LAST + 1):
-        xp, gp = _columns(x, piece, PIECE), _columns(g, piece, PIECE)
-        qp, kp = _columns(qc, piece, PIECE), _columns(kc, piece, PIECE)
-        dq = warpgroup_mma(doc, xp, nothing, use_acc=False, is_async=True)
-        w = warpgroup_mma(drc, xp, nothing, use_acc=False, is_async=True)
+        xp, gp = _columns(chunk.states, piece, PIECE), _columns(g, piece, PIECE)
+        qp, kp = _columns(chunk.q, piece, PIECE), _columns(chunk.k, piece, PIECE)
+        dq = product(doc, xp, KEYS)  # do Xᵀ
+        w = product(drc, xp, KEYS)  # dr Xᵀ
         if piece == 0:
             near, erased, grad = warpgroup_mma_wait(2, deps=(near, erased, grad))
             if DECAY != NONE:
-                down = passed.load(gl.SliceLayout(1, SCORES))[:, None] - passed.load(gl.SliceLayout(0, SCORES))[None, :]
+                b = gates.ln_passed
+                down = b.load(gl.SliceLayout(1, SCORES))[:, None] - b.load(gl.SliceLayout(0, SCORES))[None, :]
                 weights = gl.exp(gl.minimum(down, 0.0))
                 near *= weights
                 erased *= weights
             pc.store(gl.where(row[:, None] >= col[None, :], near * scale, 0.0).to(dtype))
             tc.store(gl.where(row[:, None] > col[None, :], erased, 0.0).to(dtype))
-        dk = warpgroup_mma(uc, gp, nothing, use_acc=False, is_async=True)
+        dk = product(uc, gp, KEYS)  # u Gᵀ
         dq, w, dk = warpgroup_mma_wait(0, deps=(dq, w, dk))
         if piece == 0:
-            fence_async_shared()
-            barrier()
-
+            publish()
         if DECAY == NONE:
             dq *= scale
         else:
-            from_start = from_starts.load(gl.SliceLayout(1, KEYS))
+            from_start = gates.from_start.load(gl.SliceLayout(1, KEYS))
             dq *= (scale * from_start)[:, None]
             w *= from_start[:, None]
-            dk *= to_ends.load(gl.SliceLayout(1, KEYS))[:, None]
-        dq = warpgroup_mma(pc, kp, dq, is_async=True)
-        w = warpgroup_mma(tc, kp, w, is_async=True)
+            dk *= gates.to_end.load(gl.SliceLayout(1, KEYS))[:, None]
+        dq = add_product(dq, pc, kp)  # e^b do Xᵀ + P' k
+        w = add_product(w, tc, kp)  # e^b dr Xᵀ + N k
         if LEARNED:
             carried += _row_sums(kp.load(KEYS).to(gl.float32) * dk, GROUPS)
-        dk = warpgroup_mma(pc.permute((1, 0)), qp, dk, is_async=True)
-        forget = -betas.load(gl.SliceLayout(0, KEYS_LEFT))
+        dk = add_product(dk, pc.permute((1, 0)), qp)  # e^{b_C - b} u Gᵀ + P'ᵀ q
+        forget = -gates.beta.load(gl.SliceLayout(0, KEYS_LEFT))
         forgotten = (tc.permute((1, 0)).load(KEYS_LEFT).to(gl.float32) * forget[None, :]).to(dtype)
-        dk = warpgroup_mma(forgotten, kp, dk, is_async=True)
+        dk = add_product(dk, forgotten, kp)  # … - Nᵀ (beta k)
         if LEARNED:
-            total = whole_decay(from_starts, gl.SliceLayout(0, SUMMED))[None, :]
+            total = whole_decay(gates.from_start, gl.SliceLayout(0, SUMMED))[None, :]
             for rows in gl.static_range(V // C):
                 overlap = xp.slice(rows * C, C).load(KEYS).to(gl.float32) * gp.slice(rows * C, C).load(KEYS)
                 carried += total * _row_sums(overlap, GROUPS)
@@ -144,8 +139,8 @@ def stage_gradients(
                 sums.index(2).store(carried)
             dr = drc.load(VALUES).to(gl.float32)
             for_beta = _row_sums(dr * vc.load(VALUES).to(gl.float32), GROUPS)
-            drc.store((betas.load(gl.SliceLayout(1, VALUES))[:, None] * dr).to(dtype))
-        beta = betas.load(gl.SliceLayout(1, KEYS))[:, None]
+            drc.store((gates.beta.load(gl.SliceLayout(1, VALUES))[:, None] * dr).to(dtype))
+        beta = gates.beta.load(gl.SliceLayout(1, KEYS))[:, None]
         barrier()  # this piece of G has been read
         dq = warpgroup_mma_wait(3, deps=(dq,))
         _columns(dq_out, piece, PIECE).store(dq.to(dtype))
@@ -160,6 +155,6 @@ def stage_gradients(
         if LEARNED:
             change -= _row_sums(kp.load(KEYS).to(gl.float32) * dk, GROUPS)
     if LEARNED:
-        sums.index(1).store(change - 2 * betas.load(gl.SliceLayout(0, SUMMED))[None, :] * from_w)
+        sums.index(1).store(change - 2 * gates.beta.load(gl.SliceLayout(0, SUMMED))[None, :] * from_w)
     fence_async_shared()
     return grad

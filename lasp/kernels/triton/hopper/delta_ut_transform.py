@@ -13,7 +13,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.shared import GATES_SHARED, C, barrier
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C
+from lasp.kernels.triton.hopper.shared import barrier
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, scalar_decay
@@ -80,13 +81,9 @@ def _ut_transform(
     beta,  # [tokens, H]
     ut,  # [tokens, H, C]: the row of T that belongs to a token
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b and e^{b_C - b}; if DIAGONAL beta alone
-    start,
-    length,
-    H,
-    G,
-    K: gl.constexpr,
-    DECAY: gl.constexpr,
-):
+    start, length, H, G,
+    K: gl.constexpr, DECAY: gl.constexpr,
+):  # fmt: skip
     griddepcontrol_wait()
     chunk, h = gl.program_id(0), gl.program_id(1)
     begin, count = gl.load(start + chunk), gl.load(length + chunk).to(gl.int32)
@@ -130,8 +127,9 @@ def _ut_transform(
         row, col = gl.arange(0, HALF, layout=gl.SliceLayout(1, MMA)), gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))
         at = k + (begin * H + h) * C + (row * (H * C))[:, None] + col[None, :]
         early, late = (row < count)[:, None], (row + HALF < count)[:, None]
-        s0 = gl.load(at, mask=early, other=0.0)
-        s1 = gl.load(at + HALF * H * C + HALF, mask=late, other=0.0)
+        past = row[:, None] > col[None, :]
+        s0 = gl.load(at, mask=early & past, other=0.0)
+        s1 = gl.load(at + HALF * H * C + HALF, mask=late & past, other=0.0)
         below = gl.load(at + HALF * H * C, mask=late, other=0.0)
     else:
         s0 = gl.zeros([HALF, HALF], gl.float32, MMA)

@@ -10,7 +10,7 @@ from lasp.kernels.triton.diagonal.portable import Portable
 from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.diagonal_factors import rescale
 from lasp.kernels.triton.hopper.diagonal_gradients import linear_gradients
-from lasp.kernels.triton.hopper.diagonal_walk import walk
+from lasp.kernels.triton.hopper.diagonal_scan import diagonal_scan
 from lasp.kernels.triton.shared.state_passing import InitialStates
 
 
@@ -27,11 +27,11 @@ class Hopper(Portable):
         assert x.decay is not None
         return rescale(self.tiles, x.q, x.k, x.decay, x.scale, self.config.max_ln_decay)
 
-    def _walk(
+    def _scan(
         self, x: Rescaled, rows: tuple[Tensor, Tensor, Tensor], initial: InitialStates, y: Tensor,
         chunk_states: Tensor | None,
     ) -> None:  # fmt: skip
-        walk(self.tiles, x, rows, initial, y, chunk_states, self.config.max_ln_decay)
+        diagonal_scan(self.tiles, x, rows, initial, y, chunk_states, self.config.max_ln_decay)
 
     def gradients(
         self, x: LinearInputs, rescaled: Rescaled, do: Tensor, before: Tensor, after: Tensor

@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lasp.kernels.triton.hopper.shared import C
+from lasp.kernels.triton.hopper.layouts import C
 
 
 @gluon.jit
@@ -25,9 +25,15 @@ def written(queries, gs, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def sum_of_pairs(scores, others):
-    """Σ_{i>j} E_ij - Σ_{i<j} E_ji of every token j (see chunk_step), [C], from both scores of pairs, keys by rows."""
-    ROW: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
-    row, col = gl.arange(0, C, layout=ROW), gl.arange(0, C, layout=gl.SliceLayout(0, scores.type.layout))
-    pairs = gl.where(row[:, None] == col[None, :], 0.0, scores * others)
+def pairs_of(scores, others):
+    """E_ij of every pair of a key j and a query i (see chunk_step), [C, C], keys by rows, from both of its scores."""
+    row = gl.arange(0, C, layout=gl.SliceLayout(1, scores.type.layout))
+    col = gl.arange(0, C, layout=gl.SliceLayout(0, scores.type.layout))
+    return gl.where(row[:, None] == col[None, :], 0.0, scores * others)
+
+
+@gluon.jit
+def sum_of_pairs(pairs):
+    """Σ_{i>j} E_ij - Σ_{i<j} E_ji of every token j, [C]."""
+    ROW: gl.constexpr = gl.SliceLayout(1, pairs.type.layout)
     return gl.sum(pairs, axis=1) - gl.convert_layout(gl.sum(pairs, axis=0), ROW)

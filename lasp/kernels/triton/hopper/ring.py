@@ -1,4 +1,4 @@
-"""Multistage pipelines: a group of warps fills a ring of buffers with chunks while others read earlier ones."""
+"""Barriers, and multistage pipelines: some warps fill a ring of buffers with chunks while others read earlier ones."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,6 +31,11 @@ class Ring:
         return self.full.index(step % self.stages)
 
     @gluon.jit
+    def fill(self, step):
+        """Step's buffer has been written."""
+        mbarrier.arrive(self.full.index(step % self.stages), count=1)
+
+    @gluon.jit
     def wait(self, step):
         """Waits until step's buffer may be read."""
         mbarrier.wait(self.full.index(step % self.stages), step // self.stages & 1)
@@ -39,6 +44,22 @@ class Ring:
     def release(self, step, pred=True):
         """One reader is done with step's buffer."""
         mbarrier.arrive(self.empty.index(step % self.stages), count=1, pred=pred)
+
+
+@gluon.jit
+def make_barrier():
+    """For one load: for those that share one the compiler has all threads meet in between."""
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    return full
+
+
+@gluon.jit
+def make_meeting(GROUPS: gl.constexpr = 2):
+    """Where GROUPS groups of warps wait for each other: full at each step that all of them have filled."""
+    full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(full.index(0), count=GROUPS)
+    return Ring(full, full, 1)
 
 
 @gluon.jit

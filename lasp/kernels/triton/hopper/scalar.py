@@ -1,7 +1,6 @@
 """The kernels of `scalar` for Hopper."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +9,16 @@ from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import HOPPER_HEAD, on_hopper
 from lasp.kernels.triton.hopper.chunk_scan import chunk_scan
+from lasp.kernels.triton.hopper.forward_scan import forward_scan
+from lasp.kernels.triton.hopper.group_gradients import group_gradients, serves_groups
+from lasp.kernels.triton.hopper.joint_scan import joint_scan
+from lasp.kernels.triton.hopper.layouts import HALF
 from lasp.kernels.triton.hopper.pair_reverse_scan import pair_reverse_scan
 from lasp.kernels.triton.hopper.reverse_scan import reverse_scan
-from lasp.kernels.triton.hopper.shared import HALF, Behind
+from lasp.kernels.triton.hopper.scalar_shared import new_behind
 from lasp.kernels.triton.hopper.tile_states import tile_states
-from lasp.kernels.triton.scalar.backend import KeyValueGrads, QueryGrads, Saved
+from lasp.kernels.triton.scalar.backend import Grads, Saved
+from lasp.kernels.triton.scalar.chunk_states import chunk_states
 from lasp.kernels.triton.scalar.gates import chunk_gate_grads, cumulate
 from lasp.kernels.triton.shared.state_passing import InitialStates
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -52,32 +56,39 @@ class Hopper:
         return tile_states(self.tiles, q, do, saved[0], backward=True, scale=self.scale)[0]
 
     def outputs(self, x: LinearInputs, saved: Saved, initial: InitialStates) -> Tensor:
+        if x.v.shape[-1] == HOPPER_HEAD and saved[0] is not None:
+            return forward_scan(self.tiles, x.q, x.k, x.v, saved[0], initial, self.scale)
         return chunk_scan(self.tiles, x.q, x.k, x.v, saved[0], initial, self.scale)[0]
 
-    def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
-        behind = self._new_behind(x) if x.decay_class.learned else None
-        scan = pair_reverse_scan if x.v.shape[-1] == HALF.value else reverse_scan
-        dk, dv, writes = scan(self.tiles, x.q, x.k, x.v, do, saved[0], d_final, self.scale, behind)
-        return KeyValueGrads(dk, dv, (writes, behind))
+    def query_grads(self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
+        return chunk_scan(self.tiles, do, x.v, x.k, saved[0], initial, self.scale, transposed=True)[0]
 
-    def query_grads(
-        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, known: Any = None
-    ) -> QueryGrads:
-        shared = saved[0], initial, self.scale
-        if known is None:
-            return QueryGrads(chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True)[0], None)
-        writes, behind = known
-        dq, reads, products = chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True, partner=x.q, behind=behind)
-        assert x.decay is not None and reads is not None and products is not None
-        return QueryGrads(dq, chunk_gate_grads(self._chunks(x), x.decay, reads, writes, products))
+    def key_value_grads(
+        self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates
+    ) -> tuple[Tensor, Tensor]:
+        operands = self.tiles, x.q, x.k, x.v, do, saved[0], d_final, self.scale
+        if x.v.shape[-1] == HALF.value:
+            return pair_reverse_scan(*operands, None)[:2]
+        return reverse_scan(*operands)
 
-    def _chunks(self, x: LinearInputs) -> Tiles:
-        return x.segments.tiles(CHUNK, x.v.device)
-
-    def _new_behind(self, x: LinearInputs) -> Behind:
-        """For the gradients of the states behind all chunks."""
-        (heads, size_v), size_k, chunks = x.v.shape[2:], x.k.shape[3], self._chunks(x).count
-        states, ups = x.v.new_empty(chunks, heads, size_k, size_v), None
-        if x.v.dtype == torch.float16:
-            ups = x.v.new_empty(chunks, heads, size_v // HALF.value, dtype=torch.float32)
-        return Behind(states, ups, x.segments.first_chunks(self.tiles.size, CHUNK, x.v.device))
+    def gradients(
+        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, d_final: InitialStates
+    ) -> Grads:
+        assert x.decay is not None and saved[0] is not None
+        chunks = x.segments.tiles(CHUNK, x.v.device)
+        first_chunk = x.segments.first_chunks(self.tiles.size, CHUNK, x.v.device)
+        operands = self.tiles, x.q, x.k, x.v, do, saved[0]
+        if serves_groups(x.k, x.v):
+            dq, dk, dv, *sums = group_gradients(self.tiles, chunks, first_chunk, x, do, saved[0], initial, d_final)
+        elif x.v.shape[-1] == HOPPER_HEAD:
+            before = chunk_states(self.tiles, chunks.count, first_chunk, x.k, x.v, saved[0], initial)
+            dq, dk, dv, *sums = joint_scan(*operands, before, d_final, first_chunk, self.scale)
+        else:
+            behind = new_behind(chunks.count, x.k, x.v, first_chunk)
+            dk, dv, writes = pair_reverse_scan(*operands, d_final, self.scale, behind)
+            dq, reads, products = chunk_scan(
+                self.tiles, do, x.v, x.k, saved[0], initial, self.scale, transposed=True, partner=x.q, behind=behind
+            )
+            assert reads is not None and writes is not None and products is not None
+            sums = [reads, writes, products]
+        return Grads(dq, dk, dv, chunk_gate_grads(chunks, x.decay, *sums))

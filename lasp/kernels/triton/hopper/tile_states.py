@@ -4,31 +4,22 @@ They are of one head, or, if keys have no more, of two. Many chunks are fetched 
 with them. Keys are scaled on their way to registers.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.hopper.layouts import mma_layout, rows_layout, shared_layout
+from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C, mma_layout, shared_layout
+from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import (
-    GATES_SHARED,
-    REGISTERS,
-    C,
-    barrier,
-    clear_tail,
-    load_gates,
-    rows_of,
-)
+from lasp.kernels.triton.hopper.scalar_shared import load_gates
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, rows_of
+from lasp.kernels.triton.hopper.tiles import Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import LOG2_E, NONE
@@ -43,14 +34,23 @@ def _place(step, chunks, BACKWARD: gl.constexpr):
     return step if BACKWARD else chunks - 1 - step
 
 
+class _Shared(NamedTuple):
+    """What is in shared memory: rows by stages of the ring, and for each group of warps the weights of two chunks."""
+
+    k: gl.shared_memory_descriptor  # [.., C, ROWS]
+    v: gl.shared_memory_descriptor  # [.., C, V]
+    weights: gl.shared_memory_descriptor  # [4, C]
+
+
 @gluon.jit
-def _fetch(k, v, k_rows, v_rows, ring, begin, count, h, row, G, K: gl.constexpr, BACKWARD: gl.constexpr):
+def _fetch(k, v, shared, ring, tile, row, G, K: gl.constexpr, BACKWARD: gl.constexpr):
+    k_rows, v_rows, h = shared.k, shared.v, tile.h
     V: gl.constexpr = v_rows.shape[2]
     KEYS: gl.constexpr = k_rows.shape[0] // ring.stages
     HEADS: gl.constexpr = v_rows.shape[0] // ring.stages
-    chunks = gl.cdiv(count, C)
+    chunks = gl.cdiv(tile.length, C)
     for step in range(chunks):
-        token = begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
+        token = tile.begin.to(gl.int32) + _place(step, chunks, BACKWARD) * C
         filled, stage = ring.acquire(step), step % ring.stages
         mbarrier.expect(filled, 2 * C * (KEYS * ROWS + HEADS * V))
         for part in gl.static_range(KEYS):
@@ -69,18 +69,12 @@ def _first_gate(gates, begin, count, h, H, DECAY: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    shared,
-    gates,
-    states,
-    transitions,
-    numbers,
+    shared, ring, gates, states, transitions, tile, row, scale,
     PART: gl.constexpr,  # the group of warps
-    DECAY: gl.constexpr,
-    BACKWARD: gl.constexpr,
-    K: gl.constexpr,
-):
-    k_rows, v_rows, weights_copies, ring = shared
-    begin, count, h, row, scale, H = numbers
+    DECAY: gl.constexpr, BACKWARD: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    k_rows, v_rows, weights_copies = shared.k, shared.v, shared.weights
+    begin, count, h, H = tile.begin, tile.length, tile.h, tile.H
     V: gl.constexpr = v_rows.shape[2]
     KEYS: gl.constexpr = k_rows.shape[0] // ring.stages
     HEADS: gl.constexpr = v_rows.shape[0] // ring.stages
@@ -94,12 +88,12 @@ def _compute(
     chunks = gl.cdiv(count, C)
     last = gl.maximum(chunks - 1, 0)
     state = gl.zeros([ROWS, V], gl.float32, MMA)
-    passed = 0.0  # log2 decay of the chunks walked so far
+    log2_passed = 0.0  # log2 decay of the chunks scanned so far
     if DECAY != NONE:
         g, end = load_gates(gates, begin, _place(0, last + 1, BACKWARD), count, h, H, DECAY)
         if BACKWARD and dtype == gl.float16:
             room = _first_gate(gates, begin, count, h, H, DECAY)
-            passed -= room
+            log2_passed -= room
             scale *= gl.exp2(room)
     for step in range(chunks):
         i = _place(step, chunks, BACKWARD)
@@ -108,30 +102,30 @@ def _compute(
         vc = v_rows.index(HEADS * stage + (PART if HEADS == 2 else 0))
         if DECAY != NONE:
             weights = weights_copies.index(2 * PART + step % 2)
-            passed += end  # used at once, so that the next one need not wait for this one's register
-            weights.store(gl.exp2(passed - (end - g if BACKWARD else g)))
+            log2_passed += end  # used at once, so that the next one need not wait for this one's register
+            weights.store(gl.exp2(log2_passed - (end - g if BACKWARD else g)))
             ahead = _place(gl.minimum(step + 1, last), chunks, BACKWARD)
             g, end = load_gates(gates, begin, ahead, count, h, H, DECAY)
         ring.wait(step)
         if count - i * C < C:  # if both groups read them, they write the same zeros
-            clear_tail(kc, i, count, rows_layout(ROWS))
-            clear_tail(vc, i, count, rows_layout(V))
+            clear_tail(kc, i, count)
+            clear_tail(vc, i, count)
             fence_async_shared()
         keys = kc.permute((1, 0))
         barrier()
         ring.release(step + ring.stages - 1, pred=step > 0)  # of the step before
         if DECAY == NONE:
-            state = warpgroup_mma(keys, vc, state, is_async=True)
+            state = add_product(state, keys, vc)  # S + Σ_t k_t v_tᵀ
         else:
             scaled = keys.load(LEFT) * weights.load(gl.SliceLayout(0, LEFT))[None, :]
-            state = warpgroup_mma(scaled.to(dtype), vc, state, is_async=True)
+            state = add_product(state, scaled.to(dtype), vc)  # S + Σ_t w_t k_t v_tᵀ
         state = warpgroup_mma_wait(0, deps=(state,))
-    tile = gl.program_id(0).to(gl.int64)
+    number = gl.program_id(0).to(gl.int64)
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     at = rows[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, MMA))[None, :]
-    gl.store(states + (tile * H + h) * K * V + at, state * scale)
+    gl.store(states + (number * H + h) * K * V + at, state * scale)
     if DECAY != NONE and not BACKWARD:
-        gl.store(transitions + tile * H + h, passed / LOG2_E, mask=row == 0)
+        gl.store(transitions + number * H + h, log2_passed / LOG2_E, mask=row == 0)
 
 
 @gluon.jit
@@ -141,19 +135,11 @@ def _tile_states(
     gates,  # see gates.cumulate
     states,  # [M, H, K, V] fp32
     transitions,  # [M, H] fp32: the tiles' log decays, written forward
-    start,
-    length,
-    scale,
-    H,
-    G,
-    K: gl.constexpr,
-    V: gl.constexpr,
+    start, length, scale, H, G, K: gl.constexpr, V: gl.constexpr,
     KEYS: gl.constexpr,  # blocks of 64 columns of keys that a program needs
     HEADS: gl.constexpr,  # of a program
-    DECAY: gl.constexpr,
-    BACKWARD: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    DECAY: gl.constexpr, BACKWARD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     griddepcontrol_wait()
     h, row = gl.program_id(1) * HEADS, gl.program_id(2) * (2 * ROWS)
     begin = gl.load(start + gl.program_id(0))
@@ -163,13 +149,12 @@ def _tile_states(
     v_rows = gl.allocate_shared_memory(dtype, [HEADS * STAGES, C, V], shared_layout(V))
     weights_copies = gl.allocate_shared_memory(gl.float32, [4, C], GATES_SHARED)
     ring = make_ring(STAGES)
-    shared = (k_rows, v_rows, weights_copies, ring)
-    numbers = (begin, count, h, row, scale, H)
+    shared, tile = _Shared(k_rows, v_rows, weights_copies), Tile(begin, count, None, h, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, gates, states, transitions, numbers, 0, DECAY, BACKWARD, K)),
-            (_compute, (shared, gates, states, transitions, numbers, 1, DECAY, BACKWARD, K)),
-            (_fetch, (k, v, k_rows, v_rows, ring, begin, count, h, row, G, K, BACKWARD)),
+            (_compute, (shared, ring, gates, states, transitions, tile, row, scale, 0, DECAY, BACKWARD, K)),
+            (_compute, (shared, ring, gates, states, transitions, tile, row, scale, 1, DECAY, BACKWARD, K)),
+            (_fetch, (k, v, shared, ring, tile, row, G, K, BACKWARD)),
         ],
         [4, 1],
         [REGISTERS, 24],

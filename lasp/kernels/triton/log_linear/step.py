@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp.kernels.parked import to_device
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import bounded
@@ -89,7 +90,7 @@ def step(
         launch(
             _step, (len(v), heads, cdiv(value_dim, COLUMNS)),
             *(None if x is None else x.contiguous() for x in (q, k, v, decay, level_scales, beta)),
-            slots, since, after, torch.tensor(had_and_into).to(v.device, non_blocking=True), o, scale,
+            slots, since, after, to_device(torch.tensor(had_and_into), v.device), o, scale,
             count, heads, heads // q_heads, level_scales.shape[-1],
             K=key_dim, V=value_dim, BK=block_of(key_dim), BV=COLUMNS, num_warps=4,
         )  # fmt: skip

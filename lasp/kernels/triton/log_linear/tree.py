@@ -11,6 +11,7 @@ from lasp.kernels.fenwick import level, occupied, starts
 from lasp.kernels.lasting import kept
 from lasp.kernels.leaves import NONE, Height, cut, heights
 from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.parked import to_device
 from lasp.kernels.segments import Tiles
 
 
@@ -117,13 +118,13 @@ def _tree(
     table = torch.stack([left, right, home[count:], right_leaf, right_leaves, *of_pieces[:, : len(left)], slot])
 
     def moved(*rows: Tensor) -> Tensor:
-        return torch.stack(rows).int().to(device, non_blocking=True)
+        return to_device(torch.stack(rows).int(), device)
 
     tiles = ((start + skipped).where(stop > skipped, 0), (stop - skipped).int(), owner.int(), first.int())
     return Tree(
         leaf=leaf,
         slots=slots,
-        tiles=Tiles(leaf, count, *(part.to(device, non_blocking=True) for part in tiles)),
+        tiles=Tiles(leaf, count, *(to_device(part, device) for part in tiles)),
         leaves=moved(start, skipped, stop, index, owner, (sees != NONE).sum(1), home[:count]),
         seen_pairs=moved(*sees.gather(1, seen_heights)),
         seen_heights=moved(*seen_heights),
@@ -133,17 +134,17 @@ def _tree(
             if len(pair)
         ),
         pieces=moved(*pieces),
-        lefts=left.int().to(device, non_blocking=True),
-        first_pieces=of_pieces[0, : len(left)].to(device, non_blocking=True),
+        lefts=to_device(left.int(), device),
+        first_pieces=to_device(of_pieces[0, : len(left)], device),
         pair_pieces=int(of_pieces[1, : len(left)].sum()),
         incoming=moved(*incoming, *of_pieces[:, len(left) :], to),
-        incoming_first=incoming_first.int().to(device, non_blocking=True),
-        initial=torch.stack([*incoming, to]).to(device, non_blocking=True),
-        final=torch.stack([segment, final_slot, left[final_pair], final_pair]).to(device, non_blocking=True),
-        nearer=nearer.float().to(device, non_blocking=True),
-        before=before.int().to(device, non_blocking=True),
-        last=last.to(device, non_blocking=True),
-        roots=roots.to(device, non_blocking=True),
+        incoming_first=to_device(incoming_first.int(), device),
+        initial=to_device(torch.stack([*incoming, to]), device),
+        final=to_device(torch.stack([segment, final_slot, left[final_pair], final_pair]), device),
+        nearer=to_device(nearer.float(), device),
+        before=to_device(before.int(), device),
+        last=to_device(last, device),
+        roots=to_device(roots, device),
     )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from lasp.kernels.fenwick import own_slots
 from lasp.kernels.lasting import kept
 from lasp.kernels.leaves import NONE, cut, heights
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs
+from lasp.kernels.parked import to_device
 from lasp.kernels.reference.chunk import write
 from lasp.kernels.summary import SHUT
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -40,7 +41,7 @@ class Finals:
     own: Tensor
     sights: tuple[Sight, ...]
 
-    def tokens(self, x: LogLinearInputs) -> dict[str, Tensor]:
+    def tokens(self, x: LogLinearDeltaInputs) -> dict[str, Tensor]:
         """k, v, beta and decay of the last leaves, [N, H, C, ...] in fp32, zero where there is no token."""
         found = {}
         for name in ("k", "v", "beta", "decay"):
@@ -77,7 +78,7 @@ class Finals:
         return torch.stack(slots[:count], 1)
 
 
-def finals_of(x: LogLinearInputs) -> Finals:
+def finals_of(x: LogLinearDeltaInputs) -> Finals:
     return _finals(tuple(x.segments.offsets.tolist()), x.seen, x.v.device)
 
 
@@ -93,12 +94,14 @@ def _finals(offsets: tuple[int, ...], seen: tuple[int, ...], device: torch.devic
     for slot, height in enumerate(found, LOG_CHUNK):
         pair = height.seen[last]
         if len(segment := (pair != NONE).nonzero()[:, 0]):
-            sights.append(Sight(slot, *(part.to(device) for part in (segment, lefts[pair[segment]], pair[segment]))))
+            sights.append(
+                Sight(slot, *(to_device(part, device) for part in (segment, lefts[pair[segment]], pair[segment])))
+            )
     return Finals(
-        token=(leaves.start[last][:, None] + place).where(mask, 0).to(device),
-        mask=mask.to(device),
+        token=to_device((leaves.start[last][:, None] + place).where(mask, 0), device),
+        mask=to_device(mask, device),
         has_tokens=bool(mask.any()),
-        held=mask.flatten().nonzero()[:, 0].to(device),
-        own=(own & mask[..., None]).to(device),
+        held=to_device(mask.flatten().nonzero()[:, 0], device),
+        own=to_device(own & mask[..., None], device),
         sights=tuple(sights),
     )

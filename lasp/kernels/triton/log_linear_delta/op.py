@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp.kernels.decay import Decay
 from lasp.kernels.fenwick import fitted, moved, moved_back, routes_on
 from lasp.kernels.layouts import laid_out
-from lasp.kernels.log_linear_inputs import LogLinearInputs
+from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Gradients, Kept
 from lasp.kernels.summary import Summary
@@ -36,14 +36,14 @@ class Part(NamedTuple):
     """Some heads of a call."""
 
     heads: slice
-    x: LogLinearInputs
+    x: LogLinearDeltaInputs
 
     def of(self, x: Tensor | None) -> Tensor | None:
         """Of slots [N, J, H, K, V], or of [B, T, H, ...]."""
         return None if x is None else x[:, :, self.heads]
 
 
-def parts_of(x: LogLinearInputs) -> Iterator[Part]:
+def parts_of(x: LogLinearDeltaInputs) -> Iterator[Part]:
     batch, tokens, heads, _ = x.v.shape
     group, some = heads // x.q.shape[2], max(1, min(heads, AT_ONCE // (batch * tokens)))
     while some % group and group % some:
@@ -60,14 +60,16 @@ class TritonLogLinearDelta:
     """Heads come in parts, one after the other, since nodes take many times the memory of their tokens; where a summary
     is wanted, and these are few, all parts stay until the other half. Kept are the initial slots alone."""
 
-    def summarize(self, x: LogLinearInputs, wanted: bool):
+    def summarize(self, x: LogLinearDeltaInputs, wanted: bool):
         if not wanted:
             return None, None
         calls = _all(x, (Call(part.x) for part in parts_of(x)))
         slots, transitions = zip(*((call.own_slots(), call.transition) for call in calls), strict=True)
         return Summary(torch.cat(slots, 2), torch.cat(transitions, 2)), _if_kept(calls)
 
-    def finish(self, x: LogLinearInputs, partial, incoming: Pending[Tensor | None]) -> tuple[Tensor, Pending, Kept]:
+    def finish(
+        self, x: LogLinearDeltaInputs, partial, incoming: Pending[Tensor | None]
+    ) -> tuple[Tensor, Pending, Kept]:
         slots = incoming.wait()
 
         def of_parts(wanted: Callable[["Call", Tensor | None], Tensor]) -> Tensor:
@@ -76,14 +78,16 @@ class TritonLogLinearDelta:
 
         return of_parts(Call.outputs), Pending(lambda: of_parts(Call.outgoing)), (slots,)
 
-    def summarize_grad(self, x: LogLinearInputs, kept: Kept, do: Tensor, wanted: bool):
+    def summarize_grad(self, x: LogLinearDeltaInputs, kept: Kept, do: Tensor, wanted: bool):
         do, (slots,) = laid_out(do), kept
         if not wanted:
             return None, (do, slots, None)
         made = _all(x, (Backward(part, do, slots) for part in parts_of(x)))
         return torch.cat([each.d_incoming() for each in made], 2), (do, slots, _if_kept(made))
 
-    def finish_grad(self, x: LogLinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
+    def finish_grad(
+        self, x: LogLinearDeltaInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]
+    ) -> Gradients:
         do, slots, made = partial
         final, found, d_incoming = d_outgoing.wait(), [], []
         for each in made or (Backward(part, do, slots) for part in parts_of(x)):
@@ -100,7 +104,7 @@ class TritonLogLinearDelta:
 Made = TypeVar("Made")
 
 
-def _all(x: LogLinearInputs, parts: Iterator[Made]) -> Iterable[Made]:
+def _all(x: LogLinearDeltaInputs, parts: Iterator[Made]) -> Iterable[Made]:
     """All parts at once if they are few, else one after the other."""
     return list(parts) if x.v.shape[:3].numel() <= KEPT else parts
 
@@ -112,10 +116,9 @@ def _if_kept(parts: Iterable[Made]) -> list[Made] | None:
 class Call:
     """What both directions begin with: the terms of leaves, and the states and transitions of nodes."""
 
-    def __init__(self, x: LogLinearInputs):
-        assert x.beta is not None
+    def __init__(self, x: LogLinearDeltaInputs):
         self.x = x = contiguous(x if x.decay is not None else x.having({"decay": torch.zeros_like(x.beta)}))
-        assert x.decay is not None and x.beta is not None
+        assert x.decay is not None
         work = x.v.dtype if x.v.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if work == torch.bfloat16 else "tf32x3"
         self.tree = tree = tree_of(x, CHUNK, PIECE)
@@ -187,7 +190,7 @@ class Backward:
         """Of all inputs; dq and dk for every value head. final: the gradients of the final slots, of all heads."""
         call, final = self.call, self.part.of(final)
         x, tree = call.x, call.tree
-        assert x.decay is not None and x.beta is not None
+        assert x.decay is not None
         d_states, d_transitions = (torch.empty_like(t) for t in (call.states, call.transitions))
         for grads in (d_states, d_transitions):
             grads.index_fill_(0, tree.roots, 0.0)

@@ -1,9 +1,10 @@
 """What linear attention without gates or with scalar ones asks of its kernels (see scalar.op).
 
-Two answer: `portable` everywhere, `hopper.scalar` for the commonest heads on Hopper. Which, is chosen once a call.
+Three answer: `portable` everywhere, `chunkwise` for large heads in half precision, `hopper.scalar` for the commonest
+ones on Hopper. Which, is chosen once a call.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,20 +15,13 @@ from lasp.kernels.triton.shared.state_passing import InitialStates
 Saved = tuple[Tensor | None, ...]  # what a backend keeps of the gates
 
 
-class QueryGrads(NamedTuple):
-    """dq [B, T, H, K] for every value head, or [B, T, H / 2, K] of pairs of neighbours, and the decay's gradient, if it
-    is learned."""
+class Grads(NamedTuple):
+    """dq and dk [B, T, h, K], h the q/k heads, the value heads, or pairs of these; dv [B, T, H, V] and the decay's."""
 
     dq: Tensor
-    d_decay: Tensor | None
-
-
-class KeyValueGrads(NamedTuple):
-    """dk (as dq), dv [B, T, H, V] and, if the decay is learned, what `query_grads` needs to know for its gradient."""
-
     dk: Tensor
     dv: Tensor
-    known: Any
+    d_decay: Tensor
 
 
 class Backend(Protocol):
@@ -45,10 +39,15 @@ class Backend(Protocol):
     def outputs(self, x: LinearInputs, saved: Saved, initial: InitialStates) -> Tensor:
         """o [B, T, H, V], given the states that the tiles start from."""
 
-    def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
-        """A reverse scan, given the gradients of the states that the tiles end with."""
+    def query_grads(self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
+        """dq, by a forward scan."""
 
-    def query_grads(
-        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, known: Any = None
-    ) -> QueryGrads:
-        """A forward scan, after the reverse one if the decay is learned."""
+    def key_value_grads(
+        self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates
+    ) -> tuple[Tensor, Tensor]:
+        """dk and dv, by a reverse scan, given the gradients of the states that the tiles end with."""
+
+    def gradients(
+        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, d_final: InitialStates
+    ) -> Grads:
+        """All of them, if the decay is learned: its gradient needs both states."""

@@ -56,7 +56,7 @@ def _read(a, x, dtype, PRECISION: tl.constexpr):
 def _pairs(p, others, earlier):
     """Sums over the pairs of each token with earlier ones, less those with later ones.
 
-    Where gates are steep, the places of `others` that are not of such a pair are out of range.
+    Where a chunk decays much, the places of `others` that are not of such a pair are out of range.
     """
     pairs = tl.where(earlier, p * others, 0.0)
     return tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)

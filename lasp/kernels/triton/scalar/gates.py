@@ -123,6 +123,7 @@ def _chunk_gate_grads(
     BH: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    BD: tl.constexpr,
     RB: tl.constexpr,
     WB: tl.constexpr,
     PB: tl.constexpr,
@@ -135,10 +136,10 @@ def _chunk_gate_grads(
     at = (begin + place)[:, None] * H + heads[None, :]
     here = (place < count)[:, None] & (heads < H)[None, :]
     g = tl.load(decay + at, mask=here, other=0.0)
-    passed = tl.zeros([BH], tl.float32)
+    passed, place_d = tl.zeros([BH], tl.float32), tl.arange(0, BD)
     for block in tl.static_range(PB):
-        rows = ((block * tl.num_programs(0) + chunk) * H + heads)[:, None] * D + tl.arange(0, D)[None, :]
-        passed += tl.sum(tl.load(products + rows, mask=(heads < H)[:, None], other=0.0), axis=1)
+        rows = ((block * tl.num_programs(0) + chunk) * H + heads)[:, None] * D + place_d[None, :]
+        passed += tl.sum(tl.load(products + rows, mask=(heads < H)[:, None] & (place_d < D), other=0.0), axis=1)
     passed *= tl.exp(tl.sum(bounded(g), axis=0))
     read, written = tl.zeros([C, BH], tl.float32), tl.zeros([C, BH], tl.float32)
     for block in tl.static_range(RB):
@@ -195,11 +196,12 @@ def chunk_gate_grads(chunks: Tiles, decay: Tensor, reads: Tensor, writes: Tensor
     partial sums.
     """
     dg, heads = torch.empty_like(decay), decay.shape[-1]
-    block = min(16, next_power_of_2(heads))
+    block, size = min(16, next_power_of_2(heads)), products.shape[-1]
     launch(
         _chunk_gate_grads, (chunks.count, cdiv(heads, block)),
         reads, writes, products, decay, dg, chunks.start, chunks.length, decay.numel() // heads, heads,
-        BH=block, C=chunks.size, D=products.shape[-1], RB=len(reads), WB=len(writes), PB=len(products),
+        BH=block, C=chunks.size, D=size, BD=next_power_of_2(size),
+        RB=len(reads), WB=len(writes), PB=len(products),
         num_warps=4, pdl=True,
     )  # fmt: skip
     return dg

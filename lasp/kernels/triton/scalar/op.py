@@ -9,6 +9,7 @@ from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept
 from lasp.kernels.triton.device import GLUON
+from lasp.kernels.triton.scalar import chunkwise
 from lasp.kernels.triton.scalar.backend import Backend
 from lasp.kernels.triton.scalar.config import ScalarConfig, scalar_config
 from lasp.kernels.triton.scalar.portable import Portable
@@ -49,15 +50,20 @@ class TritonLinear:
 
     def finish_grad(self, x: LinearInputs, kept: Kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
         x, kernels, do, saved, initial, passing = partial
-        learned = x.decay_class.learned
-        early = None if learned else kernels.query_grads(x, do, saved, initial)  # while what comes in is on its way
-        d_final, d_incoming = passing.enter(d_outgoing.wait())
-        dk, dv, known = kernels.key_value_grads(x, do, saved, d_final)
-        dq, d_decay = early or kernels.query_grads(x, do, saved, initial, known)
+        if x.decay_class.learned:
+            d_final, d_incoming = passing.enter(d_outgoing.wait())
+            dq, dk, dv, d_decay = kernels.gradients(x, do, saved, initial, d_final)
+        else:
+            dq, d_decay = kernels.query_grads(x, do, saved, initial), None  # while what comes in is on its way
+            d_final, d_incoming = passing.enter(d_outgoing.wait())
+            dk, dv = kernels.key_value_grads(x, do, saved, d_final)
         grads = {"q": per_q_head(dq, x.q), "k": per_q_head(dk, x.q), "v": dv, "decay": d_decay}
         return Gradients(grads, d_incoming)
 
     def _backend(self, x: LinearInputs) -> Backend:
         if GLUON and hopper.serves(x.k, x.v):
             return hopper.Hopper(tiles_of(x, hopper.at_once(x.v)), x.scale)
-        return Portable(tiles_of(x), x.scale, self.config or scalar_config(x.k, x.v, x.decay is not None))
+        config = self.config or scalar_config(x.k, x.v, x.decay is not None)
+        if chunkwise.serves(x.k, x.v):
+            return chunkwise.Chunkwise.of(x, config)
+        return Portable(tiles_of(x), x.scale, config)

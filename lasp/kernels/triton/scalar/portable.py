@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lasp.kernels.inputs import LinearInputs
 from lasp.kernels.segments import Tiles
-from lasp.kernels.triton.scalar.backend import KeyValueGrads, QueryGrads, Saved
+from lasp.kernels.triton.scalar.backend import Grads, Saved
 from lasp.kernels.triton.scalar.chunk_scan import chunk_scan
 from lasp.kernels.triton.scalar.config import ScalarConfig
 from lasp.kernels.triton.scalar.gates import cumulate, gate_grads
@@ -35,21 +35,34 @@ class Portable:
         gates, largest = saved
         return chunk_scan(self.tiles, x.q, x.k, x.v, gates, largest, initial, self.scale, self.config)[0]
 
-    def key_value_grads(self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates) -> KeyValueGrads:
+    def query_grads(self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates) -> Tensor:
+        return self._query_scan(x, do, saved, initial)[0]
+
+    def key_value_grads(
+        self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates
+    ) -> tuple[Tensor, Tensor]:
+        dk, dv, _ = self._key_value_scans(x, do, saved, d_final, None)
+        return dk, dv
+
+    def gradients(
+        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, d_final: InitialStates
+    ) -> Grads:
+        dk, dv, writes = self._key_value_scans(x, do, saved, d_final, x.v)
+        dq, reads, at_end = self._query_scan(x, do, saved, initial, partner=x.q, d_final=d_final)
+        assert x.decay is not None and reads is not None and writes is not None and at_end is not None
+        return Grads(dq, dk, dv, gate_grads(self.tiles, x.decay, reads, writes, at_end))
+
+    def _query_scan(self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, **sums: Any) -> Any:
         gates, largest = saved
-        shared, partner = (gates, largest, d_final, self.scale, self.config), x.v if x.decay_class.learned else None
+        return chunk_scan(
+            self.tiles, do, x.v, x.k, gates, largest, initial, self.scale, self.config, transposed=True, **sums
+        )
+
+    def _key_value_scans(
+        self, x: LinearInputs, do: Tensor, saved: Saved, d_final: InitialStates, partner: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        gates, largest = saved
+        shared = gates, largest, d_final, self.scale, self.config
         dv, writes, _ = chunk_scan(self.tiles, x.k, x.q, do, *shared, reverse=True, partner=partner)
         dk, _, _ = chunk_scan(self.tiles, x.v, do, x.q, *shared, reverse=True, transposed=True)
-        return KeyValueGrads(dk, dv, (writes, d_final))
-
-    def query_grads(
-        self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, known: Any = None
-    ) -> QueryGrads:
-        gates, largest = saved
-        shared = gates, largest, initial, self.scale, self.config
-        if known is None:
-            return QueryGrads(chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True)[0], None)
-        writes, d_final = known
-        dq, reads, at_end = chunk_scan(self.tiles, do, x.v, x.k, *shared, transposed=True, partner=x.q, d_final=d_final)
-        assert x.decay is not None and reads is not None and at_end is not None
-        return QueryGrads(dq, gate_grads(self.tiles, x.decay, reads, writes, at_end))
+        return dk, dv, writes

@@ -34,8 +34,8 @@ def _states(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    block = tl.program_id(2)
+    blocks: tl.constexpr = ((K + BK - 1) // BK) * ((V + BV - 1) // BV)  # neighbours: they read the same
+    tile, h, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(1), tl.program_id(0) % blocks
     rows = (block % tl.cdiv(K, BK)) * BK + tl.arange(0, BK)
     cols = (block // tl.cdiv(K, BK)) * BV + tl.arange(0, BV)
     griddepcontrol_wait()
@@ -90,7 +90,7 @@ def tile_states(
     none = gates is None or backward
     transitions, largest_decay = (None if none else states.new_empty(tiles.count, heads) for _ in range(2))
     block_k, block_v = min(128, block_of(key_dim)), min(128, block_of(value_dim))
-    grid = (tiles.count, heads, cdiv(key_dim, block_k) * cdiv(value_dim, block_v))
+    grid = (tiles.count * cdiv(key_dim, block_k) * cdiv(value_dim, block_v), heads)
     launch(
         _states, grid,
         k, v, gates, states, transitions, largest_decay, tiles.start, tiles.length, scale, heads, heads // q_heads,

@@ -24,7 +24,8 @@ def tile_length(sequences: int, tokens: int, heads: int, device: torch.device) -
     return min(longest, cdiv(tokens, most * SHORTEST_TILE) * SHORTEST_TILE)
 
 
-def tiles_of(x: LinearInputs, at_once: int = 1) -> Tiles:
-    """at_once: heads that a program scans."""
+def tiles_of(x: LinearInputs, at_once: int = 1, chunk: int = CHUNK) -> Tiles:
+    """at_once: heads that a program scans. chunk: tokens of whose multiple tiles are."""
     batch, tokens, heads = x.v.shape[:3]
-    return x.segments.tiles(tile_length(batch, tokens, heads // at_once, x.v.device), x.v.device)
+    length = tile_length(batch, tokens, heads // at_once, x.v.device)
+    return x.segments.tiles(cdiv(length, chunk) * chunk, x.v.device)
