@@ -68,7 +68,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head's weight is the embedding's
     init_std: NotNegative = 0.02  # of the matrices at the beginning
     decay_init: Positive = (
-        1.0  # times Mamba-2's rates at the beginning, where gates are its: below 1 heads forget later
+        1.0  # times the rates at which Mamba-2's gates, and those after them, forget at the beginning
     )
     num_experts: CountOrZero = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
     experts_per_token: Count = 2  # those with the highest scores

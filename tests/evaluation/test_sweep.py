@@ -5,6 +5,7 @@ import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from lasp.evaluation.recall import graphed
 from lasp.evaluation.recall import sweep as module
 from lasp.evaluation.recall.at_once import train_at_once
 from lasp.evaluation.recall.config import SWEEPS, RecallSweep, parse_model
+from lasp.evaluation.recall.job import Job
 from lasp.evaluation.recall.measure import state_size
 from lasp.evaluation.recall.report import Cell, SweepResult
-from lasp.evaluation.recall.search import Search
 from lasp.evaluation.recall.sweep import run
 from lasp.evaluation.subject import open_subject, read_model
 from lasp.evaluation.tasks import MQAR
@@ -142,11 +143,12 @@ def test_a_run_that_diverges_does_not_end_the_sweep(small, monkeypatch, capsys):
 
 def at_once(sweep):
     """The cells, as one GPU finds them."""
-    search = Search(sweep)
-    with join_world(sweep.first_run) as world:
+    cells = product(sweep.models, sweep.widths, sweep.learning_rates, sweep.seeds)
+    jobs = [Job(sweep, *cell) for cell in cells]
+    with join_world(jobs[0].config) as world:
         module.write_data(sweep)
-        train_at_once(search, search.add, world)
-    return search.result().cells
+        found = dict(train_at_once(jobs, world))
+    return [found[job] for job in jobs]
 
 
 @pytest.mark.parametrize("models", [("softmax",), ("gated_delta_net", "mamba2")])
@@ -162,10 +164,10 @@ def test_runs_whose_data_lie_on_the_device_are_the_same_runs(small, models, monk
     for cell, wanted in zip(cells, one_by_one.cells, strict=True):
         assert cell.loss == pytest.approx(wanted.loss, rel=1e-5)
         assert replace(cell, loss=wanted.loss) == wanted
-    config = other.first_run
+    config, before = (sweep.run(models[0], 8, 1e-2, 0) for sweep in (other, small))
     losses, wanted = (
         [record["loss"] for record in read_metrics(folder) if "loss" in record]
-        for folder in (config.run_dir, small.first_run.run_dir)
+        for folder in (config.run_dir, before.run_dir)
     )
     assert len(losses) == config.steps == 20
     assert losses == pytest.approx(wanted, rel=1e-5)
@@ -180,7 +182,7 @@ def test_a_device_may_compute_in_bfloat16(small):
     (wanted,), other = run(small).cells, replace(small, run_dir=f"{small.run_dir}-2")
     (cell,) = at_once(other)
     assert cell.loss == pytest.approx(wanted.loss, rel=1e-3)
-    assert read_model(other.first_run.run_dir).decoder.embedding.weight.dtype == torch.float32
+    assert read_model(other.run("gla", 8, 1e-2, 0).run_dir).decoder.embedding.weight.dtype == torch.float32
 
 
 def test_a_gpu_has_only_so_many_streams(small):
@@ -196,34 +198,6 @@ def test_a_run_that_diverges_on_a_device_is_a_cell(small, monkeypatch):
     (cell,) = at_once(replace(small, models=("gla",), learning_rates=(1e-2,)))
     assert cell.loss is None
     assert not list(Path(small.run_dir).rglob("lock"))
-
-
-def test_the_first_seed_may_choose_the_rate(small):
-    found = run(replace(small, seeds=(0, 1), epochs=2, rate_epochs=1))
-    assert [(cell.model, cell.lr, cell.seed) for cell in found.trials] == [
-        (model, lr, 0) for model in small.models for lr in (1e-2, 3e-3)
-    ]
-    best = {
-        model: min((cell for cell in found.trials if cell.model == model), key=lambda cell: cell.loss).lr
-        for model in small.models
-    }
-    assert [(cell.model, cell.lr, cell.seed) for cell in found.cells] == [
-        (model, best[model], seed) for model in small.models for seed in (0, 1)
-    ]
-    kept = [json.loads(path.read_text()) for path in Path(small.run_dir).rglob("recall.json")]
-    assert sorted(each["config"]["steps"] for each in kept) == [10] * 4 + [20] * 4
-
-
-def test_the_chosen_rates_seeds_come_before_other_models(small):
-    """And none is trained twice, if the trials were as long."""
-    search, order = Search(replace(small, seeds=(0, 1), rate_epochs=1)), []
-    while (job := search.next()) is not None:
-        order.append((job.model, job.lr, job.seed))
-        loss = None if job.lr == 1e-2 else 1.0
-        kept = {"parameters": 1, "state": 1, "accuracy": {"2": 0.5}}
-        search.add(job, Cell(model=job.model, width=job.width, lr=job.lr, seed=job.seed, loss=loss, **kept))
-    assert order == [(model, *rest) for model in small.models for rest in ((1e-2, 0), (3e-3, 0), (3e-3, 1))]
-    assert [(cell.lr, cell.seed) for cell in search.result().cells] == [(3e-3, 0), (3e-3, 1)] * 2
 
 
 def test_the_best_learning_rate_is_that_of_the_mean_over_seeds():

@@ -193,6 +193,19 @@ def test_softplus_decays_begin_in_their_range():
         assert high * 0.9 <= values.max() <= high * 1.0001
 
 
+@pytest.mark.parametrize(
+    "mixer", ["mamba2", "gated_delta_net", "kda", "log_linear_mamba2", "log_linear_gated_delta_net"]
+)
+def test_decays_may_begin_slower(mixer):
+    rates = []
+    for factor in (1.0, 1 / 16):
+        torch.manual_seed(0)
+        model = Decoder(replace(config(mixer, "L"), decay_init=factor))
+        rates.append(torch.cat([gate.A_log.exp() for gate in model.modules() if isinstance(gate, SoftplusDecay)]))
+    assert len(rates[0]) > 0
+    assert torch.allclose(rates[1], rates[0] / 16)
+
+
 def test_positions_far_out_rotate_exactly():
     """Attention depends on distances alone, at position ten million as at the start."""
     q, k, near = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64), torch.tensor([5])

@@ -6,17 +6,19 @@ graph.
 """
 
 import time
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
+from itertools import groupby
 
 import torch
 
 from lasp.config import require
 from lasp.data import TokenFile
 from lasp.evaluation.recall.graphed import Documents, GraphedRun
+from lasp.evaluation.recall.job import Job
 from lasp.evaluation.recall.measure import diverged, keep_losses, measure
 from lasp.evaluation.recall.report import RESULT, Cell
-from lasp.evaluation.recall.search import Job, Search
 from lasp.evaluation.remembered import keep, known
 from lasp.evaluation.subject import Subject, Trained
 from lasp.training import checkpoint
@@ -59,26 +61,27 @@ class Place:
                 return end.value
 
 
-def train_at_once(search: Search, add: Callable[[Job, Cell], None], world: World) -> None:
-    """Finds all that the search asks for, and tells `add`. Raises ValueError for more workers than streams."""
-    workers = search.sweep.workers or AT_ONCE
+def train_at_once(jobs: list[Job], world: World) -> Iterator[tuple[Job, Cell]]:
+    """Finds their cells. Raises ValueError for more workers than streams."""
+    sweep = jobs[0].sweep
+    workers = sweep.workers or AT_ONCE
     require(workers <= MOST, "workers", workers, f"at most {MOST} on one GPU")
-    _, _, fingerprints = open_data(search.sweep.first_run, world)
-    documents = Documents(TokenFile(search.sweep.train_data), world.device)
+    _, _, fingerprints = open_data(jobs[0].config, world)
+    documents = Documents(TokenFile(sweep.train_data), world.device)
     places = [Place(world.device.type == "cuda") for _ in range(workers)]
 
     def go_on() -> list[Place]:
         """Those whose run is trained."""
         return [place for place in places if place.go_on()]
 
-    try:
+    def of_kind(waiting: deque[Job]) -> Iterator[tuple[Job, Cell]]:
         while True:
             trained = go_on()
             free = [place for place in places if place.run is None]
             if trained:
                 place = trained[0]
-            elif free and (job := search.next()) is not None:
-                place = free[0]
+            elif free and waiting:
+                place, job = free[0], waiting.popleft()
                 place.start(job, find(job, documents, fingerprints, world, go_on))
             elif len(free) < len(places):
                 time.sleep(PAUSE)
@@ -86,7 +89,11 @@ def train_at_once(search: Search, add: Callable[[Job, Cell], None], world: World
             else:
                 return
             if (cell := place.resume()) is not None:
-                add(place.job, cell)
+                yield place.job, cell
+
+    try:
+        for _, alike in groupby(jobs, key=lambda job: (job.model, job.width)):
+            yield from of_kind(deque(alike))
     finally:
         for place in places:
             if place.run is not None:

@@ -64,9 +64,6 @@ class RecallSweep:
     epochs: Count = 12
     batch: Count = 64  # sequences of a step
     learning_rates: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2)  # the best one counts, by the mean accuracy of its seeds
-    rate_epochs: Count | None = (
-        None  # so many, of the first seed, choose the rate for all seeds, by their held-out loss
-    )
     seeds: tuple[Seed, ...] = (0, 1, 2)
     widths: tuple[Count, ...] = (64,)
     layers: Count = 2
@@ -100,16 +97,9 @@ class RecallSweep:
         """The held-out sequences of one number of pairs, or of all."""
         return f"{self.run_dir}/data/valid" + ("" if pairs is None else f"_{pairs}")
 
-    @property
-    def first_run(self) -> TrainConfig:
-        """All are alike in data and ranks."""
-        return self.run(self.models[0], self.widths[0], self.learning_rates[0], self.seeds[0])
-
-    def run(self, model: str, width: int, lr: float, seed: int, epochs: int | None = None) -> TrainConfig:
-        """The training run of one cell of the sweep, or one of other epochs."""
-        epochs = epochs or self.epochs
-        shorter = "" if epochs == self.epochs else f"-{epochs}epochs"
-        steps = epochs * self.sequences * len(self.task.pairs) // self.batch
+    def run(self, model: str, width: int, lr: float, seed: int) -> TrainConfig:
+        """The training run of one cell of the sweep."""
+        steps = self.epochs * self.sequences * len(self.task.pairs) // self.batch
         return TrainConfig(
             model=ModelConfig(
                 vocab_size=max(self.task.vocab_size, BYTES),
@@ -126,7 +116,7 @@ class RecallSweep:
                 valid=self.held_out_data(),
                 eval_contexts=self.held_out * len(self.task.pairs) // self.batch,
             ),
-            run_dir=f"{self.run_dir}/runs/{model.replace(':', '-')}-{width}-lr{lr:g}-seed{seed}{shorter}",
+            run_dir=f"{self.run_dir}/runs/{model.replace(':', '-')}-{width}-lr{lr:g}-seed{seed}",
             steps=steps,
             context_length=self.batch * self.task.length,
             optimizer=OptimizerConfig(
@@ -135,7 +125,7 @@ class RecallSweep:
             parallel=replace(self.parallel, fsdp=self.parallel.fsdp or self.dtype == "bfloat16"),
             dtype=self.dtype,
             device=self.device,
-            eval_every=max(1, steps // epochs),
+            eval_every=max(1, steps // self.epochs),
             checkpoint_every=steps,
             checkpoint_keep=1,
             seed=seed,

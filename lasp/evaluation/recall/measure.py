@@ -12,8 +12,8 @@ import torch
 from lasp.config import ModelConfig
 from lasp.data import TokenFile
 from lasp.evaluation.labels import Accuracy, file_accuracy
+from lasp.evaluation.recall.job import Job
 from lasp.evaluation.recall.report import Cell
-from lasp.evaluation.recall.search import Job
 from lasp.evaluation.subject import Subject
 from lasp.models import Decoder, Memory, count_parameters
 from lasp.parallel import SequenceParallel

@@ -1,7 +1,7 @@
 """What a sweep found: for each model and width the learning rate that is best on the mean of its seeds."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """cells: those that count. trials: those by which learning rates were chosen, if not by the former."""
-
     cells: list[Cell]
-    trials: list[Cell] = field(default_factory=list)
 
     def rows(self) -> list[Row]:
         """In the order of the sweep."""
@@ -78,7 +75,7 @@ class SweepResult:
             summary = {"mean": overall, "standard_error": error, "seeds": len(row.cells), "accuracy": by_pairs}
             names = ("model", "width", "lr", "parameters", "state")
             rows.append({name: getattr(first, name) for name in names} | summary)
-        return {"table": rows, "runs": list(map(asdict, self.cells)), "trials": list(map(asdict, self.trials))}
+        return {"table": rows, "runs": [asdict(cell) for cell in self.cells]}
 
     def table(self) -> str:
         """Percentages."""

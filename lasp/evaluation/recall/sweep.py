@@ -1,9 +1,10 @@
 """Runs a sweep: writes its data, trains what has not been trained, and reports. A sweep that was stopped goes on."""
 
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import torch.distributed as dist
 from lasp.config import require
 from lasp.evaluation.recall.at_once import train_at_once
 from lasp.evaluation.recall.config import RecallSweep
+from lasp.evaluation.recall.job import Job
 from lasp.evaluation.recall.measure import diverged, measure
 from lasp.evaluation.recall.report import RESULT, Cell, SweepResult
-from lasp.evaluation.recall.search import Job, Search
 from lasp.evaluation.remembered import remembered
 from lasp.evaluation.results import save
 from lasp.evaluation.subject import open_subject
@@ -34,27 +35,31 @@ def run(sweep: RecallSweep) -> SweepResult:
     On the ranks that torchrun started each run is spread over all of them. Raises what `train` raises, and ValueError
     for several workers there.
     """
-    search = Search(sweep)
-    with join_world(sweep.first_run) as world:
+    cells = product(sweep.models, sweep.widths, sweep.learning_rates, sweep.seeds)
+    jobs = [Job(sweep, *cell) for cell in cells]
+    with join_world(jobs[0].config) as world:
         require(sweep.workers in (None, 1) or world.size == 1, "workers", sweep.workers, f"1 on {world.size} ranks")
         on_rank_0(dist.group.WORLD, lambda: write_data(sweep))
-
-        def add(job: Job, cell: Cell) -> None:
-            search.add(job, cell)
+        found: dict[Job, Cell] = {}
+        for job, cell in _cells(jobs, sweep.workers, world):
+            found[job] = cell
             if world.rank == 0:
                 print(f"{job}: {cell}", flush=True)
-
-        if world.size == 1 and world.device.type == "cuda":
-            train_at_once(search, add, world)
-        elif sweep.workers in (None, 1):
-            while (job := search.next()) is not None:
-                add(job, evaluate(job, world))
-        else:
-            _in_processes(search, add, sweep.workers)
-        found = search.result()
+        result = SweepResult([found[job] for job in jobs])
         if world.rank == 0:
-            print(save(found, sweep.run_dir, "mqar"), flush=True)
-    return found
+            print(save(result, sweep.run_dir, "mqar"), flush=True)
+    return result
+
+
+def _cells(jobs: list[Job], workers: int | None, world: World) -> Iterator[tuple[Job, Cell]]:
+    """As they are found."""
+    if world.size == 1 and world.device.type == "cuda":
+        yield from train_at_once(jobs, world)
+    elif workers in (None, 1):
+        for job in jobs:
+            yield job, evaluate(job, world)
+    else:
+        yield from _in_processes(jobs, workers)
 
 
 def write_data(sweep: RecallSweep) -> None:
@@ -80,17 +85,12 @@ def evaluate(job: Job, world: World) -> Cell:
     return Cell(**remembered(config, RESULT, find))
 
 
-def _in_processes(search: Search, add: Callable[[Job, Cell], None], workers: int) -> None:
+def _in_processes(jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Cell]]:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        pending: dict[Future[Cell], Job] = {}
+        pending = {pool.submit(_alone, job): job for job in jobs}
         try:
-            while True:
-                while (job := search.next()) is not None:
-                    pending[pool.submit(_alone, job)] = job
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    add(pending.pop(future), future.result())
+            for future in as_completed(pending):
+                yield pending[future], future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # what has begun goes on to its end
             raise

@@ -157,14 +157,14 @@ def _gradients(
             written = (k32 * writing).to(work)
             between = tl.exp(end)
             dkc *= between
-            past = written.to(tl.float32) * dkc
+            kept = written.to(tl.float32) * dkc
             dqc = tl.dot(p, written, dqc * between, input_precision=PRECISION)
             wc = tl.dot(n, written, wc * between, input_precision=PRECISION)
             dkc = tl.dot(pt, q_read, dkc, input_precision=PRECISION)
             dkc = tl.dot(nt, k_read, dkc, input_precision=PRECISION)
             db = q_read.to(tl.float32) * dqc - betas[:, None] * (k_read.to(tl.float32) * wc)
-            db -= written.to(tl.float32) * dkc - past
-            dg = gate_sums(db, past, BY_PRODUCTS) + (tl.exp(tl.sum(g, axis=0)) * overlap)[None, :]
+            db -= written.to(tl.float32) * dkc - kept
+            dg = gate_sums(db, kept, BY_PRODUCTS) + (tl.exp(tl.sum(g, axis=0)) * overlap)[None, :]
             store_rows(d_decay, unless_shut(dg, g), begin, here, h, H, cols, K)
             dqc, wc, dkc = reading * dqc, reading * wc, writing * dkc
         else:
