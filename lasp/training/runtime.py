@@ -70,6 +70,11 @@ def sequence_parallel(config: ParallelConfig, model: ModelConfig, world: World) 
     )
 
 
+def take_gpu(number: int) -> None:
+    """A process that no launcher started has one of the machine's to itself, as a rank of torchrun's has."""
+    os.environ["LOCAL_RANK"] = str(number)
+
+
 @contextmanager
 def join_world(config: Joining) -> Iterator[World]:
     """Joins the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), or is a world of one.

@@ -17,7 +17,7 @@ DTYPES = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 5e-6}  # w
 SHAPES = {  # documents, the tokens that each has had before, if any, q/k heads and heads
     "documents behind initial slots": {"offsets": [0, 1, 1, 730, 1500], "seen": [300, 12, 1000, 64], "heads": (2, 4)},
     "odd length": {"tokens": 777, "batch": 2, "heads": (1, 2)},
-    "one token": {"tokens": 1, "heads": (1, 1), "levels": 1},
+    "one token": {"tokens": 1, "batch": 16, "heads": (1, 2), "levels": 1},
 }
 SIZES = {  # K and V, of which the first have all dtypes and shapes
     "gated": [(64, 64), (128, 128), (256, 256), (128, 64), (64, 256), (32, 32), (40, 24), (96, 80)],

@@ -87,7 +87,7 @@ def test_equals_the_definition(gen, case, dtype):
 @pytest.mark.parametrize("strength", [0.0, 8.0, 100.0], ids=["open gate", "strong gate", "closing gate"])
 def test_gates_that_do_nothing_or_close(gen, strength):
     """The gradient of a gate is a sum in which nothing cancels, however much decays."""
-    drawn = draw(gen, 50, heads=(1, 1), seen=[3])
+    drawn = draw(gen, 50, heads=(1, 1), seen=[3], sizes=(32, 32))
     drawn.tensors["decay"] = -strength * torch.rand(drawn.tensors["decay"].shape, generator=gen).double()
     found = errors(gen, drawn, torch.float32)
     assert max(found.values()) < (2e-5 if strength else 2e-6), found

@@ -1,7 +1,6 @@
 """Makes a table: tokenizer, data, what has not been trained, losses and recall. What was stopped goes on."""
 
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from lasp.evaluation.repeats import RecallInText
 from lasp.evaluation.results import save
 from lasp.evaluation.subject import open_subject
 from lasp.models import count_parameters
-from lasp.training.runtime import World, join_world
+from lasp.training.runtime import World, join_world, take_gpu
 from lasp.training.together import on_rank_0
 from lasp.training.train import train
 
@@ -117,8 +116,7 @@ def _in_processes(table: QualityTable, places: list[Place]) -> list[Cell]:
 
 
 def _take_gpu(numbers: "SimpleQueue[int]") -> None:
-    """A process has one to itself, as a rank of torchrun's has."""
-    os.environ["LOCAL_RANK"] = str(numbers.get())
+    take_gpu(numbers.get())
 
 
 def _alone(table: QualityTable, place: Place) -> Cell:

@@ -27,8 +27,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def block_of(size: int) -> int:
-    """The power of two that holds a head size, 64 at least: on Hopper Triton 3.6 miscompiles products of 16 columns, and
-    some of 32 read beside shared memory."""
+    """The power of two that holds a head size, 64 at least: on Hopper Triton 3.6 miscompiles products of 16 columns,
+    and some of 32 read beside shared memory."""
     return max(64, next_power_of_2(size))
 
 
