@@ -115,6 +115,21 @@ def test_as_many_stages_are_taken_as_fit(constants, fitting):
     assert found == fitting and compiled == (("x",), fitting.get("STAGES", fitting.get("num_stages")))
 
 
+def test_errors_that_are_kept_hold_no_frames():
+    kept = OutOfResources(200, 100, "shared memory")
+
+    class Keeps:
+        def __getitem__(self, grid):
+            return lambda num_stages=3: self.run(num_stages)
+
+        def run(self, stages):
+            if stages > 1:
+                raise kept
+
+    launch.launch_first(Keeps(), (1,), (), {})
+    assert kept.__traceback__ is None
+
+
 @pytest.mark.parametrize(("memory", "size", "dtype", "serves"), [
     (99, 256, torch.bfloat16, False), (99, 128, torch.float16, True), (99, 128, torch.float32, False),
     (227, 256, torch.float16, True), (227, 128, torch.float16, True), (227, 256, torch.float32, False),
