@@ -67,9 +67,7 @@ class ModelConfig:
     norm_eps: Positive = 1e-6  # added to the mean square in norms
     tie_embeddings: bool = True  # the head's weight is the embedding's
     init_std: NotNegative = 0.02  # of the matrices at the beginning
-    decay_init: Positive = (
-        1.0  # times the rates at which Mamba-2's gates, and those after them, forget at the beginning
-    )
+    decay_init: Positive = 1.0  # how fast gates like Mamba-2's forget at the beginning, times Mamba-2's rates
     num_experts: CountOrZero = 0  # of each mixture-of-experts layer; 0: every layer has an MLP of intermediate_size
     experts_per_token: Count = 2  # those with the highest scores
     expert_intermediate_size: Count | None = None  # of each expert; intermediate_size if None
