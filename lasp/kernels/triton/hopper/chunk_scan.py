@@ -91,6 +91,8 @@ def _fetch(sources, rows, rings, tile, col, groups, WORK: gl.constexpr, SUMS: gl
     OWN: gl.constexpr = rows.a.shape[0] // rings.rows.stages  # heads whose a and b are not the same
     ring, h = rings.rows, tile.h
     chunks = gl.cdiv(tile.length, C)
+    if SUMS:  # `behind` comes from the kernel before; what else is fetched is older
+        griddepcontrol_wait()
     for step in range(chunks):
         token = tile.begin.to(gl.int32) + step * C
         filled, stage = ring.acquire(step), step % ring.stages

@@ -1,8 +1,11 @@
-"""Barriers, and multistage pipelines: some warps fill a ring of buffers with chunks while others read earlier ones."""
+"""Barriers, and multistage pipelines: some warps fill a ring of buffers with chunks while others read earlier ones.
+
+A fence follows the making of a barrier, since TMA, which counts what has come on it, goes another way to shared memory.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate
 
 
@@ -51,6 +54,7 @@ def make_barrier():
     """For one load: for those that share one the compiler has all threads meet in between."""
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(full, count=1)
+    fence_async_shared()
     return full
 
 
@@ -70,4 +74,5 @@ def make_ring(STAGES: gl.constexpr, READERS: gl.constexpr = 2):
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=READERS)
+    fence_async_shared()
     return Ring(full, empty, STAGES)
