@@ -4,7 +4,7 @@ Two answer: `portable` everywhere, `hopper.delta` for the commonest heads on Hop
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,13 +17,20 @@ MOST_ROUNDED = 4  # heads over which gradients of q and k are summed in their ow
 
 class Terms(NamedTuple):
     """What is known of every chunk of C tokens without a state. ut: T of the UT transform [B, T, H, C]. gates: see
-    ut_transform. scores: P [B, T, H, C], what each token reads of those of its chunk up to itself. factors: what reads
-    and writes the state."""
+    ut_transform. scores: P [B, T, H, C], what each token reads of those of its chunk up to itself. log2_bounds: of a
+    scalar gate, [chunks, H], by how much the chunk's transition may enlarge a state, as log2: its decay, and what keys
+    that are too long for their beta add (shared.reach). factors: what reads and writes the state."""
 
     ut: Tensor
     gates: Tensor
+    log2_bounds: Tensor | None
     scores: Tensor | None
     factors: Factors
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Those that backward does not find again."""
+        return self[:4]
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ class Backend(Protocol):
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         """All of them, once the summaries are on their way; `scores` may be unwritten until `outputs` has run."""
 
-    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
-        """All of them in backward, from those that were saved."""
+    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
+        """All of them in backward, from those that were kept."""
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         """Fills S [M, H, K, V] and A [M, H, K, K] of every tile."""

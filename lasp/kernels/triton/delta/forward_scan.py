@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.triton.delta.backend import Cut, Terms
-from lasp.kernels.triton.delta.config import OUTPUTS, STATES, TRANSITION, DeltaConfig
+from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
+from lasp.kernels.triton.shared.reach import tile_in_reach
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 
@@ -30,6 +31,7 @@ def _forward_scan(
     ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     v,  # [tokens, H, V]
     gates,  # [chunks, H, 4, C]: beta, b, e^b, e^{b_C - b}
+    log2_bounds,  # [chunks, H], for SUMMARY and TRANSITION: see Terms; or None
     ut,  # [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS
     initial,  # [M, H, K, V] fp32, for OUTPUTS and STATES, or None: zero
@@ -48,7 +50,9 @@ def _forward_scan(
         griddepcontrol_wait()
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = FIRST_HEAD + row * STEP
-    begin, count = tl.load(start + tile), tl.load(length + tile)
+    begin, count, chunk = tl.load(start + tile), tl.load(length + tile), tl.load(first_chunk + tile)
+    if log2_bounds is not None:
+        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, C, False)
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
     c = tl.arange(0, C)
@@ -72,7 +76,6 @@ def _forward_scan(
         x = tl.zeros([BV, BK], tl.float32)
     else:
         x = tl.load(initial + at_state, mask=inside, other=0.0)
-    chunk = tl.load(first_chunk + tile)
     if MODE != TRANSITION:
         v_next = tl.load(
             v + (c * (H * V))[None, :] + rows[:, None], mask=(c < count)[None, :] & in_v[:, None], other=0.0
@@ -162,7 +165,8 @@ def forward_scan(
     q, k, written, ln_ends, _ = terms.factors
     launch(
         _forward_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
-        q, k, written, ln_ends, v, terms.gates, terms.ut, terms.scores, initial, final, o, *recomputed,
+        q, k, written, ln_ends, v, terms.gates, terms.log2_bounds if mode in (SUMMARY, TRANSITION) else None,
+        terms.ut, terms.scores, initial, final, o, *recomputed,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
         heads.step, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode,
         FINAL=final is not None, DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages, num_warps=how.warps,

@@ -101,7 +101,7 @@ def delta_tile_length(x: DeltaInputs, wanted: int) -> int:
 @dataclass(frozen=True)
 class TritonDelta:
     """Any decay. Kept for backward: T and P of every chunk (each 64 / K of the size of k), four numbers per token and
-    head, and for every tile its initial state and, unless it is a segment, its transition."""
+    head, one per chunk, and for every tile its initial state and, unless it is a segment, its transition."""
 
     def summarize(self, x: DeltaInputs, wanted: bool):
         x, plan = contiguous(x), Plan.of(x)
@@ -120,12 +120,12 @@ class TritonDelta:
         terms = plan.kernels.with_scores(x, terms)
         initial, final_states = passing.enter_by_matrix(incoming.wait())
         o = plan.kernels.outputs(x, terms, initial, passing.final)
-        return o, final_states, (terms.ut, terms.gates, terms.scores, initial, passing.transitions)
+        return o, final_states, (*terms.kept, initial, passing.transitions)
 
     def summarize_grad(self, x: DeltaInputs, kept, do: Tensor, wanted: bool):
         x, do, plan = contiguous(x), laid_out(do), Plan.of(x)
-        ut, gates, scores, _, transitions = kept
-        terms = plan.kernels.terms_again(x, ut, gates, scores)
+        *known, _, transitions = kept
+        terms = plan.kernels.terms_again(x, *known)
         passing: StatePassing | OneTile
         if plan.one_tile and not wanted:
             passing = OneTile(None, plan.new_states(x))
@@ -140,7 +140,7 @@ class TritonDelta:
         return passing.summary and passing.summary.state, (x, do, plan, terms, passing)
 
     def finish_grad(self, x: DeltaInputs, kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:
-        (x, do, plan, terms, passing), (_, _, _, initial, _) = partial, kept
+        (x, do, plan, terms, passing), (*_, initial, _) = partial, kept
         grads, recomputed = self._new_grads(x, plan), self._new_recomputed(x, plan, terms.ut)
         enter = cache(lambda: passing.enter_by_matrix(d_outgoing.wait()))
         for heads in plan.passes(x.v.shape[2]):

@@ -1,6 +1,7 @@
 """The kernels of the delta rule for any GPU."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class Portable:
 
     def terms(self, x: DeltaInputs) -> Terms:
         if x.decay is None or scan_decay(x.decay) != Decay.DIAGONAL:
-            ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
-            return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
+            known = ut_transform(self.cut.chunks, x.k, x.decay, x.beta, None, _work_dtype(x))
+            return Terms(*known, None, Factors(x.q, x.k, x.k))
         factors, scores, products = diagonal_factors(
             self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, x.scale
         )
@@ -47,11 +48,11 @@ class Portable:
         scores = chunk_scores(self.cut.chunks, x.q, x.k, terms.gates, decay, terms.ut, x.scale, precision)
         return terms._replace(scores=scores)
 
-    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
+    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
         factors = Factors(x.q, x.k, x.k)
         if x.decay is not None and scan_decay(x.decay) == Decay.DIAGONAL:
             factors, _, _ = diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, None)
-        return Terms(ut, gates, scores, factors)
+        return Terms(*kept, factors)
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):

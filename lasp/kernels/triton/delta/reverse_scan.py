@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.triton.delta.backend import Cut, Terms
-from lasp.kernels.triton.delta.config import STATES, DeltaConfig
+from lasp.kernels.triton.delta.config import STATES, SUMMARY, DeltaConfig
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR
+from lasp.kernels.triton.shared.reach import tile_in_reach
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 
@@ -26,6 +27,7 @@ def _reverse_scan(
     ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     do,  # [tokens, H, V]
     gates,
+    log2_bounds,  # [chunks, H], for SUMMARY: see Terms; or None
     ut,
     scores,
     d_final,  # [M, H, K, V] fp32, for STATES, or None: zero
@@ -38,7 +40,9 @@ def _reverse_scan(
 ):  # fmt: skip
     tile, row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     h = FIRST_HEAD + row * STEP
-    begin, count = tl.load(start + tile), tl.load(length + tile)
+    begin, count, chunk = tl.load(start + tile), tl.load(length + tile), tl.load(first_chunk + tile)
+    if log2_bounds is not None:
+        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, C, True)
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
     c = tl.arange(0, C)
@@ -56,7 +60,6 @@ def _reverse_scan(
     grad = tl.zeros([BV, BK], tl.float32)
     if d_final is not None:
         grad += tl.load(d_final + at_state, mask=inside, other=0.0)
-    chunk = tl.load(first_chunk + tile)
     chunks = tl.cdiv(count, C)
     total_next = 0.0  # loaded ahead: two programs just fit a multiprocessor's shared memory
     if DECAY == SCALAR:
@@ -132,7 +135,8 @@ def reverse_scan(
     q, k, written, ln_ends, _ = terms.factors
     launch(
         _reverse_scan, (cut.tiles.count, len(heads), cdiv(value_dim, block_v)),
-        q, k, written, ln_ends, do, terms.gates, terms.ut, terms.scores, d_final, d_initial, dr, d_states,
+        q, k, written, ln_ends, do, terms.gates, terms.log2_bounds if mode is SUMMARY else None, terms.ut, terms.scores,
+        d_final, d_initial, dr, d_states,
         cut.tiles.start, cut.tiles.length, cut.first_chunk, scale, all_heads, all_heads // q_heads, heads.start,
         heads.step, K=key_dim, V=value_dim, BK=block_of(key_dim), BV=block_v, C=CHUNK, MODE=mode,
         FINAL=d_initial is not None, DECAY=decay.value, PRECISION=config.precision, STAGES=how.stages,

@@ -14,7 +14,7 @@ from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, next_power_of_2
 from lasp.kernels.triton.launch import launch
-from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, SCALAR, scalar_decay, sums_dtype
+from lasp.kernels.triton.shared.decay import DIAGONAL, LOG2_E, NONE, SCALAR, scalar_decay, sums_dtype
 from lasp.kernels.triton.shared.tiles import CHUNK
 
 SUB = tl.constexpr(16)
@@ -46,6 +46,7 @@ def _ut_transform(
     products,  # [tokens, H, 64] fp32: k_i·(e^{b_i - b_j} k_j), if DIAGONAL; else they are computed here
     ut,  # [tokens, H, 64]: the row of T that belongs to a token
     gates,  # [chunks, H, 4, 64]: beta, b, e^b and e^{b_C - b}
+    log2_bounds,  # [chunks, H]: see Terms, if there are scalar gates
     start, length, H, G,
     K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
@@ -116,6 +117,11 @@ def _ut_transform(
     _store_gates(slot + 2 * SUB, beta2, b2, total, SCALARS)
     _store_gates(slot + 3 * SUB, beta3, b3, total, SCALARS)
 
+    if SCALARS:
+        growth = log2_growth(_diagonal(s00), beta0) + log2_growth(_diagonal(s11), beta1)
+        growth += log2_growth(_diagonal(s22), beta2) + log2_growth(_diagonal(s33), beta3)
+        tl.store(log2_bounds + chunk * H + h, total.to(tl.float32) * LOG2_E + tl.sum(growth, axis=0))
+
     below = i[:, None] > i[None, :]
     d0 = tl.where(below, _weights(s00, beta0, b0, b0, SCALARS), 0.0)
     d1 = tl.where(below, _weights(s11, beta1, b1, b1, SCALARS), 0.0)
@@ -156,6 +162,18 @@ def _ut_transform(
 
 
 @triton.jit
+def log2_growth(squares, beta):
+    """By how much a state may grow with each token, as its norm: log2 of |I - beta k kᵀ|, given |k|²."""
+    return tl.log2(tl.maximum(tl.abs(1.0 - beta * squares), 1.0))
+
+
+@triton.jit
+def _diagonal(block):
+    i = tl.arange(0, SUB)
+    return tl.sum(tl.where(i[:, None] == i[None, :], block, 0.0), axis=1)
+
+
+@triton.jit
 def _store_gates(at, beta, b, total, SCALARS: tl.constexpr):
     at += tl.arange(0, SUB)
     tl.store(at, beta)
@@ -189,22 +207,24 @@ def _store_row(ut, tokens, here, h, H, t0, t1, t2, t3):
 
 def ut_transform(
     chunks: Tiles, k: Tensor, decay: Tensor | None, beta: Tensor, products: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """T [B, T, H, 64] in `dtype`, the row of each token in its chunk's inverse, and gates [chunks, H, 4, 64] in
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """T [B, T, H, 64] in `dtype`, the row of each token in its chunk's inverse, gates [chunks, H, 4, 64] in
     sums_dtype(k): beta, the log decay b from the chunk's start up to each token (with it), e^b and e^{b_C - b} (with a
-    diagonal decay beta alone; `products` then are k_i·(e^{b_i - b_j} k_j), [B, T, H, 64]). Places without a token have
-    beta = 0 and do not decay. `chunks` are tiles of 64 tokens."""
+    diagonal decay beta alone; `products` then are k_i·(e^{b_i - b_j} k_j), [B, T, H, 64]), and, with scalar ones, the
+    bounds of Terms. Places without a token have beta = 0 and do not decay. `chunks` are tiles of 64 tokens."""
     assert chunks.size == CHUNK
     (batch, tokens, heads), (q_heads, key_dim) = beta.shape, k.shape[2:]
     ut = k.new_empty(batch, tokens, heads, CHUNK, dtype=dtype)
     gates = k.new_empty(chunks.count, heads, 4, CHUNK, dtype=sums_dtype(k))
+    scalars = Decay.of(decay) in (Decay.CONSTANT, Decay.SCALAR)
+    log2_bounds = k.new_empty(chunks.count, heads, dtype=torch.float32) if scalars else None
     launch(
         _ut_transform, (chunks.count, heads),
-        k, decay, beta, products, ut, gates, chunks.start, chunks.length, heads, heads // q_heads,
+        k, decay, beta, products, ut, gates, log2_bounds, chunks.start, chunks.length, heads, heads // q_heads,
         K=key_dim, BK=min(64, block_of(key_dim)), DECAY=Decay.of(decay).value,
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32", FINE="tf32x3", num_warps=1, num_stages=2,
     )  # fmt: skip
-    return ut, gates
+    return ut, gates, log2_bounds
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The kernels of the delta rule for Hopper."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,13 @@ class Hopper:
     adds_d_beta = False
 
     def terms(self, x: DeltaInputs) -> Terms:
-        ut, gates = ut_transform(self.cut.chunks, x.k, x.decay, x.beta)
-        return Terms(ut, gates, None, Factors(x.q, x.k, x.k))
+        return Terms(*ut_transform(self.cut.chunks, x.k, x.decay, x.beta), None, Factors(x.q, x.k, x.k))
 
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         return terms._replace(scores=torch.empty_like(terms.ut))
 
-    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
-        return Terms(ut, gates, scores, Factors(x.q, x.k, x.k))
+    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
+        return Terms(*kept, Factors(x.q, x.k, x.k))
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         forward_scan(SUMMARY, self.cut, x, terms, self.how, final=states, transitions=transitions)
@@ -92,8 +92,8 @@ class HopperDiagonal(Hopper):
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         return terms
 
-    def terms_again(self, x: DeltaInputs, ut: Tensor, gates: Tensor, scores: Tensor) -> Terms:
-        return Terms(ut, gates, scores, self._factors(x, None)[0])
+    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
+        return Terms(*kept, self._factors(x, None)[0])
 
     def gradients(
         self, x: DeltaInputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,

@@ -19,7 +19,13 @@ from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.delta.backend import Cut, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_rows import Program, Rows, fetch_gates, split_gates, states_of
-from lasp.kernels.triton.hopper.delta_shared import channel_decays, left_of, state_layout, state_places
+from lasp.kernels.triton.hopper.delta_shared import (
+    channel_decays,
+    left_of,
+    state_layout,
+    state_places,
+    tile_in_reach,
+)
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, SHARED, C, mma_layout
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import make_ring
@@ -222,6 +228,7 @@ def _forward_scan(
     written,
     v,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    log2_bounds,  # [chunks, H], for SUMMARY: see Terms; or None
     ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     ut,  # rows of [tokens, H, C]: T
     scores,  # [tokens, H, C]: P, for OUTPUTS, written unless DIAGONAL
@@ -245,6 +252,8 @@ def _forward_scan(
     h, part = (FIRST_HEAD + row * STEP) // PARTS, (FIRST_HEAD + row * STEP) % PARTS
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
+    if log2_bounds is not None:
+        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, False)
     dtype: gl.constexpr = k.dtype
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, K], SHARED)
     t_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)
@@ -294,7 +303,7 @@ def forward_scan(
         _forward_scan, (cut.tiles.count, len(rows)),
         rows_of(terms.factors.q, key_dim) if outputs else None, rows_of(terms.factors.k, key_dim),
         rows_of(terms.factors.written, key_dim) if diagonal else None, rows_of(x.v, how.columns),
-        terms.gates, terms.factors.ln_ends, rows_of(terms.ut, C.value),
+        terms.gates, terms.log2_bounds if mode is SUMMARY else None, terms.factors.ln_ends, rows_of(terms.ut, C.value),
         scores, None if scores is None else rows_of(scores, C.value), initial, final, transitions,
         y, None if y is None else rows_of(y, how.columns), None if states is None else states_of(states),
         cut.tiles.start, cut.tiles.length, cut.first_chunk, x.scale,

@@ -19,7 +19,13 @@ from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
 from lasp.kernels.triton.hopper.delta_rows import Program, Rows, fetch_gates, split_gates, states_of
-from lasp.kernels.triton.hopper.delta_shared import channel_decays, left_of, state_layout, state_places
+from lasp.kernels.triton.hopper.delta_shared import (
+    channel_decays,
+    left_of,
+    state_layout,
+    state_places,
+    tile_in_reach,
+)
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, SHARED, C
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import Ring, make_ring
@@ -237,6 +243,7 @@ def _reverse_scan(
     k, written,
     do,  # rows of [tokens, H, WIDTH], V at a time
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b, e^{b_C - b}
+    log2_bounds,  # [chunks, H], for summaries: see Terms; or None
     ln_ends,  # [chunks, H, K] fp32: b_C, if DIAGONAL
     ut,  # rows of [tokens, H, C]: T
     scores,  # rows of [tokens, H, C]: P, scaled
@@ -268,6 +275,8 @@ def _reverse_scan(
     h, part = head_part // PARTS, head_part % PARTS
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
+    if log2_bounds is not None:
+        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, True)
     dtype: gl.constexpr = k.dtype
     GRADIENTS: gl.constexpr = u is not None
     EACH: gl.constexpr = dr is not None
@@ -334,12 +343,13 @@ def reverse_scan(
         None if y is None else rows_of(y, how.columns) for y in (u, x.v if recomputed else None, dv)
     )
     factors, (dr, d_states) = terms.factors, each or (None, None)
+    log2_bounds = terms.log2_bounds if recomputed is None and each is None else None
     diagonal = scan_decay(x.decay) == Decay.DIAGONAL
     launch(
         _reverse_scan, (cut.tiles.count, len(rows)),
         rows_of(factors.q, key_dim), rows_of(factors.k, key_dim),
         rows_of(factors.written, key_dim) if diagonal else None,
-        rows_of(do, how.columns), terms.gates, factors.ln_ends,
+        rows_of(do, how.columns), terms.gates, log2_bounds, factors.ln_ends,
         rows_of(terms.ut, C.value), rows_of(terms.scores, C.value), d_final, d_initial,
         dr, None if d_states is None else states_of(d_states),
         v_rows, u_rows, None if states is None else states_of(states), dq, dq_rows, dk, dk_rows, dv, dv_rows,

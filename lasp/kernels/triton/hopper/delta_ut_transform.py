@@ -13,11 +13,12 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.delta.ut_transform import log2_growth
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C
 from lasp.kernels.triton.hopper.shared import barrier
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
-from lasp.kernels.triton.shared.decay import DIAGONAL, NONE, scalar_decay
+from lasp.kernels.triton.shared.decay import DIAGONAL, LOG2_E, NONE, scalar_decay
 
 HALF = gl.constexpr(C.value // 2)
 QUARTER = gl.constexpr(C.value // 4)
@@ -75,12 +76,21 @@ def _weights(s, lines, ROW: gl.constexpr, COL: gl.constexpr, SCALARS: gl.constex
 
 
 @gluon.jit
+def _growth(products, beta):
+    """By how much a state may grow with these tokens, as log2, from their K Kᵀ: see delta.ut_transform."""
+    row, col = gl.arange(0, HALF, layout=gl.SliceLayout(1, MMA)), gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))
+    squares = gl.sum(gl.where(row[:, None] == col[None, :], products, 0.0), axis=1)
+    return gl.sum(log2_growth(squares, beta.load(gl.SliceLayout(1, MMA))), axis=0)
+
+
+@gluon.jit
 def _ut_transform(
     k,  # [tokens, H // G, K]; if DIAGONAL [tokens, H, C] fp32: k_i·(e^{b_i - b_j} k_j) for j < i
     decay,  # [H] or [tokens, H]
     beta,  # [tokens, H]
     ut,  # [tokens, H, C]: the row of T that belongs to a token
     gates,  # [chunks, H, 4, C] fp32: beta, b, e^b and e^{b_C - b}; if DIAGONAL beta alone
+    log2_bounds,  # [chunks, H]: see Terms, if there are scalar gates
     start, length, H, G,
     K: gl.constexpr, DECAY: gl.constexpr,
 ):  # fmt: skip
@@ -142,6 +152,9 @@ def _ut_transform(
             s0 = mma_v2(early.load(LEFT), early_t, s0)
             s1 = mma_v2(late, late_t, s1)
             below = mma_v2(late, early_t, below)
+    if SCALARS:
+        growth = _growth(s0, lines.slice(0, HALF)) + _growth(s1, lines.slice(HALF, HALF))
+        gl.store(log2_bounds + chunk.to(gl.int64) * H + h, total * LOG2_E + growth)
     barrier()
     s0, s1 = _weights(s0, lines, 0, 0, SCALARS), _weights(s1, lines, HALF, HALF, SCALARS)
     weights.slice(0, 1).store(s0.reshape([1, HALF, HALF]))
@@ -181,15 +194,17 @@ def _ut_transform(
 
 def ut_transform(
     chunks: Tiles, k: Tensor, decay: Tensor | None, beta: Tensor, products: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """T [B, T, H, 64] in k's dtype and gates [chunks, H, 4, 64] in fp32: see delta.ut_transform."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """T [B, T, H, 64] in k's dtype, gates [chunks, H, 4, 64] in fp32, and bounds: see delta.ut_transform."""
     (batch, tokens, heads), (q_heads, key_dim) = beta.shape, k.shape[2:]
     ut = k.new_empty(batch, tokens, heads, C.value)
     gates = k.new_empty(chunks.count, heads, 4, C.value, dtype=torch.float32)
+    scalars = Decay.of(decay) in (Decay.CONSTANT, Decay.SCALAR)
+    log2_bounds = gates.new_empty(chunks.count, heads) if scalars else None
     launch(
         _ut_transform, (chunks.count, heads),
-        k if products is None else products, decay, beta, ut, gates, chunks.start, chunks.length,
+        k if products is None else products, decay, beta, ut, gates, log2_bounds, chunks.start, chunks.length,
         heads, heads // q_heads,
         K=key_dim, DECAY=Decay.of(decay).value, num_warps=2, pdl=True,
     )  # fmt: skip
-    return ut, gates
+    return ut, gates, log2_bounds

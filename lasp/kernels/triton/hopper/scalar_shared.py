@@ -56,6 +56,20 @@ def load_gates(gates, begin, i, count, h, H, DECAY: gl.constexpr):
 
 
 @gluon.jit
+def load_chunk_decays(gates, begin, count, n, h, H, DECAY: gl.constexpr, REVERSE: gl.constexpr):
+    """The log2 decays of the chunks n of a tile, as many as n has: see gates.load_chunk_decays."""
+    chunks = gl.cdiv(count, C)
+    i = chunks - 1 - n if REVERSE else n
+    here = gl.minimum(C, count - i * C)
+    if DECAY == CONSTANT:
+        rate = gl.load(gates + h).to(gl.float32)
+        rate = gl.where(rate < SHUT, SHUT, rate) * LOG2_E
+        return gl.where(n < chunks, rate * here.to(gl.float32), 0.0)
+    else:
+        return gl.load(gates + (begin + i * C + here - 1) * H + h, mask=n < chunks, other=0.0)
+
+
+@gluon.jit
 def half_rows(PART: gl.constexpr):
     """Places in a state of half of its rows, [HALF, SIZE], coalesced: products have other layouts."""
     row = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LINES))

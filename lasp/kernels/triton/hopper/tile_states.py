@@ -14,15 +14,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
+from lasp.kernels.triton.device import cdiv, next_power_of_2
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, C, mma_layout, shared_layout
 from lasp.kernels.triton.hopper.products import add_product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.scalar_shared import load_gates
+from lasp.kernels.triton.hopper.scalar_shared import LINE, load_chunk_decays, load_gates
 from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, rows_of
 from lasp.kernels.triton.hopper.tiles import Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import LOG2_E, NONE
+from lasp.kernels.triton.shared.reach import chunks_in_reach, part_in_reach
 
 ROWS = gl.constexpr(64)  # of a state, in a group of warps
 BUFFERS = 192 * 2**10  # bytes of the chunks that are fetched ahead
@@ -69,7 +71,7 @@ def _first_gate(gates, begin, count, h, H, DECAY: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    shared, ring, gates, states, transitions, tile, row, scale,
+    shared, ring, gates, states, tile, row, scale,
     PART: gl.constexpr,  # the group of warps
     DECAY: gl.constexpr, BACKWARD: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
@@ -124,8 +126,6 @@ def _compute(
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     at = rows[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, MMA))[None, :]
     gl.store(states + (number * H + h) * K * V + at, state * scale)
-    if DECAY != NONE and not BACKWARD:
-        gl.store(transitions + number * H + h, log2_passed / LOG2_E, mask=row == 0)
 
 
 @gluon.jit
@@ -138,6 +138,7 @@ def _tile_states(
     start, length, scale, H, G, K: gl.constexpr, V: gl.constexpr,
     KEYS: gl.constexpr,  # blocks of 64 columns of keys that a program needs
     HEADS: gl.constexpr,  # of a program
+    CHUNKS: gl.constexpr,  # the most that a tile has
     DECAY: gl.constexpr, BACKWARD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     griddepcontrol_wait()
@@ -149,11 +150,20 @@ def _tile_states(
     v_rows = gl.allocate_shared_memory(dtype, [HEADS * STAGES, C, V], shared_layout(V))
     weights_copies = gl.allocate_shared_memory(gl.float32, [4, C], GATES_SHARED)
     ring = make_ring(STAGES)
+    if DECAY != NONE:
+        reach, n = 0, gl.arange(0, CHUNKS, layout=LINE)
+        for head in gl.static_range(HEADS):
+            decays = load_chunk_decays(gates, begin, count, n, h + head, H, DECAY, not BACKWARD)
+            reach = gl.maximum(reach, chunks_in_reach(n, decays, 0.0))
+            if not BACKWARD:
+                at = gl.program_id(0).to(gl.int64) * H + h + head
+                gl.store(transitions + at, gl.sum(decays, axis=0) / LOG2_E, mask=row == 0)
+        begin, count = part_in_reach(begin, count, reach, C, BACKWARD)
     shared, tile = _Shared(k_rows, v_rows, weights_copies), Tile(begin, count, None, h, H)
     gl.warp_specialize(
         [
-            (_compute, (shared, ring, gates, states, transitions, tile, row, scale, 0, DECAY, BACKWARD, K)),
-            (_compute, (shared, ring, gates, states, transitions, tile, row, scale, 1, DECAY, BACKWARD, K)),
+            (_compute, (shared, ring, gates, states, tile, row, scale, 0, DECAY, BACKWARD, K)),
+            (_compute, (shared, ring, gates, states, tile, row, scale, 1, DECAY, BACKWARD, K)),
             (_fetch, (k, v, shared, ring, tile, row, G, K, BACKWARD)),
         ],
         [4, 1],
@@ -174,7 +184,8 @@ def tile_states(
         _tile_states, (tiles.count, heads // at_once, max(1, size_k // (2 * ROWS.value))),
         rows_of(k, ROWS.value), rows_of(v, size_v), gates, states, transitions,
         tiles.start, tiles.length, scale, heads, heads // q_heads,
-        K=size_k, V=size_v, KEYS=keys, HEADS=at_once, DECAY=Decay.of(gates).value, BACKWARD=backward,
+        K=size_k, V=size_v, KEYS=keys, HEADS=at_once, CHUNKS=next_power_of_2(cdiv(tiles.size, C.value)),
+        DECAY=Decay.of(gates).value, BACKWARD=backward,
         STAGES=min(8, BUFFERS // (2 * C.value * (keys * ROWS.value + at_once * size_v))), num_warps=4, pdl=True,
     )  # fmt: skip
     return states, transitions

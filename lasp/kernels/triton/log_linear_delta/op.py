@@ -122,7 +122,7 @@ class Call:
         work = x.v.dtype if x.v.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if work == torch.bfloat16 else "tf32x3"
         self.tree = tree = tree_of(x, CHUNK, PIECE)
-        self.ut, self.gates = ut_transform(tree.tiles, x.k, x.decay, x.beta, None, work)
+        self.ut, self.gates, _ = ut_transform(tree.tiles, x.k, x.decay, x.beta, None, work)
         self.scores = chunk_scores(
             tree.tiles, x.q, x.k, self.gates, Decay.SCALAR.value, self.ut, x.scale, self.precision
         )

@@ -53,6 +53,21 @@ def load_gates(gates, begin, i, count, h, H, C: tl.constexpr, CHUNK: tl.constexp
         return tl.where(place < here, b, end), end
 
 
+@triton.jit
+def load_chunk_decays(
+    gates, begin, count, h, H, C: tl.constexpr, CHUNKS: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """The log2 decay of each of a tile's chunks, [CHUNKS], the first or, if REVERSE, the last one first; 0 beyond."""
+    n, chunks = tl.arange(0, CHUNKS), tl.cdiv(count, C)
+    i = chunks - 1 - n if REVERSE else n
+    here = tl.minimum(C, count - i * C)
+    if DECAY == CONSTANT:
+        dtype: tl.constexpr = tl.float64 if gates.dtype.element_ty == tl.float64 else tl.float32
+        return tl.where(n < chunks, bounded(tl.load(gates + h)).to(dtype) * LOG2_E * here.to(dtype), 0.0)
+    else:
+        return tl.load(gates + (begin + i * C + here - 1) * H + h, mask=n < chunks, other=0.0)
+
+
 LAST = tl.constexpr(32)  # tokens of a tile, see gate_grads
 NOTHING = tl.constexpr(-17.0)  # a log decay of which fp32 shows nothing beside 1
 
