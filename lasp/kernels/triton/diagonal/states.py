@@ -14,8 +14,26 @@ from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.diagonal.rescale import DiagonalConfig, Rescaled, load_end, load_half
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.decay import LOG2_E
+from lasp.kernels.triton.shared.reach import farthest, part_in_reach
 from lasp.kernels.triton.shared.rows import load_rows
 from lasp.kernels.triton.shared.state_passing import InitialStates, load_initial_state
+
+
+@triton.jit
+def _reach(ln_ends, slot, chunks, h, H, rows, K: tl.constexpr, FROM_START: tl.constexpr):
+    """How many of a tile's chunks its summary has to scan (shared.reach), and the log decay of them all, [BK]."""
+    n, reach = tl.arange(0, 16), 0
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    for block in range(0, chunks, 16):
+        place = block + n
+        at = (slot + (place if FROM_START else chunks - 1 - place)) * H + h
+        here = (place < chunks)[:, None] & (rows < K)[None, :]
+        ends = tl.load(ln_ends + (at * K)[:, None] + rows[None, :], mask=here, other=0.0)
+        before = tl.where(here, (total[None, :] + tl.cumsum(ends, axis=0) - ends) * LOG2_E, float("-inf"))
+        reach = tl.maximum(reach, farthest(place, tl.max(before, axis=1)))
+        total += tl.sum(ends, axis=0)
+    return reach, total
 
 
 @triton.jit
@@ -44,7 +62,8 @@ def _scan_states(
         state = load_initial_state(states, incoming, passed, owner, tile, h, H, place, inside, rows, K, V)
     else:
         state = tl.zeros([BK, BV], tl.float32)
-    total = tl.zeros([BK, 1], tl.float32)
+        reach, total = _reach(ln_ends, begin // C + tile, tl.cdiv(count, C), h, H, rows, K, BACKWARD)
+        begin, count = part_in_reach(begin, count, reach, C, BACKWARD)
     chunks = tl.cdiv(count, C)
     for n in tl.range(0, chunks, num_stages=STAGES):
         i = (chunks - 1 - n) if BACKWARD else n
@@ -53,8 +72,6 @@ def _scan_states(
         kc = load_rows(k, begin + i * C, here, h, H, rows, K)
         vc = load_rows(v, begin + i * C, here, h, H, cols, V).to(k.dtype.element_ty)
         end, half = load_end(ln_ends, slot, rows, K), load_half(ln_chunk_decay, slot, MAX_LN_DECAY)
-        if not BACKWARD:
-            total += end
         if EACH_CHUNK:
             tl.store((chunk_states + slot * K * V) + place, state * tl.exp(half * end), mask=inside)
         state = tl.dot(tl.trans(kc), vc, state * tl.exp((1.0 - half) * end), input_precision=PRECISION) * tl.exp(
@@ -65,7 +82,7 @@ def _scan_states(
     else:
         tl.store((states + (tile * H + h) * K * V) + place, state, mask=inside)
     if not (EACH_CHUNK or BACKWARD):
-        tl.store(transitions + (tile * H + h) * K + rows[:, None], total, mask=(rows < K)[:, None] & (part == 0))
+        tl.store(transitions + (tile * H + h) * K + rows, total, mask=(rows < K) & (part == 0))
 
 
 def tile_states(tiles: Tiles, x: Rescaled, v: Tensor, config: DiagonalConfig) -> tuple[Tensor, Tensor]:

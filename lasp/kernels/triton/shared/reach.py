@@ -18,8 +18,13 @@ def chunks_in_reach(n, log2_decays, passed):
     """n: [N] numbers of consecutive chunks, the nearest being 0. log2_decays: [N] bounds on what they do to a state.
     passed: the same of all chunks before them. Up to how many chunks, from the nearest on, something is left of a
     state; 0 if nothing is."""
-    before = passed + tl.cumsum(log2_decays, axis=0) - log2_decays
-    return tl.max(tl.where(before > ERASED, n + 1, 0), axis=0)
+    return farthest(n, passed + tl.cumsum(log2_decays, axis=0) - log2_decays)
+
+
+@triton.jit
+def farthest(n, passed):
+    """The same, of chunks n from whose states this much separates the end."""
+    return tl.max(tl.where(passed > ERASED, n + 1, 0), axis=0)
 
 
 @triton.jit
