@@ -4,7 +4,7 @@ Two answer: `portable` everywhere, `hopper.delta` for the commonest heads on Hop
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -91,7 +91,9 @@ class Backend(Protocol):
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         """All of them, once the summaries are on their way; `scores` may be unwritten until `outputs` has run."""
 
-    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
+    def terms_again(
+        self, x: DeltaInputs, ut: Tensor, gates: Tensor, log2_bounds: Tensor | None, scores: Tensor
+    ) -> Terms:
         """All of them in backward, from those that were kept."""
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:

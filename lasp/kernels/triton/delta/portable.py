@@ -1,7 +1,6 @@
 """The kernels of the delta rule for any GPU."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +47,13 @@ class Portable:
         scores = chunk_scores(self.cut.chunks, x.q, x.k, terms.gates, decay, terms.ut, x.scale, precision)
         return terms._replace(scores=scores)
 
-    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
+    def terms_again(
+        self, x: DeltaInputs, ut: Tensor, gates: Tensor, log2_bounds: Tensor | None, scores: Tensor
+    ) -> Terms:
         factors = Factors(x.q, x.k, x.k)
         if x.decay is not None and scan_decay(x.decay) == Decay.DIAGONAL:
             factors, _, _ = diagonal_factors(self.cut.chunks, x.q, x.k, x.decay, _work_dtype(x), self.config, None)
-        return Terms(*kept, factors)
+        return Terms(ut, gates, log2_bounds, scores, factors)
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         for mode, final in ((SUMMARY, states), (TRANSITION, transitions)):

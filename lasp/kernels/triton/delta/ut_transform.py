@@ -120,7 +120,7 @@ def _ut_transform(
     if SCALARS:
         growth = log2_growth(_diagonal(s00), beta0) + log2_growth(_diagonal(s11), beta1)
         growth += log2_growth(_diagonal(s22), beta2) + log2_growth(_diagonal(s33), beta3)
-        tl.store(log2_bounds + chunk * H + h, total.to(tl.float32) * LOG2_E + tl.sum(growth, axis=0))
+        tl.store(log2_bounds + chunk * H + h, total * LOG2_E + tl.sum(growth, axis=0))
 
     below = i[:, None] > i[None, :]
     d0 = tl.where(below, _weights(s00, beta0, b0, b0, SCALARS), 0.0)

@@ -1,7 +1,6 @@
 """The kernels of the delta rule for Hopper."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +33,10 @@ class Hopper:
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         return terms._replace(scores=torch.empty_like(terms.ut))
 
-    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
-        return Terms(*kept, Factors(x.q, x.k, x.k))
+    def terms_again(
+        self, x: DeltaInputs, ut: Tensor, gates: Tensor, log2_bounds: Tensor | None, scores: Tensor
+    ) -> Terms:
+        return Terms(ut, gates, log2_bounds, scores, Factors(x.q, x.k, x.k))
 
     def tile_states(self, x: DeltaInputs, terms: Terms, states: Tensor, transitions: Tensor) -> None:
         forward_scan(SUMMARY, self.cut, x, terms, self.how, final=states, transitions=transitions)
@@ -92,8 +93,10 @@ class HopperDiagonal(Hopper):
     def with_scores(self, x: DeltaInputs, terms: Terms) -> Terms:
         return terms
 
-    def terms_again(self, x: DeltaInputs, *kept: Any) -> Terms:
-        return Terms(*kept, self._factors(x, None)[0])
+    def terms_again(
+        self, x: DeltaInputs, ut: Tensor, gates: Tensor, log2_bounds: Tensor | None, scores: Tensor
+    ) -> Terms:
+        return Terms(ut, gates, log2_bounds, scores, self._factors(x, None)[0])
 
     def gradients(
         self, x: DeltaInputs, terms: Terms, do: Tensor, recomputed: Recomputed, d_final: Tensor | None,

@@ -196,6 +196,9 @@ def _compute(
             yc = add_product(yc, u, pc.permute((1, 0)))  # e^b Q X + P u
             x = warpgroup_mma_wait(1, deps=(x,))
             yc = warpgroup_mma_wait(0, deps=(yc,))
+            if not SCORING:
+                tma.store_wait(0)  # of the chunk before, whose buffer is written again
+                barrier()
             out = staged.y.index(0)
             out.permute((1, 0)).store(yc.to(dtype))
         if MODE == STATES:
