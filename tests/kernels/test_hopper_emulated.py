@@ -21,7 +21,7 @@ scalar, diagonal, delta = (import_module(f"lasp.kernels.triton.{room}.op") for r
 OPS = {"linear": scalar.TritonLinear(), "vector": diagonal.TritonDiagonal(), "delta": delta.TritonDelta()}
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 6e-3, FP16: 8e-4}
-TOKENS, TILE, DOCUMENTS = 205, 128, (0, 5, 5, 70, 205)
+TOKENS, TILE, DOCUMENTS = 650, 576, (0, 5, 5, 70, 650)  # tiles of more chunks than are fetched ahead
 CASES = [  # kind, decay, q/k heads, heads, K, V, dtype, the steepest gates
     ("linear", "none", 1, 2, 128, 128, BF16, 0.0),
     ("linear", "constant", 2, 2, 128, 128, BF16, 0.1),
@@ -45,7 +45,7 @@ CASES = [  # kind, decay, q/k heads, heads, K, V, dtype, the steepest gates
 
 
 @pytest.fixture(autouse=True)
-def as_on_hopper(monkeypatch, request):
+def as_on_hopper(gen, monkeypatch):
     """Its kernels serve, several tiles a document."""
     hopper = {name: import_module(f"lasp.kernels.triton.hopper.{name}") for name in ("scalar", "diagonal", "delta")}
     for op in (scalar, diagonal, delta):
@@ -60,7 +60,7 @@ def as_on_hopper(monkeypatch, request):
     monkeypatch.setattr(import_module("lasp.kernels.triton.shared.tiles"), "tile_length", lambda *_: TILE)
     monkeypatch.setattr(delta, "SHORTEST_TILE", TILE)
     monkeypatch.setattr(delta, "multiprocessors", lambda device: 64)
-    emulator.install(monkeypatch, seed=torch.initial_seed() % 2**31)
+    emulator.install(monkeypatch, seed=int(torch.randint(2**31, (), generator=gen)))
 
 
 def draw(gen, case, offsets):
@@ -84,9 +84,9 @@ def draw(gen, case, offsets):
     return tensors, normal(*rows, value_dim).to(dtype), normal(len(offsets) - 1, heads, key_dim, value_dim)
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["alone", "summaries wanted"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_equals_the_definition(gen, case, asked):
+def test_equals_the_definition(gen, case):
+    asked = CASES.index(case) % 2 == 1  # for summaries, of documents
     offsets = DOCUMENTS if asked else (0, TOKENS)
     tensors, do, d_state = draw(gen, case, offsets)
     cu_seqlens = torch.tensor(offsets) if asked else None
