@@ -1,5 +1,5 @@
-"""Kernels in Triton and Gluon, run by Python on PyTorch's tensors, in any dtype and without a GPU: what they compute, and
-who waits for whom. `install` has launches run so.
+"""Kernels in Triton and Gluon, run by Python on PyTorch's tensors, in any dtype and without a GPU: what they compute,
+and who waits for whom. `install` has launches run so.
 
 A program's groups of warps are threads, of which one runs at a time; at every barrier another one may go on, drawn at
 random. What is asynchronous happens as late as it may: products and copies by TMA when somebody waits for them. So a
