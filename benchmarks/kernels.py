@@ -6,16 +6,17 @@
     python benchmarks/kernels.py --shapes models                   heads as models have them (shapes.py)
     python benchmarks/kernels.py --no-peer                         without flash-linear-attention (it tunes for minutes)
 
-Medians of CUDA events, in milliseconds, as the host starts the kernels and in CUDA graphs, without host. Memory is the
-peak above the inputs, in GiB; errors are relative, by norm, against the float64 reference on the first 2048 tokens. The
-floor moves every input and output once at the copy bandwidth that is measured first. Log-linear attention has one q/k
-head, as in Mamba-2; its steps are for the tokens at positions 2^10 - 1 and 2^20 - 1, which see 10 and 20 states, and
-timed without a graph.
+Medians of CUDA events, in milliseconds, as the host starts the kernels and in CUDA graphs, without host; and the host's
+time until a call and its backward have been started, the GPU being idle before. Memory is the peak above the inputs, in
+GiB; errors are relative, by norm, against the float64 reference on the first 2048 tokens. The floor moves every input
+and output once at the copy bandwidth that is measured first. Log-linear attention has one q/k head, as in Mamba-2; its
+steps are for the tokens at positions 2^10 - 1 and 2^20 - 1, which see 10 and 20 states, and timed without a graph.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal, get_args
 
 import torch
@@ -34,6 +35,7 @@ from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.log_linear_step import FenwickMemory
 
 ACCURACY_TOKENS = 2048
+STARTS = 200  # of a call, of which the host's time is the median
 SEEN = 2**10 - 1, 2**20 - 1  # tokens before a step of log-linear attention: all of the bits are set
 
 
@@ -115,8 +117,8 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, **_: Tensor) -> Tensor:
 
 
 def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor], graph: bool = False) -> list[str]:
-    """Milliseconds forward, forward + backward and, if wanted, both from CUDA graphs; GiB at the peak; seconds until
-    the first result."""
+    """Milliseconds forward, forward + backward, of the host, and, if wanted, from CUDA graphs; GiB at the peak; seconds
+    until the first result."""
     torch.cuda.empty_cache()  # pieces of larger blocks, from measurements before, may lie on other pages
     both = forward_backward(function, tensors)
     start = time.perf_counter()
@@ -134,7 +136,19 @@ def measure(function: Callable[..., Tensor], tensors: dict[str, Tensor], graph: 
         return [f"{forward:.3f}", f"{how(both, return_mode='median'):.3f}"]
 
     replayed = timed(do_bench_cudagraph) if graph else ["", ""]
-    return [*timed(do_bench), *replayed, f"{peak:.2f}", f"{first:.1f}"]
+    return [*timed(do_bench), f"{host(both):.3f}", *replayed, f"{peak:.2f}", f"{first:.1f}"]
+
+
+def host(call: Callable[[], object]) -> float:
+    """Milliseconds until a call returns that has the GPU for itself."""
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return median(once() for _ in range(STARTS)) * 1e3
 
 
 def accuracy(shape: Shape) -> str:
@@ -217,7 +231,7 @@ def main(settings: Settings) -> None:
         models(settings.tokens[0], bandwidth, console)
         return
     console.print(f"{settings.heads} heads of {settings.head_dim}, bf16")
-    times = ("forward", "+ backward", "graph: forward", "+ backward")
+    times = ("forward", "+ backward", "host", "graph: forward", "+ backward")
     table = Table("op", "tokens", "by", *times, "peak GiB", "first call s", "error")
     sizes = settings.heads, settings.head_dim, settings.head_dim
     shapes = {op: Shape(op, 1 if op == "log-linear" else settings.heads, *sizes) for op in settings.ops}

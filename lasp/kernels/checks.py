@@ -1,8 +1,12 @@
-"""What the public ops accept. A failure is a ValueError that names the argument, what was got and what was expected."""
+"""What the public ops accept. A failure is a ValueError that names the argument, what was got and what was expected.
+
+Every call is checked, so what is written of tensors is put into words only when something is wrong.
+"""
 
 import math
 from collections.abc import Collection
 from numbers import Real
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,13 +14,18 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def fail(name: str, got: object, expected: str) -> NoReturn:
+    raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
 def require(condition: bool, name: str, got: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+        fail(name, got, expected)
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> None:
-    require(isinstance(value, str) and value in choices, name, repr(value), f"one of {', '.join(choices)}")
+    if not (isinstance(value, str) and value in choices):
+        fail(name, repr(value), f"one of {', '.join(choices)}")
 
 
 def number(name: str, x: object, kind: type, expected: str) -> None:
@@ -25,11 +34,13 @@ def number(name: str, x: object, kind: type, expected: str) -> None:
 
 
 def tensor(name: str, x: object) -> None:
-    require(isinstance(x, Tensor), name, "None" if x is None else f"a {type(x).__name__}", "a tensor")
+    if not isinstance(x, Tensor):
+        fail(name, "None" if x is None else f"a {type(x).__name__}", "a tensor")
 
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    require(tuple(x.shape) == expected, name, f"shape {list(x.shape)}", f"{meaning} = {list(expected)}")
+    if x.shape != expected:
+        fail(name, f"shape {list(x.shape)}", f"{meaning} = {list(expected)}")
 
 
 def same_kind(required: dict[str, Tensor], **optional: Tensor | None) -> None:
@@ -38,33 +49,43 @@ def same_kind(required: dict[str, Tensor], **optional: Tensor | None) -> None:
     for name, x in given.items():
         tensor(name, x)
     first, reference = next(iter(required.items()))
-    require(reference.dtype in DTYPES, "dtype", reference.dtype, "float64, float32, bfloat16 or float16")
+    dtype, device = reference.dtype, reference.device
+    if dtype not in DTYPES:
+        fail("dtype", dtype, "float64, float32, bfloat16 or float16")
     for name, x in given.items():
-        require(x.device == reference.device, name, f"device {x.device}", f"{reference.device}, as {first}")
-        require(x.is_floating_point(), name, f"dtype {x.dtype}", "floating point")
+        if x.device != device:
+            fail(name, f"device {x.device}", f"{device}, as {first}")
+        if not x.is_floating_point():
+            fail(name, f"dtype {x.dtype}", "floating point")
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k [B, T, Hq, K] and v [B, T, H, V] with H a multiple of Hq."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.ndim == 4, name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
-    shape("k", k, tuple(q.shape), "q's shape [B, T, Hq, K]")
-    shape("v", v, (*q.shape[:2], *v.shape[2:]), "[B, T, H, V] with q's B and T")
-    require(v.shape[1] >= 1, "v", f"shape {list(v.shape)}", "at least one token")
-    require(v.shape[2] % q.shape[2] == 0, "v", f"{v.shape[2]} heads", f"a multiple of q's {q.shape[2]}")
-    require(k.dtype == q.dtype == v.dtype, "dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "the same for all three")
+        if x.ndim != 4:
+            fail(name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
+    (batch, tokens, q_heads, _), (*_, heads, value_dim) = q.shape, v.shape
+    shape("k", k, q.shape, "q's shape [B, T, Hq, K]")
+    shape("v", v, (batch, tokens, heads, value_dim), "[B, T, H, V] with q's B and T")
+    if tokens < 1:
+        fail("v", f"shape {list(v.shape)}", "at least one token")
+    if heads % q_heads != 0:
+        fail("v", f"{heads} heads", f"a multiple of q's {q_heads}")
+    if not k.dtype == q.dtype == v.dtype:
+        fail("dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "the same for all three")
 
 
 def decay(g: Tensor | None, v: Tensor, key_dim: int, causal: bool) -> None:
     """None, [H], [B, T, H] or [B, T, H, K]; natural log, at most 0 (looked at on the CPU only: no synchronisation)."""
     if g is None:
         return
-    require(causal, "decay", f"shape {list(g.shape)}", "None with causal=False")
+    if not causal:
+        fail("decay", f"shape {list(g.shape)}", "None with causal=False")
     if g.ndim == 1:
         shape("decay", g, (v.shape[2],), "[H]")
         require(not g.requires_grad, "decay", "a constant decay [H] that requires grad", "[B, T, H] to learn a decay")
     elif g.ndim == 3:
-        shape("decay", g, tuple(v.shape[:3]), "[B, T, H]")
+        shape("decay", g, v.shape[:3], "[B, T, H]")
     else:
         shape("decay", g, (*v.shape[:3], key_dim), "[H], [B, T, H] or [B, T, H, K]")
     if g.device.type == "cpu" and g.numel() > 0:
@@ -95,7 +116,8 @@ def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype) -> No
         return
     tensor("initial_state", s)
     shape("initial_state", s, expected, "[N, H, K, V]")
-    require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for such inputs")
+    if s.dtype != dtype:
+        fail("initial_state", f"dtype {s.dtype}", f"{dtype} for such inputs")
 
 
 def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, copy: bool = True) -> None:

@@ -15,9 +15,12 @@ class Decay(IntEnum):
 
     @classmethod
     def of(cls, decay: Tensor | None) -> "Decay":
-        return cls.NONE if decay is None else {1: cls.CONSTANT, 3: cls.SCALAR, 4: cls.DIAGONAL}[decay.ndim]
+        return _BY_RANK[0 if decay is None else decay.ndim]
 
     @property
     def learned(self) -> bool:
         """Whether it has a gradient."""
         return self in (Decay.SCALAR, Decay.DIAGONAL)
+
+
+_BY_RANK = {0: Decay.NONE, 1: Decay.CONSTANT, 3: Decay.SCALAR, 4: Decay.DIAGONAL}

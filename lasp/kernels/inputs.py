@@ -1,6 +1,7 @@
 """What ops with a recurrent state are given: one class for each op, which names its tensors."""
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,7 +25,7 @@ class Inputs:
             batch, tokens = next(iter(self.per_token.values())).shape[:2]
             object.__setattr__(self, "segments", Segments(batch, tokens))
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Those given, by name."""
         own = vars(self)

@@ -1,9 +1,7 @@
 """Tensors that outlive the call that made them."""
 
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import wraps
-from threading import Lock
+from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -36,23 +34,17 @@ def kept(most: int) -> Callable[[Callable[Parameters, Result]], Callable[Paramet
     """
 
     def decorate(make: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        made: OrderedDict[tuple[Any, ...], dict[int, Result]] = OrderedDict()
         captured: dict[tuple[Any, ...], dict[int, Result]] = {}
-        lock, make = Lock(), lasting(make)
+        make = lasting(make)
 
-        def of_streams(args: tuple[Any, ...]) -> dict[int, Result]:
-            with lock:
-                found = captured.get(args) or made.setdefault(args, {})
-                made[args] = found
-                made.move_to_end(args)
-                if len(made) > most:
-                    made.popitem(last=False)
-                return found
+        @lru_cache(most)
+        def of_streams(*args: Any) -> dict[int, Result]:
+            return {}
 
         @wraps(make)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             stream, capturing = _stream(args[-1])
-            found = of_streams(args)
+            found = captured.get(args) or of_streams(*args)
             if not capturing:
                 if stream not in found:
                     found[stream] = make(*args, **kwargs)

@@ -118,7 +118,7 @@ def delta_inputs(
     q, k, v = autocast.unify(q, k, v)
     _check(q, k, v, decay, causal=True)
     checks.same_kind({"v": v, "beta": beta})
-    checks.shape("beta", beta, tuple(v.shape[:3]), "[B, T, H]")
+    checks.shape("beta", beta, v.shape[:3], "[B, T, H]")
     return DeltaInputs(q, k, v, decay, beta=beta, scale=checks.scale(scale, q.shape[-1]))
 
 
@@ -155,7 +155,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) 
 
 
 def _may_be_triton(x: LinearInputs, backend: Backend) -> bool:
-    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    checks.choice("backend", backend, BACKENDS)
     wanted = backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
     return wanted and x.v.shape[0] > 0  # there is nothing to launch for no sequences
 
@@ -163,7 +163,8 @@ def _may_be_triton(x: LinearInputs, backend: Backend) -> bool:
 def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend) -> tuple[Tensor, Tensor | None]:
     batch, tokens = x.v.shape[:2]
     checks.cu_seqlens(cu_seqlens, batch, tokens, copy=False)
-    x = x.having({}, Segments(batch, tokens, cu_seqlens))
+    if cu_seqlens is not None:
+        x = x.having({}, Segments(batch, tokens, cu_seqlens))
     checks.state(initial_state, x.state_shape, x.state_dtype)
     if tokens == 1 and x.causal and _may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import triton_step

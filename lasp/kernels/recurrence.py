@@ -94,12 +94,9 @@ def run(
     op: Op[Any], boundary: Boundary, x: Inputs, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H, V] in v's dtype and, if asked for, the final states."""
-    tensors = x.tensors
-    names, (first, *_) = tuple(tensors), tensors.values()
+    first, *others = x.tensors.values()
     with torch.cuda.device_of(first):
-        return _Recurrence.apply(
-            op, boundary, x.without_tensors(), names, output_final_state, initial_state, *tensors.values()
-        )
+        return _Recurrence.apply(op, boundary, x, output_final_state, initial_state, first, *others)
 
 
 def _forward(
@@ -120,10 +117,10 @@ def _forward(
 
 class _Recurrence(Function):
     @staticmethod
-    def forward(ctx, op, boundary, frame, names, output_final_state, initial_state, *tensors):
-        x = frame.having(dict(zip(names, tensors, strict=True)))
+    def forward(ctx, op, boundary, x, output_final_state, initial_state, *tensors):
         o, final, kept, link = once(lambda: _forward(op, boundary, x, initial_state, output_final_state))
-        ctx.op, ctx.boundary, ctx.frame, ctx.names, ctx.num_kept = op, boundary, frame, names, len(kept)
+        ctx.op, ctx.boundary, ctx.frame, ctx.names = op, boundary, x.without_tensors(), tuple(x.tensors)
+        ctx.num_kept = len(kept)
         ctx.o, ctx.learns_initial_state = (o.shape, o.dtype), initial_state is not None and initial_state.requires_grad
         ctx.save_for_backward(*tensors, *kept, *link)
         ctx.set_materialize_grads(False)
@@ -141,4 +138,4 @@ class _Recurrence(Function):
         arriving = ctx.boundary.enter_grad(link, d_summary, d_final)
         grads = ctx.op.finish_grad(x, kept, partial, arriving)
         d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.learns_initial_state else None
-        return None, None, None, None, None, d_initial, *(grads.of.get(name) for name in names)
+        return None, None, None, None, d_initial, *(grads.of.get(name) for name in names)

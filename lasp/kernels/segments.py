@@ -6,6 +6,7 @@ Sequence parallelism needs no more than that: a rank's segments are the pieces o
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +47,11 @@ class Segments:
         return self._chunks[size, device]
 
     @lasting
-    def first_chunks(self, size: int, chunk: int, device: torch.device) -> Tensor:
-        """[M]: for every tile of `size` tokens the first of the tiles of `chunk` tokens, which divides it, in it."""
+    def cut(self, size: int, chunk: int, device: torch.device) -> "Cut":
+        """Into tiles of `size` tokens, and these into such of `chunk`, which divides it."""
         if self.cu_seqlens is None:
-            return _row_first_chunks(self.batch, self.tokens, size, chunk, device)
-        return _first_chunks(self.tiles(size, device), self.tiles(chunk, device))
+            return _row_cut(self.batch, self.tokens, size, chunk, device)
+        return Cut.of(self.tiles(size, device), self.tiles(chunk, device))
 
     @lasting
     def tiles(self, size: int, device: torch.device) -> "Tiles":
@@ -144,8 +145,17 @@ class Tiles:
         return cls(size, count, *(to_device(part, device) for part in parts))
 
 
-def _first_chunks(tiles: Tiles, chunks: Tiles) -> Tensor:
-    return torch.searchsorted(chunks.start.where(chunks.length > 0, 2**62), tiles.start)  # empty ones come last, at 0
+class Cut(NamedTuple):
+    """Tiles and smaller ones, `chunks`, in them. first_chunk: [M], of every tile."""
+
+    tiles: Tiles
+    chunks: Tiles
+    first_chunk: Tensor
+
+    @classmethod
+    def of(cls, tiles: Tiles, chunks: Tiles) -> "Cut":
+        starts = chunks.start.where(chunks.length > 0, 2**62)  # empty ones come last, at 0
+        return cls(tiles, chunks, torch.searchsorted(starts, tiles.start))
 
 
 # Of rows without documents, such things are made once: short sequences take less time than making them.
@@ -157,5 +167,5 @@ def _row_tiles(batch: int, tokens: int, size: int, device: torch.device) -> Tile
 
 
 @kept(4096)
-def _row_first_chunks(batch: int, tokens: int, size: int, chunk: int, device: torch.device) -> Tensor:
-    return _first_chunks(*(_row_tiles(batch, tokens, length, device) for length in (size, chunk)))
+def _row_cut(batch: int, tokens: int, size: int, chunk: int, device: torch.device) -> Cut:
+    return Cut.of(*(_row_tiles(batch, tokens, length, device) for length in (size, chunk)))

@@ -21,7 +21,7 @@ def test_are_those_of_the_recurrence(gen, monkeypatch, dtype):
     decay = -torch.rand(1, TOKENS, HEADS, generator=gen).to(DEVICE)
     segments = Segments(1, TOKENS, torch.tensor(CUTS))
     tiles, chunks = (segments.tiles(size, v.device) for size in (TILE, states.CHUNK))
-    first_chunk = segments.first_chunks(TILE, states.CHUNK, v.device)
+    first_chunk = segments.cut(TILE, states.CHUNK, v.device).first_chunk
     initial = torch.randn(tiles.count, HEADS, K, V, generator=gen).to(DEVICE) * 1e5  # more than fp16 has room for
     cumulated = gates.cumulate(tiles, decay, v, states.CHUNK)
     new_empty = torch.Tensor.new_empty

@@ -205,35 +205,52 @@ def test_what_does_not_fit_at_all_says_what_it_needs(kernel):
         launch.launch_first(kernel, (1,), (), {"STAGES": 3})
 
 
-def test_a_kernel_that_may_overlap_is_another_one_than_the_same_that_may_not(monkeypatch):
-    """Even if all else is the same, as for the parts of a walk over heads."""
-    ran: list[bool] = []
-
-    class Compiled:
-        function, packed_metadata = None, None
-
-        def __init__(self, pdl: bool):
-            self.pdl = pdl
-
-        def run(self, *_) -> None:
-            ran.append(self.pdl)
-
-    class Kernel:
-        arg_names = ("x", "K")
-
-        def __getitem__(self, grid):
-            def first(*args, launch_pdl=False, **constants):
-                ran.append(launch_pdl)
-                return Compiled(launch_pdl)
-
-            return first
-
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """How KERNEL is launched from here on, as if on a Hopper GPU: "first" or "again", and whether it overlaps."""
+    seen: list[tuple[str, bool]] = []
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    kernel, asked = Kernel(), [True, False, False, True]
-    for pdl in asked:
-        launch.launch(kernel, (1,), 16, K=1, pdl=pdl)
-    assert ran == asked
+
+    def first(*args, K, launch_pdl=False):
+        seen.append(("first", launch_pdl))
+        run = lambda *_: seen.append(("again", launch_pdl))  # noqa: E731
+        return SimpleNamespace(function=None, packed_metadata=None, run=run)
+
+    monkeypatch.setattr(Kernel, "first", staticmethod(first), raising=False)
+    return seen
+
+
+class Kernel:
+    arg_names = ("x", "K")
+
+    def __getitem__(self, grid):
+        return self.first
+
+
+KERNEL = Kernel()
+
+
+def test_a_kernel_that_may_overlap_is_another_one_than_the_same_that_may_not(ran: list[tuple[str, bool]]):
+    """Even if all else is the same, as for the parts of a walk over heads."""
+    for pdl in (True, False, False, True):
+        launch.launch(KERNEL, (1,), 16, K=1, pdl=pdl)
+    assert ran == [("first", True), ("first", False), ("again", False), ("again", True)]
+
+
+def test_a_kernel_is_compiled_for_each_kind_of_argument_once(ran: list[tuple[str, bool]]):
+    """Those that Triton tells apart: what code has been made for one would be wrong for another."""
+    line = torch.zeros(64)
+    kinds = [
+        (1,), (2, 3, 1023), (16, 32), (2**31 + 1, 2**40 + 3), (2**31, 2**40), (True, False), (1.0, 2.0), (None,),
+        (line, line[4:]), (line[1:], line[2:]), (line.half(),), (line.half()[1:],),
+    ]  # fmt: skip
+    for kind in kinds:
+        for arg in kind:
+            launch.launch(KERNEL, (1,), arg, K=1)
+    assert [how for how, _ in ran] == [how for kind in kinds for how in ("first", *("again",) * (len(kind) - 1))]
+    launch.launch(KERNEL, (1,), 1, K=2)
+    assert ran[-1] == ("first", False)

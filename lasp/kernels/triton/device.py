@@ -45,8 +45,15 @@ def for_hopper(k: Tensor, v: Tensor) -> bool:
 
 def on_hopper(x: Tensor) -> bool:
     """Whether kernels for Hopper can run where x is."""
-    there = x.device.type != "cpu" and torch.cuda.is_available()
-    return GLUON and there and torch.cuda.get_device_capability() == (9, 0)
+    return GLUON and _is_hopper(x.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """ "meta" stands for the current GPU."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None) == (9, 0)
 
 
 @cache

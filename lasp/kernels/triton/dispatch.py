@@ -79,7 +79,7 @@ def _make_ready(op: Op[Any], x: LinearInputs | LogLinearInputs, wants_summary: b
     Returns what the GPU lacks for them, if it does, and warns when the first come."""
     tensors = x.tensors
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
-    kinds = ((name, t.dtype, t.ndim, *t.shape[2:]) for name, t in tensors.items())
+    kinds = [(name, t.dtype, t.ndim, t.shape[2:]) for name, t in tensors.items()]
     key = (type(op), wants_summary, backward, x.v.device, x.segments.cu_seqlens is None, *kinds)
     if key not in _ready:
         _ready[key] = ""

@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 COMPILERS = 16  # at once
 TRITONS_STAGES = 3  # of a kernel that says nothing of them
 INTERPRETED = triton.knobs.runtime.interpret
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_compiled: dict[tuple, tuple[Callable[..., None], tuple, tuple]] = {}  # how it runs, and its arguments before and after
 _thread = threading.local()
 _ahead: ContextVar[list[Any] | None] = ContextVar("kernels that are compiled ahead", default=None)
 
@@ -40,28 +40,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool = False, **
         return
     device = driver.active.get_current_device()
     key: list[Any] = [id(kernel), device, pdl]  # Triton makes one kernel where all of this is the same
-    values: list[Any] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            values.append(address)
+    values, described = list(args), False
+    for place, arg in enumerate(args):
+        kind = type(arg)
+        if kind is int:
+            key.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * (arg < 2**31))
+        elif arg is None or kind is float:
+            key.append(kind)
+        elif isinstance(arg, Tensor):
+            values[place] = address = arg.data_ptr()
             key.append(arg.dtype if address % 16 == 0 else (arg.dtype, "unaligned"))
         elif hasattr(arg, "block_shape"):
-            _enter_context()
-            values.append(arg)
+            described = True
             key.append((arg.base.dtype, *arg.block_shape))
         else:
-            values.append(arg)
-            key.append((arg == 1, arg % 16 == 0, arg < 2**31) if isinstance(arg, int) else type(arg))
+            key.append(kind)
     found = _compiled.get(full := (*key, *constants.values()))
+    if described:
+        _enter_context()
     if found is None:
         compiled, fitting = launch_first(kernel, grid, args, constants | _pdl_option(pdl))
-        _compiled[full] = compiled, tuple(fitting[name] for name in kernel.arg_names[len(args) :])
+        rest = tuple(fitting[name] for name in kernel.arg_names[len(args) :])
+        _compiled[full] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), rest
         return
-    compiled, rest = found
-    stream = driver.active.get_current_stream(device)
-    size = (*grid, 1, 1)[:3]
-    compiled.run(*size, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *rest)
+    run, made, rest = found
+    run(*(*grid, 1, 1)[:3], driver.active.get_current_stream(device), *made, *values, *rest)
 
 
 def _pdl_option(pdl: bool) -> dict[str, bool]:

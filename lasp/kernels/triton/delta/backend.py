@@ -3,13 +3,11 @@
 Two answer: `portable` everywhere, `hopper.delta` for the commonest heads on Hopper. Which, is chosen once a call.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from lasp.kernels.inputs import DeltaInputs
-from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.delta.rescale import Factors
 
 MOST_ROUNDED = 4  # heads over which gradients of q and k are summed in their own dtype
@@ -31,15 +29,6 @@ class Terms(NamedTuple):
     def kept(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Those that backward does not find again."""
         return self[:4]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a call's tokens are cut. first_chunk: [M], the first of the chunks that lie in each tile."""
-
-    tiles: Tiles
-    chunks: Tiles
-    first_chunk: Tensor
 
 
 def summed_in_fp32(step: int) -> bool:
@@ -72,6 +61,8 @@ class Recomputed(NamedTuple):
     def of(self, heads: int) -> "Recomputed":
         """The same memory, for as many heads or fewer."""
         (batch, tokens, most, value_dim), key_dim = self.u.shape, self.states.shape[-1]
+        if heads == most:
+            return self
         u, states = (x.flatten()[: x.numel() // most * heads] for x in self)
         return Recomputed(
             u.view(batch, tokens, heads, value_dim),

@@ -1,6 +1,7 @@
 """How the delta rule's kernels are launched, by head size and dtype."""
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 import triton.language as tl
@@ -10,6 +11,7 @@ from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.triton.device import block_of, cdiv, on_hopper
 
+HOPPER_HEADS = 64, 128, 256
 # What the scans over chunks are for.
 SUMMARY, TRANSITION, OUTPUTS, STATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
@@ -49,8 +51,12 @@ class DeltaConfig:
 
 def delta_config(k: Tensor, v: Tensor, gated: bool, diagonal: bool) -> DeltaConfig:
     """From a table, never from the length of a sequence."""
-    widest = block_of(max(k.shape[-1], v.shape[-1]))
-    if v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and not diagonal):
+    return _config(block_of(max(k.shape[-1], v.shape[-1])), v.dtype, gated, diagonal)
+
+
+@cache
+def _config(widest: int, dtype: torch.dtype, gated: bool, diagonal: bool) -> DeltaConfig:
+    if dtype == torch.bfloat16 or (dtype == torch.float16 and not diagonal):
         stages = 2 if diagonal else 3
         narrow, factors = Launch(64, warps=4, stages=stages), Launch(32, warps=4, stages=2)
         wide = Launch(128, warps=8, stages=stages) if widest == 128 else narrow
@@ -79,12 +85,13 @@ class HopperLaunch:
     tight: bool
 
     @classmethod
+    @cache
     def of(cls, key_dim: int, value_dim: int) -> "HopperLaunch":
         wide, columns = key_dim > 128, 64 if key_dim > 128 or value_dim % 128 else 128
         programs, warps = 2 if key_dim == columns == 64 else 1, columns // 16 * (2 if wide else 1)
         return cls(columns, value_dim // columns, programs, warps, tight=wide or programs == 2)
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps} | ({"maxnreg": 128} if self.programs == 2 else {})
 
@@ -104,7 +111,8 @@ def has_hopper_kernels(x: DeltaInputs) -> bool:
     expect.
     """
     return (
-        {x.k.shape[-1], x.v.shape[-1]} <= {64, 128, 256}
+        x.k.shape[-1] in HOPPER_HEADS
+        and x.v.shape[-1] in HOPPER_HEADS
         and x.v.dtype in (torch.bfloat16, torch.float16)
         and scan_decay(x.decay) != Decay.DIAGONAL
         and on_hopper(x.v)

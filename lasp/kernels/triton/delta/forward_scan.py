@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
-from lasp.kernels.triton.delta.backend import Cut, Terms
+from lasp.kernels.segments import Cut
+from lasp.kernels.triton.delta.backend import Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig
 from lasp.kernels.triton.device import block_of, cdiv
 from lasp.kernels.triton.launch import launch

@@ -9,6 +9,7 @@ backward   tiles' summaries D, in a reverse scan; state passing; then for some h
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from lasp.kernels.inputs import DeltaInputs
 from lasp.kernels.layouts import laid_out
 from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients
+from lasp.kernels.segments import Cut
 from lasp.kernels.summary import Summary
-from lasp.kernels.triton.delta.backend import Backend, Cut, Grads, Recomputed, Terms, summed_in_fp32
+from lasp.kernels.triton.delta.backend import Backend, Grads, Recomputed, Terms, summed_in_fp32
 from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
 from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
@@ -36,8 +38,7 @@ SHORTEST_TILE = 256
 HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 2**19
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a call is cut, and the kernels that serve it. one_tile: every segment is one tile. Backward takes a head in
     `parts` of its columns of V, `at_once` parts at a time, `step` apart: dq and dk are summed over so many as it comes
     to them."""
@@ -60,8 +61,8 @@ class Plan:
         rows, group = heads * parts, heads // x.q.shape[2] * parts
         some = min(rows, max(HEADS_AT_ONCE, TOKENS_AT_ONCE // (states_at_once * batch * tokens)))
         size = delta_tile_length(x, max(1, scans // some))
-        tiles, chunks = x.segments.tiles(size, device), x.segments.tiles(CHUNK, device)
-        cut, at_once = Cut(tiles, chunks, x.segments.first_chunks(size, CHUNK, device)), max(some, scans // tiles.count)
+        cut = x.segments.cut(size, CHUNK, device)
+        at_once = max(some, scans // cut.tiles.count)
         kernels: Backend = Portable(cut, config) if hopper is None else Hopper(cut, hopper)
         if decay == Decay.DIAGONAL and for_hopper(x.k, x.v):
             kernels = HopperDiagonal(cut, HopperLaunch.of(key_dim, value_dim), config)

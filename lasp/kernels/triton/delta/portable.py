@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
-from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
+from lasp.kernels.segments import Cut
+from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, TRANSITION, DeltaConfig, scan_decay
 from lasp.kernels.triton.delta.forward_scan import forward_scan
 from lasp.kernels.triton.delta.gradients import gradients

@@ -16,6 +16,7 @@ segments are cut.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -62,8 +63,13 @@ class DiagonalConfig:
 
 def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
     """The configuration for these head sizes and dtype."""
-    wide, widest = k.shape[-1] > 128, max(k.shape[-1], v.shape[-1])
-    if v.dtype == torch.bfloat16:
+    return _config(k.shape[-1], max(k.shape[-1], v.shape[-1]), v.dtype)
+
+
+@cache
+def _config(key_dim: int, widest: int, dtype: torch.dtype) -> DiagonalConfig:
+    wide = key_dim > 128
+    if dtype == torch.bfloat16:
         return DiagonalConfig(
             chunk=64,
             max_ln_decay=PRIMARY,
@@ -74,7 +80,7 @@ def diagonal_config(k: Tensor, v: Tensor) -> DiagonalConfig:
             outputs=Launch(columns=64, warps=8, stages=2) if wide else Launch(columns=64, warps=4, stages=3),
             gradients=Launch(columns=64, warps=4, stages=1),
         )
-    half = v.dtype == torch.float16
+    half = dtype == torch.float16
     shared = Launch(columns=64 if widest <= 128 else 32, warps=8, stages=1)
     return DiagonalConfig(
         chunk=32,

@@ -350,7 +350,7 @@ def chunk_scan(
     products = at_end = states = ups = first_chunk = None
     chunks = 0
     if behind is not None:
-        chunks, ups, first_chunk = len(behind.states), behind.ups, behind.first_chunk
+        chunks, ups, first_chunk = behind.states.shape[0], behind.ups, behind.first_chunk
         states = behind.rows(width, size_a)
         products = initial.local.new_empty(size_c // width, batch, tokens, heads)
         at_end = products.new_empty(size_c // width, chunks, heads, size_a)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.inputs import DeltaInputs
-from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
+from lasp.kernels.segments import Cut
+from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, DeltaConfig, HopperLaunch
 from lasp.kernels.triton.delta.rescale import Factors
 from lasp.kernels.triton.delta.secondary import secondary_gradients, secondary_scores

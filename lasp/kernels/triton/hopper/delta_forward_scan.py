@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
-from lasp.kernels.triton.delta.backend import Cut, Terms
+from lasp.kernels.segments import Cut
+from lasp.kernels.triton.delta.backend import Terms
 from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_rows import Program, Rows, fetch_gates, split_gates, states_of
 from lasp.kernels.triton.hopper.delta_shared import (

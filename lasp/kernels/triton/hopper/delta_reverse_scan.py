@@ -15,7 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import DeltaInputs
-from lasp.kernels.triton.delta.backend import Cut, Grads, Recomputed, Terms
+from lasp.kernels.segments import Cut
+from lasp.kernels.triton.delta.backend import Grads, Recomputed, Terms
 from lasp.kernels.triton.delta.config import HopperLaunch, scan_decay
 from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradients
 from lasp.kernels.triton.hopper.delta_rows import Program, Rows, fetch_gates, split_gates, states_of

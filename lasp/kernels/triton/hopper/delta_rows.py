@@ -8,7 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lasp.kernels.triton.hopper.layouts import SHARED, C
+from lasp.kernels.triton.hopper.layouts import C
+from lasp.kernels.triton.hopper.shared import blocks_of
 from lasp.kernels.triton.shared.decay import DIAGONAL
 
 
@@ -53,8 +54,7 @@ class Gates(NamedTuple):
 
 def states_of(x: Tensor) -> TensorDescriptor:
     """How states, x [chunks, heads, V, K], come and go, one by one: as the rows of them all."""
-    chunks, heads, value_dim, key_dim = x.shape
-    return TensorDescriptor(x, [chunks * heads * value_dim, key_dim], [key_dim, 1], [value_dim, key_dim], SHARED.value)
+    return blocks_of(x, x.shape[3], list(x.shape[2:]))
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ from lasp.kernels.triton.hopper.diagonal_shared import chunk_of, cut_in_two, exp
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, HALF, MMA, ROWS, SHARED, SIZE, WIDE_ROWS, C
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import make_barrier
-from lasp.kernels.triton.hopper.shared import barrier, clear_tail, publish, rows_of, store_tokens
+from lasp.kernels.triton.hopper.shared import barrier, blocks_of, clear_tail, publish, rows_of, store_tokens
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import SHUT, bounded
@@ -305,8 +305,7 @@ def _chunk(
 
 def _states_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """How pieces of states, x [..., K or V, V or K], come."""
-    width = x.shape[-1]
-    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, columns], SHARED.value)
+    return blocks_of(x, x.shape[-1], [rows, columns])
 
 
 def delta_gradients(

@@ -10,14 +10,13 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.diagonal.rescale import Rescaled
 from lasp.kernels.triton.hopper.layouts import HALF, LEFT, MMA, SHARED, SIZE, C
 from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.ring import make_ring
-from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows
+from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, blocks_of, clear_tail, publish, rows_of, send_rows
 from lasp.kernels.triton.hopper.tiles import Initial, Tile
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -191,10 +190,7 @@ def diagonal_scan(
     """See diagonal.outputs.scan_outputs."""
     a, b, c = rows
     heads, size, half = c.shape[2], SIZE.value, HALF.value
-    written = None
-    if states is not None:
-        shape = [states.numel() // size, size]
-        written = TensorDescriptor(states, shape, [size, 1], [size, half], SHARED.value)
+    written = None if states is None else blocks_of(states, size, [size, half])
     launch(
         _diagonal_scan, (tiles.count, heads),
         rows_of(a, size), rows_of(b, size), rows_of(c, half), x.ln_ends, x.ln_chunk_decay, *initial,

@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.inputs import LinearInputs
@@ -27,7 +26,16 @@ from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import pairs_of, sum_of_pairs
 from lasp.kernels.triton.hopper.ring import Ring, make_meeting, make_ring
 from lasp.kernels.triton.hopper.scalar_shared import load_gates
-from lasp.kernels.triton.hopper.shared import REGISTERS, barrier, clear_tail, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.shared import (
+    REGISTERS,
+    barrier,
+    blocks_of,
+    clear_tail,
+    publish,
+    rows_of,
+    send_rows,
+    whole_decay,
+)
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.scalar.chunk_states import states_and_gradients
@@ -338,8 +346,7 @@ def group_gradients(
     for first in range(0, tiles.count, at_once):
         part = range(first, min(first + at_once, tiles.count))
         before, behind = states_and_gradients(tiles, room, first_chunk, x, do, gates, initial, d_final, part)
-        rows, layout = [size_k, size_v], shared_layout(size_v)
-        states = [TensorDescriptor.from_tensor(s.states.flatten(0, 2), rows, layout) for s in (before, behind)]
+        states = [blocks_of(each.states, size_v, [size_k, size_v]) for each in (before, behind)]
         launch(
             _group_gradients, (room, q_heads),
             *(rows_of(t, size_k) for t in (q, k)), *(rows_of(t, size_v) for t in (v, do)), gates, *states,

@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Tiles
@@ -26,7 +25,7 @@ from lasp.kernels.triton.hopper.products import add_product, product
 from lasp.kernels.triton.hopper.reverse_step import head_room, pairs_of, sum_of_pairs, written
 from lasp.kernels.triton.hopper.ring import Ring, make_ring
 from lasp.kernels.triton.hopper.scalar_shared import load_gates, load_initial_state
-from lasp.kernels.triton.hopper.shared import barrier, publish, rows_of, send_rows, whole_decay
+from lasp.kernels.triton.hopper.shared import barrier, blocks_of, publish, rows_of, send_rows, whole_decay
 from lasp.kernels.triton.hopper.tiles import Initial, Rows, Tile, clear_tails, fetch_rows, make_rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
@@ -330,8 +329,8 @@ def joint_scan(
     batch, tokens, heads = v.shape[:3]
     dq, dk, dv = (v.new_empty(v.shape) for _ in range(3))
     reads, writes = (d_final.local.new_empty(1, batch, tokens, heads) for _ in range(2))
-    products = reads.new_empty(1, len(before.states), heads, SIZE.value)
-    states = TensorDescriptor.from_tensor(before.states.flatten(0, 2), [SIZE.value, SIZE.value], SHARED.value)
+    products = reads.new_empty(1, before.states.shape[0], heads, SIZE.value)
+    states = blocks_of(before.states, SIZE.value, [SIZE.value, SIZE.value])
     launch(
         _joint_scan, (tiles.count, heads),
         *(rows_of(x, SIZE.value) for x in (q, k, v, do)), states, before.ups, gates, *d_final,

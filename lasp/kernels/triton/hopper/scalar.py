@@ -75,8 +75,7 @@ class Hopper:
         self, x: LinearInputs, do: Tensor, saved: Saved, initial: InitialStates, d_final: InitialStates
     ) -> Grads:
         assert x.decay is not None and saved[0] is not None
-        chunks = x.segments.tiles(CHUNK, x.v.device)
-        first_chunk = x.segments.first_chunks(self.tiles.size, CHUNK, x.v.device)
+        _, chunks, first_chunk = x.segments.cut(self.tiles.size, CHUNK, x.v.device)
         operands = self.tiles, x.q, x.k, x.v, do, saved[0]
         if serves_groups(x.k, x.v):
             dq, dk, dv, *sums = group_gradients(self.tiles, chunks, first_chunk, x, do, saved[0], initial, d_final)

@@ -8,7 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lasp.kernels.triton.hopper.layouts import HALF, SIZE, C, shared_layout
+from lasp.kernels.triton.hopper.layouts import HALF, SIZE, C
+from lasp.kernels.triton.hopper.shared import blocks_of
 from lasp.kernels.triton.shared.decay import CONSTANT, LOG2_E, SHUT
 
 LINES = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # rows of 128 of fp32, coalesced
@@ -25,8 +26,7 @@ class Behind(NamedTuple):
 
     def rows(self, rows: int, columns: int) -> TensorDescriptor:
         """How parts of so many rows and columns come and go."""
-        states = self.states.flatten(0, 2)
-        return TensorDescriptor.from_tensor(states, [rows, columns], shared_layout(columns))
+        return blocks_of(self.states, self.states.shape[3], [rows, columns])
 
 
 def new_behind(chunks: int, k: Tensor, v: Tensor, first_chunk: Tensor) -> Behind:

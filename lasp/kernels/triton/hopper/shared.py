@@ -24,12 +24,17 @@ def publish():
 def rows_of(x: Tensor, columns: int) -> TensorDescriptor:
     """How chunks of x [B, T, heads, D] come and go, so many columns of a head at a time."""
     assert x.data_ptr() % 16 == 0, "see layouts.laid_out"
-    tokens, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
+    _, _, heads, size = x.shape
+    return blocks_of(x, heads * size, [C.value, columns])
+
+
+def blocks_of(x: Tensor, width: int, block: list[int]) -> TensorDescriptor:
+    """How blocks of so many rows and columns of x, contiguous and in 16 bits, come and go: as rows of `width`."""
     made = object.__new__(TensorDescriptor)  # what it would check is so, and takes 5 µs of the host
-    made.__dict__.update(
-        base=x, shape=[tokens, width], strides=[width, 1], block_shape=[C.value, columns], layout=_layout(columns),
-        padding="zero",
-    )  # fmt: skip
+    made.__dict__ = {
+        "base": x, "shape": [x.numel() // width, width], "strides": [width, 1], "block_shape": block,
+        "layout": _layout(block[1]), "padding": "zero",
+    }  # fmt: skip
     return made
 
 

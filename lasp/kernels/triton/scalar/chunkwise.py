@@ -38,9 +38,8 @@ class Chunkwise:
 
     @classmethod
     def of(cls, x: LinearInputs, config: ScalarConfig) -> "Chunkwise":
-        tiles, chunks = tiles_of(x, chunk=CHUNK), x.segments.tiles(CHUNK, x.v.device)
-        first_chunk = x.segments.first_chunks(tiles.size, CHUNK, x.v.device)
-        return cls(tiles, chunks, first_chunk, x.scale, replace(config, chunk=CHUNK))
+        cut = x.segments.cut(tiles_of(x, chunk=CHUNK).size, CHUNK, x.v.device)
+        return cls(*cut, x.scale, replace(config, chunk=CHUNK))
 
     def tile_states(self, k: Tensor, v: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor | None, Saved]:
         gates = cumulate(self.tiles, decay, v, CHUNK)

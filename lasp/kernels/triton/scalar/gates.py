@@ -216,7 +216,7 @@ def chunk_gate_grads(chunks: Tiles, decay: Tensor, reads: Tensor, writes: Tensor
         _chunk_gate_grads, (chunks.count, cdiv(heads, block)),
         reads, writes, products, decay, dg, chunks.start, chunks.length, decay.numel() // heads, heads,
         BH=block, C=chunks.size, D=size, BD=next_power_of_2(size),
-        RB=len(reads), WB=len(writes), PB=len(products),
+        RB=reads.shape[0], WB=writes.shape[0], PB=products.shape[0],
         num_warps=4, pdl=True,
     )  # fmt: skip
     return dg

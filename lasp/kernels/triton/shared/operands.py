@@ -20,7 +20,9 @@ def contiguous(x: Call) -> Call:
 
     Copies have to live until their half of the op has ended, since kernels that overlap may get their memory (see pdl).
     """
-    return x.having({name: laid_out(t) if name in "qkv" else t.contiguous() for name, t in x.tensors.items()})
+    laid = ((name, t, laid_out(t) if name in "qkv" else t.contiguous()) for name, t in x.tensors.items())
+    copies = {name: copy for name, t, copy in laid if copy is not t}
+    return x.having(copies) if copies else x
 
 
 @triton.jit(do_not_specialize=["ROWS"])
