@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.fused import by_kernel
+from lasp.kernels.once_differentiable import once_differentiable
 
 WIDEST = 8192  # channels that the kernel takes: a program has all of a token's
 

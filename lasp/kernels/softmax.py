@@ -9,12 +9,12 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.attention import accumulation_dtype, calls
 from lasp.kernels.blocks import Block, Mask, string
 from lasp.kernels.once import once
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.traced import traced
 
 
