@@ -24,8 +24,14 @@ def number(name: str, x: object, kind: type, expected: str) -> None:
     require(isinstance(x, kind) and not isinstance(x, bool), name, repr(x), expected)
 
 
+def flag(name: str, x: object) -> None:
+    require(isinstance(x, bool), name, repr(x), "True or False")
+
+
 def tensor(name: str, x: object) -> None:
     require(isinstance(x, Tensor), name, "None" if x is None else f"a {type(x).__name__}", "a tensor")
+    assert isinstance(x, Tensor)
+    require(x.layout == torch.strided, name, f"layout {x.layout}", "a dense tensor")
 
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -33,24 +39,28 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None
 
 
 def same_kind(required: dict[str, Tensor], **optional: Tensor | None) -> None:
-    """Floating point tensors, all on the device of the first."""
+    """Floating point tensors of these dtypes, all on the device of the first."""
     given = required | {name: x for name, x in optional.items() if x is not None}
     for name, x in given.items():
         tensor(name, x)
     first, reference = next(iter(required.items()))
-    require(reference.dtype in DTYPES, "dtype", reference.dtype, "float64, float32, bfloat16 or float16")
     for name, x in given.items():
         require(x.device == reference.device, name, f"device {x.device}", f"{reference.device}, as {first}")
-        require(x.is_floating_point(), name, f"dtype {x.dtype}", "floating point")
+        require(x.dtype in DTYPES, name, f"dtype {x.dtype}", "float64, float32, bfloat16 or float16")
+
+
+def rows(**tensors: Tensor) -> None:
+    """[B, T, heads, head size], of which B alone may be 0."""
+    for name, x in tensors.items():
+        require(x.ndim == 4, name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
+        require(0 not in x.shape[1:], name, f"shape {list(x.shape)}", "at least one token, head and channel")
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k [B, T, Hq, K] and v [B, T, H, V] with H a multiple of Hq."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.ndim == 4, name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
+    rows(q=q, k=k, v=v)
     shape("k", k, tuple(q.shape), "q's shape [B, T, Hq, K]")
     shape("v", v, (*q.shape[:2], *v.shape[2:]), "[B, T, H, V] with q's B and T")
-    require(v.shape[1] >= 1, "v", f"shape {list(v.shape)}", "at least one token")
     require(v.shape[2] % q.shape[2] == 0, "v", f"{v.shape[2]} heads", f"a multiple of q's {q.shape[2]}")
     require(k.dtype == q.dtype == v.dtype, "dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "the same for all three")
 
@@ -89,13 +99,14 @@ def scale(value: float | None, key_dim: int) -> float:
     return float(value)
 
 
-def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype) -> None:
-    """[N, H, K, V] in fp32 (fp64 for fp64 inputs)."""
+def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """[N, H, K, V] in fp32 (fp64 for fp64 inputs), where the inputs are."""
     if s is None:
         return
     tensor("initial_state", s)
     shape("initial_state", s, expected, "[N, H, K, V]")
     require(s.dtype == dtype, "initial_state", f"dtype {s.dtype}", f"{dtype} for such inputs")
+    require(s.device == device, "initial_state", f"device {s.device}", f"{device}, as the inputs")
 
 
 def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, copy: bool = True) -> None:

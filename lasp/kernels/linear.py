@@ -151,6 +151,7 @@ def run_op(
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) -> None:
     checks.same_kind({"v": v, "q": q, "k": k}, decay=decay)
     checks.heads(q, k, v)
+    checks.flag("causal", causal)
     checks.decay(decay, v, k.shape[-1], causal)
 
 
@@ -164,7 +165,7 @@ def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend
     batch, tokens = x.v.shape[:2]
     checks.cu_seqlens(cu_seqlens, batch, tokens, copy=False)
     x = x.having({}, Segments(batch, tokens, cu_seqlens))
-    checks.state(initial_state, x.state_shape, x.state_dtype)
+    checks.state(initial_state, x.state_shape, x.state_dtype, x.device)
     if tokens == 1 and x.causal and _may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import triton_step
 

@@ -198,9 +198,10 @@ def check_state(state: FenwickState | None, count: int, x: LogLinearInputs) -> N
     """Raises ValueError unless it is a state of so many sequences or documents for these inputs."""
     if state is None:
         return
-    is_pair = isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)
-    checks.require(is_pair, "initial_state", f"a {type(state).__name__}", "a FenwickState")
+    checks.require(isinstance(state, FenwickState), "initial_state", f"a {type(state).__name__}", "a FenwickState")
     slots, tokens = state
+    checks.tensor("initial_state.slots", slots)
+    checks.tensor("initial_state.tokens", tokens)
     checks.shape("initial_state.tokens", tokens, (count,), "[N]")
     fits = tokens.dtype == torch.long and tokens.device.type == "cpu"
     checks.require(fits, "initial_state.tokens", f"{tokens.dtype} on {tokens.device}", "int64 on the CPU")
