@@ -63,7 +63,7 @@ def linear_attention(
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] (None unless asked for). Everything is
-        differentiable, the two states included; accumulation is in the state's dtype.
+        differentiable once, the two states included; accumulation is in the state's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), cu_seqlens that do not end at T,

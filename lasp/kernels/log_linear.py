@@ -67,8 +67,8 @@ def log_linear_attention(
         backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
 
     Returns:
-        o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
-        slots of the two states included; accumulation is in the state's dtype.
+        o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable once,
+        the slots of the two states included; accumulation is in the state's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), too few levels, an initial state

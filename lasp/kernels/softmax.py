@@ -53,7 +53,7 @@ def softmax_attention(
 
     Returns:
         o [B, T, H, V] in q's dtype, and the log-sum-exp of the scaled scores, [B, T, H] in fp32 (fp64 for fp64).
-        o is differentiable; the log-sum-exp is not.
+        o is differentiable once; the log-sum-exp is not.
 
     Raises:
         ValueError: shapes, dtypes, devices or cu_seqlens that do not fit, or a window below 1.
