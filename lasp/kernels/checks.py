@@ -33,9 +33,15 @@ def number(name: str, x: object, kind: type, expected: str) -> None:
     require(isinstance(x, kind) and not isinstance(x, bool), name, repr(x), expected)
 
 
+def flag(name: str, x: object) -> None:
+    require(isinstance(x, bool), name, repr(x), "True or False")
+
+
 def tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         fail(name, "None" if x is None else f"a {type(x).__name__}", "a tensor")
+    if x.layout != torch.strided:
+        fail(name, f"layout {x.layout}", "a dense tensor")
 
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -44,31 +50,34 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None
 
 
 def same_kind(required: dict[str, Tensor], **optional: Tensor | None) -> None:
-    """Floating point tensors, all on the device of the first."""
+    """Floating point tensors of these dtypes, all on the device of the first."""
     given = required | {name: x for name, x in optional.items() if x is not None}
     for name, x in given.items():
         tensor(name, x)
     first, reference = next(iter(required.items()))
-    dtype, device = reference.dtype, reference.device
-    if dtype not in DTYPES:
-        fail("dtype", dtype, "float64, float32, bfloat16 or float16")
+    device = reference.device
     for name, x in given.items():
         if x.device != device:
             fail(name, f"device {x.device}", f"{device}, as {first}")
-        if not x.is_floating_point():
-            fail(name, f"dtype {x.dtype}", "floating point")
+        if x.dtype not in DTYPES:
+            fail(name, f"dtype {x.dtype}", "float64, float32, bfloat16 or float16")
+
+
+def rows(**tensors: Tensor) -> None:
+    """[B, T, heads, head size], of which B alone may be 0."""
+    for name, x in tensors.items():
+        if x.ndim != 4:
+            fail(name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
+        if 0 in x.shape[1:]:
+            fail(name, f"shape {list(x.shape)}", "at least one token, head and channel")
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k [B, T, Hq, K] and v [B, T, H, V] with H a multiple of Hq."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            fail(name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
+    rows(q=q, k=k, v=v)
     (batch, tokens, q_heads, _), (*_, heads, value_dim) = q.shape, v.shape
     shape("k", k, q.shape, "q's shape [B, T, Hq, K]")
     shape("v", v, (batch, tokens, heads, value_dim), "[B, T, H, V] with q's B and T")
-    if tokens < 1:
-        fail("v", f"shape {list(v.shape)}", "at least one token")
     if heads % q_heads != 0:
         fail("v", f"{heads} heads", f"a multiple of q's {q_heads}")
     if not k.dtype == q.dtype == v.dtype:
@@ -110,14 +119,16 @@ def scale(value: float | None, key_dim: int) -> float:
     return float(value)
 
 
-def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype) -> None:
-    """[N, H, K, V] in fp32 (fp64 for fp64 inputs)."""
+def state(s: Tensor | None, expected: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """[N, H, K, V] in fp32 (fp64 for fp64 inputs), where the inputs are."""
     if s is None:
         return
     tensor("initial_state", s)
     shape("initial_state", s, expected, "[N, H, K, V]")
     if s.dtype != dtype:
         fail("initial_state", f"dtype {s.dtype}", f"{dtype} for such inputs")
+    if s.device != device:
+        fail("initial_state", f"device {s.device}", f"{device}, as the inputs")
 
 
 def cu_seqlens(offsets: Tensor | None, batch: int, tokens: int, copy: bool = True) -> None:

@@ -55,8 +55,10 @@ def causal_conv1d(
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raises ValueError unless the tensors fit together."""
     checks.same_kind({"x": x, "weight": weight}, bias=bias)
-    checks.require(x.ndim == 3 and x.shape[1] >= 1, "x", f"shape {list(x.shape)}", "[B, T, D] with at least one token")
-    checks.require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "[D, width]")
+    fits = x.ndim == 3 and 0 not in x.shape[1:]
+    checks.require(fits, "x", f"shape {list(x.shape)}", "[B, T, D] with at least one token and channel")
+    fits = weight.ndim == 2 and weight.shape[1] >= 1
+    checks.require(fits, "weight", f"shape {list(weight.shape)}", "[D, width], width at least 1")
     checks.shape("weight", weight, (x.shape[2], weight.shape[1]), "[D, width]")
     if bias is not None:
         checks.shape("bias", bias, (x.shape[2],), "[D]")
@@ -88,6 +90,9 @@ def short_conv(
 
 def check_parts(x: Tensor, parts: Parts) -> None:
     """Raises ValueError unless all channels are part of one."""
+    checks.require(isinstance(parts, Parts), "parts", f"a {type(parts).__name__}", "a Parts")
+    sizes = [part.size for part in parts.parts]
+    checks.require(min(sizes, default=0) >= 1, "parts", f"sizes {sizes}", "at least one channel in each")
     checks.require(parts.channels == x.shape[2], "parts", f"{parts.channels} channels", f"x's {x.shape[2]}")
 
 
@@ -99,6 +104,7 @@ def _segments(x: Tensor, weight: Tensor, tail: Tensor | None, cu_seqlens: Tensor
         checks.tensor("initial_tail", tail)
         checks.shape("initial_tail", tail, (segments.count, weight.shape[1] - 1, channels), "[N, width - 1, D]")
         checks.require(tail.dtype == x.dtype, "initial_tail", f"dtype {tail.dtype}", f"{x.dtype}, as x")
+        checks.require(tail.device == x.device, "initial_tail", f"device {tail.device}", f"{x.device}, as x")
     return segments
 
 

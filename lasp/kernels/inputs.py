@@ -61,6 +61,10 @@ class Inputs:
         raise NotImplementedError
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
     def state_dtype(self) -> torch.dtype:
         """fp32, or fp64 for fp64 inputs."""
         return torch.float64 if next(iter(self.tensors.values())).dtype == torch.float64 else torch.float32

@@ -63,7 +63,7 @@ def linear_attention(
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] (None unless asked for). Everything is
-        differentiable, the two states included; accumulation is in the state's dtype.
+        differentiable once, the two states included; accumulation is in the state's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), cu_seqlens that do not end at T,
@@ -151,6 +151,7 @@ def run_op(
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) -> None:
     checks.same_kind({"v": v, "q": q, "k": k}, decay=decay)
     checks.heads(q, k, v)
+    checks.flag("causal", causal)
     checks.decay(decay, v, k.shape[-1], causal)
 
 
@@ -165,7 +166,7 @@ def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend
     checks.cu_seqlens(cu_seqlens, batch, tokens, copy=False)
     if cu_seqlens is not None:
         x = x.having({}, Segments(batch, tokens, cu_seqlens))
-    checks.state(initial_state, x.state_shape, x.state_dtype)
+    checks.state(initial_state, x.state_shape, x.state_dtype, x.device)
     if tokens == 1 and x.causal and _may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import triton_step
 

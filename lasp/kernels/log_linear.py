@@ -67,8 +67,8 @@ def log_linear_attention(
         backend: "auto" (Triton on a GPU, the reference elsewhere), "reference" or "triton".
 
     Returns:
-        o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable, the
-        slots of the two states included; accumulation is in the state's dtype.
+        o [B, T, H, V] in v's dtype, and the final state (None unless asked for). Everything is differentiable once,
+        the slots of the two states included; accumulation is in the state's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a decay above 0 (CPU), too few levels, an initial state
@@ -198,9 +198,10 @@ def check_state(state: FenwickState | None, count: int, x: LogLinearInputs) -> N
     """Raises ValueError unless it is a state of so many sequences or documents for these inputs."""
     if state is None:
         return
-    is_pair = isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)
-    checks.require(is_pair, "initial_state", f"a {type(state).__name__}", "a FenwickState")
+    checks.require(isinstance(state, FenwickState), "initial_state", f"a {type(state).__name__}", "a FenwickState")
     slots, tokens = state
+    checks.tensor("initial_state.slots", slots)
+    checks.tensor("initial_state.tokens", tokens)
     checks.shape("initial_state.tokens", tokens, (count,), "[N]")
     fits = tokens.dtype == torch.long and tokens.device.type == "cpu"
     checks.require(fits, "initial_state.tokens", f"{tokens.dtype} on {tokens.device}", "int64 on the CPU")

@@ -84,7 +84,7 @@ class FenwickMemory:
 
     def _step(self, q, k, v, decay, level_scales, beta, scale: float) -> Tensor:
         dtype, device, (rows, slots, heads) = self.slots.dtype, self.slots.device, self.since.shape
-        q, k = (x[:, 0].to(dtype).repeat_interleave(heads // x.shape[2], dim=1) for x in (q * scale, k))
+        q, k = (x[:, 0].to(dtype).repeat_interleave(heads // x.shape[2], dim=1) for x in (q, k))
         scales = level_scales[:, 0].to(dtype)
         own = torch.einsum("nhk,nhv->nhkv", k, v[:, 0].to(dtype))
         if beta is not None:
@@ -95,7 +95,7 @@ class FenwickMemory:
             self.since = self.since + decay[:, 0].to(dtype).clamp(min=SHUT[dtype])[:, None]
         left = self.since.exp() * occupied(self.tokens, slots).to(device)[..., None]
         read = torch.einsum("njh,njhkv->nhkv", left * _padded(scales, slots + 1)[..., 1:].mT, self.slots)
-        o = torch.einsum("nhk,nhkv->nhv", q, read + scales[..., 0, None, None] * own)
+        o = scale * torch.einsum("nhk,nhkv->nhv", q, read + scales[..., 0, None, None] * own)
 
         into = entered(self.tokens)
         merges = (torch.arange(slots, device="cpu") < into[:, None]).to(device)

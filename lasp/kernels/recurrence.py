@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.once import once
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.pending import Pending
 from lasp.kernels.summary import Summary
 
@@ -124,7 +124,7 @@ class _Recurrence(Function):
         ctx.o, ctx.learns_initial_state = (o.shape, o.dtype), initial_state is not None and initial_state.requires_grad
         ctx.save_for_backward(*tensors, *kept, *link)
         ctx.set_materialize_grads(False)
-        return o, final
+        return o.detach(), None if final is None else final.detach()  # unlike views, to be changed in place
 
     @staticmethod
     @once_differentiable

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.fused import by_kernel
+from lasp.kernels.once_differentiable import once_differentiable
 
 WIDEST = 8192  # channels that the kernel takes: a program has all of a token's
 
@@ -22,7 +22,8 @@ WIDEST = 8192  # channels that the kernel takes: a program has all of a token's
 def add_rms_norm(x: Tensor, h: Tensor | None, weight: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
     """(s, y): x + h, or x if there is no h, and its RMSNorm. x, h [..., D], weight [D]; all of one dtype.
 
-    eps: of the dtype, if None. Differentiable as often as PyTorch's own; by the kernel once.
+    eps: of float32 (float64 for float64), if None, as PyTorch's.
+    Differentiable as often as PyTorch's own; by the kernel once.
     """
     if by_kernel(x) and x.shape[-1] <= WIDEST:
         return _AddRMSNorm.apply(x, h, weight, eps)

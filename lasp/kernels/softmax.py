@@ -9,12 +9,12 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.attention import accumulation_dtype, calls
 from lasp.kernels.blocks import Block, Mask, string
 from lasp.kernels.once import once
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.traced import traced
 
 
@@ -53,13 +53,13 @@ def softmax_attention(
 
     Returns:
         o [B, T, H, V] in q's dtype, and the log-sum-exp of the scaled scores, [B, T, H] in fp32 (fp64 for fp64).
-        o is differentiable; the log-sum-exp is not.
+        o is differentiable once; the log-sum-exp is not.
 
     Raises:
         ValueError: shapes, dtypes, devices or cu_seqlens that do not fit, or a window below 1.
     """
     q, k, v = autocast.cast(q, k, v)
-    check_softmax(q, k, v, window)
+    check_softmax(q, k, v, causal, window)
     (batch, tokens), keys = q.shape[:2], k.shape[1]
     checks.cu_seqlens(cu_seqlens, batch, tokens)
     aligned = keys == tokens if cu_seqlens is not None else keys >= tokens
@@ -81,16 +81,15 @@ def document_blocks(offsets: list[int], mask: Mask) -> list[Block]:
     return string([block for block in blocks if block is not None])
 
 
-def check_softmax(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+def check_softmax(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> None:
     """Raises ValueError unless the tensors fit together."""
     checks.same_kind({"q": q, "k": k, "v": v})
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.require(x.ndim == 4, name, f"{x.ndim} dimensions", "4: [B, T, heads, head size]")
-    checks.require(q.shape[1] >= 1, "q", f"shape {list(q.shape)}", "at least one token")
+    checks.rows(q=q, k=k, v=v)
     checks.shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "[B, S, Hkv, K] with q's B and K")
     checks.shape("v", v, (*k.shape[:3], v.shape[3]), "[B, S, Hkv, V] with k's B, S and heads")
     checks.require(q.shape[2] % k.shape[2] == 0, "q", f"{q.shape[2]} heads", f"a multiple of k's {k.shape[2]}")
     checks.require(q.dtype == k.dtype == v.dtype, "dtype", f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "the same for all")
+    checks.flag("causal", causal)
     if window is not None:
         checks.number("window", window, Integral, "at least 1, or None")
         checks.require(window >= 1, "window", window, "at least 1, or None")

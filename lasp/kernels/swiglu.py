@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.fused import by_kernel
+from lasp.kernels.once_differentiable import once_differentiable
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

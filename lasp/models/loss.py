@@ -14,6 +14,7 @@ from lasp.config import require
 from lasp.kernels.autocast import Function, cast
 from lasp.kernels.cross_entropy import cross_entropy_and_grad
 from lasp.kernels.fused import fused
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.models.products import add_product
 
 IGNORE = -100
@@ -135,7 +136,7 @@ class _Chunked(Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:

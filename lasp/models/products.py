@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function, cast
 from lasp.kernels.once import Results, is_kept, once, runs_twice
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.swiglu import swiglu, swiglu_and_grad
 
 TILE = 2**28  # numbers in the first product of a tile: 512 MiB in bfloat16, 16,384 tokens with I = 8192

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.experts import RowOrder
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.traced import Opaque, traced
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree_on_cpus, gradients
@@ -75,5 +76,6 @@ class _Exchange(Function):
         return comm.all_to_all(x, send, receive, group).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None, None]:
         return comm.all_to_all(d, ctx.receive, ctx.send, ctx.group).wait(), None, None, None

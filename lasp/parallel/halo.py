@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.once import once
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.parked import index_tensor
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
@@ -82,6 +83,7 @@ class _Halo(Function):
         return x.view_as(x), once(exchange)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, d: Tensor) -> tuple[Tensor, None]:
         plan: HaloPlan = ctx.plan
         back = comm.all_to_all(d, plan.receive_counts, plan.send_counts, plan.group).wait()

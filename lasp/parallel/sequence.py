@@ -301,7 +301,7 @@ class Sequence(Handle):
             for tensor in x.per_token.values():
                 self._check_tokens(tensor)
             self._require_past("initial_state", initial_state)
-            checks.state(initial_state, (self._states(x.segments.batch), *x.state_shape[1:]), x.state_dtype)
+            checks.state(initial_state, (self._states(x.segments.batch), *x.state_shape[1:]), x.state_dtype, x.device)
             facts = x.options | {"output_final_state": bool(output_final_state)} | gradients(*x.tensors.values())
             facts |= signature(**x.tensors, initial_state=initial_state)
             return facts | gradients(initial_state, of="initial_state")
@@ -383,11 +383,11 @@ class Sequence(Handle):
         """Whether a past may, or has to, be given."""
 
     def _check_softmax(self, q, k, v, scale, causal, window) -> dict:
-        check_softmax(q, k, v, window)
+        check_softmax(q, k, v, causal, window)
         checks.require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} tokens", f"{q.shape[1]}, as q")
         self.parallel.softmax.check(q, k, self.partition)
         self._check_tokens(q)
-        options = {"scale": checks.softmax_scale(scale, q.shape[-1]), "causal": bool(causal), "window": window}
+        options = {"scale": checks.softmax_scale(scale, q.shape[-1]), "causal": causal, "window": window}
         return signature(q=q, k=k, v=v) | gradients(q, k, v) | options
 
     def _check_tokens(self, x: Tensor) -> None:

@@ -47,6 +47,18 @@ def test_kernel_equals_the_definition(gen, dtype, bound, words):
     assert not logits[targets == IGNORED].any()
 
 
+@pytest.mark.skipif(not ON_GPU and not triton.triton.knobs.runtime.interpret, reason="needs a GPU or the interpreter")
+def test_words_that_are_ruled_out(gen, monkeypatch):
+    """Whole blocks of them, which come first."""
+    monkeypatch.setattr(triton, "BLOCK", 16)
+    logits, targets = (x.to("cuda" if ON_GPU else "cpu") for x in draw(gen, 6, 50, torch.float32))
+    logits[:, :33], targets = -torch.inf, targets.clamp(min=33)
+    targets[0] = IGNORED
+    losses, grad = definition(logits, targets)
+    assert error(triton.cross_entropy(logits, targets, IGNORED), losses) < 1e-6
+    assert error(logits, grad) < 1e-6
+
+
 def test_a_logit_that_is_no_number_is_seen(gen):
     logits, targets = draw(gen, 4, 50, torch.float32)
     targets[2] = 1

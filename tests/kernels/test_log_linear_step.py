@@ -36,6 +36,17 @@ def test_steps_equal_the_whole(gen, delta):
     assert torch.equal(drawn.state.slots, given), "the state that it started from has changed"
 
 
+def test_queries_are_rounded_no_more_than_they_came(gen):
+    """Their product with a scale is a number of the state's dtype."""
+    drawn = draw(gen, 4, batch=3, seen=SEEN)
+    lower = {name: x.bfloat16() if name in ("q", "k", "v") else x.float() for name, x in drawn.tensors.items()}
+    state = drawn.state._replace(slots=drawn.state.slots.float())
+    exact = {name: x.double() for name, x in lower.items()}
+    wanted, _ = log_linear_recurrent(**exact, scale=0.3, initial_state=state._replace(slots=state.slots.double()))
+    o = run(lower, FenwickMemory(state), lambda memory, token: memory.step(**token, scale=0.3), 4)
+    assert error(o, wanted) < 1.01 * error(wanted.bfloat16(), wanted)
+
+
 def test_a_token_writes_one_slot_of_each_row(gen):
     drawn = draw(gen, 16, batch=3, seen=SEEN)
     memory = FenwickMemory(drawn.state)

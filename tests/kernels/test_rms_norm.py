@@ -62,6 +62,17 @@ def test_kernels_equal_the_definition(gen, monkeypatch, dtype, bound, rows, chan
         assert error(mine, exact) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_eps_is_pytorchs(gen, monkeypatch, dtype):
+    monkeypatch.setattr(rms_norm, "by_kernel", lambda x: True)
+    if not ON_GPU and not triton.triton.knobs.runtime.interpret:
+        pytest.skip("needs a GPU or the interpreter")
+    x, _, weight, _, _ = draw(gen, 2, 20, dtype, "cuda" if ON_GPU else "cpu")
+    x *= 1e-2
+    wanted = torch.nn.functional.rms_norm(x.float(), (20,), weight.float())
+    assert error(rms_norm.add_rms_norm(x, None, weight, None)[1].float(), wanted) < torch.finfo(dtype).eps
+
+
 def test_nothing_through_the_norm(gen, monkeypatch):
     monkeypatch.setattr(rms_norm, "by_kernel", lambda x: True)
     if not ON_GPU and not triton.triton.knobs.runtime.interpret:

@@ -178,6 +178,8 @@ def refusals(parallel: SequenceParallel):
     yield "initial_state: got shape", lambda: first.linear_attention(q, q, q, initial_state=state[:, : 2 - wrong])
     yield "initial_tail: got None, expected what", lambda: last.convolve(x, weight, None, None if wrong else tail)
     yield "initial_tail: got shape", lambda: last.convolve(x, weight, None, tail[:, : 2 - wrong])
+    yield "initial_tail: got a list", lambda: last.convolve(x, weight, None, [tail] if wrong else tail)
+    yield "weight: got None", lambda: last.convolve(x, None if wrong else weight, None, tail)
     yield "initial_tail: got None", lambda: last.causal_conv1d(x, weight)
     yield "causal: got False", lambda: first.linear_attention(q, q, q, causal=False)
     yield "causal: got False", lambda: first.softmax_attention(q, q, q, causal=False)

@@ -154,7 +154,12 @@ class Call:
                     passed = compose(torch.stack([a[seen_by_last], end[segment]]), s[None])
                     end = end.index_copy(0, segment, passed)
         total = None if a is None else a[self.roots][:, None]
-        return {"o": o, "slots": torch.stack(slots, 1), "a": total, "r": self._of_initial(r, scales)}
+        return {
+            "o": o,
+            "slots": torch.stack(slots, 1) if slots else v.new_zeros(x.state_shape),
+            "a": total,
+            "r": self._of_initial(r, scales),
+        }
 
     def _within_last(self, written: Tensor, v: Tensor) -> list[Tensor]:
         """[N, H, K, V] of every final slot: what the last chunk's tokens wrote into it."""

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.layouts import in_rows
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.parts import EPS, Parts
 from lasp.kernels.segments import Segments, Tiles
 from lasp.kernels.triton.device import cdiv, next_power_of_2

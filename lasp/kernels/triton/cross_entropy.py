@@ -25,7 +25,7 @@ def _cross_entropy(
     row, target = logits + n * ROW, tl.load(targets + n)
     valid = target != ignored
     z_target = tl.load(row + target, mask=valid, other=0.0).to(tl.float32)
-    largest, total = -float("inf"), 0.0
+    largest, total = -3.4e38, 0.0  # of finite numbers the least: a whole block may be -inf
     for start in range(0, V, BLOCK):
         z = tl.load(row + start + cols, mask=start + cols < V, other=-float("inf")).to(tl.float32)
         before, largest = largest, tl.maximum(largest, tl.max(z, axis=0))

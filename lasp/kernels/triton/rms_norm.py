@@ -83,7 +83,7 @@ def add_rms_norm(x: Tensor, h: Tensor | None, weight: Tensor, eps: float | None)
     channels, rows, blocks, constants = _blocks(x)
     s, y = None if h is None else torch.empty_like(x), torch.empty_like(x)
     scale = x.new_empty(rows, dtype=torch.float32)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
     launch(
         _add_rms_norm, (blocks,), x, h, weight.contiguous(), s, y, scale, rows, channels, EPS=eps, **constants,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 from lasp.parallel.layout import Layout
@@ -55,6 +56,7 @@ class _Redistribute(Function):
         return _redistribute(inner, to_tokens, tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         return None, None, *_redistribute(ctx.inner, not ctx.to_tokens, grads)
 

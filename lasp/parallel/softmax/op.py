@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.keys import KeyStore
 from lasp.kernels.once import once
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.softmax import Accumulator, Sum, attend, attend_grad
 from lasp.parallel.softmax.visits import Visit, Visits
 

@@ -170,7 +170,9 @@ class Segment(Sequence):
 
         initial_tail: [B, width - 1, D], what the segment before returned; None if no document goes on from there.
         """
-        expected_tail = (x.shape[0], weight.shape[1] - 1, x.shape[-1])
+
+        def tail_shape() -> tuple[int, ...]:
+            return x.shape[0], weight.shape[1] - 1, x.shape[-1]
 
         def check() -> dict:
             check_conv(x, weight, bias)
@@ -179,14 +181,15 @@ class Segment(Sequence):
             self._check_tokens(x)
             self._require_past("initial_tail", initial_tail)
             if initial_tail is not None:
-                checks.shape("initial_tail", initial_tail, expected_tail, "[B, width - 1, D]")
+                checks.tensor("initial_tail", initial_tail)
+                checks.shape("initial_tail", initial_tail, tail_shape(), "[B, width - 1, D]")
             facts = signature(x=x, weight=weight, bias=bias, initial_tail=initial_tail)
             return facts | gradients(x) | gradients(initial_tail, of="initial_tail")
 
         self._agree("causal_conv1d" if parts is None else "short_conv", check)
         local, width, group = self._local(x.shape[0]), weight.shape[1], self.parallel.group
         tail, entering, again = None, None, None
-        last = x.new_zeros(expected_tail) if self.continues else None
+        last = x.new_zeros(tail_shape()) if self.continues else None
         if width > 1:
             plan = self._tail_plan(width, x.device)
             if initial_tail is not None:

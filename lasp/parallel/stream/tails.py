@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.parked import to_device
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
@@ -96,6 +97,7 @@ class _Last(Function):
         return x.view_as(x), x[:, plan.local].where(plan.is_local, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, d: Tensor | None) -> tuple[Tensor | None, None]:
         if d is None:
             return dx, None
@@ -114,6 +116,7 @@ class _Replicated(Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         return comm.all_reduce(d, ctx.group).wait(), None
 
