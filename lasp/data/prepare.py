@@ -123,10 +123,11 @@ def prepare(
             progress.update(bar, advance=ids.size, documents=sum(writer.num_documents for writer in writers))
         for prefix, writer in zip(prefixes, writers, strict=True):
             if writer.num_documents == 0:
+                read = f"{len(files)} files with a suffix in {tuple(suffixes)}"
+                why = "; ".join([read, *skipped.lines(), f"valid_fraction={valid_fraction}"])
                 raise ValueError(
                     f"inputs: got no document for {prefix} from {[str(item) for item in inputs]}, expected at least 1 "
-                    f"({len(files)} files with a suffix in {tuple(suffixes)}; {'; '.join(skipped.lines())}; "
-                    f"valid_fraction={valid_fraction})"
+                    f"({why})"
                 )
         # Documents of the new training files may be held out in the old validation files, so no old index stays.
         for split in ("train", "valid"):

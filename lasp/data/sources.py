@@ -20,9 +20,10 @@ TABLES = (".csv", ".tsv")  # text, but no document
 def find_sources(inputs: Sequence[str | Path], suffixes: Sequence[str], skipped: Skipped) -> list[Source]:
     """The sources of all inputs, each once, those of a folder in the order of their names.
 
-    Raises FileNotFoundError for an input that is not there, ValueError for a file named outright that is none of what
-    `lasp.data.documents` reads.
+    Raises FileNotFoundError for an input that is not there, ValueError if there is none, or for a file named outright
+    that is none of what `lasp.data.documents` reads.
     """
+    require(len(inputs) > 0, "inputs", inputs, f"at least one file, folder or the word {STDLIB!r}")
     found: dict[Path, Source] = {}
     for item in inputs:
         for source in _sources(item, suffixes, skipped):

@@ -23,23 +23,23 @@ class Distillation:
     predictions."""
 
     tokenizer: FilePath | None = None  # of the token files; the source's own if None
-    context_length: Count = 4096
-    batch_contexts: Count = 1
+    context_length: Count = 4096  # tokens
+    batch_contexts: Count = 1  # of a step, over all ranks
     match_steps: CountOrZero = 500  # of the first stage
-    match_lr: Positive = 3e-3
+    match_lr: Positive = 3e-3  # learning rate of the first stage
     steps: Count = 1000  # of the second stage
-    lr: Positive = 1e-3
+    lr: Positive = 1e-3  # learning rate of the second stage
     rank: CountOrZero = 16  # of the second stage's adapters; 0: all weights are trained
     divergence: NotNegative = 1.0  # weight of the Kullback-Leibler divergence from the teacher's predictions
     cross_entropy: NotNegative = 1.0  # weight of the labels' loss
     temperature: Positive = 1.0  # of both predictions, in the divergence
-    eval_contexts: Count = 8
+    eval_contexts: Count = 8  # held-out contexts in every evaluation
     checkpoint_every: Count = 500  # steps
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the compute
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs if every rank can have one
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sequence_parallel=None, layout="zigzag"))
-    recompute: Literal["none", "selective", "full"] = "none"
-    seed: Seed = 0
+    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again of the layers
+    seed: Seed = 0  # of what a Llama has no weights for, adapters and the order of documents
 
     def __post_init__(self) -> None:
         check_fields(self)

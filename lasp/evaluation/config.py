@@ -19,9 +19,9 @@ class Evaluation:
     model: tyro.conf.Positional[FilePath]  # a run's directory, one that `lasp export` wrote, or a Llama's
     output: FilePath | None = None  # directory of the results; MODEL/evaluation if None
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # the run's; of an export that of its weights
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    layout: LayoutName = "zigzag"
-    softmax: SoftmaxName = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs if every rank can have one
+    layout: LayoutName = "zigzag"  # of a context over ranks
+    softmax: SoftmaxName = "auto"  # how ranks share softmax layers
     timeout: Seconds = 600.0  # seconds after which a collective that a rank does not join ends the evaluation
 
     def __post_init__(self) -> None:

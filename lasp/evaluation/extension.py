@@ -44,7 +44,7 @@ class Extension:
     positions: Literal["scale", "keep", "none"] = "scale"  # of softmax layers (see `theta`)
     sequence_parallel: Count | None = None  # ranks that share a context; all of them if None
     lr: Positive | None = None  # a tenth of the run's if None
-    needle_kind: Literal["single", "keys", "values"] = "single"
+    needle_kind: Literal["single", "keys", "values"] = "single"  # as of `lasp eval needle`
     depths: tuple[Part, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of needles
     samples: Count = 4  # needles for each length and depth
     haystack: FilePath | None = None  # a file of text; Python's documentation of its language if None

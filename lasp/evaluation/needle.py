@@ -37,13 +37,13 @@ class Needle(Evaluation):
     first at the depth, the others anywhere.
     """
 
-    kind: Literal["single", "keys", "values"] = "single"
-    several: Count = 4  # how many keys or values
+    kind: Literal["single", "keys", "values"] = "single"  # what is hidden, and asked for
+    several: Count = 4  # keys or values, of these kinds
     lengths: tuple[Count, ...] = (1024, 2048, 4096, 8192)  # tokens of a context, the answer's included
-    depths: tuple[Part, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: tuple[Part, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the first needle: 0 before all of the text, 1 after it
     samples: Count = 5  # texts for each length and depth
     haystack: FilePath | None = None  # a file of text; Python's documentation of its language if None
-    seed: Seed = 0
+    seed: Seed = 0  # of texts and needles
 
     def run(self, subject: Subject) -> "NeedleResult":
         """Raises ValueError for a length that the question does not fit in, or a tokenizer that loses characters."""

@@ -1,6 +1,7 @@
 """What an evaluation found: NAME.json, a table NAME.txt and, where there is something to draw, NAME.png."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +18,17 @@ class Result(Protocol):
     def table(self) -> str: ...
 
     def figure(self) -> "Figure | None": ...
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raises ValueError if no file can be made in the folder, or where it would be made; leaves nothing there."""
+    path = Path(folder).absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"output: got {str(folder)!r} ({error}), expected a directory to write to") from error
 
 
 def save(result: Result, folder: str | Path, name: str) -> str:

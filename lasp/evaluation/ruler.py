@@ -45,11 +45,11 @@ RULER_TASKS: dict[str, RulerTask] = {
 class Ruler(Evaluation):
     """The synthetic tasks of RULER (arXiv:2404.06654) by length of the context."""
 
-    tasks: tuple[str, ...] = tuple(RULER_TASKS)
+    tasks: tuple[str, ...] = tuple(RULER_TASKS)  # which of them
     lengths: tuple[Count, ...] = (4096, 8192)  # tokens of a context, the answer's included
     samples: Count = 20  # for each task and length
     haystack: FilePath | None = None  # a file of text; Python's documentation of its language if None
-    seed: Seed = 0
+    seed: Seed = 0  # of texts and answers
 
     def run(self, subject: Subject) -> "RulerResult":
         """Raises ValueError for a task that is none, a length in which one does not fit, or a tokenizer that loses

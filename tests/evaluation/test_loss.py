@@ -155,3 +155,14 @@ def test_an_export_needs_its_data_named(tmp_path, run, monkeypatch):
     with pytest.raises(ValueError, match="data: got .* expected at least one prefix"):
         evaluate(Labels(model=run.run_dir, device="cpu", data=()))
     assert not Path(run.run_dir, "evaluation").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_evaluated(tmp_path, run, monkeypatch):
+    def run_it(*_):
+        raise AssertionError("evaluated in vain")
+
+    monkeypatch.setattr(LossByPosition, "run", run_it)
+    taken = tmp_path / "a file"
+    taken.touch()
+    with pytest.raises(ValueError, match="output: got .*a file.*expected a directory to write to"):
+        evaluate(LossByPosition(model=run.run_dir, device="cpu", output=str(taken / "below")))
