@@ -6,7 +6,6 @@ are the same, so that boundaries and exchanges know nothing of it; what is kept 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks

@@ -54,7 +54,7 @@ class DeltaMixer(nn.Module):
         super().__init__()
         kind = DELTA_KINDS[config.plain_mixer]
         self.negative = kind.negative if config.negative_eigenvalues is None else config.negative_eigenvalues
-        self.heads, steps = config.num_heads, config.steps
+        self.heads, self.steps = config.num_heads, (steps := config.steps)
         self.sizes = [config.key_dim, steps * config.key_dim, steps * config.value_dim]
         key = Part(config.key_dim, unit_length=True)
         parts = Parts(self.heads, (key, *[key] * steps, *[Part(config.value_dim)] * steps))
@@ -87,10 +87,9 @@ class DeltaProductMixer(DeltaMixer):
     S_t = Π_j (I - β_tj k_tj k_tjᵀ) exp(g_t) S_{t-1} + …, o_t = S_tᵀ q_t."""
 
     def together(self, kv: list[Tensor]) -> list[Tensor]:
-        steps = len(kv) // 2
-        return [torch.stack(kv[:steps], 2), torch.stack(kv[steps:], 2)]
+        return [torch.stack(kv[: self.steps], 2), torch.stack(kv[self.steps :], 2)]
 
     def attend(
         self, x: Tensor, seq: SequenceOps, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None
     ) -> Tensor:
-        return seq.delta_product(q, k, v, beta.unflatten(-1, (self.heads, -1)).mT, decay)[0]
+        return seq.delta_product(q, k, v, beta.unflatten(-1, (self.heads, self.steps)).mT, decay)[0]
