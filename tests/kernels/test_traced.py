@@ -55,12 +55,12 @@ def calls(draw):
         (linear_attention, qkv | {"decay": decay, "initial_state": state, "output_final_state": True}, ()),
         (linear_attention, qkv | {"causal": False}, ()),
         (delta_rule, qkv | {"beta": beta, "decay": decay, "cu_seqlens": offsets}, ()),
-        (delta_product, {"q": q, "k": k[:, :, None], "v": v[:, :, None], "beta": beta[:, :, None], "decay": decay}, ()),
         (log_linear_attention, qkv | {"decay": decay, "level_scales": levels, "initial_state": past}, ()),
         (log_linear_delta_rule, qkv | {"beta": beta, "decay": None, "level_scales": levels}, ()),
         (softmax_attention, qkv | {"window": 5}, (0, 1)),
         (causal_conv1d, {"x": x, "weight": weight}, ()),
         (short_conv, {"x": x, "weight": weight, "bias": draw(HEADS * 3), "parts": PARTS}, ()),
+        (delta_product, {"q": q, "k": k[:, :, None], "v": v[:, :, None], "beta": beta[:, :, None], "decay": decay}, ()),
     ]
 
 
