@@ -18,6 +18,7 @@ from lasp.fields import (
     require,
 )
 from lasp.model_config import (
+    DELTA,
     LEVELS,
     LINEAR,
     LOG_LINEAR,
@@ -34,6 +35,7 @@ from lasp.notation import Stage, read_stage
 from lasp.settings import DataConfig, DeepSpeedConfig, OptimizerConfig
 
 __all__ = [
+    "DELTA",
     "LEVELS",
     "LINEAR",
     "LOG_LINEAR",

@@ -16,6 +16,7 @@ MIXERS = (
     "hgrn2",
     "delta_net",
     "gated_delta_net",
+    "gated_delta_product",
     "kda",
     "log_linear_mamba2",
     "log_linear_gated_delta_net",
@@ -23,6 +24,7 @@ MIXERS = (
 FEATURE_MAPS = ("identity", "elu", "relu", "silu", "hedgehog")
 WITH_FEATURES = ("linear", "lightning", "retention", "gla")  # mixers with a feature map of q and k
 OPTIONAL_CONV = (*WITH_FEATURES, "hgrn2")  # those that have a short convolution only if it is asked for
+DELTA = ("delta_net", "gated_delta_net", "gated_delta_product", "kda")  # the delta rule's
 LOG_LINEAR = "log_linear_"  # what mixers' names begin with whose states are of levels, which positions say
 LEVELS = 24  # of those: for contexts of up to 2^23 tokens
 Own = Annotated[str, Allowed("MODULE:NAME", lambda name: OWN.fullmatch(name) is not None)]
@@ -62,6 +64,8 @@ class ModelConfig:
     short_conv: bool = False  # of q, k and v, for the mixers that have none of their own
     conv_width: Count = 4  # of the mixers that have a short convolution
     feature_map: FeatureMap | None = None  # of q and k, for the mixers that have one; the mixer's own if None
+    num_householder: Count = 2  # steps of the delta rule for each token, of gated_delta_product
+    negative_eigenvalues: bool | None = None  # beta of the delta rule reaches 2, not 1; the mixer's own if None
     window: Count | None = None  # of softmax attention beside the linear layers' states: the last so many tokens
     rope_theta: Positive | None = 500_000.0  # the base of rotary embeddings; None: softmax layers have none (NoPE)
     norm_eps: Positive = 1e-6  # added to the mean square in norms
@@ -106,6 +110,9 @@ class ModelConfig:
         require(has_features, "feature_map", self.feature_map, expected)
         expected = f"False with mixer={self.mixer!r} (those without a short convolution: {', '.join(OPTIONAL_CONV)})"
         require(not self.short_conv or self.mixer in OPTIONAL_CONV, "short_conv", True, expected)
+        has_beta = self.negative_eigenvalues is None or self.plain_mixer in DELTA
+        expected = f"None with mixer={self.mixer!r} (those of the delta rule: {', '.join(DELTA)})"
+        require(has_beta, "negative_eigenvalues", self.negative_eigenvalues, expected)
         rotates = self.mixer == "retention" and LINEAR in self.pattern
         require(self.rope_theta is not None or not rotates, "rope_theta", None, "a number with mixer='retention'")
         if self.num_experts:
@@ -157,6 +164,11 @@ class ModelConfig:
     def aligned(self) -> bool:
         """Whether ranks' units have to be powers of two: `aligned` of lasp.parallel's sequences."""
         return self.mixer != self.plain_mixer and LINEAR in self.pattern
+
+    @property
+    def steps(self) -> int:
+        """How often a token changes a linear layer's state."""
+        return self.num_householder if self.mixer == "gated_delta_product" else 1
 
     def local_tokens(self, tokens: int, ranks: int) -> int:
         """Of each of so many ranks that share a sequence, with padding."""

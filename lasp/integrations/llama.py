@@ -2,7 +2,8 @@
 
 Softmax layers are copied whole, as are embeddings, norms, MLPs and the head: a decoder of pattern "N" computes what the
 Llama does. A linear layer takes q, k, v and o; a group's k and v heads are repeated for each of its q heads, since
-linear layers have as many of all three; a window of softmax attention beside it takes them as they are. What a Llama
+linear layers have as many of all three, and for each of several steps of a token; a window of softmax attention beside
+it takes them as they are. What a Llama
 has nothing for keeps its fresh values: gates, decays, feature maps, short convolutions, norms of heads; hgrn2's k (a
 forget gate there); Mamba-2's B and C (k and q, but one for all heads).
 """
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lasp.config import SOFTMAX, ModelConfig, require
 from lasp.models import Decoder
-from lasp.models.mixers import LinearMixer, Mamba2Mixer, SoftmaxMixer, WithWindow
+from lasp.models.mixers import DeltaProductMixer, LinearMixer, Mamba2Mixer, SoftmaxMixer, WithWindow
 
 _FIELDS = {  # of a model's shape; our name: Llama's
     "vocab_size": "vocab_size",
@@ -115,5 +116,6 @@ def _mixer_places(mixer: Any) -> Iterator[tuple[str, Tensor]]:
         heads = mixer.qkv_proj.weight.unflatten(0, (mixer.heads, -1))
         for name, place in zip("qkv", heads.split(mixer.sizes, dim=1), strict=True):
             if not (name == "k" and isinstance(mixer, LinearMixer) and mixer.kind.keys_from_decay):
-                yield name, place
+                steps = mixer.steps if isinstance(mixer, DeltaProductMixer) and name != "q" else 1
+                yield from ((name, each) for each in place.chunk(steps, dim=1))
         yield "o", mixer.output.out_proj.weight

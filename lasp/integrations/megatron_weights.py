@@ -87,9 +87,10 @@ def save(decoder: Decoder, output: str | Path) -> None:
     """Writes a decoder's weights, in their dtype, as a Megatron checkpoint to the new directory `output`."""
     folder = require_empty(output)
     ours, shape = decoder.state_dict(), decoder.config
-    for field in ("feature_map", "window"):
+    for field in ("feature_map", "window", "negative_eigenvalues"):
         require(getattr(shape, field) is None, field, getattr(shape, field), "None: Megatron's layers have none")
     require(not shape.short_conv, "short_conv", True, "False: Megatron's layers have none besides their mixers'")
+    require(shape.steps in (1, 2), "num_householder", shape.num_householder, "2, as Megatron's layers have it")
     require(shape.rope_theta is not None or SOFTMAX not in shape.layers, "rope_theta", None, "a number")
     require(shape.num_shared_experts == 0, "num_shared_experts", shape.num_shared_experts, "0")
     if decoder.head is None:

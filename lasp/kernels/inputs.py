@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lasp.kernels.decay import Decay
 from lasp.kernels.segments import Segments
@@ -112,3 +113,41 @@ class DeltaInputs(LinearInputs):
     """Of `lasp.kernels.delta_rule`: beta [B, T, H] besides."""
 
     beta: Tensor = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class DeltaProductInputs(Inputs):
+    """Of `lasp.kernels.delta_product`: q [B, T, Hq, K], k [B, T, n, Hq, K], v [B, T, n, H, V], decay None, [B, T, H] or
+    [B, T, H, K], beta [B, T, n, H]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor
+    scale: float = field(kw_only=True)
+
+    @property
+    def count(self) -> int:
+        """n, the steps of a token."""
+        return self.k.shape[2]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.segments.count, self.v.shape[3], self.k.shape[4], self.v.shape[4]
+
+    def step(self, j: int) -> DeltaInputs:
+        """The delta rule of every token's j-th step alone."""
+        k, v, beta = (x.select(2, j) for x in (self.k, self.v, self.beta))
+        decay = self.decay if j == 0 else None
+        return DeltaInputs(self.q, k, v, decay, beta=beta, scale=self.scale, segments=self.segments)
+
+    def steps(self) -> DeltaInputs:
+        """The delta rule of all steps, one token each: the first of a token's decays, the last reads."""
+        others = self.count - 1
+        q, decay = pad(self.q[:, :, None], (0, 0, 0, 0, others, 0)).flatten(1, 2), self.decay
+        if decay is not None:
+            decay = pad(decay[:, :, None], (0, 0) * (decay.ndim - 2) + (0, others)).flatten(1, 2)
+        k, v, beta = (x.flatten(1, 2) for x in (self.k, self.v, self.beta))
+        segments = self.segments.times(self.count)
+        return DeltaInputs(q, k, v, decay, beta=beta, scale=self.scale, segments=segments)

@@ -125,7 +125,7 @@ def delta_inputs(
 def choose_op(x: LinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
     reference = ChunkedOp() if x.causal else NonCausalOp()
-    if not _may_be_triton(x, backend):
+    if not may_be_triton(x, backend):
         return reference
     from lasp.kernels.triton.dispatch import triton_op
 
@@ -155,7 +155,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) 
     checks.decay(decay, v, k.shape[-1], causal)
 
 
-def _may_be_triton(x: LinearInputs, backend: Backend) -> bool:
+def may_be_triton(x: LinearInputs, backend: Backend) -> bool:
+    """Whether Triton is wanted, here, for such inputs."""
     checks.choice("backend", backend, BACKENDS)
     wanted = backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
     return wanted and x.v.shape[0] > 0  # there is nothing to launch for no sequences
@@ -167,7 +168,7 @@ def _run(x: LinearInputs, initial_state, output_final_state, cu_seqlens, backend
     if cu_seqlens is not None:
         x = x.having({}, Segments(batch, tokens, cu_seqlens))
     checks.state(initial_state, x.state_shape, x.state_dtype, x.device)
-    if tokens == 1 and x.causal and _may_be_triton(x, backend):
+    if tokens == 1 and x.causal and may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import triton_step
 
         if step := triton_step(x, initial_state, asked=backend == "triton"):

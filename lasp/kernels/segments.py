@@ -29,6 +29,15 @@ class Segments:
         self.count = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self._chunks: dict[tuple[int, torch.device], Chunks] = {}
         self._tiles: dict[tuple[int, torch.device], Tiles] = {}
+        self._times: dict[int, Segments] = {}
+
+    @lasting
+    def times(self, n: int) -> "Segments":
+        """The same with n tokens in the place of each."""
+        if n not in self._times:
+            offsets = None if self.cu_seqlens is None else self.cu_seqlens.long() * n
+            self._times[n] = Segments(self.batch, self.tokens * n, offsets)
+        return self._times[n]
 
     @cached_property
     @lasting

@@ -136,7 +136,7 @@ class SegmentOps(OpsWithPast):
     """
 
     def __init__(self, seq: Any, slots: Slots, store: Callable[[int], KeyStore]):
-        super().__init__(slots, seq.linear_attention, seq.delta_rule)
+        super().__init__(slots, seq)
         self.positions, self.valid = seq.positions, seq.valid
         self._seq, self._store = seq, store
 

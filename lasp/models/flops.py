@@ -30,7 +30,7 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
 
         6 P + 3 Σ_layers H a        a = T (K + K)    softmax, causal: a token sees T / 2 others on average
                                         4 K V        linear classes: write to and read from the state
-                                        6 K V        delta family: erase as well
+                                        6 K V        delta family: erase as well; 4 K V more for each further step
                                         (2 + log2 T) K V    log-linear: half of log2 T states are read; 2 more where
                                                             the delta rule erases
                                         4 W K        besides, for a window of W tokens
@@ -45,7 +45,8 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
     multiplying = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2)
     if not config.tie_embeddings:
         multiplying -= model.embedding.weight.numel()
-    written, read = 4 if config.plain_mixer in DELTA_KINDS else 2, math.log2(context_length) if config.aligned else 2
+    written = 4 * config.steps if config.plain_mixer in DELTA_KINDS else 2
+    read = math.log2(context_length) if config.aligned else 2
     state = (written + read) * feature_dim(config) * config.value_dim
     state += 4 * (config.window or 0) * config.key_dim
     attention = sum(context_length * 2 * config.key_dim if letter == SOFTMAX else state for letter in config.layers)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.kernels import causal_conv1d, delta_rule, linear_attention, short_conv, softmax_attention
+from lasp import kernels
+from lasp.kernels import causal_conv1d, short_conv, softmax_attention
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.log_linear_step import FenwickMemory, go_on
 from lasp.kernels.parts import Parts
@@ -102,7 +103,7 @@ class RememberingOps(OpsWithPast):
     """
 
     def __init__(self, seq: SequenceOps | Rows, slots: Slots, tokens: int | Tensor):
-        super().__init__(slots, linear_attention, delta_rule)
+        super().__init__(slots, kernels)
         self._rows = seq if isinstance(seq, Rows) else None
         self._offsets = None if self._rows is None else self._rows.offsets
         self._unequal = self._rows is not None or isinstance(tokens, Tensor)

@@ -57,18 +57,17 @@ class Past(ABC):
 class OpsWithPast(ABC):
     """The ops of one call of one layer, each with its slot.
 
-    linear_attention, delta_rule: those of `lasp.kernels`, or of a sequence.
+    ops: `lasp.kernels`, or a sequence, whose functions of states these are.
     """
 
-    def __init__(self, slots: Slots, linear_attention: Callable[..., Any], delta_rule: Callable[..., Any]):
-        self._slots, self._next = slots, 0
-        self._linear_attention, self._delta_rule = linear_attention, delta_rule
+    def __init__(self, slots: Slots, ops: Any):
+        self._slots, self._next, self._ops = slots, 0, ops
 
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return self._linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
+            return self._ops.linear_attention(q, k, v, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 
@@ -76,7 +75,15 @@ class OpsWithPast(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, None]:
         def op(state):
-            return self._delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
+            return self._ops.delta_rule(q, k, v, beta, decay, scale=scale, **self._continuing(state))
+
+        return self._step(op), None
+
+    def delta_product(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
+    ) -> tuple[Tensor, None]:
+        def op(state):
+            return self._ops.delta_product(q, k, v, beta, decay, scale=scale, **self._continuing(state))
 
         return self._step(op), None
 

@@ -39,6 +39,10 @@ class SequenceOps(SupportsSum, Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
     ) -> tuple[Tensor, Tensor | None]: ...
 
+    def delta_product(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
     def log_linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, level_scales: Tensor, *, scale: float | None = None
     ) -> tuple[Tensor, object]: ...

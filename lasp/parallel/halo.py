@@ -68,6 +68,17 @@ def halo(x: Tensor, plan: HaloPlan, units: int, width: int) -> tuple[Tensor, Ten
     return x, tail.unflatten(0, (units, width - 1)).movedim(2, 0)
 
 
+def fragment_tails(x: Tensor, plan: HaloPlan, partition: Partition, width: int) -> tuple[Tensor, Tensor]:
+    """x, to go on with, and [N, width - 1, D] for every fragment: what precedes it within its document."""
+    x, before = halo(x, plan, len(partition.owned), width)
+    tails = x.new_zeros(x.shape[0], len(partition.local), *before.shape[2:])
+    place = torch.arange(width - 1, 0, -1, device=x.device)  # distance before the unit
+    for unit, index in enumerate(partition.first):
+        same_document = place <= partition.local[index].position
+        tails[:, index] = before[:, unit] * same_document[:, None]
+    return x, tails.flatten(0, 1)
+
+
 class _Halo(Function):
     """x [B, T_local, D] -> x, the tokens received [received, B, D]."""
 

@@ -1,10 +1,12 @@
 """The mean of a loss over valid tokens on all ranks."""
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lasp.kernels import checks
 from lasp.kernels.autocast import Function
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
@@ -12,6 +14,18 @@ from lasp.parallel.comm import Group
 
 def accumulation_dtype(loss_sum: Tensor) -> torch.dtype:
     return torch.float64 if loss_sum.dtype == torch.float64 else torch.float32
+
+
+def check_mean(loss_sum: Tensor, count: Tensor) -> dict[str, object]:
+    """What all ranks have to agree on. Raises ValueError for what is no sum and its count."""
+    checks.tensor("loss_sum", loss_sum)
+    checks.require(loss_sum.is_floating_point(), "loss_sum", f"dtype {loss_sum.dtype}", "floating point")
+    checks.shape("loss_sum", loss_sum, (), "a scalar")
+    if isinstance(count, Tensor):
+        checks.shape("count", count, (), "a scalar")
+    else:
+        checks.number("count", count, Real, "a number")
+    return {"loss_sum": accumulation_dtype(loss_sum)}
 
 
 def global_mean(loss_sum: Tensor, count: Tensor, group: Group) -> Tensor:

@@ -5,14 +5,14 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
 from functools import cached_property, partial
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.conv import check_conv, check_parts, convolve, like_input, like_parts
+from lasp.kernels.delta_product import delta_product_inputs, run_product
 from lasp.kernels.fenwick import FenwickState
 from lasp.kernels.inputs import Inputs
 from lasp.kernels.lasting import lasting
@@ -27,9 +27,9 @@ from lasp.parallel.agreement import agree_on_cpus, gradients, signature
 from lasp.parallel.boundary import AcrossDocuments, AcrossUnits, LocalSegments
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
-from lasp.parallel.halo import halo
+from lasp.parallel.halo import fragment_tails
 from lasp.parallel.layout import Partition
-from lasp.parallel.loss import accumulation_dtype, global_mean
+from lasp.parallel.loss import check_mean, global_mean
 from lasp.parallel.shards import Unshard, part_of, positions, valid
 
 if TYPE_CHECKING:
@@ -138,6 +138,23 @@ class Sequence(Handle):
         """`lasp.kernels.delta_rule` over the whole sequence, with states as in `linear_attention`."""
         inputs = partial(delta_inputs, q, k, v, beta, decay, scale)
         return self._recurrence("delta_rule", inputs, run_op, AcrossUnits, initial_state, output_final_state)
+
+    @traced(shapes.product, casts=autocast.unify)
+    def delta_product(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        decay: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`lasp.kernels.delta_product` over the whole sequence, with states as in `linear_attention`."""
+        inputs = partial(delta_product_inputs, q, k, v, beta, decay, scale)
+        return self._recurrence("delta_product", inputs, run_product, AcrossUnits, initial_state, output_final_state)
 
     @traced(shapes.log_linear, casts=autocast.unify)
     def log_linear_attention(
@@ -257,18 +274,7 @@ class Sequence(Handle):
 
         loss_sum: scalar, this rank's sum. count: scalar, this rank's number of terms. 0 where there is none anywhere.
         """
-
-        def check() -> dict:
-            checks.tensor("loss_sum", loss_sum)
-            checks.require(loss_sum.is_floating_point(), "loss_sum", f"dtype {loss_sum.dtype}", "floating point")
-            checks.shape("loss_sum", loss_sum, (), "a scalar")
-            if isinstance(count, Tensor):
-                checks.shape("count", count, (), "a scalar")
-            else:
-                checks.number("count", count, Real, "a number")
-            return {"loss_sum": accumulation_dtype(loss_sum)}
-
-        self._agree("mean", check)
+        self._agree("mean", partial(check_mean, loss_sum, count))
         return global_mean(loss_sum, count, self.parallel.group)
 
     @traced(like_input)
@@ -352,15 +358,8 @@ class Sequence(Handle):
         return self.partition, batch
 
     def _tail(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """x, to go on with, and [N, width - 1, D] for every fragment: what precedes it within its document."""
         plan = self.parallel.halo_plan(self.partition, width, x.device)
-        x, before = halo(x, plan, len(self.partition.owned), width)
-        tails = x.new_zeros(x.shape[0], len(self.partition.local), *before.shape[2:])
-        place = torch.arange(width - 1, 0, -1, device=x.device)  # distance before the unit
-        for unit, index in enumerate(self.partition.first):
-            same_document = place <= self.partition.local[index].position
-            tails[:, index] = before[:, unit] * same_document[:, None]
-        return x, tails.flatten(0, 1)
+        return fragment_tails(x, plan, self.partition, width)
 
     @lasting
     def _local(self, batch: int) -> LocalSegments:

@@ -36,6 +36,10 @@ def recurrence(self: Any, k: Tensor, v: Tensor, output_final_state: bool, **othe
     return like_results(v, k.shape[-1], _states(self, v.shape[0]) if output_final_state else None)
 
 
+def product(**given: Any) -> list[Tensor]:
+    return recurrence(**given | {"v": given["v"].select(2, 0)})
+
+
 def log_linear(**given: Any) -> list[Tensor]:
     return with_slots(recurrence(**given))
 

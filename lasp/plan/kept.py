@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
+from lasp.config import DELTA, LEVELS, LINEAR, SOFTMAX, ModelConfig
 from lasp.models.features import feature_dim
+from lasp.models.mixers import DELTA_KINDS
 
 CHUNK = 64  # of the delta rule's kernels: T and P have so many columns
 Where = Literal["everywhere", "eager", "device"]
@@ -73,11 +74,13 @@ def selective(config: ModelConfig, index: int) -> list[Kept]:
         kept += [Kept("xbc", heads * values + 2 * keys), Kept("dt product", heads), Kept("o", heads * values)]
         kept += [Kept("gate", heads * values)]
     else:
-        kept += [Kept("qkv", heads * (2 * keys + values)), Kept("o", heads * values)]
+        steps = config.steps
+        kept += [Kept("qkv", heads * (keys + steps * (keys + values))), Kept("o", heads * values)]
         kept += [Kept("gate", heads * values)] if config.mixer not in ("linear", "hgrn2") else []
         kept += {
             "delta_net": [Kept("beta product", heads)],
             "gated_delta_net": [Kept("beta product", heads), Kept("dt product", heads)],
+            "gated_delta_product": [Kept("beta product", steps * heads), Kept("dt product", heads)],
             "kda": [Kept("beta product", heads), Kept("low rank", keys), Kept("dt product", heads * keys)],
             "gla": [Kept("low rank", 16), Kept("decay product", heads * feature_dim(config))],
         }.get(config.plain_mixer, [])
@@ -157,9 +160,10 @@ def _operation(config: ModelConfig, index: int) -> list[Kept]:
         return _attention(config)
     if config.aligned:
         return []
-    if config.mixer in ("delta_net", "gated_delta_net", "kda"):
-        gates = Kept("gates of chunks", 4 * heads, "wide", "device")
-        return [Kept("T and P of chunks", 2 * CHUNK * heads, where="device"), gates]
+    if config.mixer in DELTA:
+        rows = config.steps * heads
+        gates = Kept("gates of chunks", 4 * rows, "wide", "device")
+        return [Kept("T and P of chunks", 2 * CHUNK * rows, where="device"), gates]
     return [Kept("gates of chunks", 2 * heads, "wide", "device")] if config.mixer == "mamba2" else []
 
 
@@ -179,16 +183,19 @@ def _output(config: ModelConfig, gate: Gate | None) -> list[Kept]:
 
 def _delta(config: ModelConfig) -> list[Kept]:
     heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
-    channels = 2 * keys + values
-    decays = {"delta_net": 0, "gated_delta_net": heads, "kda": keys}[config.plain_mixer]
+    steps, kind = config.steps, DELTA_KINDS[config.plain_mixer]
+    channels = keys + steps * (keys + values)
+    decays = {"delta_net": 0, "kda": keys}.get(config.plain_mixer, heads)
+    negative = kind.negative if config.negative_eigenvalues is None else config.negative_eigenvalues
     return [
         *_short_conv("qkv", channels),
         Kept("activated", channels, where="eager"),
-        Kept("norms of q and k", 2 * heads, "wide", "eager"),
+        Kept("norms of q and k", (1 + steps) * heads, "wide", "eager"),
         Kept("q", keys),
-        Kept("k", keys),
-        Kept("v", values),
-        Kept("beta", heads, "wide"),
+        Kept("k", steps * keys),
+        Kept("v", steps * values),
+        Kept("beta", steps * heads, "wide"),
+        Kept("half of beta", steps * heads * negative, "wide"),
         Kept("low rank", config.key_dim if config.mixer == "kda" else 0),
         Kept("dt before softplus", decays, "wide"),
         Kept("dt", decays, "wide"),
@@ -270,7 +277,7 @@ def _softmax(config: ModelConfig) -> list[Kept]:
 
 _MIXERS: dict[str, Callable[[ModelConfig], list[Kept]]] = {
     **dict.fromkeys(("linear", "lightning", "retention", "gla", "hgrn2"), _linear),
-    **dict.fromkeys(("delta_net", "gated_delta_net", "kda"), _delta),
+    **dict.fromkeys(DELTA, _delta),
     "mamba2": _mamba2,
 }
 POLICIES: dict[str, Callable[[ModelConfig, int], list[Kept]]] = {"none": layer, "selective": selective, "full": full}

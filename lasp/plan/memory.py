@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lasp.config import LEVELS, LINEAR, SOFTMAX, ModelConfig
+from lasp.config import DELTA, LEVELS, LINEAR, SOFTMAX, ModelConfig
 from lasp.models.features import feature_dim
 from lasp.models.loss import CHUNK_TOKENS
 from lasp.models.products import TILE
@@ -275,8 +275,11 @@ def _operation_gradients(model: ModelConfig, index: int, dtype: Dtype, tokens: i
             rows = dtype.half * (4 * keys + 2 * values + 4 * CHUNK) + 2 * dtype.wide * LEVELS
             return gradients + some * DELTA_NODES * nodes + others * (DELTA_KEPT * nodes + rows)
         return gradients + heads * (NODES * keys * values / LEAF + dtype.wide * keys)
-    if model.mixer in ("delta_net", "gated_delta_net", "kda"):
-        some = min(heads, max(4, 2**19 // (2 * max(1, tokens))))
+    if model.mixer in DELTA:
+        steps = model.steps
+        some = min(heads, max(4, 2**19 // (2 * max(1, steps * tokens))))
         rescaled = (3 * dtype.half + dtype.wide) * heads * keys if model.mixer == "kda" else 0
-        return gradients + 2 * some * (state + dtype.half * values) + rescaled
+        if model.mixer == "gated_delta_product":  # q and the gradients of q and o are as long as k's
+            gradients = dtype.half * heads * (steps * (3 * keys + 2 * values) + keys + values)
+        return gradients + 2 * some * steps * (state + dtype.half * values) + rescaled
     return gradients + (dtype.wide * heads * keys if model.mixer == "mamba2" else 0)  # one key for all heads: a sum

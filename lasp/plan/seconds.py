@@ -38,6 +38,7 @@ OPERATIONS = {
     "hgrn2": 71.0,
     "delta_net": 35.0,
     "gated_delta_net": 35.5,
+    "gated_delta_product": 35.5,  # each step: gated_delta_net's
     "kda": 138.0,
     "log_linear_mamba2": 132.0,
     "log_linear_gated_delta_net": 752.0,
@@ -64,7 +65,7 @@ def predict(job: Job, setting: Setting) -> dict[str, float]:
     linear = _passes(model.layers, LINEAR, full, forwards)
     attention = 2.0 * job.context * model.num_heads * model.key_dim * (softmax[0] + 2.5 * softmax[1])
     attention /= ATTENTION if model.key_dim <= 128 else FLASH
-    operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * 1e-9
+    operations = (FORWARD * linear[0] + (1 - FORWARD) * linear[1]) * OPERATIONS[model.mixer] * model.steps * 1e-9
     if model.window is not None:
         seen = 4.0 * model.window * model.num_heads * model.key_dim
         attention += seen * (linear[0] + 2.5 * linear[1]) / FLASH

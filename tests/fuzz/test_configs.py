@@ -99,6 +99,8 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "num_kv_heads": draw(st.none() | few),
         "short_conv": draw(st.sampled_from([False, False, True])),
         "conv_width": draw(few),
+        "num_householder": draw(few),
+        "negative_eigenvalues": draw(st.sampled_from([None, None, False, True])),
         "tie_embeddings": draw(st.booleans()),
         "num_experts": draw(st.sampled_from([0, 0, 1, 3])),
         "experts_per_token": draw(few),

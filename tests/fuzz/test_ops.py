@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lasp.kernels import (
     causal_conv1d,
+    delta_product,
     delta_rule,
     linear_attention,
     log_linear_attention,
@@ -122,6 +123,34 @@ def test_linear_attention(case):
 @given(drawn(lambda draw, gen: recurrence(draw, gen, delta=True)))
 def test_delta_rule(case):
     check(delta_rule, define_recurrence, case, ("v", "q", "k", "beta", "initial_state"))
+
+
+@given(st.integers(1, 3), drawn(lambda draw, gen: recurrence(draw, gen, delta=True)))
+def test_equal_steps_are_the_delta_rule_on_repeated_tokens(steps, case):
+    """Of arguments that fit or do not, all steps the same."""
+
+    def repeated(op):
+        def call(k, v, beta, **others):
+            k, v, beta = (
+                torch.stack([x] * steps, 2) if isinstance(x, Tensor) and x.ndim > 2 else x for x in (k, v, beta)
+            )
+            return op(k=k, v=v, beta=beta, **others)
+
+        return call
+
+    def define(q, k, v, beta, decay, cu_seqlens, **others):
+        q, k, v, beta, decay = (
+            None if x is None else x.repeat_interleave(steps, dim=1)
+            for x in (q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], decay)
+        )
+        if decay is not None:
+            first = (torch.arange(decay.shape[1]) % steps == 0).view(-1, *(1,) * (decay.ndim - 2))
+            decay = decay.where(first, 0.0)
+        offsets = None if cu_seqlens is None else cu_seqlens * steps
+        o, *final = define_recurrence(q, k, v, decay, beta=beta, cu_seqlens=offsets, **others)
+        return [o[:, steps - 1 :: steps], *final]
+
+    check(repeated(delta_product), repeated(define), case, ("v", "q", "k", "beta", "initial_state"))
 
 
 def log_linear(draw: st.DrawFn, gen: torch.Generator, *, delta: bool) -> tuple[Arguments, list[Break]]:

@@ -140,6 +140,7 @@ def test_linear_layers_take_the_llamas_projections(mixer, gen):
             torch.testing.assert_close(inner.unflatten(-1, (4, 8)), v)
         else:
             parts = block.qkv_proj(x).unflatten(-1, (4, -1)).split(block.sizes, dim=-1)
+            k, v = (y.repeat(1, 1, decoder.config.steps) for y in (k, v))
             for got, expected, name in zip(parts, (q, k, v), "qkv", strict=True):
                 if (mixer, name) == ("hgrn2", "k"):
                     assert not torch.allclose(got, expected, atol=0.1)

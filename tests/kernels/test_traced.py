@@ -11,6 +11,7 @@ from torch.testing._internal.optests import aot_autograd_check
 
 from lasp.kernels import (
     causal_conv1d,
+    delta_product,
     delta_rule,
     linear_attention,
     log_linear_attention,
@@ -59,6 +60,7 @@ def calls(draw):
         (softmax_attention, qkv | {"window": 5}, (0, 1)),
         (causal_conv1d, {"x": x, "weight": weight}, ()),
         (short_conv, {"x": x, "weight": weight, "bias": draw(HEADS * 3), "parts": PARTS}, ()),
+        (delta_product, {"q": q, "k": k[:, :, None], "v": v[:, :, None], "beta": beta[:, :, None], "decay": decay}, ()),
     ]
 
 

@@ -137,6 +137,22 @@ def gated_delta_net(x: Tensor, p: Parameters, scales: Tensor | None = None) -> T
     return _finish(o, p, F.silu(x @ p["output.gate_proj.weight"].mT))
 
 
+def gated_delta_product(x: Tensor, p: Parameters) -> Tensor:
+    """Two steps a token: between them nothing decays, and after the first nobody reads."""
+    parts = _heads(F.silu(_conv(x @ p["qkv_proj.weight"].mT, p["conv.weight"])), K, K, K, V, V)
+    q, *k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in parts[:3])
+    beta = 2 * (x @ p["beta_proj.weight"].mT).sigmoid().unflatten(-1, (H, 2))
+    gate = (-p["decay.A_log"].exp() * _softplus_gate(x @ p["decay.proj.weight"].mT, p)).exp()
+    state, outputs = torch.zeros(H, K, V, dtype=torch.float64), []
+    for t in range(T):
+        state = state * gate[t, :, None, None]
+        for j in range(2):
+            write = beta[t, :, j, None] * (parts[3 + j][t] - torch.einsum("hk,hkv->hv", k[j][t], state))
+            state = state + k[j][t][..., None] * write[:, None]
+        outputs.append(torch.einsum("hkv,hk->hv", state, q[t] * K**-0.5))
+    return _finish(torch.stack(outputs), p, F.silu(x @ p["output.gate_proj.weight"].mT))
+
+
 def log_linear_gated_delta_net(x: Tensor, p: Parameters) -> Tensor:
     return gated_delta_net(x, p, _scales(x, p))
 
@@ -169,6 +185,7 @@ DEFINITIONS = {
         hgrn2,
         delta_net,
         gated_delta_net,
+        gated_delta_product,
         kda,
         log_linear_mamba2,
         log_linear_gated_delta_net,
@@ -243,6 +260,29 @@ def test_mixers_with_a_convolution_of_their_own_get_no_second(mixer):
 def test_retention_has_positions():
     with pytest.raises(ValueError, match="rope_theta: got None, expected a number with mixer='retention'"):
         replace(tiny("retention"), rope_theta=None)
+
+
+@pytest.mark.parametrize("mixer", ["delta_net", "gated_delta_net", "kda", "log_linear_gated_delta_net"])
+def test_eigenvalues_may_be_negative(mixer):
+    """Twice the beta: what is written at a first token is twice as much."""
+    plain, negative = (
+        make_mixer(replace(tiny(mixer), negative_eigenvalues=choice), 0).double() for choice in (None, True)
+    )
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.normal_(std=0.4)
+    negative.load_state_dict(plain.state_dict())
+    found = []
+    for layer in (plain, negative):
+        layer.output.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        layer(torch.ones(1, 1, 32, dtype=torch.float64), sequence(1))
+    torch.testing.assert_close(found[1], 2 * found[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mamba2", "log_linear_mamba2"])
+def test_only_the_delta_rule_has_a_beta(mixer):
+    with pytest.raises(ValueError, match="negative_eigenvalues: got True, expected None with mixer"):
+        replace(tiny(mixer), negative_eigenvalues=True)
 
 
 def test_layers_follow_the_pattern():

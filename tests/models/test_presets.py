@@ -26,7 +26,9 @@ def test_llama_3_8b_has_the_published_number_of_parameters():
 @pytest.mark.parametrize("pattern", ["L", "LLLN"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_linear_llama3_1b_is_about_1_3_billion(mixer, pattern):
-    assert 1.25e9 < count_parameters(linear_llama3_1b(mixer, pattern)) < 1.45e9
+    config = linear_llama3_1b(mixer, pattern)
+    more = (config.steps - 1) * config.layers.count("L") * 2 * 2048**2  # k and v of further steps
+    assert 1.25e9 < count_parameters(config) - more < 1.45e9
 
 
 def test_linear_llama3_1b_by_hand():
@@ -108,3 +110,5 @@ def test_flops_of_states():
     assert state_flops("linear", 4 * 2048**2) == 16 * 16 * 3 * 4 * 128 * 128
     delta = 5 * 2048**2 + 2048 * 16 + 3 * 2048 * 4  # with gate, beta and convolution
     assert state_flops("delta_net", delta) == 16 * 16 * 3 * 6 * 128 * 128
+    products = 7 * 2048**2 + 2048 * 16 * 3 + 5 * 2048 * 4  # two steps, with a decay
+    assert state_flops("gated_delta_product", products) == 16 * 16 * 3 * (2 * 4 + 2) * 128 * 128

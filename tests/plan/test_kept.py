@@ -39,6 +39,8 @@ MODELS |= {
     "window": replace(DENSE, window=8),
     "window beside mamba2": replace(DENSE, mixer="mamba2", window=8),
     "window beside levels": replace(DENSE, mixer="log_linear_mamba2", window=8),
+    "three steps": replace(DENSE, mixer="gated_delta_product", num_householder=3, negative_eigenvalues=False),
+    "negative eigenvalues": replace(DENSE, negative_eigenvalues=True),
     "no positions": replace(DENSE, pattern="N", rope_theta=None),
 }
 MODELS |= {"softmax": replace(DENSE, pattern="N"), "hybrid of mixtures": replace(MIXTURE, pattern="LN")}

@@ -3,7 +3,7 @@
 from torch import nn
 
 from lasp.config import SOFTMAX, ModelConfig
-from lasp.models.mixers.delta import DELTA_KINDS, DeltaMixer
+from lasp.models.mixers.delta import DELTA_KINDS, DeltaMixer, DeltaProductMixer
 from lasp.models.mixers.linear import LINEAR_KINDS, LinearMixer
 from lasp.models.mixers.log_linear import LogLinearDeltaMixer, LogLinearMamba2Mixer
 from lasp.models.mixers.mamba2 import Mamba2Mixer
@@ -13,6 +13,7 @@ from lasp.own import load_own
 _CLASSES: dict[str, type[nn.Module]] = {
     **dict.fromkeys(LINEAR_KINDS, LinearMixer),
     **dict.fromkeys(DELTA_KINDS, DeltaMixer),
+    "gated_delta_product": DeltaProductMixer,
     "mamba2": Mamba2Mixer,
     "log_linear_mamba2": LogLinearMamba2Mixer,
     "log_linear_gated_delta_net": LogLinearDeltaMixer,
@@ -33,6 +34,7 @@ def make_mixer(config: ModelConfig, layer: int) -> nn.Module:
 
 __all__ = [
     "DeltaMixer",
+    "DeltaProductMixer",
     "LinearMixer",
     "LogLinearDeltaMixer",
     "LogLinearMamba2Mixer",
