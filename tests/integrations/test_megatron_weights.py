@@ -92,6 +92,8 @@ def test_what_does_not_fit_is_refused(tmp_path, gen):
         megatron_weights.save(Decoder(shared), tmp_path / "shared")
     for changes, message in (
         ({"window": 4}, "window: got 4, expected None: Megatron's layers have none"),
+        ({"negative_eigenvalues": True}, "negative_eigenvalues: got True, expected None"),
+        ({"mixer": "gated_delta_product", "num_householder": 3}, "num_householder: got 3, expected 2"),
         ({"mixer": "gla", "feature_map": "relu"}, "feature_map: got 'relu', expected None"),
         ({"mixer": "gla", "short_conv": True}, "short_conv: got True, expected False"),
         ({"pattern": "N", "rope_theta": None}, "rope_theta: got None, expected a number"),
