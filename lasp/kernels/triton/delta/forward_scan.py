@@ -53,7 +53,7 @@ def _forward_scan(
     h = FIRST_HEAD + row * STEP
     begin, count, chunk = tl.load(start + tile), tl.load(length + tile), tl.load(first_chunk + tile)
     if log2_bounds is not None:
-        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, C, False)
+        begin, count, chunk = tile_in_reach(tl.arange(0, C), log2_bounds, begin, count, chunk, h, H, C, False)
     cols, rows = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     in_k, in_v = cols < K, rows < V
     c = tl.arange(0, C)

@@ -22,10 +22,10 @@ from lasp.kernels.triton.delta.config import OUTPUTS, STATES, SUMMARY, HopperLau
 from lasp.kernels.triton.hopper.delta_rows import Program, Rows, fetch_gates, split_gates, states_of
 from lasp.kernels.triton.hopper.delta_shared import (
     channel_decays,
+    chunk_numbers,
     left_of,
     state_layout,
     state_places,
-    tile_in_reach,
 )
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, SHARED, C, mma_layout
 from lasp.kernels.triton.hopper.products import add_product, product
@@ -34,6 +34,7 @@ from lasp.kernels.triton.hopper.shared import barrier, clear_tail, publish, rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE
+from lasp.kernels.triton.shared.reach import tile_in_reach
 
 
 class _Outputs(NamedTuple):
@@ -257,7 +258,7 @@ def _forward_scan(
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     if log2_bounds is not None:
-        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, False)
+        begin, count, chunk = tile_in_reach(chunk_numbers(), log2_bounds, begin, count, chunk, h, H, C, False)
     dtype: gl.constexpr = k.dtype
     k_rows = gl.allocate_shared_memory(dtype, [STAGES, C, K], SHARED)
     t_rows = gl.allocate_shared_memory(dtype, [STAGES, C, C], SHARED)

@@ -22,10 +22,10 @@ from lasp.kernels.triton.hopper.delta_gradients import SUMS, add_up, stage_gradi
 from lasp.kernels.triton.hopper.delta_rows import Program, Rows, fetch_gates, split_gates, states_of
 from lasp.kernels.triton.hopper.delta_shared import (
     channel_decays,
+    chunk_numbers,
     left_of,
     state_layout,
     state_places,
-    tile_in_reach,
 )
 from lasp.kernels.triton.hopper.layouts import GATES_SHARED, SHARED, C
 from lasp.kernels.triton.hopper.products import add_product, product
@@ -34,6 +34,7 @@ from lasp.kernels.triton.hopper.shared import barrier, clear_tail, publish, rows
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
 from lasp.kernels.triton.shared.decay import DIAGONAL, NONE
+from lasp.kernels.triton.shared.reach import tile_in_reach
 
 
 class _Rings(NamedTuple):
@@ -277,7 +278,7 @@ def _reverse_scan(
     begin, count = gl.load(start + tile), gl.load(length + tile).to(gl.int32)
     chunk = gl.load(first_chunk + tile)
     if log2_bounds is not None:
-        begin, count, chunk = tile_in_reach(log2_bounds, begin, count, chunk, h, H, True)
+        begin, count, chunk = tile_in_reach(chunk_numbers(), log2_bounds, begin, count, chunk, h, H, C, True)
     dtype: gl.constexpr = k.dtype
     GRADIENTS: gl.constexpr = u is not None
     EACH: gl.constexpr = dr is not None

@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 
 from lasp.kernels.triton.hopper.diagonal_shared import exp
 from lasp.kernels.triton.hopper.layouts import C
-from lasp.kernels.triton.shared.reach import chunks_in_reach, part_in_reach
 
 
 @gluon.constexpr_function
@@ -29,6 +28,12 @@ def left_of(layout):
 
 
 @gluon.jit
+def chunk_numbers():
+    """So many as shared.reach looks at at a time."""
+    return gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+
+
+@gluon.jit
 def channel_decays(line, K: gl.constexpr, STATE: gl.constexpr):
     """A chunk's whole decay, if DIAGONAL, of a state's columns, [1, K]."""
     return exp(line.slice(2 * C, K).load(gl.SliceLayout(0, STATE)))[None, :]
@@ -41,19 +46,3 @@ def state_places(place, STATE: gl.constexpr, K: gl.constexpr, V: gl.constexpr, W
     k = gl.arange(0, K, layout=gl.SliceLayout(0, STATE))
     at = (gl.program_id(0).to(gl.int64) * place.H + place.h) * K * WIDTH
     return at + k[None, :] * WIDTH + v[:, None], (v < WIDTH)[:, None]
-
-
-@gluon.jit
-def tile_in_reach(log2_bounds, begin, count, chunk, h, H, FROM_START: gl.constexpr):
-    """See shared.reach."""
-    n = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    chunks = gl.cdiv(count, C)
-    reach, passed = 0, 0.0
-    for block in range(0, chunks, C):
-        place = block + n
-        at = chunk + (place if FROM_START else chunks - 1 - place)
-        bounds = gl.load(log2_bounds + at * H + h, mask=place < chunks, other=0.0)
-        reach = gl.maximum(reach, chunks_in_reach(place, bounds, passed))
-        passed += gl.sum(bounds, axis=0)
-    begin, count = part_in_reach(begin, count, reach, C, FROM_START)
-    return begin, count, chunk if FROM_START else chunk + gl.maximum(chunks - reach, 0)

@@ -40,13 +40,13 @@ def part_in_reach(begin, count, chunks, C: tl.constexpr, FROM_START: tl.constexp
 
 @triton.jit
 def tile_in_reach(
-    log2_bounds, begin, count, chunk, h, H, C: tl.constexpr, FROM_START: tl.constexpr
+    n, log2_bounds, begin, count, chunk, h, H, C: tl.constexpr, FROM_START: tl.constexpr
 ):  # fmt: skip
     """The part of a tile of a head's that its summary has to scan, if chunk c bounds what a state becomes by 2^
-    log2_bounds[c, h]: its begin, length and first chunk."""
-    n, chunks = tl.arange(0, 64), tl.cdiv(count, C)
+    log2_bounds[c, h]: its begin, length and first chunk. n: 0, 1, …, how many chunks are looked at at a time."""
+    chunks = tl.cdiv(count, C)
     reach, passed = 0, 0.0
-    for block in range(0, chunks, 64):
+    for block in range(0, chunks, n.shape[0]):
         place = block + n
         at = chunk + (place if FROM_START else chunks - 1 - place)
         bounds = tl.load(log2_bounds + at * H + h, mask=place < chunks, other=0.0)
