@@ -49,7 +49,7 @@ def require_checked(config, field):
     kind = str(get_type_hints(type(config))[field])
     wrong = [object(), [], {}, b"", 1j, -1, -1.0, math.nan, -math.inf, "", "\0", (object(),), 10**400]
     wrong += [] if "bool" in kind else [True, False]
-    wrong += [] if "Optional" in kind else [None]
+    wrong += [] if "None" in kind or "Optional" in kind else [None]
     wrong += [] if "float" in kind else [2**64, 0.5, math.inf]
     for value in wrong:
         with pytest.raises(ValueError, match=f"^{field}: got .*expected"):
