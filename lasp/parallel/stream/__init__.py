@@ -136,7 +136,12 @@ class Segment(Sequence):
         def check() -> dict:
             checks.require(causal, "causal", causal, "True in a segment: it knows no tokens that follow")
             checks.require(keys is not None or not goes_on, "keys", None, "a KeyStore: a document goes on")
-            return self._check_softmax(q, k, v, scale, causal, window)
+            facts = self._check_softmax(q, k, v, scale, causal, window)
+            if keys is not None:
+                missing = [number for number in self._seen(window) if number not in keys]
+                expected = "what all segments left that are seen"
+                checks.require(not missing, "keys", f"nothing of segments {missing}", expected)
+            return facts
 
         agreed = self._agree("softmax_attention", check)
         recurring = self.stream.partitions[0].unit_length if self.packed else 1
