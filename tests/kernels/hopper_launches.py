@@ -20,6 +20,8 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
+from tests.kernels import machine_code
+
 EVERYWHERE = {  # kernels that Hopper has no others for
     "scalar.gates._cumulate",
     "scalar.gates._chunk_gate_grads",
@@ -37,7 +39,9 @@ EVERYWHERE = {  # kernels that Hopper has no others for
 SHARED_MEMORY = 227 * 1024
 HEADS = 16
 WIDE, SMALL = (16, 128, 128, torch.bfloat16), (8, 64, 64, torch.float16)  # q/k heads, K, V
-CASES = {  # tokens; whose decay is none, one a head, one a token or one a channel; whether summaries are wanted; heads
+Case = tuple[int, str, bool, tuple[int, int, int, torch.dtype]]
+CASES: dict[str, list[Case]] = {  # tokens; whose decay is none, one a head, one a token or one a channel; whether
+    # summaries are wanted; heads
     "linear": [
         (65536, "none", True, WIDE),
         (65536, "constant", False, WIDE),
@@ -107,8 +111,8 @@ class Compiler:
         return compiled
 
 
-def launches(kind: str) -> dict[str, list[Any]]:
-    """By the kernels' names: what they were compiled to, if they are for Hopper."""
+def launches(kind: str, cases: list[Case], compile_all: bool = False) -> dict[str, list[Any]]:
+    """By the kernels' names: what they were compiled to, those for Hopper or all."""
     from lasp.kernels.segments import Segments
     from lasp.kernels.triton import dispatch, launch
     from lasp.kernels.triton.delta.op import TritonDelta
@@ -120,7 +124,7 @@ def launches(kind: str) -> dict[str, list[Any]]:
 
     def note(kernel: JITFunction, *args: Any, grid: tuple[int, ...], **constants: Any) -> None:
         compiled = found.setdefault(name_of(kernel), [])
-        if is_for_hopper(name_of(kernel)):
+        if compile_all or is_for_hopper(name_of(kernel)):
             compiled.append(launch.launch_first(Compiler(kernel), grid, args, constants)[0])
 
     JITFunction.warmup = note
@@ -128,7 +132,7 @@ def launches(kind: str) -> dict[str, list[Any]]:
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for tokens, decay, wanted, (q_heads, key_dim, value_dim, dtype) in CASES[kind]:
+    for tokens, decay, wanted, (q_heads, key_dim, value_dim, dtype) in cases:
         rows = 1, tokens, HEADS
         shape = {"none": None, "constant": (HEADS,), "scalar": rows, "diagonal": (*rows, key_dim)}[decay]
         gates = None if shape is None else empty(*shape, dtype=torch.float32)
@@ -143,7 +147,7 @@ def launches(kind: str) -> dict[str, list[Any]]:
 
 if __name__ == "__main__":
     pretend_there_is_a_gpu()
-    for name, compiled in launches(sys.argv[1]).items():
+    for name, compiled in launches(sys.argv[1], CASES[sys.argv[1]]).items():
         asm = [kernel.asm["ptx"] for kernel in {id(kernel): kernel for kernel in compiled}.values()]
         facts = {
             "name": name,
@@ -151,5 +155,6 @@ if __name__ == "__main__":
             "multiplies": all("wgmma" in ptx or "mma.sync" in ptx for ptx in asm),
             "waits": all("griddepcontrol.wait" in ptx for ptx in asm),
             "constants": sum(len(constant_operands(ptx)) for ptx in asm),
+            "unwritten": [line for kernel in compiled for line in machine_code.unwritten_by(kernel)],
         }
         print(json.dumps(facts))

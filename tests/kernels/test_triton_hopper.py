@@ -49,6 +49,7 @@ def test_what_hopper_launches_is_for_it_and_compiles(kind):
     for kernel in kernels:
         assert kernel["multiplies"] and kernel["waits"], kernel  # see lasp.kernels.triton.pdl
         assert kernel["constants"] == 0, kernel
+        assert kernel["unwritten"] == [], kernel  # see machine_code
 
 
 @pytest.fixture

@@ -215,6 +215,12 @@ def _values(u, do, dr, i, here, rows, u_stride, v_stride, V: tl.constexpr):
     return uc, doc, tl.load(dr + at_u, mask=here_v, other=0.0), here_v
 
 
+def key_block(key_dim: int, at_once: int) -> int:
+    """Columns of K at a time. One block alone is not a loop, whose products ptxas 12.8 gives a descriptor that nobody
+    has written where they are narrow (tests/kernels/machine_code.py finds such code)."""
+    return at_once if key_dim > at_once else block_of(key_dim)
+
+
 def gradients(
     chunks: Tiles, x: DeltaInputs, do: Tensor, terms: Terms, recomputed: Recomputed, dr: Tensor, d_states: Tensor,
     grads: Grads, config: DeltaConfig, heads: range,
@@ -222,7 +228,7 @@ def gradients(
     """Fills `grads` for the heads of `heads`."""
     (all_heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], x.k.shape[2:]
     how = config.gradients
-    block_k, block_v = min(block_of(key_dim), how.block), min(block_of(value_dim), how.block_v)
+    block_k, block_v = key_block(key_dim, how.block), min(block_of(value_dim), how.block_v)
     u, states = recomputed
     launch(
         _gradients, (chunks.count, len(heads)),
