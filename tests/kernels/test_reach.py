@@ -105,3 +105,28 @@ def test_transitions_are_those_of_whole_tiles_or_as_good_as_nothing(gen, kind):
         else:
             total = x.decay.double().sum(1) if kind != "constant" else x.decay.double() * TOKENS
             assert error(transition.double(), total.expand(transition.shape)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("ahead", "offsets"), [(False, None), (True, (0, 7, 7, 230, TOKENS))], ids=["one", "documents"]
+)
+@pytest.mark.parametrize("decay", [-0.02, -0.6, -0.7])
+def test_states_pass_over_tiles_that_erase_them_or_do_not(gen, monkeypatch, decay, ahead, offsets):
+    """Tiles of 64 tokens: of 8 of a head, none, some, or all erase what enters them."""
+    monkeypatch.setattr(delta, "SHORTEST_TILE", 64)
+    monkeypatch.setattr(delta, "multiprocessors", lambda device: 128)
+    x, do = draw(gen, "gated delta", decay, offsets=offsets)
+    if decay == -0.6:
+        x.decay[:, :200] *= 0.1
+    came, d_came = (torch.randn(x.state_shape, generator=gen).to(DEVICE) for _ in range(2))
+    _, partial = OPS["gated delta"].summarize(x, ahead)
+    o, state, kept = OPS["gated delta"].finish(x, partial, Pending(lambda: came))
+    _, partial = OPS["gated delta"].summarize_grad(x, kept, do, ahead)
+    grads = OPS["gated delta"].finish_grad(x, kept, partial, Pending(lambda: d_came))
+    known = {name: y.double().requires_grad_() for name, y in x.tensors.items()}
+    start = came.double().requires_grad_()
+    wanted, wanted_state = recurrent(**known, scale=1.0, initial_state=start, cu_seqlens=x.segments.cu_seqlens)
+    d_wanted = torch.autograd.grad((wanted, wanted_state), (*known.values(), start), (do.double(), d_came.double()))
+    found = (o, state.wait(), *(grads.of[name] for name in known), grads.incoming.wait())
+    for one, other in zip(found, (wanted, wanted_state, *d_wanted), strict=True):
+        assert error(one.double(), other) < 1e-5

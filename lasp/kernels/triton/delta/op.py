@@ -25,6 +25,7 @@ from lasp.kernels.triton.delta.backend import Backend, Grads, Recomputed, Terms,
 from lasp.kernels.triton.delta.config import HopperLaunch, delta_config, has_hopper_kernels, scan_decay
 from lasp.kernels.triton.delta.portable import Portable
 from lasp.kernels.triton.device import GLUON, cdiv, for_hopper, multiprocessors
+from lasp.kernels.triton.shared.matrix_passing import Bounds
 from lasp.kernels.triton.shared.operands import contiguous, per_q_head
 from lasp.kernels.triton.shared.state_passing import OneTile, StatePassing
 from lasp.kernels.triton.shared.tiles import CHUNK
@@ -80,6 +81,12 @@ class Plan(NamedTuple):
         """[M, H, K, V] in fp32, one for every tile, not written."""
         return x.v.new_empty(self.cut.tiles.count, *x.state_shape[1:], dtype=torch.float32)
 
+    def passing(
+        self, terms: Terms, states: Tensor, transitions: Tensor | None, *, reverse: bool, ahead: bool
+    ) -> StatePassing:
+        bounds = None if terms.log2_bounds is None else Bounds(terms.log2_bounds, self.cut.first_chunk)
+        return StatePassing(self.cut.tiles, states, transitions, reverse=reverse, ahead=ahead, bounds=bounds)
+
     def passes(self, heads: int) -> Iterator[range]:
         """The parts of heads that backward treats at a time; those whose dq and dk are summed follow each other."""
         sums = heads * self.parts // self.step
@@ -113,7 +120,7 @@ class TritonDelta:
             passing = OneTile(summary, plan.new_states(x))
         else:
             summary = self._summary(x, plan, terms)
-            passing = StatePassing(plan.cut.tiles, summary.state, summary.transition, reverse=False, ahead=wanted)
+            passing = plan.passing(terms, summary.state, summary.transition, reverse=False, ahead=wanted)
         return passing.summary, (x, plan, terms, passing)
 
     def finish(self, x: DeltaInputs, partial, incoming: Pending[Tensor | None]) -> Finished:
@@ -136,7 +143,7 @@ class TritonDelta:
             passing = (
                 OneTile(Summary(d_states), plan.new_states(x))
                 if plan.one_tile
-                else StatePassing(plan.cut.tiles, d_states, transitions, reverse=True, ahead=wanted)
+                else plan.passing(terms, d_states, transitions, reverse=True, ahead=wanted)
             )
         return passing.summary and passing.summary.state, (x, do, plan, terms, passing)
 

@@ -4,8 +4,11 @@ As in `state_passing` it need not wait for what enters a segment: the products o
 states, too, which start from the identity and to which nothing is added. Their columns are found beside those of the
 states.
 
-Products of many transitions must not lose precision: three TF32 products stand for one of fp32.
+Products of many transitions must not lose precision: three TF32 products stand for one of fp32. Where decays leave
+nothing of any state over a whole tile (`reach`), no product is needed: what leaves a tile is its summary.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +18,17 @@ from torch import Tensor
 from lasp.kernels.segments import Tiles
 from lasp.kernels.triton.device import block_of, cdiv, multiprocessors
 from lasp.kernels.triton.launch import launch
+from lasp.kernels.triton.pdl import griddepcontrol_wait
+from lasp.kernels.triton.shared.reach import tiles_are_erased
+from lasp.kernels.triton.shared.tiles import CHUNK
+
+
+class Bounds(NamedTuple):
+    """log2: [chunks, H], by how much a chunk's transition may enlarge a state (see reach). first_chunk: [M], of every
+    tile."""
+
+    log2: Tensor
+    first_chunk: Tensor
 
 
 @triton.jit
@@ -27,31 +41,44 @@ def _pass_by_matrix(
     passed,  # [M, H, K, K] the product of the transitions before each tile, unless None
     total,  # [N, H, K, K] and that of all of a segment
     first,  # [N + 1] tiles of each segment
+    log2_bounds, first_chunk,  # see Bounds, or None
+    length,  # [M] tokens of the tiles
     H,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BLOCK: tl.constexpr,
+    C: tl.constexpr,
     REVERSE: tl.constexpr,  # from the last tile to the first, with Aᵀ
     STAGES: tl.constexpr,
-):
-    block = tl.program_id(2)
+):  # fmt: skip
+    n, h, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    low, high = tl.load(first + n).to(tl.int64), tl.load(first + n + 1).to(tl.int64)
+    erased = False
+    if log2_bounds is not None:
+        erased = tiles_are_erased(log2_bounds, first_chunk, length, low, high, h, H, C)
+    griddepcontrol_wait()
     blocks: tl.constexpr = (V + BV - 1) // BV
     if passed is None or block < blocks:
-        _columns(block, states, transitions, start, initial, end, first, H, K, V, BK, BV, BLOCK, REVERSE, STAGES)
+        _columns(
+            block, states, transitions, start, initial, end, low, high, erased, n, h, H, K, V, BK, BV, BLOCK, REVERSE,
+            STAGES,
+        )  # fmt: skip
     else:
-        _columns(block - blocks, None, transitions, None, passed, total, first, H, K, K, BK, BV, BLOCK, REVERSE, STAGES)
+        _columns(
+            block - blocks, None, transitions, None, passed, total, low, high, erased, n, h, H, K, K, BK, BV, BLOCK,
+            REVERSE, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit
 def _columns(
-    block, states, transitions, start, initial, end, first, H,
+    block, states, transitions, start, initial, end, low, high, erased, n, h, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of the states, or, where these are None, of the identity."""
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, cols = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (cols < V)[None, :]
     place = rows[:, None] * V + cols[None, :]
@@ -60,30 +87,37 @@ def _columns(
         x = tl.where(inside & (rows[:, None] == cols[None, :]), 1.0, x)
     if start is not None:
         x += tl.load(start + (n * H + h) * K * V + place, mask=inside, other=0.0)
-    low, high = tl.load(first + n).to(tl.int64), tl.load(first + n + 1).to(tl.int64)
-    for i in tl.range(0, high - low, num_stages=STAGES):
-        tile = ((high - 1 - i) if REVERSE else (low + i)) * H + h
-        s = tl.zeros([BK, BV], tl.float32)
-        if states is not None:
-            s = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
-        tl.store(initial + tile * K * V + place, x, mask=inside)
-        if BK == BLOCK:
-            k = tl.arange(0, BK)
-            square = (rows < K)[:, None] & (k < K)[None, :]
-            across = k[None, :] * K + rows[:, None] if REVERSE else rows[:, None] * K + k[None, :]
-            a = tl.load(transitions + tile * K * K + across, mask=square, other=0.0)
-            x = tl.dot(a, x, s, input_precision="tf32x3")
-        else:  # A is too large to be held: x comes back in pieces from where it has just been written
-            tl.debug_barrier()
-            x = s
-            for piece in range(tl.cdiv(K, BLOCK)):
-                k = piece * BLOCK + tl.arange(0, BLOCK)
+    if erased:
+        for i in tl.range(0, high - low, num_stages=4):  # or each load would wait for the store before it
+            tile = ((high - 1 - i) if REVERSE else (low + i)) * H + h
+            tl.store(initial + tile * K * V + place, x, mask=inside)
+            x = tl.zeros([BK, BV], tl.float32)
+            if states is not None:
+                x = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
+    else:
+        for i in tl.range(0, high - low, num_stages=STAGES):
+            tile = ((high - 1 - i) if REVERSE else (low + i)) * H + h
+            s = tl.zeros([BK, BV], tl.float32)
+            if states is not None:
+                s = tl.load(states + tile * K * V + place, mask=inside, other=0.0)
+            tl.store(initial + tile * K * V + place, x, mask=inside)
+            if BK == BLOCK:
+                k = tl.arange(0, BK)
                 square = (rows < K)[:, None] & (k < K)[None, :]
                 across = k[None, :] * K + rows[:, None] if REVERSE else rows[:, None] * K + k[None, :]
                 a = tl.load(transitions + tile * K * K + across, mask=square, other=0.0)
-                part = (k < K)[:, None] & (cols < V)[None, :]
-                y = tl.load(initial + tile * K * V + k[:, None] * V + cols[None, :], mask=part, other=0.0)
-                x = tl.dot(a, y, x, input_precision="tf32x3")
+                x = tl.dot(a, x, s, input_precision="tf32x3")
+            else:  # A is too large to be held: x comes back in pieces from where it has just been written
+                tl.debug_barrier()
+                x = s
+                for piece in range(tl.cdiv(K, BLOCK)):
+                    k = piece * BLOCK + tl.arange(0, BLOCK)
+                    square = (rows < K)[:, None] & (k < K)[None, :]
+                    across = k[None, :] * K + rows[:, None] if REVERSE else rows[:, None] * K + k[None, :]
+                    a = tl.load(transitions + tile * K * K + across, mask=square, other=0.0)
+                    part = (k < K)[:, None] & (cols < V)[None, :]
+                    y = tl.load(initial + tile * K * V + k[:, None] * V + cols[None, :], mask=part, other=0.0)
+                    x = tl.dot(a, y, x, input_precision="tf32x3")
     tl.store(end + (n * H + h) * K * V + place, x, mask=inside)
 
 
@@ -120,6 +154,7 @@ def pass_by_matrix(
     states: Tensor,
     transitions: Tensor,
     reverse: bool,
+    bounds: Bounds | None,
     start: Tensor | None,
     passed: Tensor | None,
     total: Tensor | None,
@@ -135,9 +170,9 @@ def pass_by_matrix(
     blocks = cdiv(value_dim, block_v) + (0 if passed is None else cdiv(key_dim, block_v))
     launch(
         _pass_by_matrix, (segments, heads, blocks),
-        states, transitions, start, initial, end, passed, total, tiles.first, heads,
-        K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=_held(block_k),
-        REVERSE=reverse, STAGES=(3 if block_v == 16 else 2) if block_k <= 128 else 1, num_warps=8,
+        states, transitions, start, initial, end, passed, total, tiles.first, *(bounds or (None, None)), tiles.length,
+        heads, K=key_dim, V=value_dim, BK=block_k, BV=block_v, BLOCK=_held(block_k), C=CHUNK,
+        REVERSE=reverse, STAGES=(3 if block_v == 16 else 2) if block_k <= 128 else 1, num_warps=8, pdl=True,
     )  # fmt: skip
     return initial, end
 

@@ -54,3 +54,21 @@ def tile_in_reach(
         passed += tl.sum(bounds, axis=0)
     begin, count = part_in_reach(begin, count, reach, C, FROM_START)
     return begin, count, chunk if FROM_START else chunk + tl.maximum(chunks - reach, 0)
+
+
+@triton.jit
+def tiles_are_erased(log2_bounds, first_chunk, length, low, high, h, H, C: tl.constexpr):
+    """Whether nothing is left of what enters tile low, …, high - 1 of a head, of any, when it ends: of so many tokens
+    each, [M], whose chunks are those of log2_bounds from first_chunk [M] on."""
+    most = float("-inf")
+    for block in range(low, high, 16):
+        tile = block + tl.arange(0, 16)
+        first = tl.load(first_chunk + tile, mask=tile < high, other=0)[:, None]
+        chunks = tl.cdiv(tl.load(length + tile, mask=tile < high, other=0), C)
+        passed = tl.where(tile < high, 0.0, float("-inf"))
+        for start in range(0, tl.max(chunks, axis=0), 64):
+            place = start + tl.arange(0, 64)[None, :]
+            bounds = tl.load(log2_bounds + (first + place) * H + h, mask=place < chunks[:, None], other=0.0)
+            passed += tl.sum(bounds, axis=1)
+        most = tl.maximum(most, tl.max(passed, axis=0))
+    return most <= ERASED

@@ -19,7 +19,7 @@ from lasp.kernels.summary import Summary, Transition, apply
 from lasp.kernels.triton.device import block_of, cdiv, next_power_of_2
 from lasp.kernels.triton.launch import launch
 from lasp.kernels.triton.pdl import griddepcontrol_wait
-from lasp.kernels.triton.shared.matrix_passing import add_incoming, pass_by_matrix
+from lasp.kernels.triton.shared.matrix_passing import Bounds, add_incoming, pass_by_matrix
 
 IDENTITY, SCALAR = tl.constexpr(int(Transition.IDENTITY)), tl.constexpr(int(Transition.SCALAR))
 
@@ -107,16 +107,19 @@ class StatePassing:
 
     ahead: it runs at once, which tells what the segments do to a state, `summary` (in reverse D and the transposed A),
     and leaves what comes in to those who read the tiles' initial states. Else it runs when that is there, and starts
-    with it.
+    with it. bounds: on what matrices do to a state, if they are known.
     """
 
     final: Tensor | None = None  # nobody needs to write the segments' final states: see OneTile
 
-    def __init__(self, tiles: Tiles, states: Tensor, transitions: Tensor | None, *, reverse: bool, ahead: bool):
+    def __init__(
+        self, tiles: Tiles, states: Tensor, transitions: Tensor | None, *, reverse: bool, ahead: bool,
+        bounds: Bounds | None = None,
+    ):  # fmt: skip
         self.transitions = transitions
         self.summary: Summary | None = None
         self._passed: Tensor | None = None
-        self._over = tiles, states, transitions, reverse
+        self._over = tiles, states, transitions, reverse, bounds
         if ahead:
             totals = None
             if transitions is not None:
@@ -159,6 +162,7 @@ def _pass(
     states: Tensor,
     transitions: Tensor | None,
     reverse: bool,
+    bounds: Bounds | None,
     start: Tensor | None,
     passed: Tensor | None,
     totals: Tensor | None,
@@ -166,7 +170,7 @@ def _pass(
     """What enters the tiles and what leaves the segments; fills `passed` and `totals`, if they are there."""
     kind = Transition.of(transitions, states)
     if transitions is not None and kind == Transition.MATRIX:
-        return pass_by_matrix(tiles, states, transitions, reverse, start, passed, totals)
+        return pass_by_matrix(tiles, states, transitions, reverse, bounds, start, passed, totals)
     heads, key_dim, value_dim = states.shape[1:]
     segments = tiles.first.numel() - 1
     initial, end = torch.empty_like(states), states.new_empty(segments, heads, key_dim, value_dim)
