@@ -7,19 +7,23 @@ from lasp.kernels import delta_product, delta_rule
 from tests.parallel.inputs import error
 from tests.parallel.product import HEADS, draw, expected
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of kernels
 
-def found(case, dtype=torch.float64, **options) -> dict[str, torch.Tensor]:
-    leaves = {name: x.to(dtype).requires_grad_() for name, x in (case.per_token | {"state": case.state}).items()}
+
+def found(case, dtype=torch.float64, device="cpu", **options) -> dict[str, torch.Tensor]:
+    given = case.per_token | {"state": case.state}
+    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in given.items()}
     tensors = {name: x for name, x in leaves.items() if name != "state"}
     options |= {"initial_state": leaves["state"], "output_final_state": True, "cu_seqlens": case.offsets}
+    upstream = [d.to(device, dtype) for d in (case.do, case.d_final)]
     o, final = delta_product(**tensors, **options)
-    grads = torch.autograd.grad([o, final], list(leaves.values()), [case.do.to(dtype), case.d_final.to(dtype)])
+    grads = torch.autograd.grad([o, final], list(leaves.values()), upstream)
     return {"o": o, "final": final} | {f"d{name}": d for name, d in zip(leaves, grads, strict=True)}
 
 
 def errors(case, **options) -> dict[str, float]:
     got, wanted = found(case, **options), expected(case)
-    return {name: error(got[name].double(), x) for name, x in wanted.items()}
+    return {name: error(got[name].double().cpu(), x) for name, x in wanted.items()}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -46,7 +50,7 @@ def test_a_constant_decay_is_that_of_every_token(gen):
 @pytest.mark.parametrize("documents", [None, (0, 30, 40)], ids=["", "packed"])
 def test_kernels_equal_the_definition(gen, documents):
     pytest.importorskip("lasp.kernels.triton.delta.op")
-    got = errors(draw(gen, "scalar", 2, 40, documents), dtype=torch.float32, backend="triton")
+    got = errors(draw(gen, "scalar", 2, 40, documents), dtype=torch.float32, device=DEVICE, backend="triton")
     assert max(got.values()) < 1e-5, got
 
 
@@ -54,10 +58,11 @@ def test_a_single_token_is_a_launch_for_each_step(gen, monkeypatch):
     dispatch = pytest.importorskip("lasp.kernels.triton.dispatch")
     monkeypatch.setattr(dispatch, "triton_op", None)
     case = draw(gen, "diagonal", 3, 1, batch=2)
-    tensors = {name: x.float() for name, x in case.per_token.items()}
-    o, final = delta_product(**tensors, initial_state=case.state.float(), output_final_state=True, backend="triton")
+    tensors = {name: x.to(DEVICE, torch.float32) for name, x in case.per_token.items()}
+    state = case.state.to(DEVICE, torch.float32)
+    o, final = delta_product(**tensors, initial_state=state, output_final_state=True, backend="triton")
     wanted = expected(case)
-    assert error(o.double(), wanted["o"]) < 1e-6 and error(final.double(), wanted["final"]) < 1e-6
+    assert error(o.double().cpu(), wanted["o"]) < 1e-6 and error(final.double().cpu(), wanted["final"]) < 1e-6
 
 
 def test_refuses_what_does_not_fit(gen):
