@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.inputs import DeltaInputs, LinearInputs, NonCausalInputs
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.chunk import ChunkedOp, NonCausalOp
@@ -21,8 +22,7 @@ def like_results(v: Tensor, key_dim: int, states: int | torch.SymInt | None) -> 
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if states is None:
         return [o]
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return [o, v.new_empty(states, v.shape[2], key_dim, v.shape[3], dtype=dtype)]
+    return [o, v.new_empty(states, v.shape[2], key_dim, v.shape[3], dtype=accumulation_dtype(v))]
 
 
 def like_own_results(

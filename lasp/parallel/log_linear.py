@@ -108,8 +108,8 @@ def _totals(partition: Partition, seen: tuple[int, ...]) -> list[int]:
 
 
 class Arriving(NamedTuple):
-    """slots: [N, J, H, K, V], the gradients of what left the fragments. gates: once these are used, more of those of
-    units' log decays, [units of this rank, B, H]."""
+    """slots: [N, J, H, K, V], the gradients of what left the fragments. gates: what other ranks add to the gradients of
+    units' log decays, [units of this rank, B, H]; to be waited for once the slots have been used."""
 
     slots: Tensor
     gates: Pending[Tensor]
@@ -117,7 +117,8 @@ class Arriving(NamedTuple):
 
 @dataclass(frozen=True)
 class Between:
-    """An op over units: where gates are scalars, they get what others tell of them."""
+    """An op whose tokens are the units of a rank. A scalar gate also decays states that pass its unit by, from one rank
+    to another: what these say of its gradient is added here to what the op finds itself."""
 
     op: Op[Any]
 
@@ -189,7 +190,7 @@ class AcrossSlots:
         return comm.all_gather(message, self.group).then(arrive)
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Any]:
-        """Of `Arriving` where gates are scalars, else of its slots."""
+        """An `Arriving` where gates are scalars, else its slots alone."""
         assert d_summary is not None
         a, factors, *rest = kept
         assert a is not None and factors is not None
