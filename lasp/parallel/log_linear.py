@@ -214,10 +214,10 @@ class AcrossSlots:
 
         return comm.reduce_scatter(plan.wanted(own, factors), self.group).then(arrive_own)
 
-    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+    def leave(self, outgoing: Tensor) -> Tensor:
         return self._of_documents(self.backward, outgoing)
 
-    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+    def leave_grad(self, d_incoming: Tensor) -> Tensor:
         return self._of_documents(self.forward, d_incoming)
 
     def _of_units(self, x: Tensor, fragments: list[int]) -> list[Tensor]:
