@@ -137,6 +137,8 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | No
     channels, width = x.shape[2], weight.shape[1]
     if tail is None:
         tail = x.new_zeros(segments.count, width - 1, channels)
+    if segments.count == 0:  # with nothing in them, but a graph: other ranks may have some, and wait for its gradients
+        return _depthwise(torch.cat([tail, x.reshape(0, 1, channels)], dim=1), weight, bias).view_as(x)
     if segments.cu_seqlens is None:
         return _depthwise(torch.cat([tail, x], dim=1), weight, bias)
     # Every segment behind its tail, in one row: [tail, segment, tail, segment, …]. The output lacks the first tail, so

@@ -2,11 +2,14 @@
 
 Before a call that sends messages, each rank says in one small message of its own what it is about to do. So whatever
 one rank alone gets wrong (bad arguments, other options, another operation altogether) is a ValueError on every rank.
+The same goes for a call's backward pass, to which a rank comes only if its loss depends on what the call returned.
 """
 
 import zlib
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +17,37 @@ from torch import Tensor
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
 
+Made = TypeVar("Made", Tensor, Tensor | None)
+_calls = count()  # of this process
 
-def agree(group: Group, device: torch.device, check: Callable[[], object], *, call: str = "a check") -> None:
+
+@dataclass(frozen=True)
+class Agreed:
+    """A call that all ranks of a group make. number: rank 0's of its calls; None if nothing was said of it."""
+
+    group: Group
+    call: str
+    number: int | None = None
+
+    def in_backward(self, made: Made, *others: str) -> Made:
+        """`made`, the first result of an autograd function of this call. Before backward comes to that function, and
+        sends messages, the ranks agree that it is this call's on all of them.
+
+        others: the function's other results, of which there are gradients on all ranks or on none.
+        """
+        if self.number is None or made is None or made.grad_fn is None:
+            return made
+
+        def agree_again(grads: tuple[Tensor | None, ...]) -> None:
+            given = {f"gradient of {name}": d is not None for name, d in zip(others, grads[1:], strict=True)}
+            facts = {"number of the call": self.number} | given
+            agree(self.group, comm.message_device(self.group), lambda: facts, call=f"backward of {self.call}")
+
+        made.grad_fn.register_prehook(agree_again)
+        return made
+
+
+def agree(group: Group, device: torch.device, check: Callable[[], object], *, call: str = "a check") -> Agreed:
     """Runs `check` on every rank; raises ValueError on all of them if it failed on one or if what it returned differs.
 
     The value returned stands for what must be equal on all ranks (shapes, dtypes, options): a dict by name, or anything
@@ -24,30 +56,31 @@ def agree(group: Group, device: torch.device, check: Callable[[], object], *, ca
     """
     if comm.size(group) == 1:
         check()
-        return
+        return Agreed(group, call)
     error, facts = None, {"call": call}
     try:
         facts |= _facts(check())
     except Exception as raised:
         error = raised
     checksum = zlib.crc32(repr(facts).encode())
-    mine = torch.tensor([error is not None, checksum], dtype=torch.int64, device=device)
+    mine = torch.tensor([error is not None, checksum, next(_calls)], dtype=torch.int64, device=device)
     flags = comm.replicate(mine, group, f"agreement on {call}").tolist()
-    if any(failed for failed, _ in flags):
+    if any(failed for failed, _, _ in flags):
         told = comm.gather_objects(None if error is None else _story(error), group)
         raise ValueError(_list({rank: story for rank, story in enumerate(told) if story is not None})) from error
-    if len({checksum for _, checksum in flags}) > 1:
+    if len({checksum for _, checksum, _ in flags}) > 1:
         raise ValueError(_differences(comm.gather_objects(facts, group)))
+    return Agreed(group, call, number=flags[0][2])
 
 
-def agree_on_cpus(group: Group, check: Callable[[], object], *, call: str) -> None:
+def agree_on_cpus(group: Group, check: Callable[[], object], *, call: str) -> Agreed:
     """`agree`, for calls that are made all the time: where messages live on GPUs, whose host would have to wait for
     them, each rank looks at its own arguments only."""
     device = comm.message_device(group)
     if device.type == "cpu":
-        agree(group, device, check, call=call)
-    else:
-        check()
+        return agree(group, device, check, call=call)
+    check()
+    return Agreed(group, call)
 
 
 def signature(**tensors: Tensor | None) -> dict[str, object]:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lasp.kernels import checks
 from lasp.models.moe import Experts
 from lasp.parallel import comm
-from lasp.parallel.agreement import agree, agree_on_cpus
+from lasp.parallel.agreement import agree, agree_on_cpus, signature
 from lasp.parallel.experts import ExpertParallel
 from lasp.parallel.groups import flatten, make_mesh
 
@@ -67,9 +67,9 @@ def parallelize(
         checks.require(fsdp or compute_dtype is None, "compute_dtype", f"{compute_dtype} without fsdp", "None")
         if expert_parallel > 1:
             _check_experts(mixtures, everyone.size(), expert_parallel, fsdp)
-        tensors = [(x.dtype, list(x.shape)) for x in (*model.parameters(), *model.buffers())]
         options = {"fsdp": fsdp, "compute_dtype": compute_dtype, "expert_parallel": expert_parallel}
-        return options | {"model": tensors}
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        return options | {name: (x.dtype, list(x.shape), x.requires_grad) for name, x in tensors.items()}
 
     agree(group, comm.message_device(group), check, call="parallelize")
     if not fsdp:
@@ -127,7 +127,8 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
         return
     everyone = flatten(mesh).get_group()
     together: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
-    for parameter in model.parameters():
+    named: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -135,11 +136,8 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
             if isinstance(grad, DTensor):
                 group, grad = grad.device_mesh[_HOLDERS].get_group(), grad.to_local()
             together.setdefault((group, grad.dtype), []).append(grad)
-
-    def check() -> object:
-        return {"gradients": [(dtype, sum(grad.numel() for grad in grads)) for (_, dtype), grads in together.items()]}
-
-    agree_on_cpus(everyone, check, call="reduce_gradients")
+            named[name] = grad
+    agree_on_cpus(everyone, lambda: signature(**named), call="reduce_gradients")
     if comm.size(everyone) == 1:
         return
     for (group, _), grads in together.items():

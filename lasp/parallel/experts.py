@@ -54,7 +54,7 @@ def experts_over_ranks(spread: _Spread, x: Tensor, counts: Tensor, own: list[Ten
         facts = gradients(x, of="x") | gradients(*own, of="the matrices")
         return {"x": (x.dtype, x.shape[1]), "experts": len(counts)} | facts
 
-    agree_on_cpus(group, check, call="experts")
+    agreed = agree_on_cpus(group, check, call="experts")
     ranks = comm.size(group)
     here = len(counts) // ranks
     leaving = counts.view(ranks, here)
@@ -64,7 +64,7 @@ def experts_over_ranks(spread: _Spread, x: Tensor, counts: Tensor, own: list[Ten
     experts = torch.arange(here, device=x.device).repeat(ranks)  # of the rows: by rank, then by expert
     by_expert = RowOrder.sorting(experts.repeat_interleave(arriving.flatten(), output_size=sum(receive)))
     y = spread.run(by_expert.apply(rows), arriving.sum(0), *own)
-    return _Exchange.apply(by_expert.undo(y), receive, send, group)
+    return agreed.in_backward(_Exchange.apply(by_expert.undo(y), receive, send, group))
 
 
 class _Exchange(Function):

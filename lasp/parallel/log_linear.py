@@ -20,7 +20,7 @@ from lasp.kernels.pending import Pending
 from lasp.kernels.recurrence import Finished, Gradients, Kept, Op
 from lasp.kernels.summary import Summary, Transition
 from lasp.parallel import comm
-from lasp.parallel.agreement import gradients, signature
+from lasp.parallel.agreement import Agreed, gradients, signature
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange.all_gather import AllGather
 from lasp.parallel.exchange.auto import Auto
@@ -55,13 +55,17 @@ def attend(
         options = x.options | {"output_final_state": bool(output_final_state), "seen": seen}
         return signature(**x.tensors, slots=slots) | asked | options
 
-    sequence._agree(method, check)
+    agreed = sequence._agree(method, check)
     (x,) = made
-    return _exchanged(sequence, x, initial_state, output_final_state)
+    return _exchanged(sequence, agreed, x, initial_state, output_final_state)
 
 
 def _exchanged(
-    sequence: "Sequence", x: LogLinearInputs, initial_state: FenwickState | None, output_final_state: bool
+    sequence: "Sequence",
+    agreed: Agreed,
+    x: LogLinearInputs,
+    initial_state: FenwickState | None,
+    output_final_state: bool,
 ) -> tuple[Tensor, FenwickState | None]:
     partition, batch, seen = sequence.partition, x.segments.batch, _seen(sequence, initial_state)
     local, totals = sequence._local(batch), _totals(partition, seen)
@@ -72,7 +76,8 @@ def _exchanged(
     slots = None if initial_state is None else resized(initial_state.slots, max(totals).bit_length())
     o, final = run_op(x, "auto", boundary, slots, output_final_state, around=Between)
     tokens = torch.tensor([totals[document] for document in left] * batch, device="cpu")
-    return local.unfold(o), None if final is None else FenwickState(final, tokens)
+    o = local.unfold(agreed.in_backward(o, "final_state"))
+    return o, None if final is None else FenwickState(final, tokens)
 
 
 def _seen(sequence: "Sequence", state: FenwickState | None) -> tuple[int, ...]:

@@ -40,9 +40,10 @@ class _GlobalMean(Function):
         dtype = accumulation_dtype(loss_sum)
         both = torch.stack([loss_sum.to(dtype), torch.as_tensor(count, device=loss_sum.device).to(dtype)])
         total, number = comm.all_reduce(both, group).wait()
-        ctx.save_for_backward(number.clamp(min=1))
+        number = number.where(number != 0, 1)
+        ctx.save_for_backward(number)
         ctx.dtype = loss_sum.dtype
-        return total / number.clamp(min=1)
+        return total / number
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:

@@ -23,7 +23,7 @@ from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.softmax import Mask, check_softmax, like_output
 from lasp.kernels.traced import Handle, apart, open_to_graphs, traced
 from lasp.parallel import comm, log_linear, shapes
-from lasp.parallel.agreement import agree_on_cpus, gradients, signature
+from lasp.parallel.agreement import Agreed, agree_on_cpus, gradients, signature
 from lasp.parallel.boundary import AcrossDocuments, AcrossUnits, LocalSegments
 from lasp.parallel.comm import Group
 from lasp.parallel.exchange import StateExchange
@@ -50,6 +50,7 @@ class Sequence(Handle):
         self._boundaries: dict[tuple[int, Across], Boundary] = {}
         offsets = zlib.crc32(array("q", partition.offsets).tobytes())
         self._identity = f"{partition.tokens} tokens, {partition.documents} documents ({offsets:x})"
+        self._identity += f", {type(self).__name__} by {parallel.options}"
 
     @property
     def traced_facts(self) -> list[object]:
@@ -247,10 +248,10 @@ class Sequence(Handle):
                 cannot split.
         """
         q, k, v = autocast.cast(q, k, v)
-        self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
+        agreed = self._agree("softmax_attention", lambda: self._check_softmax(q, k, v, scale, causal, window))
         recurring = self.partition.unit_length if self.packed else 1
         mask = Mask(checks.softmax_scale(scale, q.shape[-1]), causal, window, recurring=recurring)
-        return self.parallel.softmax.attend(q, k, v, mask, self.partition)
+        return agreed.in_backward(self.parallel.softmax.attend(q, k, v, mask, self.partition))
 
     @traced(like_input)
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -272,7 +273,7 @@ class Sequence(Handle):
     def mean(self, loss_sum: Tensor, count: Tensor) -> Tensor:
         """The mean over the whole group, Σ loss_sum / Σ count, on every rank; backward gives each rank its gradient.
 
-        loss_sum: scalar, this rank's sum. count: scalar, this rank's number of terms. 0 where there is none anywhere.
+        loss_sum: scalar, this rank's sum. count: scalar, this rank's number of terms, or weight. 0 where there is none.
         """
         self._agree("mean", partial(check_mean, loss_sum, count))
         return global_mean(loss_sum, count, self.parallel.group)
@@ -288,8 +289,8 @@ class Sequence(Handle):
         self._agree("sum", check)
         return comm.all_reduce(x.detach(), self.parallel.group).wait()
 
-    def _agree(self, method: str, check: Callable[[], dict]) -> None:
-        agree_on_cpus(self.parallel.group, lambda: check() | {"sequence": self._identity}, call=method)
+    def _agree(self, method: str, check: Callable[[], dict]) -> Agreed:
+        return agree_on_cpus(self.parallel.group, lambda: check() | {"sequence": self._identity}, call=method)
 
     def _recurrence(
         self,
@@ -310,9 +311,10 @@ class Sequence(Handle):
             checks.state(initial_state, (self._states(x.segments.batch), *x.state_shape[1:]), x.state_dtype, x.device)
             facts = x.options | {"output_final_state": bool(output_final_state)} | gradients(*x.tensors.values())
             facts |= signature(**x.tensors, initial_state=initial_state)
+            facts["across"] = getattr(getattr(across, "func", across), "__name__", None)
             return facts | gradients(initial_state, of="initial_state")
 
-        self._agree(method, check)
+        agreed = self._agree(method, check)
         (x,) = made
         local = self._local(x.segments.batch)
         folded = {name: local.fold(tensor) for name, tensor in x.per_token.items()}
@@ -322,7 +324,7 @@ class Sequence(Handle):
             initial_state=initial_state,
             output_final_state=output_final_state,
         )
-        return local.unfold(o), final_state
+        return local.unfold(agreed.in_backward(o, "final_state")), final_state
 
     def _convolve(
         self, method: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, parts: Parts | None
@@ -334,9 +336,10 @@ class Sequence(Handle):
             self._check_tokens(x)
             return signature(x=x, weight=weight, bias=bias) | gradients(x)
 
-        self._agree(method, check)
+        agreed = self._agree(method, check)
         local, width = self._local(x.shape[0]), weight.shape[1]
         x, tail = self._tail(x, width) if width > 1 else (x, None)
+        tail = agreed.in_backward(tail)
         results = convolve(local.fold(x), weight, bias, tail, local.segments, silu, parts or undivided(x))
         return tuple(local.unfold(y) for y in results)
 
@@ -358,8 +361,7 @@ class Sequence(Handle):
         return self.partition, batch
 
     def _tail(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        plan = self.parallel.halo_plan(self.partition, width, x.device)
-        return fragment_tails(x, plan, self.partition, width)
+        return fragment_tails(x, self.parallel.halo_plan(self.partition, width, x.device), self.partition, width)
 
     @lasting
     def _local(self, batch: int) -> LocalSegments:

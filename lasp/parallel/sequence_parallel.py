@@ -51,6 +51,7 @@ class SequenceParallel:
         device: torch.device | str | None = None,
     ):
         self.group, self.rank, self.size = group, comm.rank(group), comm.size(group)
+        self.options = f"{layout}, {state_exchange}, {softmax}"  # what else ranks must have chosen alike
         self.aligned = aligned
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
         self._messages = comm.message_device(group)

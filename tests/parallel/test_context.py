@@ -56,6 +56,16 @@ def test_mean_of_nothing_is_zero():
     assert loss.item() == 0 and torch.isfinite(loss_sum.grad)
 
 
+@pytest.mark.mpi
+def test_counts_may_be_weights(group: dist.ProcessGroup):
+    """Also such as add up to less than one."""
+    parallel = SequenceParallel(group)
+    total = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    loss = parallel.sequence(8).mean(total, torch.tensor(0.125 / parallel.size))
+    loss.backward()
+    assert (loss.item(), total.grad.item()) == pytest.approx((4 * parallel.size, 8), rel=1e-7)
+
+
 def refusals(parallel: SequenceParallel):
     """Calls that every rank must refuse, with what the message must name; only the last rank's argument is wrong."""
     wrong = parallel.rank == parallel.size - 1

@@ -15,6 +15,7 @@ SHAPES = {  # tokens, document offsets, batch
     "divisible": (48, None, 2),
     "odd": (37, None, 1),
     "units shorter than the width": (9, None, 2),
+    "no sequences": (37, None, 0),
     "documents": (37, (0, 2, 2, 5, 23, 37), 1),
     "short documents": (10, (0, 1, 9, 10), 1),
 }

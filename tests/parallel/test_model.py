@@ -160,6 +160,23 @@ def test_sharded_weights_get_the_same_gradients_with_every_policy(gen, mesh, mon
 
 
 @pytest.mark.mpi
+@pytest.mark.no_exchange
+@pytest.mark.cpu_only("on NCCL groups each rank sums its own gradients")
+def test_ranks_whose_models_differ_are_told(mesh):
+    """Also where as many numbers learn on each, which would be summed with others."""
+    everyone = mesh()
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(2)))
+    model[dist.get_rank() == 1].requires_grad_(False)
+    calls = [lambda: reduce_gradients(model, everyone), lambda: parallelize(model, everyone)]
+    for call, told in zip(calls, ("nothing", "False"), strict=True):
+        if everyone.size() == 1:
+            call()
+        else:
+            with pytest.raises(ValueError, match=rf"different ranks.*[01].weight: .*{told}.*[01].weight: "):
+                call()
+
+
+@pytest.mark.mpi
 def test_data_and_sequence_parallel_ranks_together(gen):
     """DP x SP = 2 x 2: two contexts, each over two ranks, give the gradient of one rank that sees both."""
     if dist.get_world_size() != 4:

@@ -184,6 +184,12 @@ def refusals(parallel: SequenceParallel):
     yield "causal: got False", lambda: first.linear_attention(q, q, q, causal=False)
     yield "causal: got False", lambda: first.softmax_attention(q, q, q, causal=False)
     yield "keys: got None", lambda: first.softmax_attention(q, q, q, keys=None if wrong else KeyStore())
+    keys = [KeyStore(), KeyStore()]
+    first.softmax_attention(q, q, q, keys=keys[0])
+    yield (
+        r"keys: got nothing of segments \[0\]",
+        lambda: last.softmax_attention(q, q, q, keys=keys[wrong]),
+    )
     yield "x: got 9 tokens", lambda: Stream(parallel, 99, 50).shard(torch.zeros(1, 9))
 
 

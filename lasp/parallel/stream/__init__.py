@@ -118,7 +118,7 @@ class Segment(Sequence):
         self.stream, self.number = stream, number
         self.past, self.continues = self.partition.past, stream.continues[number]
         self.first = self._seen(None).start
-        self._identity += f", segment {number} after {self.past} tokens"
+        self._identity += f", segment {number} after {self.past} tokens" + ", goes on" * self.continues
         self._tails: dict[int, TailPlan] = {}
 
     @apart
@@ -136,15 +136,20 @@ class Segment(Sequence):
         def check() -> dict:
             checks.require(causal, "causal", causal, "True in a segment: it knows no tokens that follow")
             checks.require(keys is not None or not goes_on, "keys", None, "a KeyStore: a document goes on")
-            return self._check_softmax(q, k, v, scale, causal, window)
+            facts = self._check_softmax(q, k, v, scale, causal, window)
+            if keys is not None:
+                missing = [number for number in self._seen(window) if number not in keys]
+                expected = "what all segments left that are seen"
+                checks.require(not missing, "keys", f"nothing of segments {missing}", expected)
+            return facts
 
-        self._agree("softmax_attention", check)
+        agreed = self._agree("softmax_attention", check)
         recurring = self.stream.partitions[0].unit_length if self.packed else 1
         mask = Mask(checks.softmax_scale(scale, q.shape[-1]), True, window, recurring=recurring)
         before = None
         if keys is not None and goes_on:
             before = Before(keys, self.number, self.continues, self._seen(window), self.stream.partitions)
-        return self.parallel.softmax.attend(q, k, v, mask, self.partition, before)
+        return agreed.in_backward(self.parallel.softmax.attend(q, k, v, mask, self.partition, before))
 
     @apart
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -186,7 +191,7 @@ class Segment(Sequence):
             facts = signature(x=x, weight=weight, bias=bias, initial_tail=initial_tail)
             return facts | gradients(x) | gradients(initial_tail, of="initial_tail")
 
-        self._agree("causal_conv1d" if parts is None else "short_conv", check)
+        agreed = self._agree("causal_conv1d" if parts is None else "short_conv", check)
         local, width, group = self._local(x.shape[0]), weight.shape[1], self.parallel.group
         tail, entering, again = None, None, None
         last = x.new_zeros(tail_shape()) if self.continues else None
@@ -200,6 +205,7 @@ class Segment(Sequence):
             if entering is not None:
                 rows = tail.unflatten(0, (x.shape[0], -1))
                 tail = rows.index_add(1, plan.first, entering).flatten(0, 1)
+            agreed.in_backward(tail)
         silu, how = parts is not None, parts or undivided(x)
         results = tuple(local.unfold(y) for y in convolve(local.fold(x), weight, bias, tail, local.segments, silu, how))
         return whole(results) if parts is None else results, last
