@@ -15,7 +15,7 @@ from lasp.kernels.blocks import Block, Mask
 from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.lasting import kept
 from lasp.kernels.layouts import in_rows
-from lasp.kernels.parked import to_device
+from lasp.kernels.parked import index_tensor
 
 _TILE = 256  # rows of scores that the dense form holds at a time
 _LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to plan for a new length
@@ -157,7 +157,7 @@ class Flash:
 
 @kept(64)
 def _transfer(cuts: tuple[int, ...], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(cuts, dtype=torch.int32, device="cpu"), device)
+    return index_tensor(cuts, device, torch.int32)
 
 
 def _offsets(cuts: tuple[int, ...], device: torch.device) -> Tensor:

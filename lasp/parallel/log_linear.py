@@ -7,6 +7,7 @@ enters it, for its first. But they are slots, and where these go depends on the 
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -108,8 +109,7 @@ def _check_units(sequence: "Sequence") -> None:
 
 def _totals(partition: Partition, seen: tuple[int, ...]) -> list[int]:
     """How many tokens every document has had in the end."""
-    edges = partition.offsets
-    return [had + stop - start for had, start, stop in zip(seen, edges, edges[1:], strict=False)]
+    return [had + stop - start for had, (start, stop) in zip(seen, pairwise(partition.offsets), strict=True)]
 
 
 class Arriving(NamedTuple):
