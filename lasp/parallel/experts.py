@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lasp.kernels.autocast import Function
 from lasp.kernels.experts import RowOrder
@@ -17,6 +16,7 @@ from lasp.kernels.traced import Opaque, traced
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree_on_cpus, gradients
 from lasp.parallel.comm import Group
+from lasp.parallel.shards import local_part
 
 
 class ExpertParallel:
@@ -32,8 +32,7 @@ class ExpertParallel:
 
     def __call__(self, x: Tensor, counts: Tensor, *matrices: Tensor) -> Tensor:
         """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] or [E / R, …] -> [N, D]."""
-        own = [matrix.to_local() if isinstance(matrix, DTensor) else matrix for matrix in matrices]
-        return experts_over_ranks(self._spread, x, counts, own)
+        return experts_over_ranks(self._spread, x, counts, [local_part(matrix) for matrix in matrices])
 
 
 class _Spread(Opaque):
