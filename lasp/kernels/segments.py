@@ -141,9 +141,10 @@ class Tiles:
         packed = segments.cu_seqlens
         on_device = packed is not None and packed.device == device and device.type != "cpu"
         total = segments.batch * segments.tokens
-        offsets = (
-            packed.long().clamp(0, total).cummax(0).values if packed is not None and on_device else segments.offsets
-        )
+        if packed is not None and on_device:
+            offsets = packed.long().clamp(0, total).cummax(0).values
+        else:
+            offsets = segments.offsets
         lengths = offsets.diff()
         counts = (lengths + size - 1) // size
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.conv import like_input
 from lasp.kernels.experts import RowOrder
 from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.traced import Opaque, traced
@@ -40,11 +41,7 @@ class _Spread(Opaque):
         self.group, self.run = group, run
 
 
-def _like_rows(x: Tensor, **others: object) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
-
-
-@traced(_like_rows)
+@traced(like_input)
 def experts_over_ranks(spread: _Spread, x: Tensor, counts: Tensor, own: list[Tensor]) -> Tensor:
     """`ExpertParallel` of matrices [E / R, …]."""
     group = spread.group
