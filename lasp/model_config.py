@@ -25,8 +25,8 @@ FEATURE_MAPS = ("identity", "elu", "relu", "silu", "hedgehog")
 WITH_FEATURES = ("linear", "lightning", "retention", "gla")  # mixers with a feature map of q and k
 OPTIONAL_CONV = (*WITH_FEATURES, "hgrn2")  # those that have a short convolution only if it is asked for
 DELTA = ("delta_net", "gated_delta_net", "gated_delta_product", "kda")  # the delta rule's
-LOG_LINEAR = "log_linear_"  # what mixers' names begin with whose states are of levels, which positions say
-LEVELS = 24  # of those: for contexts of up to 2^23 tokens
+LOG_LINEAR = "log_linear_"  # the prefix of mixers that keep a state for each level of the past (docs/log-linear.md)
+LEVELS = 24  # of these mixers: for contexts of up to 2^23 tokens
 Own = Annotated[str, Allowed("MODULE:NAME", lambda name: OWN.fullmatch(name) is not None)]
 if TYPE_CHECKING:
     Mixer = str
@@ -157,7 +157,7 @@ class ModelConfig:
 
     @property
     def plain_mixer(self) -> str:
-        """The mixer, or that which it makes log-linear."""
+        """The mixer without the prefix of log-linear ones."""
         return self.mixer.removeprefix(LOG_LINEAR)
 
     @property
@@ -167,7 +167,7 @@ class ModelConfig:
 
     @property
     def steps(self) -> int:
-        """How often a token changes a linear layer's state."""
+        """How many times a token changes a linear layer's state."""
         return self.num_householder if self.mixer == "gated_delta_product" else 1
 
     def local_tokens(self, tokens: int, ranks: int) -> int:

@@ -163,3 +163,22 @@ def test_cited_equations_are_documented() -> None:
             n for run in re.findall(r"math (§\d+(?:[,–-] ?§?\d+| and §?\d+)*)", text) for n in re.findall(r"\d+", run)
         }
         assert cited <= sections, f"{path.name} cites math §{sorted(cited - sections)}"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    """As mkdocstrings finds them: it shows a function, say, only where no module has its name."""
+    griffe = pytest.importorskip("griffe")
+    page = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    package = griffe.load("lasp", search_paths=[ROOT])
+    for name in ("kernels", "parallel", "models", "data", "plan", "integrations.huggingface", "integrations.megatron"):
+        assert f"lasp.{name}" in page
+        for public in map(str, package[name].exports):
+            shown = not package[name].members[public].is_module
+            assert shown or f"lasp.{name}.{public}" in page, f"lasp.{name}.{public}"
+
+
+def test_the_first_page_has_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(cli, "_one_of_commands", lambda functions, args: lambda: commands.extend(functions))
+    cli.main(["--help"])
+    assert set(re.findall(r"^\| `lasp (\w+)", (ROOT / "docs/index.md").read_text(), re.MULTILINE)) == set(commands)

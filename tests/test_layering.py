@@ -56,7 +56,6 @@ KNOWS_DISTRIBUTED = {
     "lasp/training/runtime.py": {"torch.distributed"},
     "lasp/training/checkpoint.py": {"torch.distributed"},
     "lasp/training/deepspeed.py": {"torch.distributed"},
-    "lasp/training/integrity.py": {"torch.distributed.tensor"},
     "lasp/training/numerics.py": {"torch.distributed.tensor"},
     "lasp/training/storage.py": {"torch.distributed.checkpoint"},
     "lasp/training/optimizer.py": {"torch.distributed.tensor", "torch.distributed.device_mesh"},

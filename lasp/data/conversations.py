@@ -5,7 +5,7 @@
     {"prompt": [messages], "completion": [messages]}        likewise; the completion is learnt
 
 Messages may come with "tools", as templates take them. All end with the tokenizer's end-of-document token, which is
-learnt as the last token before it is.
+learnt if the token before it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator

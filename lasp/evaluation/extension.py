@@ -126,7 +126,7 @@ def extend(extension: Extension) -> "ExtensionResult":
         before = _needles(extension, extension.model, lengths, world, stages[0])
         losses, source = [], checkpoint.require_latest(extension.model)
         for stage in stages:
-            _begin(stage, source, world)
+            _begin(stage, source)
             losses.append(train(stage))
             source = checkpoint.require_latest(stage.run_dir)
         after = _needles(extension, stages[-1].run_dir, lengths, world, stages[-1])
@@ -135,7 +135,7 @@ def extend(extension: Extension) -> "ExtensionResult":
     return result
 
 
-def _begin(stage: TrainConfig, source: Path, world: World) -> None:
+def _begin(stage: TrainConfig, source: Path) -> None:
     """Writes the weights of a checkpoint as those of the stage's model, whose positions are others."""
     assert stage.initial_weights is not None
     folder = stage.initial_weights

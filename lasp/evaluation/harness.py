@@ -129,12 +129,8 @@ class HarnessModel(TemplateLM):
     def _write(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
         asked = dict(normalize_gen_kwargs(options, NEW_TOKENS))
         until = [stop for stop in handle_stop_sequences(asked.pop("until", None), eos=None) if stop]
-        room, sampled, temperature = (
-            asked.pop("max_gen_toks"),
-            asked.pop("do_sample", False),
-            asked.pop("temperature", 0.0),
-        )
-        top_p = asked.pop("top_p", 1.0) or 1.0
+        room, sampled = asked.pop("max_gen_toks"), asked.pop("do_sample", False)
+        temperature, top_p = asked.pop("temperature", 0.0), asked.pop("top_p", 1.0) or 1.0
         require(not asked, "generation", asked, "until, max_gen_toks, do_sample, temperature and top_p alone")
         one = self.subject.sp.size == 1
         require(one or not sampled, "do_sample", sampled, f"False on {self.subject.sp.size} ranks")

@@ -1,18 +1,19 @@
 """Loss and perplexity by a token's position in its document: does the model use what is far away?"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lasp.config import require
-from lasp.evaluation.reading import Reading
+from lasp.evaluation.reading import Reading, by_group
 from lasp.evaluation.results import aligned
+from lasp.evaluation.score import Scores
 from lasp.evaluation.subject import Subject
 from lasp.pictures import empty_figure
-from lasp.training.train import all_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,32 +28,21 @@ class LossByPosition(Reading):
     def run(self, subject: Subject) -> "PositionResult":
         """Raises ValueError if there is nothing with a label, or if data or a length is missing."""
         edges = interval_edges(self.length(subject))
-        totals = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=subject.world.device)
         borders = torch.tensor(edges[1:-1], device=subject.world.device)
-        for batch, scores in subject.scores(self.read(subject)):
-            interval = torch.bucketize(positions(batch.seq, scores.places), borders, right=True)
-            values = torch.stack([torch.ones_like(scores.losses), scores.losses, scores.right]).double()
-            totals.index_add_(1, interval, values)
-        found = all_ranks(totals).T.tolist()
-        require(any(labels for labels, _, _ in found), "data", "no label in any context", "one at least")
-        return PositionResult(
-            [
-                Interval(first=first, last=stop - 1, labels=int(labels), loss=loss / labels, accuracy=right / labels)
-                for first, stop, (labels, loss, right) in zip(edges[:-1], edges[1:], found, strict=True)
-                if labels
-            ]
-        )
+
+        def scored() -> Iterator[tuple[Tensor, Scores]]:
+            for batch, scores in subject.scores(self.read(subject)):
+                positions = batch.seq.positions.to(borders.device)[scores.places[:, 1]]
+                yield torch.bucketize(positions, borders, right=True), scores
+
+        found = zip(pairwise(edges), by_group(subject, len(edges) - 1, scored()), strict=True)
+        return PositionResult([Interval(first=first, last=stop - 1, **of) for (first, stop), of in found if of])
 
 
 def interval_edges(length: int) -> list[int]:
     """0, 1, 2 … length, four to each doubling."""
     steps = range(math.ceil(PER_OCTAVE * math.log2(length)) + 1)
     return sorted({0, *(min(length, round(2 ** (step / PER_OCTAVE))) for step in steps), length})
-
-
-def positions(seq: Any, places: Tensor) -> Tensor:
-    """[N] of the tokens at places [N, 2] (row, token), in their documents."""
-    return seq.positions.to(places.device)[places[:, 1]]
 
 
 @dataclass(frozen=True, kw_only=True)

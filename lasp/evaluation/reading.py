@@ -1,15 +1,21 @@
-"""What evaluations that read texts are told: which texts, and how much of them."""
+"""What evaluations that read texts are told, which and how much of them, and what they find by groups of labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lasp.config import require
 from lasp.data import Context, PackedContexts
 from lasp.evaluation.config import Evaluation
 from lasp.evaluation.contexts import text_contexts
+from lasp.evaluation.score import Scores
 from lasp.evaluation.subject import Subject
 from lasp.fields import Count, FilePath
+from lasp.training.train import all_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +51,17 @@ class Reading(Evaluation):
             raise ValueError(f"data: got None, expected one of the run's held-out corpora (--data): {' '.join(data)}")
         vocab_size = subject.model.config.vocab_size
         return PackedContexts(data, length, seed=0, shuffle=False, vocab_size=vocab_size).one_epoch()
+
+
+def by_group(subject: Subject, groups: int, scored: Iterable[tuple[Tensor, Scores]]) -> list[dict[str, Any]]:
+    """Of each group its `labels`, their mean `loss` and `accuracy`, over all ranks; {} of one without labels.
+
+    scored: the groups [N] of some labels, and what the model says of these. Raises ValueError if there is none at all.
+    """
+    totals = torch.zeros(3, groups, dtype=torch.float64, device=subject.world.device)
+    for group, scores in scored:
+        values = torch.stack([torch.ones_like(scores.losses), scores.losses, scores.right]).double()
+        totals.index_add_(1, group, values)
+    rows = all_ranks(totals).T.tolist()
+    require(any(number for number, _, _ in rows), "data", "no label in any context", "one at least")
+    return [{"labels": int(n), "loss": loss / n, "accuracy": right / n} if n else {} for n, loss, right in rows]

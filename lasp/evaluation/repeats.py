@@ -1,6 +1,7 @@
 """Recall in real text: how well is a token predicted that has stood behind the same token before, by how far back that
 was? Where accuracy falls with the distance, the model forgets."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lasp.config import require
 from lasp.data import Context
-from lasp.evaluation.reading import Reading
+from lasp.evaluation.reading import Reading, by_group
 from lasp.evaluation.results import aligned
+from lasp.evaluation.score import Scores
 from lasp.evaluation.subject import Subject
 from lasp.pictures import empty_figure
 from lasp.training.batches import Batch
-from lasp.training.train import all_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,23 +35,16 @@ class RecallInText(Reading):
     def run(self, subject: Subject) -> "RecallResult":
         """Raises ValueError if there is nothing with a label, or if data or a length is missing."""
         edges = distance_edges(self.length(subject))
-        totals = torch.zeros(3, len(edges), dtype=torch.float64, device=subject.world.device)
         borders = torch.tensor(edges, device=subject.world.device)
         contexts = list(self.read(subject))
-        for context, (batch, scores) in zip(contexts, subject.scores(contexts), strict=True):
-            back = local(torch.from_numpy(distances(context)), context, batch).to(scores.places.device)
-            group = torch.bucketize(back[scores.places[:, 0], scores.places[:, 1]], borders, right=True) - 1
-            values = torch.stack([torch.ones_like(scores.losses), scores.losses, scores.right]).double()
-            totals.index_add_(1, group, values)
-        found = all_ranks(totals).T.tolist()
-        require(any(labels for labels, _, _ in found), "data", "no label in any context", "one at least")
-        return RecallResult(
-            [
-                Distance(first=first, labels=int(labels), loss=loss / labels, accuracy=right / labels)
-                for first, (labels, loss, right) in zip(edges, found, strict=True)
-                if labels
-            ]
-        )
+
+        def scored() -> Iterator[tuple[Tensor, Scores]]:
+            for context, (batch, scores) in zip(contexts, subject.scores(contexts), strict=True):
+                back = local(torch.from_numpy(distances(context)), context, batch).to(borders.device)
+                yield torch.bucketize(back[*scores.places.unbind(1)], borders, right=True) - 1, scores
+
+        found = zip(edges, by_group(subject, len(edges), scored()), strict=True)
+        return RecallResult([Distance(first=first, **of) for first, of in found if of])
 
 
 def distance_edges(length: int) -> list[int]:

@@ -3,9 +3,8 @@
 Softmax layers are copied whole, as are embeddings, norms, MLPs and the head: a decoder of pattern "N" computes what the
 Llama does. A linear layer takes q, k, v and o; a group's k and v heads are repeated for each of its q heads, since
 linear layers have as many of all three, and for each of several steps of a token; a window of softmax attention beside
-it takes them as they are. What a Llama
-has nothing for keeps its fresh values: gates, decays, feature maps, short convolutions, norms of heads; hgrn2's k (a
-forget gate there); Mamba-2's B and C (k and q, but one for all heads).
+it takes them as they are. What a Llama has nothing for keeps its fresh values: gates, decays, feature maps, short
+convolutions, norms of heads; hgrn2's k (a forget gate there); Mamba-2's B and C (k and q, but one for all heads).
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 A kernel takes the rows of its block: q, do, o [B, Tq, H, K or V], k, v [B, Tk, Hkv, K or V] and lse [B, Tq, H].
 `forward` returns o, normalised over the block's keys, and the log-sum-exp; `backward` takes both over all keys, and
-returns dq, dk, dv. Called directly, PyTorch's look at no strides: they are given what lies in rows.
+returns dq, dk, dv. Called directly, PyTorch's kernels do not check strides, so their tensors have contiguous rows.
 """
 
 from functools import cache
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.blocks import Block, Mask
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.lasting import kept
 from lasp.kernels.layouts import in_rows
-from lasp.kernels.parked import to_device
+from lasp.kernels.parked import index_tensor
 
 _TILE = 256  # rows of scores that the dense form holds at a time
 _LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to plan for a new length
@@ -22,12 +23,8 @@ _LONG = 2048  # tokens from which on cuDNN is worth the time that it takes to pl
 aten = torch.ops.aten
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 class Kernel(Protocol):
-    """See above."""
+    """What every kernel has: `forward` and `backward` as described above."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]: ...
@@ -160,7 +157,7 @@ class Flash:
 
 @kept(64)
 def _transfer(cuts: tuple[int, ...], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(cuts, dtype=torch.int32, device="cpu"), device)
+    return index_tensor(cuts, device, torch.int32)
 
 
 def _offsets(cuts: tuple[int, ...], device: torch.device) -> Tensor:

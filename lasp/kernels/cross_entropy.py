@@ -6,6 +6,7 @@ loss_n = log Σ_v exp z_nv - z_nt      dz_nv = softmax(z_n)_v - [v = t]      t t
 import torch
 from torch import Tensor
 
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.fused import by_kernel
 
 
@@ -21,7 +22,7 @@ def cross_entropy_and_grad(logits: Tensor, targets: Tensor, ignored: int) -> tup
         return cross_entropy(logits, targets, ignored).sum(), logits
     valid = (targets != ignored)[:, None]
     targets = targets[:, None].where(valid, 0)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(accumulation_dtype(logits))
     log_sum = wide.logsumexp(-1, keepdim=True)
     loss = (log_sum - wide.gather(-1, targets)).where(valid, 0).sum()
     softmax = (wide - log_sum).exp()

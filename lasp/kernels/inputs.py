@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.kernels.decay import Decay
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.segments import Segments
 
 
@@ -68,7 +69,7 @@ class Inputs:
     @property
     def state_dtype(self) -> torch.dtype:
         """fp32, or fp64 for fp64 inputs."""
-        return torch.float64 if next(iter(self.tensors.values())).dtype == torch.float64 else torch.float32
+        return accumulation_dtype(next(iter(self.tensors.values())))
 
 
 @dataclass(frozen=True)

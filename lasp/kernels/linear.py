@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.inputs import DeltaInputs, LinearInputs, NonCausalInputs
+from lasp.kernels.log_linear_inputs import LogLinearInputs
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.chunk import ChunkedOp, NonCausalOp
 from lasp.kernels.segments import Segments
@@ -21,8 +23,7 @@ def like_results(v: Tensor, key_dim: int, states: int | torch.SymInt | None) -> 
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if states is None:
         return [o]
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return [o, v.new_empty(states, v.shape[2], key_dim, v.shape[3], dtype=dtype)]
+    return [o, v.new_empty(states, v.shape[2], key_dim, v.shape[3], dtype=accumulation_dtype(v))]
 
 
 def like_own_results(
@@ -130,10 +131,8 @@ def choose_op(x: LinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]
     from lasp.kernels.triton.dispatch import triton_op
 
     op, refusal = triton_op(x, backend == "triton", wants_summary)
-    if op is not None:
-        return op
-    checks.require(backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
-    return reference
+    checks.require(op is not None or backend == "auto", "backend", "'triton'", f"'auto' or 'reference' for {refusal}")
+    return op or reference
 
 
 def run_op(
@@ -155,10 +154,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, causal: bool) 
     checks.decay(decay, v, k.shape[-1], causal)
 
 
-def may_be_triton(x: LinearInputs, backend: Backend) -> bool:
-    """Whether Triton is wanted, here, for such inputs."""
+def may_be_triton(x: LinearInputs | LogLinearInputs, backend: Backend) -> bool:
+    """Whether Triton is wanted, here, for such inputs. Raises ValueError for no backend."""
     checks.choice("backend", backend, BACKENDS)
-    wanted = backend == "triton" or (backend == "auto" and x.v.device.type == "cuda")
+    wanted = backend == "triton" or (backend == "auto" and x.v.is_cuda)
     return wanted and x.v.shape[0] > 0  # there is nothing to launch for no sequences
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from lasp.kernels import autocast, checks
 from lasp.kernels.fenwick import FenwickState, resized
-from lasp.kernels.linear import BACKENDS, Backend, like_own_results
+from lasp.kernels.linear import BACKENDS, Backend, like_own_results, may_be_triton
 from lasp.kernels.log_linear_inputs import LogLinearDeltaInputs, LogLinearInputs
 from lasp.kernels.recurrence import Alone, Boundary, Op, run
 from lasp.kernels.reference.log_linear import LogLinearOp
@@ -108,7 +108,7 @@ def log_linear_delta_rule(
 
 
 def _run(x: LogLinearInputs, initial_state, output_final_state, cu_seqlens, backend):
-    checks.require(backend in BACKENDS, "backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    checks.choice("backend", backend, BACKENDS)
     batch, tokens = x.v.shape[:2]
     checks.cu_seqlens(cu_seqlens, batch, tokens)
     segments = Segments(batch, tokens, None if cu_seqlens is None else cu_seqlens.cpu())
@@ -133,7 +133,7 @@ def run_op(
     around: an op in the place of the chosen one.
     """
     given = x
-    if _asks_for_triton(x, backend):
+    if may_be_triton(x, backend):
         from lasp.kernels.triton.dispatch import in_blocks
 
         x = in_blocks(x)
@@ -219,13 +219,9 @@ def check_state(state: FenwickState | None, count: int, x: LogLinearInputs) -> N
     checks.require(slots.device == device, "initial_state.slots", f"device {slots.device}", f"{device}, as v")
 
 
-def _asks_for_triton(x: LogLinearInputs, backend: Backend) -> bool:
-    return x.v.shape[0] > 0 and (backend == "triton" or (backend == "auto" and x.v.is_cuda))
-
-
 def choose_op(x: LogLinearInputs, backend: Backend, wants_summary: bool) -> Op[Any]:
     """The implementation that serves these inputs: for "auto" Triton's on a GPU if it can, else the reference."""
-    if not _asks_for_triton(x, backend):
+    if not may_be_triton(x, backend):
         return LogLinearOp()
     from lasp.kernels.triton.dispatch import triton_log_linear_op
 

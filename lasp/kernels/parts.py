@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lasp.kernels.dtypes import accumulation_dtype
 
 EPS = 1e-6
 
@@ -43,7 +44,7 @@ def whole(parts: tuple[Tensor, ...]) -> Tensor:
 
 def unit_length(x: Tensor) -> Tensor:
     """x / sqrt(|x|² + EPS) over the last dimension, in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulation_dtype(x))
     return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 

@@ -62,13 +62,13 @@ class Boundary(Protocol):
     def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor | None, Kept]]:
         """Starts to find the incoming states [N, H, K, V], and what `enter_grad` will need."""
 
-    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+    def leave(self, outgoing: Tensor) -> Tensor:
         """The final states, from the outgoing states of the segments."""
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor | None]:
         """Starts to find the gradients of the outgoing states, from D and from the gradient of the final states."""
 
-    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+    def leave_grad(self, d_incoming: Tensor) -> Tensor:
         """The gradient of the initial states, from that of the incoming states."""
 
 
@@ -80,13 +80,13 @@ class Alone:
     def enter(self, summary: Summary | None, initial_state: Tensor | None) -> Pending[tuple[Tensor | None, Kept]]:
         return Pending(lambda: (initial_state, ()))
 
-    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+    def leave(self, outgoing: Tensor) -> Tensor:
         return outgoing
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor | None]:
         return Pending(lambda: d_final)
 
-    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+    def leave_grad(self, d_incoming: Tensor) -> Tensor:
         return d_incoming
 
 
@@ -112,7 +112,7 @@ def _forward(
 
     o, outgoing, kept = op.finish(x, partial, boundary.enter(summary, initial_state).then(arrive))
     (link,) = links
-    return o, boundary.leave(outgoing.wait(), initial_state) if output_final_state else None, kept, link
+    return o, boundary.leave(outgoing.wait()) if output_final_state else None, kept, link
 
 
 class _Recurrence(Function):
@@ -137,5 +137,5 @@ class _Recurrence(Function):
         d_summary, partial = ctx.op.summarize_grad(x, kept, do, ctx.boundary.wants_summary)
         arriving = ctx.boundary.enter_grad(link, d_summary, d_final)
         grads = ctx.op.finish_grad(x, kept, partial, arriving)
-        d_initial = ctx.boundary.leave_grad(grads.incoming.wait(), d_final) if ctx.learns_initial_state else None
+        d_initial = ctx.boundary.leave_grad(grads.incoming.wait()) if ctx.learns_initial_state else None
         return None, None, None, None, d_initial, *(grads.of.get(name) for name in names)

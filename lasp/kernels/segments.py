@@ -51,19 +51,21 @@ class Segments:
 
     @lasting
     def chunks(self, size: int, device: torch.device) -> "Chunks":
+        """In chunks of `size` tokens, made once; reads `offsets`."""
         if (size, device) not in self._chunks:
             self._chunks[size, device] = Chunks(self.offsets, size, device)
         return self._chunks[size, device]
 
     @lasting
     def cut(self, size: int, chunk: int, device: torch.device) -> "Cut":
-        """Into tiles of `size` tokens, and these into such of `chunk`, which divides it."""
+        """In tiles of `size` tokens, and those in smaller ones of `chunk`, which divides `size`."""
         if self.cu_seqlens is None:
             return _row_cut(self.batch, self.tokens, size, chunk, device)
         return Cut.of(self.tiles(size, device), self.tiles(chunk, device))
 
     @lasting
     def tiles(self, size: int, device: torch.device) -> "Tiles":
+        """In tiles of `size` tokens, made once; offsets on a device are not copied to the host."""
         if self.cu_seqlens is None:
             return _row_tiles(self.batch, self.tokens, size, device)
         if (size, device) not in self._tiles:
@@ -139,9 +141,10 @@ class Tiles:
         packed = segments.cu_seqlens
         on_device = packed is not None and packed.device == device and device.type != "cpu"
         total = segments.batch * segments.tokens
-        offsets = (
-            packed.long().clamp(0, total).cummax(0).values if packed is not None and on_device else segments.offsets
-        )
+        if packed is not None and on_device:
+            offsets = packed.long().clamp(0, total).cummax(0).values
+        else:
+            offsets = segments.offsets
         lengths = offsets.diff()
         counts = (lengths + size - 1) // size
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -155,7 +158,7 @@ class Tiles:
 
 
 class Cut(NamedTuple):
-    """Tiles and smaller ones, `chunks`, in them. first_chunk: [M], of every tile."""
+    """Tiles, and smaller ones in them, the `chunks`. first_chunk: [M], the index of each tile's first chunk."""
 
     tiles: Tiles
     chunks: Tiles

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import autocast, checks
-from lasp.kernels.attention import accumulation_dtype, calls
+from lasp.kernels.attention import calls
 from lasp.kernels.blocks import Block, Mask, string
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.once import once
 from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.traced import traced
@@ -132,7 +133,7 @@ class Accumulator:
 
 
 class Sum:
-    """Of gradients [B, T, H, D] that blocks give for some rows each, in fp32 (fp64 for fp64) once there are two.
+    """The sum of gradients [B, T, H, D], of which a block gives some rows; in fp32 (fp64 for fp64) from two blocks on.
 
     like: what they are the gradient of. total: where to add them up, if it is there already.
     """

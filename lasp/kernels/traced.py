@@ -76,13 +76,13 @@ class _Place(NamedTuple):
 
 
 class _Saved:
-    """What autograd saves: a tensor, or its place in one that comes back."""
+    """What autograd saves: a tensor, or its place in one that backward is given again."""
 
     def __init__(self, x: Tensor):
         self.content: Tensor | _Place = x
 
     def settle(self, given: list[Tensor], others: list[Tensor]) -> None:
-        """given: what comes back. others: what does not, and may be overwritten."""
+        """given: what backward is given again. others: what it is not, and what may be overwritten."""
         x = self.content
         assert isinstance(x, Tensor)
         for number, source in enumerate(given):
@@ -261,7 +261,7 @@ def _define(
     lasting: bool,
 ) -> Callable[..., Any]:
     *owner, name = (each for each in function.__qualname__.split(".") if each != "<locals>")
-    full = f"lasp::{'_'.join([*(each.lower() for each in owner), name])}"
+    node = "_".join([*(each.lower() for each in owner), name])
     arguments = ", ".join(f"{kind.name} {'handle' if n == 'self' else n}" for n, kind in zip(names, kinds, strict=True))
 
     def decoded(written: Iterable[Any]) -> dict[str, Any]:
@@ -304,12 +304,11 @@ def _define(
         return *of, None
 
     op = torch.library.custom_op(
-        full, run, mutates_args=(), schema=f"({arguments}, bool[] learns) -> (Tensor[], {_CALL})"
+        f"lasp::{node}", run, mutates_args=(), schema=f"({arguments}, bool[] learns) -> (Tensor[], {_CALL})"
     )
     op.register_fake(shapes)
     op.register_autograd(backward, setup_context=keep)
-    namespace, _, short = full.partition("::")
-    return getattr(getattr(torch.ops, namespace), short)
+    return getattr(torch.ops.lasp, node)
 
 
 def _backward(call: Call, gradients: list[Tensor | None], tensors: list[Tensor], learns: list[bool]) -> list[Tensor]:

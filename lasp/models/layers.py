@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.fused import fused
 from lasp.kernels.parts import Parts
 from lasp.kernels.rms_norm import add_rms_norm
@@ -19,7 +20,7 @@ Activation = Callable[[Tensor], Tensor]
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in the dtype of gates, decays and rotations: float32 for the half dtypes, float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x))
 
 
 class WideBuffers(nn.Module):
@@ -44,7 +45,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
     exponents = torch.arange(half, device=x.device, dtype=torch.float64) / half
     angles = positions.to(x.device, torch.float64)[..., None, None] * theta**-exponents
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulation_dtype(x)
     return _rotate_pairs(x, angles.cos().to(wide), angles.sin().to(wide))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lasp.config import require
 from lasp.kernels.autocast import Function, cast
 from lasp.kernels.cross_entropy import cross_entropy_and_grad
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.fused import fused
 from lasp.kernels.once_differentiable import once_differentiable
 from lasp.models.products import add_product
@@ -104,7 +105,7 @@ def _label_loss(labels: Tensor, logits: Tensor, rows: slice) -> tuple[Tensor, Te
 @fused
 def _divergence(logits: Tensor, wanted: Tensor, valid: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """τ² KL of the rows that are valid, summed, and its gradient τ (softmax(z/τ) - softmax(z'/τ))."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = accumulation_dtype(logits)
     own, its = (z.to(wide).div(temperature).log_softmax(-1) for z in (logits, wanted))
     loss = temperature**2 * (its.exp() * (its - own)).sum(-1, keepdim=True).where(valid, 0).sum()
     return loss, (temperature * (own.exp() - its.exp())).where(valid, 0).to(logits.dtype)
@@ -118,7 +119,7 @@ class _Chunked(Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, loss: Callable[[Tensor, slice], tuple[Tensor, Tensor]]) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = accumulation_dtype(hidden)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None

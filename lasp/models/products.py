@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.kernels.autocast import Function, cast
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.once import Results, is_kept, once, runs_twice
 from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.swiglu import swiglu, swiglu_and_grad
@@ -159,7 +160,7 @@ class _Sum:
         if self._sum is None:
             self._sum = dy.mT @ x
         else:
-            self._sum = self._sum.to(torch.promote_types(x.dtype, torch.float32))
+            self._sum = self._sum.to(accumulation_dtype(x))
             add_product(self._sum, dy.mT, x)
 
     def total(self, dtype: torch.dtype) -> Tensor | None:

@@ -41,13 +41,13 @@ class Agreed:
         def agree_again(grads: tuple[Tensor | None, ...]) -> None:
             given = {f"gradient of {name}": d is not None for name, d in zip(others, grads[1:], strict=True)}
             facts = {"number of the call": self.number} | given
-            agree(self.group, comm.message_device(self.group), lambda: facts, call=f"backward of {self.call}")
+            agree(self.group, lambda: facts, call=f"backward of {self.call}")
 
         made.grad_fn.register_prehook(agree_again)
         return made
 
 
-def agree(group: Group, device: torch.device, check: Callable[[], object], *, call: str = "a check") -> Agreed:
+def agree(group: Group, check: Callable[[], object], *, call: str = "a check") -> Agreed:
     """Runs `check` on every rank; raises ValueError on all of them if it failed on one or if what it returned differs.
 
     The value returned stands for what must be equal on all ranks (shapes, dtypes, options): a dict by name, or anything
@@ -63,6 +63,7 @@ def agree(group: Group, device: torch.device, check: Callable[[], object], *, ca
     except Exception as raised:
         error = raised
     checksum = zlib.crc32(repr(facts).encode())
+    device = comm.message_device(group)
     mine = torch.tensor([error is not None, checksum, next(_calls)], dtype=torch.int64, device=device)
     flags = comm.replicate(mine, group, f"agreement on {call}").tolist()
     if any(failed for failed, _, _ in flags):
@@ -76,9 +77,8 @@ def agree(group: Group, device: torch.device, check: Callable[[], object], *, ca
 def agree_on_cpus(group: Group, check: Callable[[], object], *, call: str) -> Agreed:
     """`agree`, for calls that are made all the time: where messages live on GPUs, whose host would have to wait for
     them, each rank looks at its own arguments only."""
-    device = comm.message_device(group)
-    if device.type == "cpu":
-        return agree(group, device, check, call=call)
+    if comm.message_device(group).type == "cpu":
+        return agree(group, check, call=call)
     check()
     return Agreed(group, call)
 

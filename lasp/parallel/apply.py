@@ -71,7 +71,7 @@ def parallelize(
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         return options | {name: (x.dtype, list(x.shape), x.requires_grad) for name, x in tensors.items()}
 
-    agree(group, comm.message_device(group), check, call="parallelize")
+    agree(group, check, call="parallelize")
     if not fsdp:
         for tensor in (*model.parameters(), *model.buffers()):
             comm.broadcast(tensor.detach(), group)

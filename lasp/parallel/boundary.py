@@ -160,10 +160,10 @@ class AcrossUnits:
         pending = self.exchange.backward(own, kept[1], self.backward.algebra)
         return pending.then(lambda units: self._of_own_fragments(self.backward, units, d_final))
 
-    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+    def leave(self, outgoing: Tensor) -> Tensor:
         return self._of_documents(self.backward, outgoing)
 
-    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+    def leave_grad(self, d_incoming: Tensor) -> Tensor:
         return self._of_documents(self.forward, d_incoming)
 
     def _of_own_units(self, side: Side, states: Tensor, transition: Tensor | None, documents: Tensor | None) -> Tensor:

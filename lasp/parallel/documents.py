@@ -71,7 +71,7 @@ class DocumentSequence(Sequence):
                 checks.require((stop - start) % layout.units == 0, "document length", stop - start, expected)
             return offsets
 
-        agree(parallel.group, parallel._messages, check, call="DocumentSequence")
+        agree(parallel.group, check, call="DocumentSequence")
         offsets = sorted(set(cu_seqlens.tolist()))
         super().__init__(parallel, DocumentPartition(layout, parallel.rank, offsets), packed=True)
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lasp.kernels.autocast import Function
+from lasp.kernels.conv import like_input
 from lasp.kernels.experts import RowOrder
 from lasp.kernels.once_differentiable import once_differentiable
 from lasp.kernels.traced import Opaque, traced
 from lasp.parallel import comm
 from lasp.parallel.agreement import agree_on_cpus, gradients
 from lasp.parallel.comm import Group
+from lasp.parallel.shards import local_part
 
 
 class ExpertParallel:
@@ -32,8 +33,7 @@ class ExpertParallel:
 
     def __call__(self, x: Tensor, counts: Tensor, *matrices: Tensor) -> Tensor:
         """x [N, D] in the experts' order, counts [E] rows for each expert, matrices [E, …] or [E / R, …] -> [N, D]."""
-        own = [matrix.to_local() if isinstance(matrix, DTensor) else matrix for matrix in matrices]
-        return experts_over_ranks(self._spread, x, counts, own)
+        return experts_over_ranks(self._spread, x, counts, [local_part(matrix) for matrix in matrices])
 
 
 class _Spread(Opaque):
@@ -41,11 +41,7 @@ class _Spread(Opaque):
         self.group, self.run = group, run
 
 
-def _like_rows(x: Tensor, **others: object) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
-
-
-@traced(_like_rows)
+@traced(like_input)
 def experts_over_ranks(spread: _Spread, x: Tensor, counts: Tensor, own: list[Tensor]) -> Tensor:
     """`ExpertParallel` of matrices [E / R, …]."""
     group = spread.group

@@ -11,6 +11,7 @@ A `Fragment` is a piece of one document inside one unit. Fragments are what the 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, wraps
+from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from lasp.names import LayoutName
@@ -102,7 +103,7 @@ class Partition:
         """The fragments of every unit, in order; padding is a fragment of its own."""
         units: list[list[Fragment]] = [[] for _ in range(self.layout.units)]
         length, last = self.unit_length, self.layout.units - 1
-        for document, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+        for document, (start, stop) in enumerate(pairwise(self.offsets)):
             first = min(start // length, last)  # an empty document may lie behind the last token
             past = 0 if document else self.past
             for unit in range(first, max(first, (stop - 1) // length) + 1):

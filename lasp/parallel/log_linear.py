@@ -7,6 +7,7 @@ enters it, for its first. But they are slots, and where these go depends on the 
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -108,13 +109,12 @@ def _check_units(sequence: "Sequence") -> None:
 
 def _totals(partition: Partition, seen: tuple[int, ...]) -> list[int]:
     """How many tokens every document has had in the end."""
-    edges = partition.offsets
-    return [had + stop - start for had, start, stop in zip(seen, edges, edges[1:], strict=False)]
+    return [had + stop - start for had, (start, stop) in zip(seen, pairwise(partition.offsets), strict=True)]
 
 
 class Arriving(NamedTuple):
-    """slots: [N, J, H, K, V], the gradients of what left the fragments. gates: once these are used, more of those of
-    units' log decays, [units of this rank, B, H]."""
+    """slots: [N, J, H, K, V], the gradients of what left the fragments. gates: what other ranks add to the gradients of
+    units' log decays, [units of this rank, B, H]; to be waited for once the slots have been used."""
 
     slots: Tensor
     gates: Pending[Tensor]
@@ -122,7 +122,8 @@ class Arriving(NamedTuple):
 
 @dataclass(frozen=True)
 class Between:
-    """An op over units: where gates are scalars, they get what others tell of them."""
+    """An op whose tokens are the units of a rank. A scalar gate also decays states that pass its unit by, from one rank
+    to another: what these say of its gradient is added here to what the op finds itself."""
 
     op: Op[Any]
 
@@ -194,7 +195,7 @@ class AcrossSlots:
         return comm.all_gather(message, self.group).then(arrive)
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Any]:
-        """Of `Arriving` where gates are scalars, else of its slots."""
+        """An `Arriving` where gates are scalars, else its slots alone."""
         assert d_summary is not None
         a, factors, *rest = kept
         assert a is not None and factors is not None
@@ -218,10 +219,10 @@ class AcrossSlots:
 
         return comm.reduce_scatter(plan.wanted(own, factors), self.group).then(arrive_own)
 
-    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+    def leave(self, outgoing: Tensor) -> Tensor:
         return self._of_documents(self.backward, outgoing)
 
-    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+    def leave_grad(self, d_incoming: Tensor) -> Tensor:
         return self._of_documents(self.forward, d_incoming)
 
     def _of_units(self, x: Tensor, fragments: list[int]) -> list[Tensor]:

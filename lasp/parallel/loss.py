@@ -8,12 +8,9 @@ from torch import Tensor
 
 from lasp.kernels import checks
 from lasp.kernels.autocast import Function
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
-
-
-def accumulation_dtype(loss_sum: Tensor) -> torch.dtype:
-    return torch.float64 if loss_sum.dtype == torch.float64 else torch.float32
 
 
 def check_mean(loss_sum: Tensor, count: Tensor) -> dict[str, object]:

@@ -24,6 +24,8 @@ class Shape(ctypes.Structure):
 
 
 class Layout(ctypes.Structure):
+    """csrc/combine.h explains the fields."""
+
     _fields_ = [("ranks", ctypes.c_int32), ("units_per_rank", ctypes.c_int32)]
 
 

@@ -54,16 +54,15 @@ class SequenceParallel:
         self.options = f"{layout}, {state_exchange}, {softmax}"  # what else ranks must have chosen alike
         self.aligned = aligned
         checks.require(self.rank >= 0, "group", "a group without this process", "one that this process is in")
-        self._messages = comm.message_device(group)
 
         def check() -> dict:
-            self.device = self._messages if device is None else torch.device(device)
+            self.device = comm.message_device(group) if device is None else torch.device(device)
             checks.choice("state_exchange", state_exchange, EXCHANGES)
             checks.choice("softmax", softmax, STRATEGIES)
             chosen = {"state_exchange": state_exchange, "softmax": softmax, "aligned": bool(aligned)}
             return {"layout": Layout(layout, self.size)} | chosen
 
-        agree(group, self._messages, check, call="SequenceParallel")
+        agree(group, check, call="SequenceParallel")
         self.layout = Layout(layout, self.size)
         self.exchange = make_exchange(state_exchange, self.layout, group)
         self.softmax = SoftmaxStrategy(softmax, group)
@@ -89,7 +88,7 @@ class SequenceParallel:
             offsets = None if cu_seqlens is None else cu_seqlens.tolist()
             return {"tokens": int(tokens), "aligned": bool(aligned), "cu_seqlens": offsets}
 
-        agree(self.group, self._messages, check, call="sequence")
+        agree(self.group, check, call="sequence")
         return self.agreed_sequence(tokens, cu_seqlens, aligned=aligned)
 
     def agreed_sequence(self, tokens: int, cu_seqlens: Tensor | None = None, *, aligned: bool = False) -> Sequence:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.linear import like_results
 from lasp.kernels.log_linear import with_slots
 from lasp.kernels.traced import real
-from lasp.parallel.loss import accumulation_dtype
 
 if TYPE_CHECKING:
     from lasp.parallel.sequence import Sequence

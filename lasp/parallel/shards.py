@@ -1,9 +1,10 @@
-"""A rank's part of a sequence: of a whole tensor, and the whole of all parts; what its tokens are."""
+"""A rank's part of a sequence: of a whole tensor, and the whole of all parts; what its tokens are. And of DTensors."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lasp.kernels.autocast import Function
 from lasp.parallel import comm
@@ -34,6 +35,11 @@ def part_of(x: Tensor, partition: Partition, dim: int) -> Tensor:
         shape[dim] = missing
         parts.append(x.new_zeros(shape))
     return torch.cat(parts, dim)
+
+
+def local_part(x: Tensor) -> Tensor:
+    """What of a DTensor lies on this rank; any other tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 class Unshard(Function):

@@ -63,6 +63,7 @@ class Memory:
 
 
 def predict(job: Job, setting: Setting) -> Memory:
+    """What a step of the job takes with these settings."""
     model, dtype = job.model, Dtype(job.half)
     held, in_flight = _tokens(job, setting)
     fixed, gradients, gathered, of_gathered = _parameters(job, setting, dtype)

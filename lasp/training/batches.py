@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.data import Context, Joined, labelled_places, local_batch
 from lasp.kernels.parked import to_device
-from lasp.parallel import Sequence, SequenceParallel, Stream, comm
+from lasp.parallel import Sequence, SequenceParallel, Stream
 from lasp.parallel.agreement import agree
 from lasp.training.runtime import World
 from lasp.training.streaming import Segments, StreamedBatch
@@ -94,5 +94,5 @@ def _read(
     def read_all() -> None:
         batches.extend(read(context, split) for context, split in zip(contexts, splits, strict=True))
 
-    agree(world.hosts, comm.message_device(world.hosts), read_all)
+    agree(world.hosts, read_all)
     return batches

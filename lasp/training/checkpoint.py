@@ -174,7 +174,6 @@ def find_resumable(
     that, or if ranks do not see the same ones.
     """
     root, group = _root(run_dir), group or _world()
-    device = comm.message_device(group)
     candidates: list[Path] = []
 
     def list_candidates() -> list[Path]:
@@ -185,7 +184,7 @@ def find_resumable(
             candidates.extend([path, *reversed(older)])
         return candidates
 
-    agree(group, device, list_candidates)
+    agree(group, list_candidates)
     path = _newest_intact(candidates, group)
 
     def require_resumable() -> None:
@@ -195,7 +194,7 @@ def find_resumable(
             require(engine == config.engine, f"checkpoint {path}", f"one of engine {engine!r}", repr(config.engine))
             check(path)
 
-    agree(group, device, require_resumable)
+    agree(group, require_resumable)
     on_rank_0(group, lambda: _tidy(root, path))
     return path
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
+from lasp.parallel.shards import local_part
 from lasp.training.together import on_rank_0, together
 
 CHECKSUMS_FILE = "SHA256SUMS"
@@ -86,7 +86,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], group: Group) -> None:
 
     def require_own() -> None:
         for name, tensor in tensors:
-            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            own = local_part(tensor)
             if own.is_floating_point() and own.numel() > 0:
                 extremes = [x.item() for x in own.aminmax()]  # NaN if there is one: a pass that needs no memory
                 if not torch.tensor(extremes).isfinite().all():

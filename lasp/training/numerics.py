@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lasp.data import Numbered
 from lasp.parallel import comm
 from lasp.parallel.comm import Group
+from lasp.parallel.shards import local_part
 from lasp.training.together import together
 
 WINDOW, FEWEST = 128, 32  # of the last losses, that a loss is compared with; below FEWEST it is not
@@ -104,7 +105,7 @@ def require_same_replicas(model: nn.Module, group: Group) -> None:
 def _first_nonfinite_gradient(model: nn.Module) -> tuple[int, str] | None:
     """Place and name of the first parameter whose gradient is not finite in this rank's part of it."""
     for place, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.grad is not None and not _local(parameter.grad).isfinite().all():
+        if parameter.grad is not None and not local_part(parameter.grad).isfinite().all():
             return place, name
     return None
 
@@ -119,9 +120,5 @@ def _replicas(model: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
                 continue
             for axis in (axis for axis, is_split in enumerate(split) if is_split):
                 part = part * mesh.size(axis) + mesh.get_local_rank(axis)
-        if (own := _local(tensor.detach())).numel() > 0:
+        if (own := local_part(tensor.detach())).numel() > 0:
             yield name, part, own
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

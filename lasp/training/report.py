@@ -61,14 +61,11 @@ def draw(
     figure.savefig(picture, dpi=150)
 
 
-def _has_several(data: dict[str, Any]) -> bool:
-    return not all(isinstance(data[split], str) for split in ("train", "valid"))
-
-
 def _bigram_loss(config: dict[str, Any]) -> float | None:
-    if config["model"]["vocab_size"] > MAX_VOCAB or _has_several(config["data"]):
-        return None
     data, length = config["data"], config["context_length"]
+    several = not all(isinstance(data[split], str) for split in ("train", "valid"))
+    if config["model"]["vocab_size"] > MAX_VOCAB or several:
+        return None
     options: dict[str, Any] = {"seed": 0, "shuffle": False, "vocab_size": config["model"]["vocab_size"]}
     train, valid = (PackedContexts(data[split], length, **options) for split in ("train", "valid"))
     held_out = (valid[i] for i in range(how_many(data["eval_contexts"], valid)))

@@ -2,10 +2,11 @@
 
 import resource
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lasp.parallel.shards import local_part
 
 GIB = 2**30
 
@@ -20,13 +21,13 @@ def peak_memory(device: torch.device) -> int:
 def memory_by_part(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, int]:
     """Bytes of this rank's shares of weights, their gradients and the optimiser's states, and the rest of the peak:
     activations and buffers; on CPUs the libraries, too."""
-    weights = [_local(parameter) for parameter in model.parameters()]
+    weights = [local_part(parameter) for parameter in model.parameters()]
     states = [
-        _local(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        local_part(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     ]
     parts = {
         "weights": sum(map(_size, weights)),
-        "gradients": sum(_size(_local(p)) for p in model.parameters() if p.requires_grad),
+        "gradients": sum(_size(local_part(p)) for p in model.parameters() if p.requires_grad),
         "optimizer": sum(map(_size, states)),
     }
     return parts | {"rest": peak_memory(device) - sum(parts.values())}
@@ -36,10 +37,6 @@ def describe_memory(parts: dict[str, int]) -> str:
     """In a line."""
     told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     return f"memory of rank 0 at its peak, GiB: {told}; in all {sum(parts.values()) / GIB:.2f}"
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _size(tensor: Tensor) -> int:

@@ -1,7 +1,19 @@
 """What several of the data tests need."""
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lasp.data import TokenFileWriter
+
+
+@pytest.fixture
+def prefix(tmp_path, documents):
+    """Of token files with the documents, a fixture of each module that asks for it."""
+    with TokenFileWriter(tmp_path / "data", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return tmp_path / "data"
 
 
 @pytest.fixture

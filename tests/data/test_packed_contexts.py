@@ -17,14 +17,6 @@ def documents():
     return np.split(tokens, np.cumsum(LENGTHS)[:-1])
 
 
-@pytest.fixture
-def prefix(tmp_path, documents):
-    with TokenFileWriter(tmp_path / "data", np.uint16) as writer:
-        for document in documents:
-            writer.add_document(document)
-    return tmp_path / "data"
-
-
 def stream(documents, orders):
     """Tokens, labels and whether a document begins there, of the epochs' documents one after the other."""
     tokens, labels, begins = [], [], []

@@ -19,14 +19,6 @@ def documents():
     return [generator.integers(0, 128, size=length) for length in LENGTHS]
 
 
-@pytest.fixture
-def prefix(tmp_path, documents):
-    with TokenFileWriter(tmp_path / "data", np.uint16) as writer:
-        for document in documents:
-            writer.add_document(document)
-    return tmp_path / "data"
-
-
 def check_documents(file, documents):
     assert file.num_documents == len(documents)
     assert file.num_tokens == sum(map(len, documents))

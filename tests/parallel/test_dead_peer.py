@@ -3,19 +3,15 @@
 Every other timeout is so long that the test would end before.
 """
 
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 
 from tests.patience import PATIENCE
+from tests.two_ranks import two_ranks
 
 TIMEOUT = 3.0  # seconds
 
@@ -90,30 +86,8 @@ os._exit(0)
 """
 
 
-@contextmanager
-def two_ranks(script: str, *arguments: str) -> Generator[list[subprocess.Popen], None, None]:
-    """Runs the script on two ranks; whatever is left of them in the end is killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", START + script, str(TIMEOUT), str(PATIENCE), *arguments],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+def run(script: str, *arguments: str) -> AbstractContextManager[list[subprocess.Popen]]:
+    return two_ranks(START + script, str(TIMEOUT), str(PATIENCE), *arguments)
 
 
 def stories(process: subprocess.Popen) -> dict[str, str]:
@@ -125,7 +99,7 @@ def stories(process: subprocess.Popen) -> dict[str, str]:
 
 
 def test_every_exchange_notices_a_dead_peer():
-    with two_ranks(ON_CPUS) as (one, other):
+    with run(ON_CPUS) as (one, other):
         found = stories(one)
         assert set(found) == {"all_gather", "ring", "scan", "symmetric_memory"}
         if shutil.which("c++") and shutil.which("ninja"):  # else it is an all-gather
@@ -139,5 +113,5 @@ def test_every_exchange_notices_a_dead_peer():
 )
 @pytest.mark.parametrize("end", ["SIGSTOP", "SIGKILL"])
 def test_peer_writes_notice_a_dead_gpu(end: str):
-    with two_ranks(ON_GPUS, end) as (one, _):
+    with run(ON_GPUS, end) as (one, _):
         assert "rank 1 of the group did not come" in stories(one)["symmetric_memory"]

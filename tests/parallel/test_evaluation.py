@@ -91,5 +91,5 @@ def test_readings(ranks, shared_tmp_path, model, gen, kind, each, layout):
 def single(evaluation, subject):
     """The same on this rank alone, whose sums are those of all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{type(evaluation).__module__}.all_ranks", lambda x: x)
+        patch.setattr("lasp.evaluation.reading.all_ranks", lambda x: x)
         return evaluation.run(subject).record()

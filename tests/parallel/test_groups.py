@@ -82,7 +82,7 @@ def test_groups_that_some_ranks_made_alone_keep_nobody_waiting(ranks):
 @pytest.mark.cpu_only("NCCL's watchdog tells, and ends the process")
 def test_a_transfer_that_others_do_not_join_says_so(ranks):
     group = dist.new_group(group_desc="pair")
-    agree(group, torch.device("cpu"), lambda: None)  # connects
+    agree(group, lambda: None)  # connects
     dist.barrier()
     _set_pg_timeout(timedelta(seconds=0.5), group)
     if ranks.rank == 0 and ranks.size > 1:
@@ -97,7 +97,7 @@ def test_a_transfer_that_others_do_not_join_says_so(ranks):
             "send_receive": lambda: comm.send_receive(None, (x, 1), group).wait(),
             "gather_objects": lambda: comm.gather_objects(x, group),
             "broadcast": lambda: comm.broadcast(x, group),
-            "agreement on an op": lambda: agree(group, x.device, lambda: None, call="an op"),
+            "agreement on an op": lambda: agree(group, lambda: None, call="an op"),
         }
         for name, transfer in transfers.items():
             where = r"^rank 0 of group 'pair', ranks \[0, 1.* of the world"

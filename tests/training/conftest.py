@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+import lasp.training.train
 from lasp.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from lasp.data import TokenFileWriter
 from lasp.models import tiny
@@ -22,6 +23,14 @@ def data(tmp_path_factory):
                 text = b"".join(draw.choices(words, k=draw.randint(1, 60)))
                 writer.add_document([*text, 256])
     return DataConfig(train=str(folder / "train"), valid=str(folder / "valid"), eval_contexts=2)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations that the command was told to train; it trains none."""
+    configs = []
+    monkeypatch.setattr(lasp.training.train, "train", configs.append)
+    return configs
 
 
 @pytest.fixture

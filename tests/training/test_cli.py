@@ -15,14 +15,6 @@ from lasp.training.recipes import RECIPES
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """The configurations that `lasp train` was asked to run."""
-    configs = []
-    monkeypatch.setattr(lasp.training.train, "train", configs.append)
-    return configs
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_by_its_name(trained, name):
     cli.main(["train", name.replace("_", "-")])

@@ -1,15 +1,11 @@
 """A rank that stops answering ends the run of the others, with an error, once its groups' timeout is over."""
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 from lasp.config import ParallelConfig
 from tests.patience import PATIENCE
+from tests.two_ranks import two_ranks
 
 RANK = """
 import os, signal, sys
@@ -40,31 +36,13 @@ loop.train(eval(sys.argv[1]))
 def test_a_rank_that_hangs_ends_the_run(config):
     parallel = ParallelConfig(sequence_parallel=2, fsdp=False, timeout=2 * PATIENCE)
     config = replace(config, steps=1000, parallel=parallel)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, repr(config)],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        _, error = processes[0].communicate(timeout=PATIENCE)
-        assert processes[0].returncode != 0
-        assert "imed out" in error or "imeout" in error, error
-        assert "rank 0 of group 'default_pg', ranks [0, 1] of the world: agreement on " in error, error
-        assert "on rank 0 of 2, during step 2" in error, error
+    with two_ranks(RANK, repr(config)) as (one, other):
+        told, _ = one.communicate(timeout=PATIENCE)
+        assert one.returncode != 0
+        assert "imed out" in told or "imeout" in told, told
+        assert "rank 0 of group 'default_pg', ranks [0, 1] of the world: agreement on " in told, told
+        assert "on rank 0 of 2, during step 2" in told, told
         assert re.search(
-            r"rank 1 \(process \d+ of .*\) was last seen \d+ s ago, during (its start|step [12]), at ", error
-        ), error
-        assert processes[1].poll() is None
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stderr.close()
+            r"rank 1 \(process \d+ of .*\) was last seen \d+ s ago, during (its start|step [12]), at ", told
+        ), told
+        assert other.poll() is None

@@ -8,21 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import lasp.training.train
 from lasp import cli
 from lasp.config import TrainConfig
 from lasp.training.metrics import read_metrics
 from lasp.training.recipes import RECIPES
 from lasp.training.starts import keep_start, last_config
 from lasp.training.train import train
-
-
-@pytest.fixture
-def resumed(monkeypatch):
-    """The configurations that `lasp resume` was asked to run."""
-    configs = []
-    monkeypatch.setattr(lasp.training.train, "train", configs.append)
-    return configs
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,14 +61,14 @@ def test_a_run_goes_on_from_another_place(config, tmp_path, monkeypatch):
     assert last_config(str(moved)).steps == 4
 
 
-def test_fields_may_follow(config, resumed, tmp_path):
+def test_fields_may_follow(config, trained, tmp_path):
     keep_start(config, 2)
     keep_start(replace(config, seed=3, initial_weights="weights"), 2)
     with open(Path(config.run_dir) / "starts.jsonl", "a") as file:
         file.write('{"config": {')  # cut short by a crash
     cli.main(["resume", config.run_dir])
     cli.main(["resume", config.run_dir, "--parallel.sequence-parallel", "4", "--steps", "7"])
-    first, second = resumed
+    first, second = trained
     assert first == replace(config, seed=3, initial_weights="weights")
     assert second == replace(first, steps=7, parallel=replace(first.parallel, sequence_parallel=4))
 
@@ -92,8 +83,8 @@ def test_what_is_no_run_is_refused(tmp_path, text, error):
         cli.main(["resume", str(tmp_path)])
 
 
-def test_initial_weights_are_not_needed_again(config, resumed):
+def test_initial_weights_are_not_needed_again(config, trained):
     train(replace(config, steps=1))
     keep_start(replace(config, initial_weights="gone"), 1)
     cli.main(["resume", config.run_dir])
-    assert resumed[0].initial_weights is None
+    assert trained[0].initial_weights is None

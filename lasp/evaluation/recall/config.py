@@ -15,6 +15,7 @@ from lasp.config import (
     ParallelConfig,
     TrainConfig,
 )
+from lasp.data.tokenizer import ByteTokenizer
 from lasp.evaluation.tasks.mqar import MQAR
 from lasp.fields import Allowed, Count, FilePath, NotNegative, Positive, Seed, check_fields, require
 
@@ -102,7 +103,7 @@ class RecallSweep:
         steps = self.epochs * self.sequences * len(self.task.pairs) // self.batch
         return TrainConfig(
             model=ModelConfig(
-                vocab_size=max(self.task.vocab_size, BYTES),
+                vocab_size=max(self.task.vocab_size, ByteTokenizer.vocab_size),
                 hidden_size=width,
                 num_layers=self.layers,
                 num_heads=1,
@@ -130,9 +131,6 @@ class RecallSweep:
             checkpoint_keep=1,
             seed=seed,
         )
-
-
-BYTES = 257  # what every run's vocabulary has at least: that of the tokenizer without a file
 
 
 def mqar() -> RecallSweep:

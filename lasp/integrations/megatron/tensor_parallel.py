@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.models.decays import ConstantDecay
 from lasp.models.layers import RMSNorm, at_least_float32
 from lasp.models.mixers import Mamba2Mixer
@@ -49,7 +50,7 @@ def leave(y: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
 
 
 class FixedDecay(nn.Module):
-    """A rank's share of a constant decay, [H / TP]; never in a half dtype, which a buffer would follow the model to."""
+    """A rank's share of a constant decay, [H / TP]; not a buffer, which would become half precision with the model."""
 
     def __init__(self, log_decay: Tensor):
         super().__init__()
@@ -57,7 +58,7 @@ class FixedDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.log_decay = self.log_decay.to(x.device)
-        return self.log_decay.to(torch.promote_types(x.dtype, torch.float32))
+        return self.log_decay.to(accumulation_dtype(x))
 
 
 class ParallelRMSNorm(RMSNorm):

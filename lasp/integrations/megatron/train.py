@@ -211,7 +211,7 @@ class Training:
             rank = parallel_state.get_data_parallel_rank()
             batches.extend(micro_batches(dataset, run, step, rank, ranks, self.vocab_size))
 
-        agree(dist.group.WORLD, comm.message_device(dist.group.WORLD), read)
+        agree(dist.group.WORLD, read)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.schedule.step(increment=1)

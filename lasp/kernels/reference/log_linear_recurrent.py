@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.fenwick import FenwickState
+from lasp.kernels.reference.recurrent import by_token
 from lasp.kernels.segments import Segments
 
 
@@ -27,13 +28,11 @@ def log_linear_recurrent(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, FenwickState]:
     """o [B, T, H, V] and the final states; shapes and meanings as in `lasp.kernels.log_linear_attention`."""
-    (batch, tokens, heads, _), key_dim = v.shape, k.shape[-1]
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    batch, tokens, heads, _ = v.shape
     segments = Segments(batch, tokens, cu_seqlens)
-    q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
-    q = q * (key_dim**-0.5 if scale is None else scale)
-    q, k, v, scales = (x.flatten(0, 1).to(dtype) for x in (q, k, v, level_scales))
-    g, beta = (None if x is None else x.flatten(0, 1).to(dtype) for x in (decay, beta))
+    q, k, v = by_token(q, k, v, scale)
+    scales = level_scales.flatten(0, 1).to(v.dtype)
+    g, beta = (None if x is None else x.flatten(0, 1).to(v.dtype) for x in (decay, beta))
 
     outputs, finals, counts = [], [], []
     for n in range(segments.count):
@@ -59,7 +58,7 @@ def log_linear_recurrent(
             seen += 1
         finals.append(slots)
         counts.append(seen)
-    empty = v.new_zeros(heads, key_dim, v.shape[-1])
+    empty = v.new_zeros(heads, k.shape[-1], v.shape[-1])
     most = max(counts).bit_length()
     final = v.new_zeros(segments.count, 0, *empty.shape)
     if most:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.decay import Decay
+from lasp.kernels.dtypes import accumulation_dtype
 from lasp.kernels.segments import Segments
 
 
@@ -25,12 +26,9 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the final states [N, H, K, V]; shapes and meanings as in `lasp.kernels.linear_attention`."""
-    (batch, tokens, heads, _), key_dim = v.shape, k.shape[-1]
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    (batch, tokens, heads, _), key_dim, dtype = v.shape, k.shape[-1], accumulation_dtype(v)
     segments = Segments(batch, tokens, cu_seqlens)
-    scale = key_dim**-0.5 if scale is None else scale
-    q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
-    q, k, v = (x.flatten(0, 1).to(dtype) for x in (q * scale, k, v))
+    q, k, v = by_token(q, k, v, scale)
     g = _per_channel(decay, batch * tokens, heads, key_dim, dtype)
     beta = None if beta is None else beta.flatten(0, 1).to(dtype)
 
@@ -50,6 +48,14 @@ def recurrent(
         outputs += [torch.einsum("hk,hkv->hv", q[start + i], s) for i, s in enumerate(states)]
         finals.append(state)
     return torch.stack(outputs).unflatten(0, (batch, tokens)), torch.stack(finals)
+
+
+def by_token(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as [B·T, H, K or V] in the dtype of the state: q times the scale, a q and a k for each value head."""
+    q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    q, k, v = (x.flatten(0, 1).to(accumulation_dtype(v)) for x in (q, k, v))
+    return q, k, v
 
 
 def _per_channel(decay: Tensor | None, tokens: int, heads: int, key_dim: int, dtype: torch.dtype) -> Tensor | None:

@@ -64,13 +64,10 @@ class Hierarchical:
     def _walk(self, gathered: Tensor, transitions: Tensor | None, algebra: Affine) -> Generator[None, None, Tensor]:
         """What arrives at each local unit, given what the node's sum up to, run by run."""
         factors = algebra.factors_of(transitions, gathered)
-        of_runs = (
-            None
-            if transitions is None
-            else torch.stack(
-                [compose(a, s) for a, s in zip(transitions.split(self.node), gathered.split(self.node), strict=True)]
-            )
-        )
+        of_runs = None
+        if transitions is not None:
+            runs = zip(transitions.split(self.node), gathered.split(self.node), strict=True)
+            of_runs = torch.stack([compose(a, s) for a, s in runs])
 
         def passed(run: int, x: Tensor | None, until: int | None = None) -> Tensor:
             """x, or nothing, behind the units of a local run, up to (backward: down to) but not through `until`."""

@@ -41,7 +41,8 @@ SMALLEST_SLOT = 4096  # bytes
 
 @dataclass(frozen=True)
 class Shared:
-    """Memory of every rank: `table` is the address of their addresses, and `alive` what must not be freed."""
+    """Memory of every rank. table: the address of an array of buffers' addresses. local: this rank's own counters.
+    alive: what must not be freed while the others are used."""
 
     table: int
     local: Tensor

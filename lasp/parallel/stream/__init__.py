@@ -60,7 +60,7 @@ class Stream:
             offsets = None if cu_seqlens is None else cu_seqlens.tolist()
             return {"tokens": int(tokens), "segment_tokens": int(segment_tokens), "cu_seqlens": offsets}
 
-        agree(parallel.group, parallel._messages, check, call="Stream")
+        agree(parallel.group, check, call="Stream")
         self.parallel, self.tokens, self.segment_tokens = parallel, tokens, segment_tokens
         self.packed = cu_seqlens is not None
         edges = {0, tokens} if cu_seqlens is None else set(cu_seqlens.tolist())

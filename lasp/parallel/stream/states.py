@@ -57,14 +57,14 @@ class CarriedAlone:
         incoming = self._of_one(initial_state, 0)
         return Pending(lambda: (incoming, ()))
 
-    def leave(self, outgoing: Tensor, initial_state: Tensor | None) -> Tensor:
+    def leave(self, outgoing: Tensor) -> Tensor:
         return outgoing[-1:].clone()  # a view would keep all documents' states alive
 
     def enter_grad(self, kept: Kept, d_summary: Tensor | None, d_final: Tensor | None) -> Pending[Tensor | None]:
         d_outgoing = self._of_one(d_final, self.documents - 1)
         return Pending(lambda: d_outgoing)
 
-    def leave_grad(self, d_incoming: Tensor, d_final: Tensor | None) -> Tensor:
+    def leave_grad(self, d_incoming: Tensor) -> Tensor:
         return d_incoming[:1].clone()
 
     def _of_one(self, state: Tensor | None, document: int) -> Tensor | None:

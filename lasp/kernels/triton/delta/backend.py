@@ -73,7 +73,6 @@ class Recomputed(NamedTuple):
 class Backend(Protocol):
     """The steps of one call. heads: some of them, or of the parts they have (see op.Plan)."""
 
-    states_at_once: int  # how many states of a chunk `gradients` needs in memory: its own, and perhaps its gradient
     adds_d_beta: bool  # beta's gradient is added up in fp32, from zero
 
     def terms(self, x: DeltaInputs) -> Terms:

@@ -98,9 +98,8 @@ class Plan(NamedTuple):
 def delta_tile_length(x: DeltaInputs, wanted: int) -> int:
     """Tokens per tile: whole segments if there are many, else what makes at most `wanted` tiles, if not too short."""
     batch, tokens, heads, value_dim = x.v.shape
-    longest = (
-        2**31 // (heads * max(x.k.shape[-1], value_dim, CHUNK)) // CHUNK * CHUNK - CHUNK
-    )  # 32-bit offsets within a tile
+    row = heads * max(x.k.shape[-1], value_dim, CHUNK)
+    longest = 2**31 // row // CHUNK * CHUNK - CHUNK  # 32-bit offsets within a tile
     whole = x.segments.cu_seqlens is None and batch * heads >= ENOUGH_SCANS
     length = tokens if whole else max(SHORTEST_TILE, cdiv(tokens, max(1, wanted // batch)))
     return min(cdiv(length, CHUNK) * CHUNK, longest)
@@ -140,11 +139,10 @@ class TritonDelta:
         else:
             d_states = plan.new_states(x)
             plan.kernels.tile_states_grad(x, terms, do, d_states)
-            passing = (
-                OneTile(Summary(d_states), plan.new_states(x))
-                if plan.one_tile
-                else plan.passing(terms, d_states, transitions, reverse=True, ahead=wanted)
-            )
+            if plan.one_tile:
+                passing = OneTile(Summary(d_states), plan.new_states(x))
+            else:
+                passing = plan.passing(terms, d_states, transitions, reverse=True, ahead=wanted)
         return passing.summary and passing.summary.state, (x, do, plan, terms, passing)
 
     def finish_grad(self, x: DeltaInputs, kept, partial, d_outgoing: Pending[Tensor | None]) -> Gradients:

@@ -25,7 +25,6 @@ class Portable:
 
     cut: Cut
     config: DeltaConfig
-    states_at_once = 2
     adds_d_beta = False
 
     def terms(self, x: DeltaInputs) -> Terms:

@@ -25,7 +25,6 @@ class Hopper:
 
     cut: Cut
     how: HopperLaunch
-    states_at_once = 1
     adds_d_beta = False
 
     def terms(self, x: DeltaInputs) -> Terms:
@@ -80,7 +79,6 @@ class HopperDiagonal(Hopper):
     finds what a kernel over chunks needs for the gradients."""
 
     config: DeltaConfig
-    states_at_once = 2
     adds_d_beta = True
 
     def terms(self, x: DeltaInputs) -> Terms:
