@@ -21,7 +21,7 @@ def by_kernel(x: Tensor) -> bool:
 
     Of small tensors plain operations are over before it has started; what is compiled as a whole sees to itself.
     """
-    return is_large(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and is_large(x) and x.dtype != torch.float64
 
 
 def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
@@ -35,7 +35,7 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
 
     @wraps(function)
     def call(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        at_once = is_large(x) and not torch.compiler.is_compiling()
+        at_once = not torch.compiler.is_compiling() and is_large(x)  # in this order: compilers take sizes for facts
         return (compiled() if at_once else function)(x, *args, **kwargs)
 
     return call

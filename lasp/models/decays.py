@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.kernels.fused import fused
 from lasp.models.layers import WideBuffers, at_least_float32
 from lasp.models.products import product
 
@@ -58,7 +59,7 @@ class SigmoidDecay(nn.Module):
         self.proj = low_rank(hidden, self.RANK, heads * key_dim, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(at_least_float32(product(self.proj, x)).unflatten(-1, self.shape)) / self.TEMPERATURE
+        return log_sigmoid(product(self.proj, x), 1 / self.TEMPERATURE).unflatten(-1, self.shape)
 
 
 class SoftplusDecay(nn.Module):
@@ -90,12 +91,35 @@ class SoftplusDecay(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def dt(self, x: Tensor) -> Tensor:
-        dt = F.softplus(at_least_float32(product(self.proj, x)) + at_least_float32(self.dt_bias))
-        return dt.unflatten(-1, self.shape)
+        return biased_softplus(product(self.proj, x).unflatten(-1, self.shape), self.dt_bias.view(self.shape))
 
     def decay(self, dt: Tensor) -> Tensor:
-        rate = at_least_float32(self.A_log).exp()
-        return -rate.view(-1, *(1,) * (len(self.shape) - 1)) * dt
+        return times_rate(dt, self.A_log)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decay(self.dt(x))
+        return softplus_decay(
+            product(self.proj, x).unflatten(-1, self.shape), self.dt_bias.view(self.shape), self.A_log
+        )
+
+
+@fused
+def log_sigmoid(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · log(sigmoid(x))."""
+    return scale * F.logsigmoid(at_least_float32(x))
+
+
+@fused
+def biased_softplus(x: Tensor, bias: Tensor) -> Tensor:
+    """softplus(x + bias)."""
+    return F.softplus(at_least_float32(x) + at_least_float32(bias))
+
+
+def times_rate(dt: Tensor, A_log: Tensor) -> Tensor:
+    """-exp(A_log) dt, of dt [B, T, H] or [B, T, H, K] and A_log [H]."""
+    return -at_least_float32(A_log).exp().view(-1, *(1,) * (dt.ndim - 3)) * dt
+
+
+@fused
+def softplus_decay(x: Tensor, bias: Tensor, A_log: Tensor) -> Tensor:
+    """The two together."""
+    return times_rate(biased_softplus(x, bias), A_log)

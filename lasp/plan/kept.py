@@ -197,8 +197,9 @@ def _delta(config: ModelConfig) -> list[Kept]:
         Kept("beta", steps * heads, "wide"),
         Kept("half of beta", steps * heads * negative, "wide"),
         Kept("low rank", config.key_dim if config.mixer == "kda" else 0),
-        Kept("dt before softplus", decays, "wide"),
-        Kept("dt", decays, "wide"),
+        Kept("dt product", decays, where="device"),
+        Kept("dt before softplus", decays, "wide", "eager"),
+        Kept("dt", decays, "wide", "eager"),
         Kept("decay", decays, "wide"),
         *_output(config, "sigmoid" if config.mixer == "kda" else "silu"),
     ]
@@ -235,13 +236,11 @@ def _linear(config: ModelConfig) -> list[Kept]:
 
 def _gla_decay(keys: int) -> list[Kept]:
     buffer = Kept("buffer", keys, "wide", "eager")
-    return [Kept("low rank", 16), Kept("gates", keys, "wide"), buffer, Kept("decay", keys, "wide")]
+    return [Kept("low rank", 16), Kept("decay product", keys), buffer, Kept("decay", keys, "wide")]
 
 
 def _forget_gate(keys: int) -> list[Kept]:
-    buffer = Kept("buffer", keys, "wide", "eager")
-    gates = Kept("gates", keys, "wide", "device")  # a copy, where the compute is in bfloat16
-    return [gates, buffer, Kept("decay", keys, "wide"), Kept("expm1", keys, "wide")]
+    return [Kept("buffer", keys, "wide", "eager"), Kept("decay", keys, "wide"), Kept("expm1", keys, "wide", "eager")]
 
 
 def _mamba2(config: ModelConfig) -> list[Kept]:

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +20,23 @@ NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 UNIFORM = range(63)  # 63 is URZ
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L\w+):")
+SIZES = [
+    (16, 16),
+    (32, 128),
+    (48, 80),
+    (64, 64),
+    (64, 128),
+    (96, 96),
+    (128, 64),
+    (128, 128),
+    (128, 256),
+    (256, 128),
+    (256, 256),
+]
 TABLE = [
     (op, key_dim, value_dim, dtype)
     for dtype in ("bfloat16", "float16", "float32")
-    for key_dim, value_dim in [*product((16, 32, 64, 128, 256), repeat=2), (96, 96), (48, 80)]
+    for key_dim, value_dim in SIZES
     for op in ("scalar", "none", "diagonal", "scalar delta", "none delta", "diagonal delta")
 ]
 

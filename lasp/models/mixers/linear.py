@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig
+from lasp.kernels.fused import fused
 from lasp.kernels.parts import Part, Parts
-from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, retention_decay
+from lasp.models.decays import ConstantDecay, SigmoidDecay, lightning_decay, log_sigmoid, retention_decay
 from lasp.models.features import elu_plus_one, feature_dim, feature_map, identity
-from lasp.models.layers import Activation, GatedOutput, ShortConv, at_least_float32, rotate
+from lasp.models.layers import Activation, GatedOutput, ShortConv, rotate
 from lasp.models.products import product
 from lasp.models.sequence import SequenceOps
 
@@ -82,9 +83,15 @@ class LinearMixer(nn.Module):
             q, k = (rotate(y, seq.positions, self.theta) for y in (q, k))
         q = self.q_features(q)
         if self.kind.keys_from_decay:
-            decay = F.logsigmoid(at_least_float32(k))
-            k = -torch.expm1(decay).to(v.dtype)
+            decay, k = _forget_gate(k)
         else:
             k = self.k_features(k)
         o, _ = seq.linear_attention(q, k, v, decay)
         return self.output(o, x)
+
+
+@fused
+def _forget_gate(f: Tensor) -> tuple[Tensor, Tensor]:
+    """log sigmoid(f), in float32 at least, and 1 - sigmoid(f)."""
+    decay = log_sigmoid(f)
+    return decay, -torch.expm1(decay).to(f.dtype)

@@ -2,12 +2,10 @@
 weights of the levels computed from each token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.config import LEVELS, ModelConfig
-from lasp.kernels.fused import fused
-from lasp.models.layers import at_least_float32
+from lasp.models.decays import biased_softplus
 from lasp.models.mixers.delta import DeltaMixer
 from lasp.models.mixers.mamba2 import Mamba2Mixer
 from lasp.models.products import product
@@ -27,12 +25,7 @@ class LevelScales(nn.Module):
         nn.init.constant_(self.bias, torch.tensor(1.0, dtype=torch.float64).expm1().log().item())
 
     def forward(self, x: Tensor) -> Tensor:
-        return _scales(product(self.proj, x), self.bias).unflatten(-1, (self.heads, LEVELS))
-
-
-@fused
-def _scales(x: Tensor, bias: Tensor) -> Tensor:
-    return F.softplus(at_least_float32(x) + at_least_float32(bias))
+        return biased_softplus(product(self.proj, x), self.bias).unflatten(-1, (self.heads, LEVELS))
 
 
 class LogLinearMamba2Mixer(Mamba2Mixer):
