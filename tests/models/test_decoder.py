@@ -178,9 +178,9 @@ def test_constant_decays_are_those_of_the_papers():
     for index in range(4):
         name = f"layers.{index}.mixer.decay.log_decay"
         slopes = torch.tensor([-(2.0**-4), -(2.0**-8)]) * (1 - index / 4)
-        assert torch.allclose(lightning.get_buffer(name), slopes.double(), rtol=1e-6)
+        assert torch.allclose(lightning.get_buffer(name), slopes.double(), rtol=1e-14)
         rates = torch.tensor([1 - 2.0**-5, 1 - 2.0**-6], dtype=torch.float64)
-        assert torch.allclose(retention.get_buffer(name).exp(), rates, rtol=1e-6)
+        assert torch.allclose(retention.get_buffer(name).exp(), rates, rtol=1e-14)
 
 
 def test_softplus_decays_begin_in_their_range():
