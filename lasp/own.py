@@ -12,7 +12,7 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def load_own(field: str, name: str) -> Any:
-    """The class or function that a module calls by that name. The folder that a process works in is looked through last.
+    """The class or function that a module calls so. The folder that a process works in is looked through last.
 
     Raises ValueError, naming the field, if there is no such module, or none of that name in it.
     """

@@ -17,6 +17,7 @@ from lasp.integrations.megatron import LinearSelfAttention, SoftmaxCoreAttention
 from lasp.integrations.megatron.data import build_dataset, micro_batches, order
 from lasp.integrations.megatron.experts import GroupedExperts
 from lasp.integrations.megatron.run import Run
+from lasp.integrations.megatron_weights import shape_of
 from tests.training.test_config import fields_of, require_checked
 
 RUN = Run(preset="tiny", data="d", run_dir="r", steps=1, sequence_length=64)
@@ -41,6 +42,7 @@ def build(pattern: str = "LLLN", mixer: str = "gla", **changes):
 
 
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 8}
+KIND = {"pattern": "LLLN", "mixer": "gla", "vocab_size": 8, "rope_theta": 1e4}
 
 
 def test_pattern_and_experts_choose_the_layers():
@@ -97,6 +99,38 @@ def test_pipeline_that_does_not_divide():
     shape.pipeline_model_parallel_size = 3  # Megatron's own check is an assertion
     with pytest.raises(ValueError, match="num_layers: got 8, expected a multiple of the 3 pipeline stages"):
         gpt_layer_specs(shape, "L", mixer="gla", pp_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "LayerNorm"}, "normalization: got 'LayerNorm', expected RMSNorm"),
+        ({"qk_layernorm": True}, "qk_layernorm: got True, expected False"),
+        ({"add_qkv_bias": True}, "add_qkv_bias: got True"),
+        ({"activation_func": F.gelu}, "activation_func: got"),
+        ({"rotary_interleaved": True}, "rotary_interleaved: got True"),
+        (MOE | {"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor: got 2.5, expected None"),
+        (MOE | {"moe_shared_expert_intermediate_size": 8}, "moe_shared_expert_intermediate_size: got 8, expected None"),
+    ],
+)
+def test_what_is_no_decoder_of_lasps(changes, message):
+    with pytest.raises(ValueError, match=message):
+        shape_of(config(**changes), **KIND)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "router", "normalized"),
+    [
+        (2, {}, True),
+        (2, {"moe_router_pre_softmax": True}, False),
+        (1, {"moe_router_pre_softmax": True}, False),
+        (2, {"moe_router_score_function": "sigmoid"}, True),
+        (1, {"moe_router_score_function": "sigmoid"}, False),
+    ],
+)
+def test_weights_of_experts_as_megatrons_routers_have_them(chosen, router, normalized):
+    shape = shape_of(config(**MOE, **router, moe_router_topk=chosen), **KIND)
+    assert shape.normalize_expert_weights == normalized
 
 
 @pytest.mark.parametrize("version", ["0.16.0", "0.15.3", "0.20.0", "1.0.0"])

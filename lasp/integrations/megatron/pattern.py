@@ -6,6 +6,7 @@ import megatron.core
 import torch.nn.functional as F
 
 from lasp.config import LINEAR, MIXERS, SOFTMAX, require
+from lasp.integrations.megatron_weights import require_values
 
 SUPPORTED = ((0, 16, 1), (0, 20))  # from the first, below the second
 
@@ -76,7 +77,7 @@ def _check_grouped_experts(config: Any) -> None:
     """Raises ValueError for what `lasp.integrations.megatron.experts` does not compute."""
     swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
     require(swiglu, "moe_grouped_gemm", True, "False unless experts are SwiGLU MLPs without biases")
-    wanted = {
+    wanted: dict[str, Any] = {
         "expert_tensor_parallel_size": 1,
         "activation_func_clamp_value": None,
         "moe_mlp_glu_interleave_size": None,
@@ -87,6 +88,4 @@ def _check_grouped_experts(config: Any) -> None:
         "fp8": None,
         "fp4": None,
     }
-    for field, value in wanted.items():
-        got = getattr(config, field, value)  # versions differ in the last few
-        require(got == value, field, got, f"{value} with moe_grouped_gemm")
+    require_values(config, wanted, " with moe_grouped_gemm")  # versions differ in the last few
