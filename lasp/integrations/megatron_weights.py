@@ -93,6 +93,20 @@ def require_values(config: Any, wanted: dict[str, Any], where: str = "") -> None
         require(got == value, field, got, f"{value}{where}")
 
 
+def moe_layers(config: Any, num_layers: int) -> list[bool]:
+    """Whether each layer's MLP is a mixture of experts, as `num_moe_experts` and `moe_layer_freq` say."""
+    if config.num_moe_experts is None:
+        return [False] * num_layers
+    frequency = config.moe_layer_freq
+    expected = f"a positive number, or {num_layers} numbers 0 or 1, one per layer"
+    if isinstance(frequency, int):
+        require(frequency > 0, "moe_layer_freq", frequency, expected)
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    each = isinstance(frequency, list | tuple) and len(frequency) == num_layers and set(frequency) <= {0, 1}
+    require(each, "moe_layer_freq", frequency, expected)
+    return [bool(moe) for moe in frequency]
+
+
 def shape_of(config: Any, *, pattern: str, mixer: str, vocab_size: int, rope_theta: float) -> ModelConfig:
     """The decoder that a GPTModel of this TransformerConfig is. Raises ValueError for one that lasp cannot express."""
     require_values(config, _ONLY)
@@ -101,12 +115,11 @@ def shape_of(config: Any, *, pattern: str, mixer: str, vocab_size: int, rope_the
     shape = ModelConfig(**given, tie_embeddings=False)
     if config.num_moe_experts is None:
         return shape
-    frequency = config.moe_layer_freq
-    mixed = [not i % frequency for i in range(shape.num_layers)] if isinstance(frequency, int) else frequency
+    mixed = moe_layers(config, shape.num_layers)
     every = next((n for n, moe in enumerate(mixed, 1) if moe), 0)
     expected = "experts in the last of every so many layers"
     last_of_every = [every > 0 and (i + 1) % every == 0 for i in range(shape.num_layers)]
-    require(last_of_every == [bool(moe) for moe in mixed], "moe_layer_freq", frequency, expected)
+    require(last_of_every == mixed, "moe_layer_freq", config.moe_layer_freq, expected)
     require_values(config, _ONLY_EXPERTS)
     scores, chosen = config.moe_router_score_function, config.moe_router_topk
     return dataclasses.replace(

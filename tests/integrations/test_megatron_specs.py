@@ -71,6 +71,8 @@ def test_pattern_and_experts_choose_the_layers():
         ({"num_attention_heads": 6, "num_query_groups": 3, "tensor_model_parallel_size": 2}, "num_query_groups"),
         (MOE | {"tensor_model_parallel_size": 2}, "sequence_parallel: got False, expected True"),
         (MOE | {"moe_layer_freq": [1, 0]}, "moe_layer_freq"),
+        (MOE | {"moe_layer_freq": 0}, "moe_layer_freq: got 0, expected a positive number, or 8 numbers 0 or 1"),
+        (MOE | {"moe_layer_freq": None}, "moe_layer_freq: got None, expected a positive number"),
         (
             MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1},
             "expert_tensor_parallel_size: got 1, expected tensor_model_parallel_size=2",
@@ -92,6 +94,13 @@ def test_pattern_and_experts_choose_the_layers():
 def test_bad_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_options_that_a_mixer_does_not_have():
+    specs = gpt_layer_specs(config(), "L", mixer="gla", pp_rank=0, conv_width=3).layer_specs
+    assert specs[0].submodules.self_attention.params == {"mixer": "gla", "conv_width": 3}
+    with pytest.raises(ValueError, match=r"mixer_options: got \['conv_widht'\], expected only value_head_dim"):
+        gpt_layer_specs(config(), "L", mixer="gla", pp_rank=0, conv_widht=3)
 
 
 def test_pipeline_that_does_not_divide():

@@ -27,18 +27,6 @@ def layer_letters(pattern: str, num_layers: int) -> str:
     return pattern * (num_layers // len(pattern))
 
 
-def moe_layers(config: Any, num_layers: int) -> list[bool]:
-    """Whether each layer's MLP is a mixture of experts, as `num_moe_experts` and `moe_layer_freq` say."""
-    if config.num_moe_experts is None:
-        return [False] * num_layers
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(num_layers)]
-    expected = f"{num_layers} numbers 0 or 1, one per layer"
-    require(len(frequency) == num_layers and set(frequency) <= {0, 1}, "moe_layer_freq", frequency, expected)
-    return [bool(moe) for moe in frequency]
-
-
 def check_config(config: Any, mixer: str) -> None:
     """Raises ValueError for what the layers of a pattern cannot be built or trained with.
 
