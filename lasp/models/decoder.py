@@ -143,8 +143,9 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: tokens or labels that do not fit `seq` or the vocabulary, or memory with a `seq` that is not one
-                rank's whole sequence.
+                rank's whole sequence; places without labels.
         """
+        require(scored is None or labels is not None, "scored", "places", "None without labels")
         hidden = self._run(tokens, seq, labels, memory)
         return self.logits(hidden.x) if labels is None else self._score(hidden, seq, labels, scored, memory)
 

@@ -266,6 +266,8 @@ def test_the_head_may_look_at_labelled_tokens_alone():
     assert count == number == 3
     assert (some - whole).abs() <= 1e-12 * whole
     assert_same(gradients(model, some), gradients(model, whole))
+    with pytest.raises(ValueError, match="scored: got 'places', expected None without labels"):
+        model(tokens, sequence(11), scored=places)
     nothing, number = model(tokens, sequence(11), labels=labels, scored=places[:0])
     assert (nothing, number) == (0, 0)
     assert all(not gradient.any() for gradient in gradients(model, nothing).values())
