@@ -238,8 +238,8 @@ class TrainConfig:
         return from_dict(cls, saved)
 
     def _require_heads_for(self, ranks: int) -> None:
-        """Raises ValueError unless softmax layers' heads can be spread over that many ranks as asked for."""
-        if SOFTMAX not in self.model.layers:
+        """Raises ValueError unless heads of softmax attention can be spread over that many ranks as asked for."""
+        if not self.model.attending:
             return
         heads, kv_heads = self.model.num_heads, self.model.kv_heads
         if self.parallel.softmax == "ulysses_ring" and ranks > 1:

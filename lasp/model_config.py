@@ -156,6 +156,11 @@ class ModelConfig:
         return self.pattern * (self.num_layers // len(self.pattern))
 
     @property
+    def attending(self) -> int:
+        """How many layers have softmax attention, over all tokens or a window."""
+        return self.layers.count(SOFTMAX) if self.window is None else self.num_layers
+
+    @property
     def plain_mixer(self) -> str:
         """The mixer without the prefix of log-linear ones."""
         return self.mixer.removeprefix(LOG_LINEAR)

@@ -12,9 +12,9 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def load_own(field: str, name: str) -> Any:
-    """What a module calls by that name. The folder that a process works in is looked through last.
+    """The class or function that a module calls so. The folder that a process works in is looked through last.
 
-    Raises ValueError, naming the field, if there is no such module, or nothing of that name in it.
+    Raises ValueError, naming the field, if there is no such module, or none of that name in it.
     """
     require(OWN.fullmatch(name) is not None, field, name, "MODULE:NAME")
     module, _, own = name.partition(":")
@@ -27,5 +27,7 @@ def load_own(field: str, name: str) -> Any:
             raise  # it is the module that misses another one
         where = "a module in this folder or on PYTHONPATH"
         raise ValueError(f"{field}: got {name!r} (no module {error.name!r}), expected {where}") from error
-    require(hasattr(found, own), field, name, f"a name in {found.__file__}")
-    return getattr(found, own)
+    kind = getattr(found, own, None)
+    where = getattr(found, "__file__", module)
+    require(callable(kind), field, name, f"a class or function in {where}")
+    return kind

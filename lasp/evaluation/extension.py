@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 import tyro
 
-from lasp.config import SOFTMAX, TrainConfig, require
+from lasp.config import TrainConfig, require
 from lasp.evaluation.needle import Needle, NeedleResult
 from lasp.evaluation.results import aligned, save
 from lasp.evaluation.subject import open_subject
@@ -114,8 +114,8 @@ def extend(extension: Extension) -> "ExtensionResult":
     retention model without positions, and what `train` and the needle test refuse.
     """
     trained = last_config(extension.model)
-    softmax = SOFTMAX in trained.model.layers
-    require(softmax or extension.positions != "none", "positions", extension.positions, "softmax layers to have none")
+    attends = trained.model.attending > 0
+    require(attends or extension.positions != "none", "positions", extension.positions, "softmax layers to have none")
     stages = extension.stages(trained)
     longer = extension.lengths(trained)
     lengths = (extension.length or trained.context_length, *longer)

@@ -46,7 +46,7 @@ def llama_shape(llama: LlamaConfig, **linear: Any) -> ModelConfig:
     same: dict[str, Any] = {ours: getattr(llama, theirs) for ours, theirs in _FIELDS.items()}
     shape = ModelConfig(**same, rope_theta=rope["rope_theta"], **{"pattern": SOFTMAX, **linear})
     require(not shape.is_own, "mixer", shape.mixer, "one of lasp's")
-    rotates = SOFTMAX in shape.layers or shape.window is not None or shape.mixer == "retention"
+    rotates = shape.attending > 0 or shape.mixer == "retention"
     require(not rotates or rope["rope_type"] == "default", "rope_type", rope["rope_type"], "default (no scaling)")
     return shape
 

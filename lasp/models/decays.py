@@ -5,6 +5,7 @@ Every module returns natural logarithms <= 0, in float32 (float64 for float64).
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,14 @@ class ConstantDecay(WideBuffers):
 
     def init_parameters(self, generator: torch.Generator | None) -> None:
         self.log_decay.copy_(self.values(self.log_decay.numel()))
+
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = self.log_decay.dtype
+        super()._apply(fn, recurse)
+        if self.log_decay.dtype == torch.float64 != dtype:  # of float32's the last digits are missing
+            self.init_parameters(None)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.log_decay

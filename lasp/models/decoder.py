@@ -84,19 +84,24 @@ class Decoder(nn.Module):
 
         Matrices are normal with `config.init_std`, those that write into the residual stream divided by sqrt(2 layers).
         """
-        std = self.config.init_std
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                scale = (2 * self.config.num_layers) ** -0.5 if name.endswith("out_proj") else 1.0
-                nn.init.normal_(module.weight, std=std * scale, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=std, generator=generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif hasattr(module, "init_parameters"):
-                module.init_parameters(generator)
+            self.init_module(name, module, generator)
+
+    @torch.no_grad()
+    def init_module(self, name: str, module: Any, generator: torch.Generator | None = None) -> None:
+        """The same for what is one module's own, without those within it; name: in `named_modules`."""
+        std = self.config.init_std
+        if isinstance(module, nn.Linear):
+            scale = (2 * self.config.num_layers) ** -0.5 if name.endswith("out_proj") else 1.0
+            nn.init.normal_(module.weight, std=std * scale, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std, generator=generator)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif hasattr(module, "init_parameters"):
+            module.init_parameters(generator)
 
     def move_expert_biases(self, load: Tensor) -> None:
         """After each step, with the load [MoE layers, E] of all its tokens on all ranks: see `Router.move_bias`."""
@@ -138,8 +143,9 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: tokens or labels that do not fit `seq` or the vocabulary, or memory with a `seq` that is not one
-                rank's whole sequence.
+                rank's whole sequence; places without labels.
         """
+        require(scored is None or labels is not None, "scored", "places", "None without labels")
         hidden = self._run(tokens, seq, labels, memory)
         return self.logits(hidden.x) if labels is None else self._score(hidden, seq, labels, scored, memory)
 

@@ -75,11 +75,12 @@ def linear_distillation(
 
 
 def require_ids(field: str, ids: Tensor, vocab_size: int, *, ignored: bool = False) -> None:
-    """Raises ValueError unless all ids are in the vocabulary (or -100, if those are ignored).
+    """Raises ValueError unless ids are int64 (or int32), and all in the vocabulary (or -100, if those are ignored).
 
-    On CUDA, where the host would have to wait for them, and in graphs, an assertion on the device fails instead, as in
-    PyTorch's own embeddings and losses: check what you read while it is on the host, as `lasp.data` does.
+    On CUDA, where the host would have to wait for the latter, and in graphs, an assertion on the device fails instead,
+    as in PyTorch's own embeddings and losses: check what you read while it is on the host, as `lasp.data` does.
     """
+    require(ids.dtype in (torch.int64, torch.int32), field, ids.dtype, "torch.int64")
     fits = (ids >= 0) & (ids < vocab_size)
     if ignored:
         fits |= ids == IGNORE

@@ -218,19 +218,20 @@ def _linear(config: ModelConfig) -> list[Kept]:
     if config.feature_map == "hedgehog":
         features = [Kept("q", 2 * keys), Kept("k", 2 * keys), Kept("softmax", 4 * keys)]
     own = features if config.feature_map is not None else []
+    rotates = config.mixer == "retention"
+    under_features = 2 * keys if config.feature_map != "relu" else 0  # whose gradient asks for its result
     gates: dict[str, Gate] = {"lightning": "sigmoid", "retention": "silu", "gla": "silu"}
     before = {
         "linear": features,
         "lightning": features,
-        "retention": [*own, Kept("rotated", 2 * keys), Kept("angles", 2 * config.key_dim, "wide")],
+        "retention": [*own, Kept("rotated", under_features), Kept("angles", 2 * config.key_dim, "wide")],
         "gla": [*own, *_gla_decay(config.num_heads * feature_dim(config))],
         "hgrn2": [*features, *_forget_gate(keys)],
     }[config.mixer]
     product = [Kept("qkv", 2 * keys + values)]
     if config.short_conv:
-        rotated = config.mixer == "retention" and config.feature_map is None
-        parts = values if rotated else 2 * keys + values
-        product = [*_short_conv("qkv", 2 * keys + values), Kept("parts", parts)]
+        parts = Kept("parts", values if rotates else under_features + values)
+        product = [*_short_conv("qkv", 2 * keys + values), parts]
     return [*product, *before, *_output(config, gates.get(config.mixer))]
 
 

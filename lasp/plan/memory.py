@@ -200,14 +200,13 @@ def handed_on(
     wide, cuts = Dtype(half).wide, -(-context // segment_tokens) - 1
     held, rows = (model.local_tokens(tokens, ranks) for tokens in (context, min(context, segment_tokens)))
     state = model.states(context) * model.num_heads * feature_dim(model) * model.value_dim
-    attending = model.num_layers if model.window is not None else model.layers.count(SOFTMAX)
     keys, heads = model.kv_heads * model.key_dim * rows, model.num_heads * rows
     of_segment = (
         2 * (taken(keys * half) + taken(keys * wide)) + taken(heads * model.key_dim * half) + taken(heads * wide)
     )
     return {
         "boundary states": model.layers.count(LINEAR) * cuts * taken(state * wide),
-        "key/value caches": attending * held / rows * of_segment,
+        "key/value caches": model.attending * held / rows * of_segment,
     }
 
 

@@ -79,10 +79,9 @@ class DeepSpeedEngine:
         if self.stage == 3:
             for weight in {model.embedding.weight, *([] if model.head is None else [model.head.weight])}:
                 deepspeed.zero.register_external_parameter(model, weight)
-        for name, buffer in buffers.items():  # DeepSpeed has rounded constant decays with the weights
-            model.get_submodule(name.rpartition(".")[0]).register_buffer(
-                name.rpartition(".")[2], buffer, persistent=False
-            )
+        for name, buffer in buffers.items():  # DeepSpeed has rounded those of a user's own modules with the weights
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, buffer)
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss * self.world.size, scale_wrt_gas=False)

@@ -61,17 +61,48 @@ def test_a_half_models_decays_are_not_rounded(gen, tmp_path):
         assert torch.equal(got, expected)
 
 
-def test_parameters_that_a_checkpoint_lacks_are_initialised(gen, tmp_path):
+@pytest.mark.parametrize("lacking", [("A_log", "dt_bias"), ("A_log",), ("dt_bias",)])
+def test_parameters_that_a_checkpoint_lacks_are_initialised(lacking, gen, tmp_path):
     decoder = new_decoder(gen)
-    state = {f"decoder.{n}": p for n, p in decoder.state_dict().items() if "A_log" not in n and "dt_bias" not in n}
+    state = {f"decoder.{n}": p for n, p in decoder.state_dict().items() if not n.endswith(lacking)}
     to_huggingface(decoder).save_pretrained(tmp_path, state_dict=state)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).decoder
     for name, parameter in loaded.named_parameters():
-        if "A_log" in name:
-            assert parameter.min() >= 0
-            assert parameter.max() <= torch.tensor(16.0).log()
-        elif "dt_bias" not in name:
+        if not name.endswith(lacking):
             assert torch.equal(parameter, decoder.get_parameter(name))
+        elif name.endswith("A_log"):
+            assert parameter.min() > 0
+            assert parameter.max() <= torch.tensor(16.0).log()
+        else:
+            dt = torch.nn.functional.softplus(parameter)
+            assert dt.min() >= 0.0009 and dt.max() <= 0.11
+
+
+def test_a_new_model_begins_as_lasps_own():
+    config = LaspConfig.of(replace(tiny("gated_delta_net", "LN"), hidden_size=96, init_std=0.5, tie_embeddings=False))
+    own = Decoder(config.shape)
+    for name, parameter in transformers.AutoModelForCausalLM.from_config(config).decoder.named_parameters():
+        if parameter.numel() > 1000:
+            assert parameter.std().item() == pytest.approx(own.get_parameter(name).std().item(), rel=0.2), name
+
+
+def test_transformers_names_of_a_configurations_fields():
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "pattern": "N"}
+    theirs = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    shape = LaspConfig(**sizes, **theirs).shape
+    assert [shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.tie_embeddings] == [3, 4, 2, False]
+    with pytest.raises(ValueError, match="num_hidden_layers: got 3, expected 4, as num_layers says"):
+        LaspConfig(**sizes, **theirs, num_layers=4)
+    with pytest.raises(ValueError, match="missing 2 required keyword-only arguments: 'num_layers' and 'num_heads'"):
+        LaspConfig(**sizes)
+
+
+@pytest.mark.parametrize("mixer", ["retention", "lightning"])
+def test_decays_in_float64_are_those_of_a_model_that_was_made_so(mixer, gen, tmp_path):
+    decoder = new_decoder(gen, mixer, "L", num_heads=3, hidden_size=33).double()
+    to_huggingface(decoder).save_pretrained(tmp_path)
+    loaded, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens_of(gen, 1, 9)
+    assert torch.equal(loaded(tokens).logits, logits_of(decoder, tokens))
 
 
 @pytest.mark.parametrize(("mixer", "pattern"), [("gated_delta_net", "LLLN"), ("mamba2", "LN"), ("gla", "L")])

@@ -17,6 +17,7 @@ from lasp.integrations.megatron import LinearSelfAttention, SoftmaxCoreAttention
 from lasp.integrations.megatron.data import build_dataset, micro_batches, order
 from lasp.integrations.megatron.experts import GroupedExperts
 from lasp.integrations.megatron.run import Run
+from lasp.integrations.megatron_weights import shape_of
 from tests.training.test_config import fields_of, require_checked
 
 RUN = Run(preset="tiny", data="d", run_dir="r", steps=1, sequence_length=64)
@@ -41,6 +42,7 @@ def build(pattern: str = "LLLN", mixer: str = "gla", **changes):
 
 
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 8}
+KIND = {"pattern": "LLLN", "mixer": "gla", "vocab_size": 8, "rope_theta": 1e4}
 
 
 def test_pattern_and_experts_choose_the_layers():
@@ -69,6 +71,8 @@ def test_pattern_and_experts_choose_the_layers():
         ({"num_attention_heads": 6, "num_query_groups": 3, "tensor_model_parallel_size": 2}, "num_query_groups"),
         (MOE | {"tensor_model_parallel_size": 2}, "sequence_parallel: got False, expected True"),
         (MOE | {"moe_layer_freq": [1, 0]}, "moe_layer_freq"),
+        (MOE | {"moe_layer_freq": 0}, "moe_layer_freq: got 0, expected a positive number, or 8 numbers 0 or 1"),
+        (MOE | {"moe_layer_freq": None}, "moe_layer_freq: got None, expected a positive number"),
         (
             MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1},
             "expert_tensor_parallel_size: got 1, expected tensor_model_parallel_size=2",
@@ -92,11 +96,50 @@ def test_bad_configurations(changes, message):
         build(**changes)
 
 
+def test_options_that_a_mixer_does_not_have():
+    specs = gpt_layer_specs(config(), "L", mixer="gla", pp_rank=0, conv_width=3).layer_specs
+    assert specs[0].submodules.self_attention.params == {"mixer": "gla", "conv_width": 3}
+    with pytest.raises(ValueError, match=r"mixer_options: got \['conv_widht'\], expected only value_head_dim"):
+        gpt_layer_specs(config(), "L", mixer="gla", pp_rank=0, conv_widht=3)
+
+
 def test_pipeline_that_does_not_divide():
     shape = config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     shape.pipeline_model_parallel_size = 3  # Megatron's own check is an assertion
     with pytest.raises(ValueError, match="num_layers: got 8, expected a multiple of the 3 pipeline stages"):
         gpt_layer_specs(shape, "L", mixer="gla", pp_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "LayerNorm"}, "normalization: got 'LayerNorm', expected RMSNorm"),
+        ({"qk_layernorm": True}, "qk_layernorm: got True, expected False"),
+        ({"add_qkv_bias": True}, "add_qkv_bias: got True"),
+        ({"activation_func": F.gelu}, "activation_func: got"),
+        ({"rotary_interleaved": True}, "rotary_interleaved: got True"),
+        (MOE | {"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor: got 2.5, expected None"),
+        (MOE | {"moe_shared_expert_intermediate_size": 8}, "moe_shared_expert_intermediate_size: got 8, expected None"),
+    ],
+)
+def test_what_is_no_decoder_of_lasps(changes, message):
+    with pytest.raises(ValueError, match=message):
+        shape_of(config(**changes), **KIND)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "router", "normalized"),
+    [
+        (2, {}, True),
+        (2, {"moe_router_pre_softmax": True}, False),
+        (1, {"moe_router_pre_softmax": True}, False),
+        (2, {"moe_router_score_function": "sigmoid"}, True),
+        (1, {"moe_router_score_function": "sigmoid"}, False),
+    ],
+)
+def test_weights_of_experts_as_megatrons_routers_have_them(chosen, router, normalized):
+    shape = shape_of(config(**MOE, **router, moe_router_topk=chosen), **KIND)
+    assert shape.normalize_expert_weights == normalized
 
 
 @pytest.mark.parametrize("version", ["0.16.0", "0.15.3", "0.20.0", "1.0.0"])

@@ -34,6 +34,7 @@ BY_BIAS = {"router_scores": "sigmoid", "expert_bias_rate": 1e-3}
 SHAPES = {
     "dense": SHAPE,
     "pure": replace(SHAPE, pattern="L", mixer="mamba2"),
+    "levels": replace(SHAPE, pattern="LN", mixer="log_linear_mamba2"),
     "softmax": replace(SHAPE, pattern="N", num_kv_heads=4),
     "tied": replace(SHAPE, tie_embeddings=True, mixer="retention"),
     "experts": replace(SHAPE, mixer="kda", **EXPERTS),
@@ -87,6 +88,9 @@ def test_what_does_not_fit_is_refused(tmp_path, gen):
     megatron_weights.require_same_shape(folder, replace(SHAPE, init_std=1.0, value_head_dim=8))
     with pytest.raises(ValueError, match="got 'a model with mixer gated_delta_net, not gla', expected this run's"):
         megatron_weights.require_same_shape(folder, replace(SHAPE, mixer="gla"))
+    megatron_weights.save(draw(mixture := replace(SHAPE, **EXPERTS), gen), tmp_path / "mixture")
+    with pytest.raises(ValueError, match="got 'a model with normalize_expert_weights True, not False'"):
+        megatron_weights.require_same_shape(tmp_path / "mixture", replace(mixture, normalize_expert_weights=False))
     shared = replace(SHAPE, **EXPERTS, num_shared_experts=1)
     with pytest.raises(ValueError, match="num_shared_experts: got 1, expected 0"):
         megatron_weights.save(Decoder(shared), tmp_path / "shared")
@@ -97,10 +101,21 @@ def test_what_does_not_fit_is_refused(tmp_path, gen):
         ({"mixer": "gla", "feature_map": "relu"}, "feature_map: got 'relu', expected None"),
         ({"mixer": "gla", "short_conv": True}, "short_conv: got True, expected False"),
         ({"pattern": "N", "rope_theta": None}, "rope_theta: got None, expected a number"),
+        (
+            {**EXPERTS, **BY_BIAS, "normalize_expert_weights": False},
+            "normalize_expert_weights: got False, expected True",
+        ),
+        ({**EXPERTS, "experts_per_token": 1}, "normalize_expert_weights: got True, expected False"),
+        ({"mixer": "lasp.models.mixers:SoftmaxMixer"}, "model: got .*:SoftmaxMixer', expected one of lasp's"),
     ):
         with pytest.raises(ValueError, match=message):
             megatron_weights.save(Decoder(replace(SHAPE, **changes)), tmp_path / "other")
     shape = json.loads((folder / "lasp.json").read_text())
+    (folder / "lasp.json").write_text(json.dumps(shape | {"pattern": "LLN", "num_layers": 3}))
+    with pytest.raises(
+        ValueError, match=r"got \['decoder.layers.2.input_layernorm.*expected only weights of the decoder"
+    ):
+        megatron_weights.load(folder)
     (folder / "lasp.json").write_text(json.dumps(shape | {"num_layers": 8}))
     with pytest.raises(ValueError, match="expected a complete one of this model"):
         megatron_weights.load(folder)
@@ -111,7 +126,7 @@ def test_what_does_not_fit_is_refused(tmp_path, gen):
 
 @pytest.mark.mpi
 @pytest.mark.no_exchange
-@pytest.mark.parametrize("name", ["dense", "experts", "experts by bias"])
+@pytest.mark.parametrize("name", ["dense", "pure", "experts", "experts by bias"])
 def test_any_mesh_computes_what_the_decoder_does(name, ranks, run_seed, shared_tmp_path):
     pytest.importorskip("megatron.core")
     from lasp.integrations.megatron.train import load_weights
@@ -130,8 +145,9 @@ def test_any_mesh_computes_what_the_decoder_does(name, ranks, run_seed, shared_t
         mesh, changes = models.Mesh(tp=2, cp=2, ep=2), {"moe_router_score_function": shape.router_scores}
         changes |= {"moe_layer_freq": [0, 1, 0, 1], "moe_router_enable_expert_bias": shape.expert_bias_rate > 0}
     mesh.enter()
-    model = models.gpt(mesh, shape.mixer, bool(shape.num_experts), vocabulary=shape.vocab_size, **changes)
-    kind = {"pattern": shape.pattern, "mixer": shape.mixer, "rope_theta": shape.rope_theta}
+    layers = {"pattern": shape.pattern, "mixer": shape.mixer}
+    model = models.gpt(mesh, moe=bool(shape.num_experts), vocabulary=shape.vocab_size, **layers, **changes)
+    kind = {**layers, "rope_theta": shape.rope_theta}
     own = megatron_weights.shape_of(model.config, vocab_size=shape.vocab_size, **kind)
     load_weights(model, str(folder), own)
     models.save(model, again)

@@ -178,9 +178,9 @@ def test_constant_decays_are_those_of_the_papers():
     for index in range(4):
         name = f"layers.{index}.mixer.decay.log_decay"
         slopes = torch.tensor([-(2.0**-4), -(2.0**-8)]) * (1 - index / 4)
-        assert torch.allclose(lightning.get_buffer(name), slopes.double(), rtol=1e-6)
+        assert torch.allclose(lightning.get_buffer(name), slopes.double(), rtol=1e-14)
         rates = torch.tensor([1 - 2.0**-5, 1 - 2.0**-6], dtype=torch.float64)
-        assert torch.allclose(retention.get_buffer(name).exp(), rates, rtol=1e-6)
+        assert torch.allclose(retention.get_buffer(name).exp(), rates, rtol=1e-14)
 
 
 def test_softplus_decays_begin_in_their_range():
@@ -266,6 +266,8 @@ def test_the_head_may_look_at_labelled_tokens_alone():
     assert count == number == 3
     assert (some - whole).abs() <= 1e-12 * whole
     assert_same(gradients(model, some), gradients(model, whole))
+    with pytest.raises(ValueError, match="scored: got 'places', expected None without labels"):
+        model(tokens, sequence(11), scored=places)
     nothing, number = model(tokens, sequence(11), labels=labels, scored=places[:0])
     assert (nothing, number) == (0, 0)
     assert all(not gradient.any() for gradient in gradients(model, nothing).values())

@@ -135,6 +135,13 @@ def test_labels_of_another_shape_are_refused():
         linear_cross_entropy(hidden, weight, labels[:, 1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int16])
+def test_labels_of_another_kind_are_refused(dtype):
+    hidden, weight, labels = _inputs(torch.float32, 6)
+    with pytest.raises(ValueError, match=f"labels: got {dtype}, expected torch.int64"):
+        linear_cross_entropy(hidden, weight, labels.to(dtype))
+
+
 @pytest.mark.parametrize("label", [7, -1, -101, 2**40])
 def test_labels_outside_the_vocabulary_are_refused(label):
     hidden, weight = torch.randn(1, 6, 4), torch.randn(7, 4)

@@ -162,6 +162,12 @@ def test_balancing_losses_belong_to_training_alone(scores):
         model.balance.take()
 
 
+def test_a_batch_of_no_rows_has_no_loss():
+    model, nothing = moe_decoder(z_loss_weight=0.1), random_tokens(0, 5)
+    total, count = model(nothing, sequence(5), labels=nothing)
+    assert total == count == 0
+
+
 def test_padding_changes_neither_loss_nor_gradients_nor_statistics():
     model, tokens, labels = moe_decoder(z_loss_weight=0.1), random_tokens(2, 41), random_tokens(2, 41)
     seq = SequenceParallel(None, layout="zigzag").sequence(41)

@@ -16,9 +16,11 @@ from lasp.models import Decoder
 from lasp.parallel import comm
 from lasp.training import checkpoint
 from lasp.training.deepspeed import DeepSpeedEngine
+from lasp.training.initial import build_model
 from lasp.training.metrics import read_metrics
 from lasp.training.stop import Stopped
 from lasp.training.train import train
+from lasp.training.zero_files import load_weights
 from tests.parallel import test_stopping, test_training
 from tests.parallel.test_training import alone, splits
 from tests.patience import PATIENCE
@@ -101,12 +103,18 @@ def test_every_stage_and_split_gives_the_run_of_one(zero, changes, ranks, config
 
 
 @pytest.mark.ranks(2)
-def test_bfloat16_keeps_constant_decays(ranks, config, sgd):
+def test_bfloat16_keeps_buffers(ranks, config, sgd):
+    def build(config, device):
+        model = build_model(config, device)
+        model.register_buffer("own", torch.tensor(0.1))
+        return model
+
     config = replace(config, model=replace(config.model, mixer="retention"))
     losses, *_ = alone(replace(config, engine="native"))
     parallel = ParallelConfig(sequence_parallel=ranks.size, fsdp=False, timeout=PATIENCE)
-    train(replace(config, dtype="bfloat16", parallel=parallel, deepspeed=DeepSpeedConfig(stage=3)))
+    train(replace(config, dtype="bfloat16", parallel=parallel, deepspeed=DeepSpeedConfig(stage=3)), build)
     ranks.barrier(f"{config.run_dir} is finished")
+    assert load_weights(checkpoint.require_latest(config.run_dir), 3)["own"] == torch.tensor(0.1)
     rows = [row for row in read_metrics(config.run_dir) if "loss" in row]
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=0.02)
 

@@ -34,6 +34,11 @@ MODELS = {mixer: replace(DENSE, mixer=mixer) for mixer in MIXERS}
 MODELS |= {
     "hedgehog": replace(DENSE, mixer="gla", feature_map="hedgehog"),
     "rotated hedgehog": replace(DENSE, mixer="retention", feature_map="hedgehog"),
+    "rotated relu": replace(DENSE, mixer="retention", feature_map="relu"),
+    "rotated elu behind a convolution": replace(
+        DENSE, mixer="retention", feature_map="elu", short_conv=True, head_dim=48
+    ),
+    "relu behind a convolution": replace(DENSE, mixer="lightning", feature_map="relu", short_conv=True),
     "identity": replace(DENSE, mixer="linear", feature_map="identity"),
     **{f"{mixer} behind a convolution": replace(DENSE, mixer=mixer, short_conv=True) for mixer in OPTIONAL_CONV},
     "window": replace(DENSE, window=8),

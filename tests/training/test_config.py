@@ -156,10 +156,11 @@ def test_bad_model_value_is_named(field, value, constraint):
         ModelConfig(**MODEL | {field: value})
 
 
+@pytest.mark.parametrize("layers", [{"pattern": "LLLN"}, {"pattern": "L", "window": 8}], ids=["hybrid", "window"])
 @pytest.mark.parametrize(("kv_heads", "field"), [(None, "num_heads"), (2, "num_kv_heads")])
-def test_heads_that_ulysses_cannot_split(kv_heads, field):
+def test_heads_that_ulysses_cannot_split(kv_heads, field, layers):
     ranks = 3 if kv_heads is None else 4
-    model = ModelConfig(**MODEL, num_kv_heads=kv_heads)
+    model = ModelConfig(**MODEL | layers, num_kv_heads=kv_heads)
     with pytest.raises(ValueError, match=f"{field}: got .* multiple of sequence_parallel={ranks}"):
         make(model=model, parallel=ParallelConfig(sequence_parallel=ranks, softmax="ulysses"))
     whatever_is_left = make(model=model, parallel=ParallelConfig(sequence_parallel=None, softmax="ulysses"))

@@ -97,8 +97,9 @@ def read_batch(
         found["position_ids"] = _starts_of_positions(position_ids, valid, first, cache)
     if cache_position is not None:
         past = 0 if cache is None else cache.columns
-        columns = list(range(past, past + shape[1]))
-        require(cache_position.tolist() == columns, "cache_position", "other columns", f"{columns[0]} to {columns[-1]}")
+        columns = torch.arange(past, past + shape[1])
+        same = is_integers(cache_position) and torch.equal(cache_position.cpu().long(), columns)
+        require(same, "cache_position", "other columns", f"integers {past} to {past + shape[1] - 1}")
     if seq_idx is not None:
         _require_integers("seq_idx", seq_idx, shape)
         found["seq_idx"] = _changes(seq_idx.expand(shape)[valid], first)
@@ -166,16 +167,27 @@ def _documents(name: str, offsets: Tensor, shape: torch.Size) -> Tensor:
     """[1, T]: the index of each column's document."""
     columns = shape[1]
     require(shape[0] == 1, name, f"a batch of {shape[0]} rows", "one row of packed documents")
-    fits = offsets.ndim == 1 and len(offsets) > 1 and not offsets.is_floating_point()
+    fits = is_integers(offsets) and offsets.ndim == 1 and len(offsets) > 1
     ends = fits and [int(offsets[0]), int(offsets[-1])] == [0, columns] and bool((offsets.diff() >= 0).all())
-    require(ends, name, offsets.tolist(), f"integers from 0 to {columns}, where each document begins and the last ends")
+    got = offsets.tolist() if isinstance(offsets, Tensor) else type(offsets).__name__
+    require(ends, name, got, f"integers from 0 to {columns}, where each document begins and the last ends")
     places = torch.arange(columns, device=offsets.device)
     return torch.searchsorted(offsets, places, right=True)[None]
 
 
 def _require_integers(name: str, x: Tensor, shape: torch.Size) -> None:
-    fits = list(x.shape) in ([*shape], [1, shape[1]], [shape[1]]) and not x.is_floating_point()
-    require(fits, name, f"{x.dtype} {list(x.shape)}", f"integers {list(shape)}")
+    fits = is_integers(x) and list(x.shape) in ([*shape], [1, shape[1]], [shape[1]])
+    require(fits, name, described(x), f"integers {list(shape)}")
+
+
+def is_integers(x: Any) -> bool:
+    """Whether it is a tensor of them."""
+    return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def described(x: Any) -> str:
+    """For errors."""
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _lengths(starts: Tensor) -> list[int]:

@@ -6,13 +6,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lasp.config import ModelConfig, require
+from lasp.fields import from_dict
 from lasp.integrations.huggingface.cache import CACHE
 
 CODE = "modeling_lasp"  # the module that is saved beside the weights, for trust_remote_code
 
 
 class LaspConfig(PretrainedConfig):
-    """The fields of `lasp.config.ModelConfig`, validated as there, and Transformers' common ones."""
+    """The fields of `lasp.config.ModelConfig`, validated as there, and Transformers' common ones.
+
+    Where Transformers has a name of its own for one of them (`attribute_map`), that may be given as well.
+    """
 
     model_type = "lasp"
     has_no_defaults_at_init = True
@@ -25,8 +29,13 @@ class LaspConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs: Any):
+        for theirs, ours in self.attribute_map.items():
+            if theirs in kwargs:
+                value = kwargs.pop(theirs)
+                same = kwargs.setdefault(ours, value) == value
+                require(same, theirs, value, f"{kwargs[ours]!r}, as {ours} says, which is the same")
         names = [field.name for field in dataclasses.fields(ModelConfig)]
-        shape = ModelConfig(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        shape = from_dict(ModelConfig, {name: kwargs.pop(name) for name in names if name in kwargs})
         require(not shape.is_own, "model", shape.model_class or shape.mixer, "one of lasp's")
         require(shape.num_experts == 0, "num_experts", shape.num_experts, "0: mixtures of experts are not exchanged")
         auto_map = {"AutoConfig": f"{CODE}.LaspConfig", "AutoModelForCausalLM": f"{CODE}.LaspForCausalLM"}

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lasp.config import require
-from lasp.integrations.huggingface.batch import Batch
+from lasp.integrations.huggingface.batch import Batch, described, is_integers
 from lasp.models.loss import IGNORE
 
 
@@ -12,7 +12,8 @@ def next_labels(batch: Batch, labels: Tensor | None, shift_labels: Tensor | None
     for name, given in (("shift_labels", shift_labels), ("labels", labels)):
         if given is not None:
             shape = list(batch.valid.shape)
-            require(list(given.shape) == shape, name, list(given.shape), f"{shape}, a label for each token")
+            fits = is_integers(given) and list(given.shape) == shape
+            require(fits, name, described(given), f"integers {shape}, a label for each token")
             given = given.to(batch.valid.device).long()
             return given.masked_fill(~batch.valid, IGNORE) if name == "shift_labels" else batch.next_labels(given)
     return None

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lasp.config import require
-from lasp.integrations.huggingface.batch import DOCUMENTS, read_batch
+from lasp.integrations.huggingface.batch import DOCUMENTS, described, is_integers, read_batch
 from lasp.integrations.huggingface.cache import CACHE
 from lasp.integrations.huggingface.config import CODE, LaspConfig
 from lasp.integrations.huggingface.generation import RecurrentGenerationMixin, cache_for
@@ -84,22 +84,26 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         refuse_others({"output_attentions": getattr(self.config, "output_attentions", None), **kwargs})
         require((input_ids is None) != (inputs_embeds is None), "input_ids", "both or none", "it or inputs_embeds")
         given: Any = inputs_embeds if input_ids is None else input_ids
-        shape, dimensions = list(given.shape), 3 if input_ids is None else 2
-        require(
-            len(shape) == dimensions, "input_ids", shape, "[batch, tokens]; of inputs_embeds [batch, tokens, hidden]"
-        )
+        if input_ids is None:
+            hidden = self.config.hidden_size
+            fits = isinstance(given, Tensor) and given.is_floating_point() and given.ndim == 3
+            expected = f"floats [batch, tokens, {hidden}]"
+            require(fits and given.shape[2] == hidden, "inputs_embeds", described(given), expected)
+        else:
+            fits = is_integers(given) and given.ndim == 2
+            require(fits, "input_ids", described(given), "integers [batch, tokens]")
         wants_cache = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
-        cache = cache_for(past_key_values, cache, wants_cache, shape[0])
+        cache = cache_for(past_key_values, cache, wants_cache, given.shape[0])
         batch = read_batch(
             given.shape[:2], given.device, cache, attention_mask=attention_mask, position_ids=position_ids, **documents
         )
         targets = next_labels(batch, labels, shift_labels)
-        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        kept = _columns(logits_to_keep, given.shape[1])
         if targets is not None:
-            require(whole, "logits_to_keep", logits_to_keep, "0, which is all, with labels")
+            require(kept == slice(0, None), "logits_to_keep", logits_to_keep, "0, which is all, with labels")
             check_ids("labels", targets[targets != IGNORE], self.config.vocab_size)
         if input_ids is not None:
-            input_ids = input_ids.masked_fill(~batch.valid, 0)  # whatever stands at padding
+            input_ids = input_ids.long().masked_fill(~batch.valid, 0)  # whatever stands at padding
             check_ids("input_ids", input_ids, self.config.vocab_size)
 
         x = given if input_ids is None else self.get_input_embeddings()(input_ids)
@@ -117,7 +121,6 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         if cache is not None:
             cache.record(batch.valid)
         last = batch.unpack(last)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.decoder.logits(last[:, kept])
         output = CausalLMOutputWithPast(
             loss=None if targets is None else self._loss(logits, targets, num_items_in_batch),
@@ -166,15 +169,30 @@ class LaspForCausalLM(RecurrentGenerationMixin, PreTrainedModel):
         require(every_n_layers == 1, "every_n_layers", every_n_layers, "1: every block is recomputed")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
+    @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         """Called for what is not in a checkpoint: buffers always, parameters of a module that are missing."""
+        name = next((name for name, each in self.decoder.named_modules() if each is module), None)
+        if name is None:  # such as a larger embedding, before it is in its place
+            super()._init_weights(module)
+            return
         if isinstance(module, ConstantDecay):
             module.log_decay = at_least_float32(module.log_decay)  # a half model's decays, too
-        if not hasattr(module, "init_parameters"):
-            super()._init_weights(module)
-        elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
-            with torch.no_grad():
-                module.init_parameters(None)
+        own = module.parameters(recurse=False)
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+        self.decoder.init_module(name, module)
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+
+def _columns(logits_to_keep: Any, columns: int) -> slice | Tensor:
+    """Which of a batch's columns these are."""
+    counts = type(logits_to_keep) is int and logits_to_keep >= 0
+    indices = is_integers(logits_to_keep) and logits_to_keep.ndim == 1
+    indices = indices and bool(((logits_to_keep >= -columns) & (logits_to_keep < columns)).all())
+    expected = f"a number of last columns, 0 for all, or a tensor [N] of indices below {columns}"
+    require(counts or indices, "logits_to_keep", logits_to_keep, expected)
+    return slice(-logits_to_keep, None) if counts else logits_to_keep
 
 
 def refuse_others(arguments: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from lasp.config import LINEAR
+from lasp.config import LINEAR, require
 from lasp.integrations.megatron.core_attention import SoftmaxCoreAttention
 from lasp.integrations.megatron.experts import grouped
 from lasp.integrations.megatron.norm import Norm
-from lasp.integrations.megatron.pattern import check_config, layer_letters, moe_layers
-from lasp.integrations.megatron.self_attention import LinearSelfAttention
+from lasp.integrations.megatron.pattern import check_config, layer_letters
+from lasp.integrations.megatron.self_attention import OPTIONS, LinearSelfAttention
+from lasp.integrations.megatron_weights import moe_layers
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16.1's router looks at it, but defines it only beside TransformerEngine
@@ -46,13 +47,13 @@ def gpt_layer_specs(
         mixer_options: `value_head_dim`, `conv_width`, `rope_theta` of LinearSelfAttention.
 
     Raises:
-        ValueError: on every rank alike, for a configuration that the pattern does not fit.
+        ValueError: on every rank alike, for a configuration that the pattern does not fit, and other options.
     """
     check_config(config, mixer)
     letters = layer_letters(pattern, config.num_layers)
     moe = moe_layers(config, config.num_layers)
     config.hetereogenous_dist_checkpoint = True
-    linear = ModuleSpec(module=LinearSelfAttention, params={"mixer": mixer, **mixer_options})
+    linear = linear_spec(mixer, mixer_options)
     if config.pipeline_model_parallel_layout is not None:
         layout = config.pipeline_model_parallel_layout
         mine = layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -61,6 +62,13 @@ def gpt_layer_specs(
         mine = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
     specs = [layer_spec(config, linear if letters[i] == LINEAR else None, moe[i]) for i in mine]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+
+
+def linear_spec(mixer: str, options: dict[str, Any]) -> ModuleSpec:
+    """`LinearSelfAttention` of that kind. Raises ValueError for options that it does not have."""
+    unknown = sorted(options.keys() - set(OPTIONS))
+    require(not unknown, "mixer_options", unknown, f"only {', '.join(OPTIONS)}")
+    return ModuleSpec(module=LinearSelfAttention, params={"mixer": mixer, **options})
 
 
 def layer_spec(config: Any, self_attention: ModuleSpec | None, moe: bool) -> ModuleSpec:

@@ -10,10 +10,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
 from lasp.config import LINEAR, require
-from lasp.integrations.megatron.gpt import layer_spec
+from lasp.integrations.megatron.gpt import layer_spec, linear_spec
 from lasp.integrations.megatron.norm import Norm
-from lasp.integrations.megatron.pattern import check_config, layer_letters, moe_layers
-from lasp.integrations.megatron.self_attention import LinearSelfAttention
+from lasp.integrations.megatron.pattern import check_config, layer_letters
+from lasp.integrations.megatron_weights import moe_layers
 
 _SYMBOLS = "G*-E"  # linear and softmax attention, MLP, mixture of experts
 
@@ -69,7 +69,7 @@ def hybrid_stack_spec(config: Any, pattern: str, *, mixer: str = "gated_delta_ne
     stages, pp = pattern.count("|") + 1, config.pipeline_model_parallel_size
     require(stages % pp == 0, "pattern", pattern, f"a multiple of pipeline_model_parallel_size={pp} stages")
     require("E" not in layers or config.num_moe_experts is not None, "num_moe_experts", None, "a number: there is an E")
-    attention = ModuleSpec(module=LinearSelfAttention, params={"mixer": mixer, **mixer_options})
+    attention = linear_spec(mixer, mixer_options)
     parts = HybridStackSubmodules(
         gdn_layer=_without_mlp(layer_spec(config, attention, False)),
         attention_layer=_without_mlp(layer_spec(config, None, False)),

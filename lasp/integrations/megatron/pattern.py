@@ -6,6 +6,7 @@ import megatron.core
 import torch.nn.functional as F
 
 from lasp.config import LINEAR, MIXERS, SOFTMAX, require
+from lasp.integrations.megatron_weights import require_values
 
 SUPPORTED = ((0, 16, 1), (0, 20))  # from the first, below the second
 
@@ -24,18 +25,6 @@ def layer_letters(pattern: str, num_layers: int) -> str:
     expected = f"a multiple of the length of the pattern {pattern!r}"
     require(num_layers % len(pattern) == 0, "num_layers", num_layers, expected)
     return pattern * (num_layers // len(pattern))
-
-
-def moe_layers(config: Any, num_layers: int) -> list[bool]:
-    """Whether each layer's MLP is a mixture of experts, as `num_moe_experts` and `moe_layer_freq` say."""
-    if config.num_moe_experts is None:
-        return [False] * num_layers
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(num_layers)]
-    expected = f"{num_layers} numbers 0 or 1, one per layer"
-    require(len(frequency) == num_layers and set(frequency) <= {0, 1}, "moe_layer_freq", frequency, expected)
-    return [bool(moe) for moe in frequency]
 
 
 def check_config(config: Any, mixer: str) -> None:
@@ -76,7 +65,7 @@ def _check_grouped_experts(config: Any) -> None:
     """Raises ValueError for what `lasp.integrations.megatron.experts` does not compute."""
     swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
     require(swiglu, "moe_grouped_gemm", True, "False unless experts are SwiGLU MLPs without biases")
-    wanted = {
+    wanted: dict[str, Any] = {
         "expert_tensor_parallel_size": 1,
         "activation_func_clamp_value": None,
         "moe_mlp_glu_interleave_size": None,
@@ -87,6 +76,4 @@ def _check_grouped_experts(config: Any) -> None:
         "fp8": None,
         "fp4": None,
     }
-    for field, value in wanted.items():
-        got = getattr(config, field, value)  # versions differ in the last few
-        require(got == value, field, got, f"{value} with moe_grouped_gemm")
+    require_values(config, wanted, " with moe_grouped_gemm")  # versions differ in the last few

@@ -14,6 +14,8 @@ from lasp.integrations.megatron.tensor_parallel import enter, leave, partition_d
 from lasp.models.memory import RememberingOps
 from lasp.models.mixers import make_mixer
 
+OPTIONS = ("value_head_dim", "conv_width", "rope_theta")  # what a LinearSelfAttention is told besides its mixer
+
 
 class LinearSelfAttention(MegatronModule):
     """A linear-attention layer for `TransformerLayerSubmodules.self_attention`: [s, b, h] -> ([s, b, h], no bias).

@@ -35,7 +35,7 @@ class ExpertBalance:
         counts = torch.stack([routing.counts for routing in routings])
         chosen, all_labels = self.sums(routings, labels, seq)
         scores = torch.stack([routing.scores for routing in routings])
-        choices = chosen.sum(-1, keepdim=True).to(scores.dtype)  # k N, in every layer
+        choices = chosen.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)  # k N, in every layer; or no token at all
         tokens = choices / self.experts_per_token
         aux = (chosen / choices * scores / tokens).sum() * counts.shape[1]
         z = (torch.stack([routing.squared_z for routing in routings]) / tokens[:, 0]).sum()
