@@ -250,7 +250,8 @@ def _mamba2(config: ModelConfig) -> list[Kept]:
     return [
         *_short_conv("xbc", channels),
         Kept("activated", channels),
-        Kept("dt before softplus", heads, "wide"),
+        Kept("dt product", heads, where="device"),
+        Kept("dt before softplus", heads, "wide", "eager"),
         Kept("dt", heads, "wide"),
         Kept("decay", heads, "wide"),
         Kept("v", values),
