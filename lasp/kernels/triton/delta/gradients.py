@@ -12,6 +12,7 @@ k̃ = k e^{b_C/2 - b}, unless a channel decays by more than e^{-2 max_ln_decay} 
 X' is the state that leaves the chunk: the sum in dg never spans more than a chunk (math §2).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -215,21 +216,16 @@ def _values(u, do, dr, i, here, rows, u_stride, v_stride, V: tl.constexpr):
     return uc, doc, tl.load(dr + at_u, mask=here_v, other=0.0), here_v
 
 
-def key_block(key_dim: int, at_once: int) -> int:
-    """Columns of K at a time. One block alone is not a loop, whose products ptxas 12.8 gives a descriptor that nobody
-    has written where they are narrow (tests/kernels/machine_code.py finds such code)."""
-    return at_once if key_dim > at_once else block_of(key_dim)
-
-
 def gradients(
     chunks: Tiles, x: DeltaInputs, do: Tensor, terms: Terms, recomputed: Recomputed, dr: Tensor, d_states: Tensor,
     grads: Grads, config: DeltaConfig, heads: range,
 ) -> None:  # fmt: skip
     """Fills `grads` for the heads of `heads`."""
     (all_heads, value_dim), (q_heads, key_dim) = x.v.shape[2:], x.k.shape[2:]
-    how = config.gradients
-    block_k, block_v = key_block(key_dim, how.block), min(block_of(value_dim), how.block_v)
-    u, states = recomputed
+    how, (u, states) = config.gradients, recomputed
+    block_k, block_v = how.block, min(block_of(value_dim), how.block_v)
+    if key_dim <= block_k and u.dtype != torch.float32:  # no loop: ptxas 12.8 makes code of narrow products then that
+        block_k = block_of(key_dim)  # reads a descriptor which nothing has written (tests/kernels/machine_code.py)
     launch(
         _gradients, (chunks.count, len(heads)),
         x.q, x.k, x.v, do, x.decay, terms.factors.ln_chunk_decay, terms.gates, u, dr, states, d_states, *grads,
