@@ -166,9 +166,9 @@ def test_a_run_without_memory_says_what_grew_and_what_to_do(config, monkeypatch)
         train(replace(config, recompute="full"))
     said = str(caught.value)
     assert said.startswith("CUDA out of memory. Tried to allocate 16.00 GiB. Of 139.8 GiB the plan gives 145.8 to")
-    assert "to the backward of layer 16: one layer 64.5, layer inputs 64.0," in said
+    assert "to the backward of layer 16: one layer 64.4, layer inputs 64.0," in said
     assert "What has grown most with the context: one layer." in said
-    assert "Proposed instead: --offload-activations, 94.4 GiB" in said
+    assert "Proposed instead: --offload-activations, 94.3 GiB" in said
     place, traceback = caught.value.__notes__
     assert place == "on rank 0 of 1, during step 1"
     assert traceback == f"(traceback: {config.run_dir}/ranks/traceback-0.txt)"
