@@ -89,8 +89,11 @@ def pretend_there_is_a_gpu() -> None:
     """Before lasp's kernels are imported."""
     triton.__version__ = "3.6.0"  # whatever it is: with that one the kernels for Hopper serve
     there = {"target": GPUTarget("cuda", 90, 32), "device": 0, "stream": 0}
-    driver.set_active(SimpleNamespace(**{f"get_current_{name}": lambda *_, x=x: x for name, x in there.items()}))
+    current = {f"get_current_{name}": lambda *_, x=x: x for name, x in there.items()}
+    utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY})
+    driver.set_active(SimpleNamespace(**current, utils=utils))
     torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: there["device"]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=132)
 
