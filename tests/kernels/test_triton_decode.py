@@ -14,7 +14,8 @@ DECAYS = ("none", "constant", "scalar", "diagonal")
 
 
 def draw(gen, decay: str, batch: int, q_heads: int, heads: int, k: int, v: int, strength: float = 1.0):
-    """q, k, v, decay and beta of one token; keys of unit length, for longer ones make errors grow."""
+    """q, k, v, decay and beta of one token; keys of unit length, for longer ones make errors grow, and queries that
+    are not orthogonal to them, for a product near 0 has no relative error."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen).to(DEVICE)
@@ -24,7 +25,8 @@ def draw(gen, decay: str, batch: int, q_heads: int, heads: int, k: int, v: int, 
     g = -strength * torch.rand(sizes[decay], generator=gen).to(DEVICE) if decay in sizes else None
     beta = 2 * torch.rand(rows, generator=gen).to(DEVICE)
     key = normal(batch, 1, q_heads, k)
-    return normal(batch, 1, q_heads, k), key / key.norm(dim=-1, keepdim=True), normal(batch, 1, heads, v), g, beta
+    key = key / key.norm(dim=-1, keepdim=True)
+    return 4 * key + normal(batch, 1, q_heads, k), key, normal(batch, 1, heads, v), g, beta
 
 
 def both(q, k, v, g, beta, state, delta: bool):
