@@ -160,8 +160,8 @@ def test_heads_in_groups_and_in_parts(gen, whole, decay, at_once, most_rounded, 
 def test_gates_that_do_nothing_or_close(gen, whole, decay, strength):
     """Of a closed vector gate the gradient is a small difference of large numbers: what fp32 leaves of it."""
     found = errors(gen, decay, (1, 130, 1, 1, 32, 16), strength=strength)
-    exact = 2e-6 if decay == "scalar" and DEVICE.type == "cpu" else EXACT
-    assert found.pop("decay") < (1e-3 if strength > 0 and decay == "diagonal" else exact)
+    closing = {"scalar": 2e-6 if DEVICE.type == "cpu" else EXACT, "diagonal": 1e-3}
+    assert found.pop("decay") < (closing[decay] if strength > 0 else EXACT)
     assert max(found.values()) < 4 * EXACT, found
 
 
