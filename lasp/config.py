@@ -16,6 +16,7 @@ from lasp.fields import (
     check_fields,
     from_dict,
     require,
+    with_defaults,
 )
 from lasp.model_config import (
     DELTA,
@@ -54,6 +55,7 @@ __all__ = [
     "from_dict",
     "require",
     "require_empty",
+    "with_defaults",
 ]
 
 

@@ -1,8 +1,9 @@
 """What the fields of a configuration may hold, said in their annotations and checked in one place."""
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -62,6 +63,19 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
         return kind(**read)
     except TypeError as error:  # a field without a default
         raise ValueError(f"{kind.__name__}: got {error}, expected all fields that have no default") from error
+
+
+def with_defaults(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """What `asdict` has made of a dataclass of this kind, perhaps of an earlier version, and the defaults of the fields
+    that it lacks, as JSON gives them back."""
+    hints, found = get_type_hints(kind), dict(values)
+    for field in fields(kind):
+        default, name = field.default, field.name
+        if is_dataclass(hints[name]) and isinstance(found.get(name), dict):
+            found[name] = with_defaults(hints[name], found[name])
+        elif name not in found and default is not MISSING:
+            found[name] = asdict(default) if is_dataclass(type(default)) else default
+    return json.loads(json.dumps(found))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lasp.config import require
+from lasp.config import require, with_defaults
 from lasp.data.tokenizer import BYTE, tokenizer_file
 
 RECORD = "trained"  # where a checkpoint's settings say what the weights have seen
@@ -99,26 +99,28 @@ def positions_seen(saved: dict[str, Any]) -> dict[str, int]:
 def tokens_seen(
     checkpoint: Path,
     saved: dict[str, Any],
-    current: dict[str, Any],
+    config: Any,
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
     *,
     may_change: tuple[str, ...] = MAY_CHANGE,
     fixed: tuple[str, ...] = PART_OF_A_CHECKPOINT,
 ) -> int:
     """How far in the stream of tokens a checkpoint is whose configuration and record are `saved`, as nested dicts.
 
-    Raises ValueError, naming each field with both values, if the current settings are those of another run: if they
-    differ in a field that is neither in `may_change` nor in their own allow_changed, or that is in `fixed`.
+    Raises ValueError, naming each field with both values, if the configuration is that of another run: if it differs
+    in a field that is neither in `may_change` nor in its own allow_changed, or that is in `fixed`. A field that there
+    was not when it was saved had its default.
     """
     before = dict(saved)
     trained = before.pop(RECORD, None)
     require(trained is not None, f"checkpoint {checkpoint}", "no record of what it was trained on", "one")
-    old = _flat(before) | trained["fingerprints"]
-    free = (*may_change, *current["allow_changed"])
+    old = _flat(with_defaults(type(config), before)) | trained["fingerprints"]
+    current = settings(config, fingerprints)
+    free = (*may_change, *config.allow_changed)
     told = [
         f"{name}: got {current.get(name)!r}, expected {old.get(name)!r}"
         for name in {**old, **current}
         if old.get(name) != current.get(name)
-        and (name in old or current[name])  # not a new field that is not used
         and (any(_covers(one, name) for one in fixed) or not any(_covers(one, name) for one in free))
     ]
     if told:

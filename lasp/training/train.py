@@ -44,7 +44,6 @@ from lasp.training.same_run import (
     positions_seen,
     record,
     require_same_on_ranks,
-    settings,
     tokenizer_fingerprint,
     tokens_seen,
 )
@@ -202,7 +201,7 @@ def go_on(training: Mixture, config: TrainConfig, fingerprints: dict[str, str]) 
     def position() -> tuple[int, dict[str, int]]:
         path = checkpoint.require_latest(config.run_dir)
         saved = checkpoint.read_config(path)
-        return tokens_seen(path, saved, settings(config, fingerprints)), positions_seen(saved)
+        return tokens_seen(path, saved, config, fingerprints), positions_seen(saved)
 
     training.go_on(*together(dist.group.WORLD, position)[0])
 

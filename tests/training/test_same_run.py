@@ -41,7 +41,7 @@ def go_on(config, saved=None, **changes):
     trained = {"tokens": 42, "fingerprints": FINGERPRINTS}
     saved = json.loads(json.dumps(dataclasses.asdict(saved or config) | {"trained": trained}))
     fingerprints = FINGERPRINTS | changes.pop("fingerprints", {})
-    return tokens_seen(Path("run/step-1"), saved, settings(replace(config, **changes), fingerprints))
+    return tokens_seen(Path("run/step-1"), saved, replace(config, **changes), fingerprints)
 
 
 OTHERS = {
@@ -129,6 +129,25 @@ def test_what_is_named_may_change_unless_it_is_part_of_the_checkpoint(config, na
             go_on(config, saved=another, **other)
 
 
+def test_a_field_that_an_earlier_version_had_not_has_its_default(config, monkeypatch):
+    config = replace(config, data=replace(config.data, eval_contexts=8))
+    train(config)
+    read_config = checkpoint.read_config
+
+    def as_earlier(*args, **options):
+        saved = read_config(*args, **options)
+        del saved["model"]["num_householder"], saved["optimizer"]["betas"], saved["data"]["eval_contexts"]
+        return saved
+
+    monkeypatch.setattr(checkpoint, "read_config", as_earlier)
+    train(replace(config, steps=config.steps + 1))
+    assert checkpoint.latest(config.run_dir).name == f"step-{config.steps + 1:08d}"
+    with pytest.raises(ValueError, match=r"got another model.* model\.num_householder 2 \(this run: 3\)\n"):
+        train(replace(config, model=replace(config.model, num_householder=3)))
+    with pytest.raises(ValueError, match=r"^data\.eval_contexts: got 1, expected 8, as in"):
+        train(replace(config, data=replace(config.data, eval_contexts=1)))
+
+
 def test_only_fields_can_be_named(config):
     with pytest.raises(ValueError, match="allow_changed: got 'sed', expected the name of a field"):
         train(replace(config, allow_changed=("seed", "sed")))
@@ -136,7 +155,7 @@ def test_only_fields_can_be_named(config):
 
 def test_a_checkpoint_without_a_record_is_refused(config):
     with pytest.raises(ValueError, match="checkpoint c: got 'no record of what it was trained on'"):
-        tokens_seen(Path("c"), dataclasses.asdict(config), settings(config))
+        tokens_seen(Path("c"), dataclasses.asdict(config), config)
 
 
 @pytest.mark.parametrize(
