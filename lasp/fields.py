@@ -65,9 +65,14 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
         raise ValueError(f"{kind.__name__}: got {error}, expected all fields that have no default") from error
 
 
+def as_json(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass and their values, as JSON gives them back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def with_defaults(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """What `asdict` has made of a dataclass of this kind, perhaps of an earlier version, and the defaults of the fields
-    that it lacks, as JSON gives them back."""
+    """What `as_json` has made of a dataclass of this kind, perhaps in an earlier version, and the defaults of fields
+    that it lacks, likewise."""
     hints, found = get_type_hints(kind), dict(values)
     for field in fields(kind):
         default, name = field.default, field.name

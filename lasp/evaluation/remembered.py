@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from lasp.config import TrainConfig
+from lasp.config import TrainConfig, as_json
 from lasp.training.together import on_rank_0
 
 
@@ -21,17 +20,13 @@ def remembered(config: TrainConfig, file: str, find: Callable[[], dict[str, Any]
 def known(config: TrainConfig, file: str) -> dict[str, Any] | None:
     """What was kept of the run of the same settings, if anything was."""
     path = Path(config.run_dir) / file
-    if path.is_file() and (kept := json.loads(path.read_text()))["config"] == _settings(config):
+    if path.is_file() and (kept := json.loads(path.read_text()))["config"] == as_json(config):
         return kept["cell"]
     return None
 
 
 def keep(config: TrainConfig, file: str, found: dict[str, Any]) -> dict[str, Any]:
     """Keeps it, and returns it as JSON gives it back."""
-    text = json.dumps({"config": _settings(config), "cell": found})
+    text = json.dumps({"config": as_json(config), "cell": found})
     on_rank_0(dist.group.WORLD, lambda: (Path(config.run_dir) / file).write_text(text))
     return json.loads(text)["cell"]
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config)))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lasp.config import ModelConfig, TrainConfig, require, require_empty, with_defaults
+from lasp.config import ModelConfig, TrainConfig, as_json, require, require_empty, with_defaults
 from lasp.kernels.pending import Pending
 from lasp.models import Decoder, make_model
 from lasp.parallel import comm
@@ -290,8 +290,7 @@ def read_config(path: str | Path, *, verified: bool = True) -> dict[str, Any]:
 
 def require_same_model(path: Path, expected: ModelConfig) -> None:
     """Raises ValueError unless the weights in a checkpoint directory are those of such a model."""
-    saved = with_defaults(ModelConfig, read_config(path).get("model", {}))
-    wanted = dataclasses.asdict(expected)
+    saved, wanted = with_defaults(ModelConfig, read_config(path).get("model", {})), as_json(expected)
     fields = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
     if fields:
         differences = ", ".join(f"model.{f} {saved.get(f)!r} (this run: {wanted.get(f)!r})" for f in fields)

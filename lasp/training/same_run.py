@@ -5,14 +5,12 @@ token files by `TokenFile.fingerprint`, which says what it covers, tokenizers by
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lasp.config import require, with_defaults
+from lasp.config import as_json, require, with_defaults
 from lasp.data.tokenizer import BYTE, tokenizer_file
 
 RECORD = "trained"  # where a checkpoint's settings say what the weights have seen
@@ -55,7 +53,7 @@ def settings(config: Any, fingerprints: Mapping[str, str] = MappingProxyType({})
 
     Raises ValueError if config.allow_changed names what is no field.
     """
-    names = _flat(json.loads(json.dumps(asdict(config)))) | dict(fingerprints)
+    names = _flat(as_json(config)) | dict(fingerprints)
     for name in config.allow_changed:
         known = any(_covers(name, field) for field in names)
         require(known, "allow_changed", name, "the name of a field, as seed or optimizer.lr")
@@ -100,7 +98,7 @@ def tokens_seen(
     checkpoint: Path,
     saved: dict[str, Any],
     config: Any,
-    fingerprints: Mapping[str, str] = MappingProxyType({}),
+    fingerprints: Mapping[str, str],
     *,
     may_change: tuple[str, ...] = MAY_CHANGE,
     fixed: tuple[str, ...] = PART_OF_A_CHECKPOINT,

@@ -155,7 +155,7 @@ def test_only_fields_can_be_named(config):
 
 def test_a_checkpoint_without_a_record_is_refused(config):
     with pytest.raises(ValueError, match="checkpoint c: got 'no record of what it was trained on'"):
-        tokens_seen(Path("c"), dataclasses.asdict(config), config)
+        tokens_seen(Path("c"), dataclasses.asdict(config), config, FINGERPRINTS)
 
 
 @pytest.mark.parametrize(

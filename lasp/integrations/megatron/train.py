@@ -275,8 +275,8 @@ class Training:
     def _require_same_run(self, folder: Path) -> None:
         file = folder / RUN_FILE
         require(file.is_file(), f"checkpoint {folder}", f"no {RUN_FILE}", "one")
-        saved, allowed = json.loads(file.read_text()), {"may_change": MAY_CHANGE, "fixed": PART_OF_A_CHECKPOINT}
-        tokens_seen(folder, saved, self.run, self.fingerprints, **allowed)
+        saved = json.loads(file.read_text())
+        tokens_seen(folder, saved, self.run, self.fingerprints, may_change=MAY_CHANGE, fixed=PART_OF_A_CHECKPOINT)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that is saved of this rank."""
