@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lasp.config import TrainConfig, as_json
+from lasp.config import TrainConfig, as_json, with_defaults
 from lasp.training.together import on_rank_0
 
 
@@ -18,11 +18,13 @@ def remembered(config: TrainConfig, file: str, find: Callable[[], dict[str, Any]
 
 
 def known(config: TrainConfig, file: str) -> dict[str, Any] | None:
-    """What was kept of the run of the same settings, if anything was."""
+    """What was kept of the run of the same settings, if anything was; a setting that there was not yet had its
+    default."""
     path = Path(config.run_dir) / file
-    if path.is_file() and (kept := json.loads(path.read_text()))["config"] == as_json(config):
-        return kept["cell"]
-    return None
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["cell"] if with_defaults(TrainConfig, kept["config"]) == as_json(config) else None
 
 
 def keep(config: TrainConfig, file: str, found: dict[str, Any]) -> dict[str, Any]:

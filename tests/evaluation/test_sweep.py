@@ -22,6 +22,7 @@ from lasp.evaluation.recall.job import Job
 from lasp.evaluation.recall.measure import state_size
 from lasp.evaluation.recall.report import Cell, SweepResult
 from lasp.evaluation.recall.sweep import run
+from lasp.evaluation.remembered import remembered
 from lasp.evaluation.subject import open_subject, read_model
 from lasp.evaluation.tasks import MQAR
 from lasp.models import Decoder
@@ -121,6 +122,24 @@ def test_cells_may_be_trained_in_processes(small, monkeypatch):
     apart = run(small)
     assert apart == run(replace(small, run_dir=f"{small.run_dir}-2", workers=1))
     assert "finished 10 of 10 steps" in Path(small.run("softmax", 8, 1e-2, 1).run_dir, "log.txt").read_text()
+
+
+def test_what_an_earlier_version_found_is_not_sought_again(small):
+    config = small.run("softmax", 8, 1e-2, 0)
+    Path(config.run_dir).mkdir(parents=True)
+
+    def not_again():
+        raise AssertionError("sought again")
+
+    with join_world(config):
+        assert remembered(config, "found.json", lambda: {"loss": 1.5}) == {"loss": 1.5}
+        file = Path(config.run_dir, "found.json")
+        kept = json.loads(file.read_text())
+        del kept["config"]["model"]["num_householder"]
+        file.write_text(json.dumps(kept))
+        assert remembered(config, "found.json", not_again) == {"loss": 1.5}
+        other = replace(config, model=replace(config.model, num_householder=3))
+        assert remembered(other, "found.json", lambda: {"loss": 2.5}) == {"loss": 2.5}
 
 
 def test_a_run_that_diverges_does_not_end_the_sweep(small, monkeypatch, capsys):
